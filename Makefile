@@ -1,0 +1,51 @@
+# Needs python3 (3.10 or later, with its venv module) and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# No hub is asked for anything, and two test workers do not fight over the cores.
+export HF_HUB_OFFLINE := 1
+QUIET_CORES := OMP_NUM_THREADS=1
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format zoo bench clean
+
+help:
+	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
+	@echo "make test    everything that CI runs"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make zoo     every transformers model type against its eager twin (long)"
+	@echo "make bench   construction time and memory against the alternatives"
+
+# A half-made environment leaves no stamp, so the next call makes it again.
+$(STAMP): pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/lateinit inspect transformers:gpt2
+	$(BIN)/lateinit check transformers:gpt2 --seed 0
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(QUIET_CORES) $(BIN)/python -m pytest -n 2
+
+zoo: $(STAMP)
+	$(QUIET_CORES) $(BIN)/python -m tests.zoo --table docs/zoo.md
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/construction.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

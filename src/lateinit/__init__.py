@@ -1,0 +1,25 @@
+"""Deferred and lazy parameter initialisation for PyTorch.
+
+Declare a model now; decide its shapes, its memory, its device and its values later, and get
+exactly the model that eager construction would have given.
+"""
+
+from lateinit import errors
+from lateinit import following as _following  # installs what guards deferred tensors
+from lateinit.materialize import is_deferred, materialize, plan
+from lateinit.recording import deferred, deferred_init
+from lateinit.skip import skip_init
+from lateinit.summary import summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "deferred",
+    "deferred_init",
+    "errors",
+    "is_deferred",
+    "materialize",
+    "plan",
+    "skip_init",
+    "summary",
+]

@@ -1,0 +1,90 @@
+"""What lateinit raises.
+
+LateinitError
+ +-- RecordingError        (RuntimeError)      the construction did what cannot be recorded
+ +-- DeferredTensorError   (RuntimeError)      a deferred tensor was used as if it had values
+ +-- NotRecordedError      (RuntimeError)      a meta tensor whose construction was never recorded
+ +-- ConstantChangedError  (RuntimeError)      real data that a program refers to has changed
+ +-- SeedError             (ValueError)        another seed would have built another model
+ +-- PatternError          (ValueError)        `only=` matches nothing
+ +-- MaterializeError      (RuntimeError)      a recorded op failed when it was replayed
+ +-- OutOfMemoryError      (MemoryError)       materialising ran out of memory
+ +-- SpecError             (ValueError)        a model specification that names no model
+ +-- OutputExistsError     (FileExistsError)   an output that would be overwritten
+ +-- OutputError           (OSError)           an output that cannot be written
+ +-- CheckpointError       (ValueError)        a model that a checkpoint cannot hold
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LateinitError(Exception):
+    """The root of every exception that lateinit raises."""
+
+
+class RecordingError(LateinitError, RuntimeError):
+    """The construction did something that cannot be recorded honestly."""
+
+
+class DeferredTensorError(LateinitError, RuntimeError):
+    """A deferred tensor was read, written or computed with before it was materialised."""
+
+
+class NotRecordedError(LateinitError, RuntimeError):
+    """A tensor is on ``meta`` and its construction was never recorded."""
+
+
+class ConstantChangedError(LateinitError, RuntimeError):
+    """Real data that a recorded op reads was changed after it was recorded."""
+
+
+class SeedError(LateinitError, ValueError):
+    """The construction depended on random values, so another seed builds another model."""
+
+
+class PatternError(LateinitError, ValueError):
+    """A pattern of ``only=`` matches no tensor."""
+
+
+class MaterializeError(LateinitError, RuntimeError):
+    """A recorded op failed when it was replayed."""
+
+
+class OutOfMemoryError(LateinitError, MemoryError):
+    """Memory ran out while materialising; what was done stands and the call can be repeated."""
+
+
+class SpecError(LateinitError, ValueError):
+    """A model specification that names no model."""
+
+
+class OutputExistsError(LateinitError, FileExistsError):
+    """An output exists already and would be overwritten."""
+
+
+class OutputError(LateinitError, OSError):
+    """An output cannot be written: no room, no permission, no such place."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
+class CheckpointError(LateinitError, ValueError):
+    """A model that a checkpoint cannot hold, or an unfinished checkpoint of another model."""
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """``a, b, c and 4 more``: names for an error message."""
+    every = list(names)
+    shown = ", ".join(every[:limit])
+    return f"{shown} and {len(every) - limit} more" if len(every) > limit else shown
+
+
+def candidates(name: str, names: Iterable[str]) -> str:
+    """The names nearest to one that was not found, or the first few."""
+    every = sorted(set(names))
+    near = difflib.get_close_matches(name, every, n=5, cutoff=0.4)
+    return listing(near or every)

@@ -1,0 +1,48 @@
+"""A digest of all that a checkpoint's bytes follow from, to know an interrupted save again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from lateinit.program import Program
+from lateinit.shards import Shard
+
+
+def fingerprint(shards: Iterable[Shard], metadata: dict[str, str], seed: int | None) -> str:
+    """The digest of what the shards will hold, without computing that.
+
+    Tensors that are real already count by name, dtype and shape only: files with such tensors are
+    not to be trusted when a save is continued.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(shards, metadata, seed):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(shards: Iterable[Shard], metadata: dict[str, str], seed: int | None) -> Iterator[bytes]:
+    programs: dict[int, Program] = {}
+    yield repr((sorted(metadata.items()), seed)).encode()
+    for shard in shards:
+        for item in shard.items:
+            ref = item.place and item.place[2]
+            yield repr((shard.file, item.entry, item.aliases, ref)).encode()
+            if item.place is not None:
+                programs[id(item.place[1])] = item.place[1]
+    for program in programs.values():
+        yield from _program_parts(program, seed)
+
+
+def _program_parts(program: Program, seed: int | None) -> Iterator[bytes]:
+    for op in program.ops:
+        yield repr((op, program.ambients[op.ambient])).encode()
+    for stream in program.streams:
+        replaced = stream.root and seed is not None
+        yield repr((stream.device, stream.ops, None if replaced else stream.start)).encode()
+    for constant in program.constants:
+        data = constant.tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        yield repr((data.dtype, data.shape)).encode()
+        yield data.view(-1).view(torch.uint8).numpy().data if data.numel() else b""

@@ -1,0 +1,212 @@
+"""How a tensor is initialised, in the field's words.
+
+Two sources: the ``nn.init`` function that was running when an op was recorded (``initializer``),
+and, where none was, the recorded ops themselves (``describe``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lateinit import ops
+from lateinit.plan import needed_ops
+from lateinit.program import Const, Op, Program, TensorRef
+
+EMPTY = "empty (uninitialised)"
+_MOST_PIECES = 3
+_DEEPEST = 8  # copies of copies that are followed
+
+# -- while recording -----------------------------------------------------------------------------
+
+
+def initializer() -> str | None:
+    """How the ``nn.init`` function that is running was called, if one is.
+
+    Defaults are left out: ``kaiming_uniform_(a=2.236)``, ``normal_(std=0.02)``, ``zeros``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == "torch.nn.init":
+            if frame.f_code.co_name.removeprefix("_no_grad_") in _DEFAULTS:
+                found = frame
+        elif found is not None or not module.startswith(("lateinit", "torch")):
+            break
+        frame = frame.f_back
+    if found is None:
+        return None
+    name = found.f_code.co_name.removeprefix("_no_grad_")
+    given = map(found.f_locals.get, _DEFAULTS[name])
+    return _call(name, tuple([v if isinstance(v, _PLAIN) else None for v in given]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _call(name: str, values: tuple[Any, ...]) -> str:
+    """An initialiser's call with what differs from its defaults."""
+    if name in ("zeros_", "zero_", "ones_", "eye_"):
+        return {"zero_": "zeros"}.get(name, name[:-1])
+    if name in ("constant_", "fill_"):
+        return _fill(values[0])
+    if name == "uniform_":
+        return f"uniform_({', '.join(map(_number, values))})"
+    shown = [
+        f"{key}={_number(value)}"
+        for (key, default), value in zip(_DEFAULTS[name].items(), values, strict=True)
+        if value is not None and value != default
+    ]
+    return f"{name}({', '.join(shown)})"
+
+
+def _initialisers() -> dict[str, dict[str, Any]]:
+    """The arguments of every initialiser, beyond the tensor, with their defaults."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, function in vars(torch.nn.init).items():
+        if name.endswith("_") and not name.startswith("_") and inspect.isfunction(function):
+            parameters = list(inspect.signature(function).parameters.values())[1:]
+            found[name] = {p.name: p.default for p in parameters if p.name != "generator"}
+    found["fill_"] = {"val": inspect.Parameter.empty}
+    found["zero_"] = {}
+    return found
+
+
+_DEFAULTS = _initialisers()
+
+
+# -- from the recorded ops -----------------------------------------------------------------------
+
+
+def describe(program: Program, ref: TensorRef) -> str:
+    """How a tensor of a program gets its values.
+
+    Says what the live writes say where they are few and simple, and else how many ops it takes.
+    """
+    words = _describe(program, ref, len(program.ops), _DEEPEST)
+    if words is not None:
+        return words
+    needed = needed_ops(program, [ref.storage])
+    count = sum(_base(program.ops[number]) not in _ALLOCATE for number in needed)
+    return f"computed ({count} op{'s' * (count != 1)})"
+
+
+def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str | None:
+    """The words for a tensor as it is before an op, or None if they would be too many."""
+    pieces: list[tuple[str, bool]] = []  # what was written, and whether to all of the tensor
+    for number in reversed(program.writers(ref.storage)):
+        op = program.ops[number]
+        written = [w for w in op.written() if w.storage == ref.storage and _overlap(w, ref)]
+        if number >= before or not written or _base(op) in _ALLOCATE:
+            continue
+        words = op.label or _words(program, op, number, depth)
+        whole = any(w == ref or program.covers(w) for w in written)
+        if words is None:
+            return None
+        if op.label is not None and pieces and pieces[-1][0] == words:
+            pieces[-1] = words, whole or pieces[-1][1]
+        elif len(pieces) == _MOST_PIECES:
+            return None
+        else:
+            pieces.append((words, whole))
+        if whole and all(r.storage != ref.storage for r in op.read()):
+            break
+    shown = [words if whole else f"{words} in part" for words, whole in reversed(pieces)]
+    return ", then ".join(shown) or EMPTY
+
+
+def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
+    """The words for one write, or None if other tensors take part in it."""
+    base = _base(op)
+    if op.name == ops.CONSTANT:
+        return "constant"
+    if base in _COPY:
+        source = op.args[_COPY[base]]
+        if isinstance(source, Const):
+            return "constant"
+        if type(source) is TensorRef and depth:
+            return _describe(program, source, number, depth - 1)
+        return None
+    own = 1 if ops.by_name(op.name).mutates or base in _ONLY_LIKE else 0
+    if _mentions_tensor(op.args[own:]) or _mentions_tensor(
+        value for key, value in op.kwargs.items() if key != "out"
+    ):
+        return None
+    return _call_of(base, [a for a in op.args if a is None or isinstance(a, _SCALARS)])
+
+
+def _call_of(base: str, scalars: list[Any]) -> str:
+    """The words for a write that takes no other tensor: a factory, a fill, a draw, arithmetic."""
+    if base in _FILL:
+        value = _FILL[base]
+        return _fill(scalars[-1] if value is None and scalars else value)
+    if base in ("normal_", "uniform_"):
+        defaults = _DEFAULTS[base].values()
+        return _call(base, (*scalars, *list(defaults)[len(scalars) :]))
+    return f"{base}({', '.join(map(_number, scalars))})"
+
+
+def _fill(value: Any) -> str:
+    if value is None:
+        return "fill"
+    if value in (0, 1):
+        return "ones" if value else "zeros"
+    return f"fill({_number(value)})"
+
+
+_SCALARS = (int, float, complex)
+_PLAIN = (*_SCALARS, str)
+_ALLOCATE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_COPY = {"copy_": 1, "clone": 0, "_to_copy": 0, "lift_fresh_copy": 0}
+_FILL = {
+    "zero_": 0,
+    "zeros": 0,
+    "zeros_like": 0,
+    "new_zeros": 0,
+    "ones": 1,
+    "ones_like": 1,
+    "new_ones": 1,
+    "fill_": None,
+    "full": None,
+    "full_like": None,
+    "new_full": None,
+    "scalar_tensor": None,
+}
+_ONLY_LIKE = frozenset(name for name in _FILL if name.startswith("new_") or name.endswith("_like"))
+
+
+def _base(op: Op) -> str:
+    """An op's name without namespace and overload."""
+    return op.name.partition("::")[2].partition(".")[0]
+
+
+def _mentions_tensor(values: Iterable[Any]) -> bool:
+    for value in values:
+        if type(value) is TensorRef or isinstance(value, Const):
+            return True
+        if type(value) is tuple and _mentions_tensor(value):
+            return True
+    return False
+
+
+def _overlap(a: TensorRef, b: TensorRef) -> bool:
+    """Whether two windows on a storage may share bytes: whether their spans do."""
+    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _span(ref: TensorRef) -> tuple[int, int]:
+    if 0 in ref.size:
+        return 0, 0
+    last = sum((length - 1) * stride for length, stride in zip(ref.size, ref.stride, strict=True))
+    size = ref.dtype.itemsize
+    return ref.offset * size, (ref.offset + last + 1) * size
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

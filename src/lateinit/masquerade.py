@@ -1,0 +1,290 @@
+"""Making deferred tensors pass, in Python, for what they will be.
+
+Inside a block a deferred tensor is a ``meta`` tensor; third-party constructors look at ``device``
+and ``is_meta`` and skip their own initialisation there. ``Masquerade`` answers as the finished
+tensor would, and sees to the calls that never reach the dispatcher: reads (``tolist``, ``numpy``,
+``repr``) and exchanges of storage between real and deferred tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lateinit.recorder import Recorder
+from lateinit.replay import without_modes
+from lateinit.tensors import copied_by_deepcopy, is_deferred_tensor
+
+Handler = Callable[..., Any]
+
+
+class Masquerade(TorchFunctionMode):
+    """The Python side of a recording."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        recorder = self.recorder
+        if recorder.busy:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        recorder.call = args, kwargs
+        recorder.autocasting = torch._C._is_any_autocast_enabled()
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return handler(recorder, func, args, kwargs or {})
+
+
+def _of_deferred(handler: Handler) -> Handler:
+    """A handler that is asked only where the first argument is deferred."""
+
+    def asked(recorder: Recorder, func: Handler, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if not is_deferred_tensor(args[0]):
+            return func(*args, **kwargs)
+        return handler(recorder, func, args, kwargs)
+
+    return asked
+
+
+def _device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> torch.device:
+    return recorder.device_of(args[0])
+
+
+def _is_meta(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> bool:
+    return False
+
+
+def _is_on(kind: str) -> Handler:
+    def answer(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> bool:
+        return recorder.device_of(args[0]).type == kind
+
+    return _of_deferred(answer)
+
+
+def _get_device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
+    device = recorder.device_of(args[0])
+    return -1 if device.type == "cpu" else (device.index or 0)
+
+
+def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
+    # Constructors compare addresses to find ties: give each storage one of its own.
+    tensor = args[0]
+    if tensor.numel() == 0:
+        return 0
+    base: int = tensor.untyped_storage()._cdata
+    return base + tensor.storage_offset() * tensor.element_size()
+
+
+def _untyped_storage(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    # Likewise for the addresses of storages; an attribute of the object, since storages have no
+    # torch functions.
+    storage = func(*args)
+    storage.data_ptr = functools.partial(int, storage._cdata)
+    return storage
+
+
+def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """Sparse constructors read their arguments below the dispatcher: run them for real."""
+
+    def value(item: Any) -> Any:
+        deferred = isinstance(item, Tensor) and is_deferred_tensor(item)
+        return evaluate(recorder, item) if deferred else item
+
+    real = [value(item) for item in args], {key: value(item) for key, item in kwargs.items()}
+    with without_modes():
+        return func(*real[0], **real[1])
+
+
+def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    result = func(*args, **kwargs)
+    if not isinstance(result, str):
+        return result
+    kind = recorder.device_of(args[0]).type
+    return result.replace("torch.meta.", "torch." if kind == "cpu" else f"torch.{kind}.")
+
+
+def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``tolist``, ``repr`` and the like: asked of the value."""
+    value = evaluate(recorder, args[0])
+    with without_modes():
+        return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
+
+
+def evaluate(recorder: Recorder, tensor: Tensor) -> Tensor:
+    """The values that a deferred tensor has now; that they were read is noted."""
+    with without_modes():
+        return recorder.read(tensor).clone()
+
+
+def _numpy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    with without_modes():
+        exposed = recorder.expose(args[0])
+        return exposed.requires_grad_(args[0].requires_grad).numpy(*args[1:], **kwargs)
+
+
+def _array(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    array = _numpy(recorder, func, args[:1], {})
+    dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
+    return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``x.to(...)``: a move to the device that the tensor passes for is no move."""
+    tensor = args[0]
+    copy = kwargs.pop("copy", False) if "copy" in kwargs else False
+    others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
+    if others:
+        device: torch.device | None = _reported(recorder, others[0])
+        dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
+    else:
+        positional = args[1:]
+        if len(positional) > 2 and isinstance(positional[-1], bool):
+            copy, positional = positional[-1], positional[:-1]
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*positional, **kwargs)
+    if device is not None:
+        device = _indexed(device)
+    if device is None or device == _reported(recorder, tensor):
+        return func(tensor, dtype or tensor.dtype, copy=copy, memory_format=_layout(layout))
+    if not is_deferred_tensor(tensor):
+        return func(tensor, device, dtype or tensor.dtype, non_blocking, copy=copy)
+    return torch.ops.aten._to_copy.default(
+        tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
+    )
+
+
+def _layout(layout: torch.memory_format | None) -> torch.memory_format:
+    return torch.preserve_format if layout is None else layout
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _reported(recorder: Recorder, tensor: Tensor) -> torch.device:
+    if is_deferred_tensor(tensor):
+        return _indexed(recorder.device_of(tensor))
+    return tensor.device
+
+
+def _cpu(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    return _to(recorder, torch.Tensor.to, (args[0], torch.device("cpu")), kwargs)
+
+
+def _cuda(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    asked = args[1] if len(args) > 1 else kwargs.get("device")
+    device = (
+        torch.device("cuda", asked) if isinstance(asked, int) else torch.device(asked or "cuda")
+    )
+    return _to(recorder, torch.Tensor.to, (args[0], device), {})
+
+
+def _to_any(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    if any(isinstance(a, Tensor) and is_deferred_tensor(a) for a in (*args, kwargs.get("other"))):
+        return _to(recorder, func, args, dict(kwargs))
+    return func(*args, **kwargs)
+
+
+def _new_tensor(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+    given = {"dtype": args[0].dtype, "device": recorder.device_of(args[0])}
+    given |= {key: value for key, value in kwargs.items() if key != "data"}
+    data = args[1] if len(args) > 1 else kwargs["data"]
+    if isinstance(data, Tensor):
+        return data.to(given["device"], given["dtype"], copy=True).detach()
+    return torch.tensor(data, **given)
+
+
+def _new(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+    sizes = args[1:]
+    if all(isinstance(size, int) for size in sizes) or isinstance(sizes[0], torch.Size):
+        shape = sizes[0] if sizes and isinstance(sizes[0], torch.Size) else sizes or (0,)
+        return torch.empty(shape, dtype=args[0].dtype, device=recorder.device_of(args[0]))
+    return _new_tensor(recorder, func, args, kwargs)
+
+
+def _deepcopy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+    tensor, memo = args
+    if is_deferred_tensor(tensor):
+        return copied_by_deepcopy(tensor, memo)
+    with without_modes():
+        copied: Tensor = func(tensor, memo)
+    return copied
+
+
+def _set_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``a.data = b``; torch refuses if only one of them is on meta."""
+    target, source = args
+    if target.is_meta == source.is_meta:
+        return func(*args)
+    return _become(target, source.detach())
+
+
+def _set(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``a.set_(b)`` of a tensor or a storage; likewise."""
+    target, *rest = args
+    source = rest[0] if rest else kwargs.get("source")
+    on_meta = source is not None and source.device.type == "meta"
+    if (
+        source is None
+        or isinstance(source, torch.storage.TypedStorage)
+        or on_meta == target.is_meta
+    ):
+        return func(*args, **kwargs)
+    with without_modes():
+        view = torch.empty(0, dtype=target.dtype, device=source.device).set_(*rest, **kwargs)
+    _become(target, view)
+    return target
+
+
+def _become(target: Tensor, source: Tensor) -> None:
+    """Let a tensor object show what another one shows, and keep what autograd knows of it."""
+    with without_modes():
+        source.requires_grad_(target.requires_grad)
+    torch._C._swap_tensor_impl(target, source)
+
+
+_tensor = torch.Tensor
+_HANDLERS: dict[Any, Handler] = {
+    _tensor.device.__get__: _of_deferred(_device),  # type: ignore[attr-defined]
+    _tensor.is_meta.__get__: _of_deferred(_is_meta),  # type: ignore[attr-defined]
+    _tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]
+    _tensor.is_cuda.__get__: _is_on("cuda"),  # type: ignore[attr-defined]
+    _tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    _tensor.get_device: _of_deferred(_get_device),
+    torch.get_device: _of_deferred(_get_device),
+    _tensor.data_ptr: _of_deferred(_data_ptr),
+    _tensor.untyped_storage: _of_deferred(_untyped_storage),
+    _tensor.type: _of_deferred(_type),
+    _tensor.tolist: _of_deferred(_read),
+    _tensor.__repr__: _of_deferred(_read),
+    _tensor.__format__: _of_deferred(_read),
+    _tensor.numpy: _of_deferred(_numpy),
+    _tensor.__array__: _of_deferred(_array),
+    _tensor.to: _to_any,
+    _tensor.cpu: _of_deferred(_cpu),
+    _tensor.cuda: _of_deferred(_cuda),
+    _tensor.new_tensor: _of_deferred(_new_tensor),
+    _tensor.new: _of_deferred(_new),
+    _tensor.__deepcopy__: _deepcopy,
+    _tensor.set_: _set,
+    torch.sparse_coo_tensor: _by_value,
+    torch.sparse_csr_tensor: _by_value,
+    torch.sparse_csc_tensor: _by_value,
+    torch.sparse_bsr_tensor: _by_value,
+    torch.sparse_bsc_tensor: _by_value,
+    torch.sparse_compressed_tensor: _by_value,
+}

@@ -1,0 +1,323 @@
+"""Putting values into deferred tensors, in place.
+
+The tensor objects stay: each gets the real tensor's implementation (``_swap_tensor_impl``, which
+keeps hooks and weak references), so optimizers, ties and closures hold what they held.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lateinit.errors import (
+    DeferredTensorError,
+    NotRecordedError,
+    OutOfMemoryError,
+    PatternError,
+    SeedError,
+    candidates,
+    listing,
+)
+from lateinit.plan import Plan, plan_storages
+from lateinit.program import Program, TensorRef
+from lateinit.progress import Progress
+from lateinit.recorder import digest
+from lateinit.replay import Replay, without_modes
+from lateinit.tensors import DeferredTensor, Slot, locate, unguard
+from lateinit.walk import Found, find_tensors
+
+T = TypeVar("T")
+Only = str | Iterable[str] | Callable[[str, Tensor], bool]
+
+
+@dataclass(slots=True)
+class Wanted:
+    """The deferred tensors of one program that are to be materialised, by storage."""
+
+    program: Program
+    tensors: dict[int, list[tuple[str, Tensor, Slot, TensorRef]]] = field(default_factory=dict)
+
+
+def materialize(
+    target: T,
+    *,
+    only: Only | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+) -> T:
+    """Give deferred tensors their storage and their values, in place.
+
+    Bit for bit what eager construction gives, whatever is materialised first. The global random
+    state is neither read nor moved. Tensors that are real already are left alone.
+
+    Args:
+        target: a module, a tensor, or a list, tuple or dict of them.
+        only: which tensors: a glob on their fully qualified names (``"*.bias"``), several of
+            them, or a predicate ``(fqn, tensor) -> bool``. A tensor with several names is taken
+            if one of them matches.
+        device: where to put them; by default the device that each was recorded for. Values are
+            computed where they were recorded for, then copied.
+        dtype: cast floating-point tensors to this; by default each keeps the dtype it has now.
+        seed: as if ``torch.manual_seed(seed)`` had preceded the construction; by default the
+            random state that really did.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        ``target`` itself.
+
+    Raises:
+        NotRecordedError: a wanted tensor is on ``meta`` and was never recorded.
+        PatternError: a pattern of ``only`` matches no tensor.
+        SeedError: the construction branched on a random value, and ``seed`` gives another one.
+        ConstantChangedError: real data that the construction read has changed since.
+        OutOfMemoryError: memory ran out; what was materialised stands, and calling again
+            continues.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     layer = torch.nn.Linear(4, 2)
+        >>> lateinit.materialize(layer, only="weight").weight.device
+        device(type='cpu')
+        >>> lateinit.is_deferred(layer.bias)
+        True
+    """
+    cast = _Cast(torch.device(device) if device is not None else None, dtype)
+    wanted = list(_wanted(target, only))
+    for group in wanted:
+        _check_seed(group.program, seed)
+        _check_shared(group, cast)
+    total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
+    with Progress("materialise", total, shown=progress) as bar:
+        for group in wanted:
+            _materialize(group, cast, seed, bar)
+    return target
+
+
+def plan(target: Any, *, only: Only | None = None) -> Plan:
+    """What ``materialize(target, only=only)`` would run, without running it.
+
+    Returns:
+        A ``Plan``; ``print`` it to see every op, with its place in the random stream.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     layer = torch.nn.Linear(4, 2, bias=False)
+        >>> print(lateinit.plan(layer))  # doctest: +ELLIPSIS
+        1 steps, 2 of 2 recorded ops, 32 bytes
+        ...
+    """
+    groups = list(_wanted(target, only))
+    if len(groups) > 1:
+        raise ValueError("the target was recorded in several blocks: plan one part at a time")
+    if not groups:
+        return Plan(Program(), ())
+    group = groups[0]
+    names = tuple((name, ref) for found in group.tensors.values() for name, _, _, ref in found)
+    return Plan(group.program, tuple(plan_storages(group.program, group.tensors)), names)
+
+
+def is_deferred(target: Any) -> bool:
+    """Whether a tensor is deferred, or any tensor of a module is.
+
+    Example:
+        >>> lateinit.is_deferred(torch.nn.Linear(2, 2))
+        False
+    """
+    return any(found.deferred for found in find_tensors(target))
+
+
+def _wanted(target: Any, only: Only | None) -> Iterator[Wanted]:
+    """The deferred tensors that are asked for, by program; all checked before any is touched."""
+    found = select(list(find_tensors(target)), only)
+    unknown = [f.name for f in found if f.unrecorded]
+    if unknown:
+        raise NotRecordedError(
+            f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
+            "`with lateinit.deferred():` instead of on torch.device('meta')"
+        )
+    groups: dict[int, Wanted] = {}
+    for item in found:
+        if item.deferred:
+            slot, program, ref = locate(item.tensor)
+            group = groups.setdefault(id(program), Wanted(program))
+            entry = (item.name, item.tensor, slot, ref)
+            group.tensors.setdefault(ref.storage, []).append(entry)
+    yield from groups.values()
+
+
+def select(found: list[Found], only: Only | None) -> list[Found]:
+    """Those of some tensors that ``only`` names."""
+    if only is None:
+        return found
+    if callable(only):
+        return [f for f in found if any(only(name, f.tensor) for name in f.names)]
+    patterns = [only] if isinstance(only, str) else list(only)
+    every = [name for f in found for name in f.names]
+    for pattern in patterns:
+        if not fnmatch.filter(every, pattern):
+            raise PatternError(
+                f"only={pattern!r} matches no tensor; there are: {candidates(pattern, every)}"
+            )
+    return [f for f in found if any(fnmatch.fnmatchcase(n, p) for n in f.names for p in patterns)]
+
+
+def _check_seed(program: Program, seed: int | None) -> None:
+    """Raise where another seed would have sent the constructor another way."""
+    if seed is None:
+        return
+    if program.seed_bound:
+        raise SeedError(f"seed={seed} cannot be honoured: while recording, {program.seed_bound}")
+    replay = Replay(program, seed)
+    for read in program.reads:
+        if digest(replay.value(read.ref, read.before)) != read.digest:
+            raise SeedError(
+                f"seed={seed} cannot be honoured: the constructor read a random value "
+                f"({read.ref}) and seed {seed} gives another one; record again under that seed"
+            )
+
+
+def _check_shared(group: Wanted, cast: _Cast) -> None:
+    """Raise where a storage that is real already was asked for in another dtype or place."""
+    for tensors in group.tensors.values():
+        name, _, slot, _ = tensors[0]
+        if slot.real is not None and slot.cast != (cast.device, cast.dtype):
+            raise DeferredTensorError(
+                f"{name!r} shares its memory with a tensor that was materialised with "
+                f"device={slot.cast[0]}, dtype={slot.cast[1]}: ask for the same"
+            )
+
+
+def _materialize(group: Wanted, cast: _Cast, seed: int | None, bar: Progress) -> None:
+    replay = Replay(group.program, seed)
+    done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
+    for number in done:
+        _place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
+    for step in plan_storages(group.program, (n for n in group.tensors if n not in done)):
+        try:
+            storages = replay.run(step)
+            for number in step.gives:
+                _place(group.tensors[number], storages.pop(number), cast, replay.strides)
+                bar.advance(group.program.storages[number].nbytes)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            names = [name for n in step.gives for name, *_ in group.tensors[n]]
+            raise OutOfMemoryError(
+                f"out of memory while materialising {listing(names)}; what was done before stands: "
+                "free memory and call materialize() again, or materialise a part"
+            ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """Where values go after they are computed."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    def dtype_of(self, ref: TensorRef) -> torch.dtype:
+        wanted = self.dtype is not None and ref.dtype.is_floating_point
+        return self.dtype if wanted and self.dtype is not None else ref.dtype
+
+    def storage(self, storage: torch.UntypedStorage, refs: list[TensorRef]) -> Any:
+        """A storage moved and cast as a whole, so that tensors which share it still do."""
+        dtypes = {ref.dtype for ref in refs}
+        new = {self.dtype_of(ref) for ref in refs}
+        if len(dtypes) > 1 and new != dtypes:
+            raise DeferredTensorError(
+                f"dtype={self.dtype} cannot be honoured: tensors of several dtypes share one storage"
+            )
+        dtype = dtypes.pop()
+        if new == {dtype} or len(new) > 1:
+            dtype = torch.uint8
+            new = {dtype}
+        whole = torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
+        return whole.to(device=self.device, dtype=new.pop()).untyped_storage()
+
+
+def _place(
+    tensors: list[tuple[str, Tensor, Slot, TensorRef]],
+    storage: Any,
+    cast: _Cast,
+    strides: dict[TensorRef, tuple[int, ...]],
+) -> None:
+    """Let the tensors that share a storage have it, now that it is real."""
+    slot = tensors[0][2]
+    with without_modes():
+        if slot.real is None:
+            storage = cast.storage(storage, [ref for *_, ref in tensors])
+        for _, tensor, _, ref in tensors:
+            shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
+            give(tensor, shown, storage)
+    slot.real, slot.cast = storage, (cast.device, cast.dtype)
+
+
+def give(tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage) -> None:
+    """Make a deferred tensor object a window on a real storage."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        _swap(tensor, ref.on(storage))
+    unguard(tensor)
+
+
+def _swap(tensor: Tensor, real: Tensor) -> None:
+    if tensor.is_leaf or tensor.is_inference():
+        real.requires_grad_(tensor.requires_grad)
+    else:
+        with torch.enable_grad():
+            real = _Detached.apply(real.requires_grad_())
+    hooks, grad_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    torch._C._swap_tensor_impl(tensor, real)
+    # Autograd keeps hooks in the implementation that was swapped out: hang them on the new one.
+    tensor._backward_hooks = hooks
+    tensor._post_accumulate_grad_hooks = grad_hooks
+
+
+class _Detached(torch.autograd.Function):
+    """Stands where a graph built in the constructor stood: it cannot be gone through."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise DeferredTensorError(
+            "this tensor was computed from parameters in a deferred constructor; its graph was not "
+            "recorded: compute it again, in forward or after materialising"
+        )
+
+
+def adopt(tensor: Tensor, source: Tensor) -> None:
+    """``tensor.copy_(source)`` for a deferred tensor: it becomes real, with those values."""
+    slot, program, ref = locate(tensor)
+    if slot.real is None and not program.covers(ref):
+        slot.real = Replay(program).values([ref.storage])[ref.storage]
+    adopt_uninitialized(tensor)
+    with torch.no_grad():
+        tensor.copy_(source)
+
+
+def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None) -> None:
+    """Give a deferred tensor memory, shared with those on its storage, and no values."""
+    slot, program, ref = locate(tensor)
+    with without_modes():
+        if slot.real is None:
+            known = program.storages[ref.storage]
+            empty = torch.empty(known.nbytes, dtype=torch.uint8, device=device or known.device)
+            slot.real = empty.untyped_storage()
+        give(tensor, ref, slot.real)
+
+
+DeferredTensor.adopt = staticmethod(adopt)  # type: ignore[assignment]

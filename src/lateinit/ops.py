@@ -1,0 +1,119 @@
+"""Facts about torch's operators that recording and planning need, looked up once per operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+
+CONSTANT = "lateinit::constant"
+"""The op that brings real data into a program: ``constant(data) -> Tensor``."""
+
+_READS_SELF_NOT = frozenset(
+    f"aten::{name}"
+    for name in (
+        "zero_",
+        "fill_.Scalar",
+        "fill_.Tensor",
+        "uniform_",
+        "normal_",
+        "random_",
+        "random_.from",
+        "random_.to",
+        "bernoulli_.float",
+        "bernoulli_.Tensor",
+        "exponential_",
+        "cauchy_",
+        "log_normal_",
+        "geometric_",
+        "copy_",
+    )
+)
+
+
+# Running statistics that kernels update without their schemas saying so.
+_WRITES_UNSAID = {
+    "aten::native_batch_norm": (3, 4),
+    "aten::cudnn_batch_norm": (3, 4),
+    "aten::miopen_batch_norm": (3, 4),
+    "aten::batch_norm_update_stats": (1, 2),
+    "aten::batch_norm_gather_stats": (3, 4),
+    "aten::batch_norm_gather_stats_with_counts": (3, 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OpInfo:
+    """What is known of one operator overload.
+
+    ``mutates`` and ``mutates_kw`` are the positional and keyword arguments that it writes;
+    ``overwrites`` says that it writes ``self`` wholly and without reading it; ``scalar_inplace``
+    that it changes values in place and, given no other tensor, can change nothing else, so that
+    no kernel is needed to know its output.
+    """
+
+    func: OpOverload
+    name: str
+    mutates: tuple[int, ...]
+    mutates_kw: tuple[str, ...]
+    random: bool
+    takes_generator: bool
+    takes_device: bool
+    returns_tensor: bool
+    overwrites: bool
+    scalar_inplace: bool
+    from_sizes: bool
+    metadata_only: bool
+
+
+_KNOWN: dict[OpOverload, OpInfo] = {}
+_BY_NAME: dict[str, OpInfo] = {}
+
+
+def describe(func: OpOverload) -> OpInfo:
+    """The facts about ``func``."""
+    info = _KNOWN.get(func)
+    if info is None:
+        info = _KNOWN[func] = _BY_NAME[func.name()] = _examine(func)
+    return info
+
+
+def by_name(name: str) -> OpInfo:
+    """The facts about the operator with a qualified name such as ``aten::add.Tensor``."""
+    info = _BY_NAME.get(name)
+    if info is None:
+        namespace, _, rest = name.partition("::")
+        base, _, overload = rest.partition(".")
+        packet = getattr(getattr(torch.ops, namespace), base)
+        info = describe(getattr(packet, overload or "default"))
+    return info
+
+
+def _examine(func: OpOverload) -> OpInfo:
+    schema = func._schema
+    arguments = schema.arguments
+    written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    name = func.name()
+    mutates = _WRITES_UNSAID.get(name) or tuple(
+        i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only
+    )
+    base = name.split("::")[1].split(".")[0]
+    inplace_view = torch.Tag.inplace_view in func.tags
+    names = {a.name for a in arguments}
+    return OpInfo(
+        func=func,
+        name=name,
+        mutates=mutates,
+        mutates_kw=tuple(a.name for i, a in enumerate(arguments) if written[i] and a.kwarg_only),
+        random=torch.Tag.nondeterministic_seeded in func.tags or "generator" in names,
+        takes_generator="generator" in names,
+        takes_device="device" in names,
+        returns_tensor=any("Tensor" in str(r.type) for r in schema.returns),
+        overwrites=name in _READS_SELF_NOT,
+        scalar_inplace=(
+            mutates == (0,) and base.endswith("_") and not inplace_view and len(schema.returns) == 1
+        ),
+        from_sizes="_like" in base or base.startswith("new_"),
+        metadata_only=inplace_view,
+    )

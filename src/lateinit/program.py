@@ -1,0 +1,360 @@
+"""The recorded construction: plain data, printable and picklable.
+
+A program is a sequence of ops over numbered storages. Tensors are not named in it: an op's
+tensor argument is a ``TensorRef``, a window on a storage, because views, ``.data``, ``set_`` and
+``Parameter(...)`` make new tensors without the dispatcher's knowledge, while the storage that
+they look at is always known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lateinit import ops
+
+
+CONJUGATE, NEGATIVE = 1, 2
+
+
+# TensorRef and Op are tuples, not frozen dataclasses: recording makes one or two for every op of
+# every constructor, and a frozen dataclass takes three times as long to make.
+class TensorRef(NamedTuple):
+    """A window on a storage; sizes and strides in elements of ``dtype``."""
+
+    storage: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    bits: int = 0  # CONJUGATE and NEGATIVE: how the elements are seen, lazily
+
+    @classmethod
+    def of(cls, tensor: Tensor, storage: int) -> TensorRef:
+        """The window that a tensor is on a storage of this number."""
+        bits = (CONJUGATE if tensor.is_conj() else 0) | (NEGATIVE if tensor.is_neg() else 0)
+        return cls(
+            storage,
+            tensor.dtype,
+            tuple(tensor.size()),
+            tuple(tensor.stride()),
+            tensor.storage_offset(),
+            bits,
+        )
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for length in self.size:
+            count *= length
+        return count
+
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order without gaps."""
+        expected = 1
+        for length, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if length != 1:
+                if stride != expected:
+                    return False
+                expected *= length
+        return True
+
+    def is_dense(self) -> bool:
+        """Whether the elements fill their span without gaps or overlaps, in any dim order."""
+        expected = 1
+        for stride, length in sorted(zip(self.stride, self.size, strict=True)):
+            if length != 1:
+                if stride != expected:
+                    return False
+                expected *= length
+        return True
+
+    def on(self, storage: torch.UntypedStorage) -> Tensor:
+        """The tensor that this window shows of a real storage."""
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
+        tensor.set_(storage, self.offset, self.size, self.stride)
+        if self.bits & CONJUGATE:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if self.bits & NEGATIVE else tensor
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.size)) or "scalar"
+        return f"%{self.storage}:{str(self.dtype).removeprefix('torch.')}[{shape}]"
+
+
+class Const(NamedTuple):
+    """A reference to real data kept by the program."""
+
+    index: int
+
+
+class Draw(NamedTuple):
+    """The place of a random op in its stream."""
+
+    stream: int
+    index: int
+
+
+class Op(NamedTuple):
+    """One recorded op; ``args`` hold ``TensorRef`` and ``Const`` where there were tensors."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[TensorRef | None, ...]
+    draw: Draw | None
+    ambient: int
+    label: str | None
+
+    def written(self) -> Iterator[TensorRef]:
+        """The windows that this op writes."""
+        if self.name != ops.CONSTANT:
+            info = ops.by_name(self.name)
+            for position in info.mutates:
+                if position < len(self.args):
+                    yield from tensor_refs(self.args[position])
+            for key in info.mutates_kw:
+                yield from tensor_refs(self.kwargs.get(key))
+        for out in self.outs:
+            if out is not None:
+                yield out
+
+    def read(self) -> Iterator[TensorRef]:
+        """The windows that this op reads."""
+        skip = 0
+        if self.name != ops.CONSTANT and ops.by_name(self.name).overwrites:
+            skip = 1
+        for value in self.args[skip:]:
+            yield from tensor_refs(value)
+        for value in self.kwargs.values():
+            yield from tensor_refs(value)
+
+    def __str__(self) -> str:
+        shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
+        outs = ", ".join(str(out) for out in self.outs)
+        call = f"{self.name.removeprefix('aten::')}({', '.join(shown)})"
+        draw = f"  # draw {self.draw.index} of stream {self.draw.stream}" if self.draw else ""
+        return (f"{outs} = {call}" if outs else call) + draw
+
+
+def tensor_refs(value: Any) -> Iterator[TensorRef]:
+    """Every ``TensorRef`` in an argument, lists of them included."""
+    if type(value) is TensorRef:
+        yield value
+    elif type(value) in (tuple, list):
+        for item in value:
+            yield from tensor_refs(item)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Const):
+        return f"data[{value.index}]"
+    if type(value) is tuple:
+        return f"[{', '.join(map(_show, value))}]"
+    return str(value)
+
+
+@dataclass(slots=True)
+class Storage:
+    """What a program knows of one storage: its size, and the device that was asked for."""
+
+    nbytes: int
+    device: torch.device
+
+
+@dataclass(slots=True)
+class Constant:
+    """Real data kept by a program; ``version`` is None where the program owns the data."""
+
+    tensor: Tensor
+    version: int | None
+
+
+class Ambient(NamedTuple):
+    """Process-wide settings that a kernel's result depends on."""
+
+    default_dtype: torch.dtype
+    deterministic: bool
+    autocast: tuple[str, torch.dtype] | None
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Run a block under these settings, with gradients and outer autocasting off."""
+        dtype = torch.get_default_dtype()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        device, cast_to = self.autocast or ("cpu", torch.bfloat16)
+        torch.set_default_dtype(self.default_dtype)
+        if deterministic != self.deterministic:
+            torch.use_deterministic_algorithms(self.deterministic)
+        try:
+            with torch.no_grad(), torch.autocast(device, cast_to, enabled=bool(self.autocast)):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
+            if deterministic != self.deterministic:
+                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@dataclass(slots=True)
+class Stream:
+    """The random ops that drew one after another from a generator, and where it stood at first.
+
+    ``start`` is the generator's state, or the position in another stream that it was taken from.
+    ``root`` marks the stream that begins where the block found the default generator: the one
+    that ``seed=`` replaces.
+    """
+
+    start: bytes | Draw
+    device: torch.device
+    root: bool
+    ops: list[int] = field(default_factory=list)
+
+
+class Read(NamedTuple):
+    """A random value that left the program while it was recorded: when, and a digest of it."""
+
+    ref: TensorRef
+    before: int
+    digest: bytes
+
+
+class Program:
+    """A recorded construction. Public to read, extended by recording only."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.storages: list[Storage] = []
+        self.constants: list[Constant] = []
+        self.ambients: list[Ambient] = []
+        self.streams: list[Stream] = []
+        self.reads: list[Read] = []
+        self.seed_bound: str | None = None
+        self.final: bytes | None = None
+        self.closed = 0  # storages from this number on were made outside the block
+        self.merged_into: tuple[Program, int] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._writers: list[list[int]] = []
+        self._indexed = 0
+        self.cache: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = (
+            "ops",
+            "storages",
+            "constants",
+            "ambients",
+            "streams",
+            "reads",
+            "seed_bound",
+            "final",
+            "closed",
+        )
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.merged_into = None
+        self._reset()
+
+    def writers(self, storage: int) -> list[int]:
+        """The numbers of the ops that write a storage, ascending."""
+        while len(self._writers) < len(self.storages):
+            self._writers.append([])
+        for number in range(self._indexed, len(self.ops)):
+            for ref in self.ops[number].written():
+                numbers = self._writers[ref.storage]
+                if not numbers or numbers[-1] != number:
+                    numbers.append(number)
+        self._indexed = len(self.ops)
+        return self._writers[storage]
+
+    def covers(self, ref: TensorRef) -> bool:
+        """Whether a window shows every byte of its storage, once."""
+        nbytes = ref.numel * ref.dtype.itemsize
+        return ref.offset == 0 and nbytes == self.storages[ref.storage].nbytes and ref.is_dense()
+
+    def absorb(self, other: Program) -> None:
+        """Append another program to this one; ``other`` becomes a forwarding address."""
+        bases = _Bases(
+            op=len(self.ops),
+            storage=len(self.storages),
+            constant=len(self.constants),
+            ambient=len(self.ambients),
+            stream=len(self.streams),
+        )
+        self.ops += [bases.op_of(op) for op in other.ops]
+        self.storages += other.storages
+        self.constants += other.constants
+        self.ambients += other.ambients
+        self.streams += [bases.stream_of(stream) for stream in other.streams]
+        self.reads += [
+            Read(bases.value_of(r.ref), r.before + bases.op, r.digest) for r in other.reads
+        ]
+        self.seed_bound = self.seed_bound or other.seed_bound or self._follow(other, bases.stream)
+        other.merged_into = (self, bases.storage)
+
+    def _follow(self, other: Program, base: int) -> str | None:
+        """Let the root stream start where that of an earlier program ended, if it did."""
+        for stream in self.streams[:base]:
+            if stream.root and stream.start == other.final:
+                ended = next(i for i, s in enumerate(other.streams) if s.root)
+                stream.start = Draw(ended + base, len(other.streams[ended].ops))
+                stream.root = False
+                return None
+        return "its blocks did not follow each other on the random stream"
+
+    def __str__(self) -> str:
+        lines = [f"{number:>6}  {op}" for number, op in enumerate(self.ops)]
+        return "\n".join(lines) or "(an empty program)"
+
+    def __repr__(self) -> str:
+        return f"<Program: {len(self.ops)} ops, {len(self.storages)} storages>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bases:
+    """By how much the numbers of an appended program move."""
+
+    op: int
+    storage: int
+    constant: int
+    ambient: int
+    stream: int
+
+    def value_of(self, value: Any) -> Any:
+        if type(value) is TensorRef:
+            return value._replace(storage=value.storage + self.storage)
+        if type(value) is Const:
+            return Const(value.index + self.constant)
+        if type(value) is tuple:
+            return tuple(self.value_of(item) for item in value)
+        return value
+
+    def draw_of(self, draw: Draw) -> Draw:
+        return Draw(draw.stream + self.stream, draw.index)
+
+    def op_of(self, op: Op) -> Op:
+        return op._replace(
+            args=self.value_of(op.args),
+            kwargs={key: self.value_of(value) for key, value in op.kwargs.items()},
+            outs=self.value_of(op.outs),
+            draw=op.draw and self.draw_of(op.draw),
+            ambient=op.ambient + self.ambient,
+        )
+
+    def stream_of(self, stream: Stream) -> Stream:
+        start = stream.start
+        return Stream(
+            start=self.draw_of(start) if isinstance(start, Draw) else start,
+            device=stream.device,
+            root=stream.root,
+            ops=[number + self.op for number in stream.ops],
+        )

@@ -1,0 +1,50 @@
+"""A progress bar for long work, on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Counts bytes; draws a bar if ``shown``."""
+
+    def __init__(self, what: str, total: int, *, shown: bool) -> None:
+        self._what = what
+        self._total = total
+        self._shown = shown
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        if self._shown:
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._bar.add_task(self._what, total=self._total)
+        return self
+
+    def advance(self, nbytes: int) -> None:
+        """Count work done."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0], nbytes)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,158 @@
+"""``deferred()``: the block in which models are declared and not built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from lateinit.masquerade import Masquerade
+from lateinit.program import Program
+from lateinit.recorder import Recorder, current, in_force
+from lateinit.replay import without_modes
+from lateinit.tensors import guard, is_deferred_tensor
+from lateinit.walk import find_tensors
+
+T = TypeVar("T")
+
+
+class _PatchedStateGetters:
+    """``torch.get_rng_state`` inside a block: it must show the state that eager would show."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._original = torch.random.get_rng_state
+        original = self._original
+
+        def get_rng_state() -> Tensor:
+            if current() is recorder:
+                recorder.settle()
+            with without_modes():
+                return original()
+
+        self._places = [
+            (module, original, get_rng_state)
+            for module in (torch, torch.random)
+            if module.get_rng_state is original  # type: ignore[attr-defined]
+        ]
+
+    def __enter__(self) -> None:
+        for module, _, replacement in self._places:
+            module.get_rng_state = replacement  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        for module, original, _ in self._places:
+            module.get_rng_state = original  # type: ignore[attr-defined]
+
+
+class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - reads as a statement
+    """A block in which models are built without memory, arithmetic or random draws.
+
+    Every tensor that is made in the block is deferred: it has a shape, a dtype and a recorded
+    construction, and no storage. On leaving the block the random generators stand where eager
+    construction would have left them. Blocks nest: an inner one is part of the outer one. If the
+    block raises, the generators stand where they stood before it.
+
+    Args:
+        advance_rng: False leaves the random generators where they were, for those who do not need
+            what follows to draw as it would after eager construction.
+
+    Raises:
+        RecordingError: the construction did what cannot be recorded honestly.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     layer = torch.nn.Linear(1_000_000, 1_000_000)  # 4 TB
+        >>> lateinit.is_deferred(layer)
+        True
+    """
+
+    def __init__(self, *, advance_rng: bool = True) -> None:
+        self._advance = advance_rng
+        self._exits: list[contextlib.ExitStack] = []
+        self._recorder: Recorder | None = None
+
+    def __enter__(self) -> Program:
+        outer = current()
+        stack = contextlib.ExitStack()
+        if outer is None:
+            recorder = self._recorder = Recorder()
+            recorder.generators.watch(torch.default_generator)
+            modules = stack.enter_context(_Modules())
+            stack.callback(_guard_all, recorder, modules)
+            stack.enter_context(_PatchedStateGetters(recorder))
+            stack.enter_context(in_force(recorder, Masquerade))
+        self._exits.append(stack)
+        return (outer or recorder).program
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        stack = self._exits.pop()
+        if self._exits or self._recorder is None:
+            return
+        recorder, self._recorder = self._recorder, None
+        try:
+            stack.__exit__(kind, error, trace)
+            if kind is None:
+                recorder.finish()
+                recorder.settle()
+                recorder.program.closed = len(recorder.program.storages)
+        except BaseException:
+            recorder.generators.restore()
+            raise
+        if kind is not None or not self._advance:
+            recorder.generators.restore()
+
+
+def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Call ``make(*args, **kwargs)`` in a ``deferred()`` block.
+
+    Example:
+        >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2, bias=False)
+        >>> lateinit.materialize(layer).weight.shape
+        torch.Size([2, 4])
+    """
+    with deferred():
+        return make(*args, **kwargs)
+
+
+class _Modules:
+    """The modules that something is registered on while a block runs."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, nn.Module] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Modules:
+        for register in (
+            hooks.register_module_parameter_registration_hook,
+            hooks.register_module_buffer_registration_hook,
+            hooks.register_module_module_registration_hook,
+        ):
+            self._handles.append(register(self._note))
+        return self
+
+    def _note(self, module: nn.Module, name: str, value: Any) -> None:
+        self._found[id(module)] = module
+        if isinstance(value, nn.Module):
+            self._found[id(value)] = value
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def all(self) -> list[nn.Module]:
+        return list(self._found.values())
+
+
+def _guard_all(recorder: Recorder, modules: _Modules) -> None:
+    """Guard what the block made: all tensors on its modules, and those made that still live."""
+    for reference in recorder.born:
+        tensor = reference()
+        if tensor is not None and is_deferred_tensor(tensor):
+            guard(tensor)
+    for found in find_tensors(modules.all()):
+        if found.deferred:
+            guard(found.tensor)

@@ -1,0 +1,225 @@
+"""Running recorded ops, for real, each random one at its own place in its stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lateinit import ops
+from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
+from lateinit.plan import Step, plan_storages
+from lateinit.program import Const, Draw, Op, Program, TensorRef
+from lateinit.streams import Streams
+
+Storages = dict[int, torch.UntypedStorage]
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Run a block as if no recording, no other mode and no tensor subclass were there."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+class Replay:
+    """Runs the ops of one program, as from one seed.
+
+    Generators of its own are used throughout: the global ones are neither read nor moved.
+    """
+
+    def __init__(self, program: Program, seed: int | None = None) -> None:
+        self.program = program
+        self.streams = Streams(program, self._draw_only, seed)
+        # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
+        self.strides: dict[TensorRef, tuple[int, ...]] = {}
+        self._cursor: dict[int, tuple[int, torch.Generator]] = {}
+
+    def values(self, storages: Iterable[int], before: int | None = None) -> Storages:
+        """The wanted storages as they are before op number ``before`` (by default: at the end)."""
+        found: Storages = {}
+        for step in plan_storages(self.program, storages, before):
+            found.update(self.run(step))
+        return found
+
+    def value(self, ref: TensorRef, before: int | None = None) -> Tensor:
+        """One tensor as it is before op number ``before``."""
+        return ref.on(self.values([ref.storage], before)[ref.storage])
+
+    def run(self, step: Step) -> Storages:
+        """Run one step; gives the storages that it is for, and frees all others."""
+        storages: Storages = {}
+        last_use = self._last_uses(step)
+        with without_modes(), contextlib.ExitStack() as settings:
+            ambient = -1
+            for place, number in enumerate(step.ops):
+                op = self.program.ops[number]
+                if op.ambient != ambient:
+                    settings.close()
+                    settings.enter_context(self.program.ambients[op.ambient].in_force())
+                    ambient = op.ambient
+                self.execute(number, storages)
+                for done in last_use.get(place, ()):
+                    del storages[done]
+            for number in step.gives:
+                self._provide(number, storages)
+        return storages
+
+    def execute(self, number: int, storages: Storages) -> None:
+        """Run one op on real storages, which it adds its new ones to."""
+        op = self.program.ops[number]
+        try:
+            results = self.call(op, storages)
+        except (LateinitError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "alloc" in str(error):
+                raise
+            raise MaterializeError(
+                f"op {number} failed when it was replayed: {op}: {error}"
+            ) from error
+        for ref, result in zip(op.outs, results, strict=False):
+            if ref is not None and ref.storage not in storages:
+                storages[ref.storage] = self._laid_out(ref, result)
+
+    def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
+        """Call an op with real arguments; gives what it returns, as a flat tuple."""
+        args = tuple(self._real(value, storages) for value in op.args)
+        if op.name == ops.CONSTANT:
+            return (args[0].clone(memory_format=torch.preserve_format),)
+        kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}
+        info = ops.by_name(op.name)
+        if op.draw is None:
+            return flat(info.func(*args, **kwargs))
+        generator = self._generator(op.draw)
+        if info.takes_generator:
+            result = info.func(*args, **kwargs, generator=generator)
+        else:
+            result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
+        self._cursor[op.draw.stream] = (op.draw.index + 1, generator)
+        return flat(result)
+
+    def _generator(self, draw: Draw) -> torch.Generator:
+        index, generator = self._cursor.pop(draw.stream, (-1, None))
+        if generator is not None and index == draw.index:
+            return generator
+        return self.streams.generator(draw)
+
+    def _draw_only(self, number: int, generator: torch.Generator) -> None:
+        """Make the draw of one op, for the sake of where it leaves the generator."""
+        op = self.program.ops[number]
+        assert op.draw is not None
+        needed = dict.fromkeys(ref.storage for ref in op.read())
+        storages = Replay._like(self).values(needed, number)
+        with without_modes(), self.program.ambients[op.ambient].in_force():
+            for ref in op.written():
+                self._provide(ref.storage, storages)
+            cursor = self._cursor.pop(op.draw.stream, None)
+            self._cursor[op.draw.stream] = (op.draw.index, generator)
+            self.call(op, storages)
+            self._cursor.pop(op.draw.stream)
+            if cursor is not None:
+                self._cursor[op.draw.stream] = cursor
+
+    def _like(self) -> Replay:
+        """Another replay on the same streams, with generators of its own."""
+        other = Replay(self.program)
+        other.streams = self.streams
+        return other
+
+    def _real(self, value: Any, storages: Storages) -> Any:
+        kind = type(value)
+        if kind is TensorRef:
+            self._provide(value.storage, storages)
+            return value.on(storages[value.storage])
+        if kind is Const:
+            return self._constant(value.index)
+        if kind is tuple:
+            return [self._real(item, storages) for item in value]
+        return value
+
+    def _constant(self, index: int) -> Tensor:
+        constant = self.program.constants[index]
+        if constant.version is not None and constant.tensor._version != constant.version:
+            raise ConstantChangedError(
+                f"a real tensor of shape {tuple(constant.tensor.shape)} that the recorded "
+                "construction reads was changed in place afterwards: materialise before changing "
+                "it, or pass a copy to the constructor"
+            )
+        return constant.tensor
+
+    def _provide(self, number: int, storages: Storages) -> None:
+        """Allocate a storage that nothing has written to, or that is to be written first."""
+        if number not in storages:
+            known = self.program.storages[number]
+            storages[number] = torch.empty(
+                known.nbytes, dtype=torch.uint8, device=known.device
+            ).untyped_storage()
+
+    def _laid_out(self, ref: TensorRef, result: Tensor) -> torch.UntypedStorage:
+        """The storage of a result, copied to the recorded layout where the kernel's differs."""
+        if tuple(result.size()) != ref.size:
+            raise SeedError(
+                f"the constructor made a tensor whose shape depends on random values: recorded as "
+                f"{ref.size}, now {tuple(result.size())}; record again under the seed you want"
+            )
+        nbytes = self.program.storages[ref.storage].nbytes
+        found = TensorRef.of(result, ref.storage)
+        if found != ref and found == ref._replace(stride=_where_long(ref, found.stride)):
+            self.strides[ref] = found.stride
+            found = ref
+        if found == ref and result.untyped_storage().nbytes() >= nbytes:
+            return result.untyped_storage()
+        storages: Storages = {}
+        self._provide(ref.storage, storages)
+        ref.on(storages[ref.storage]).copy_(result)
+        return storages[ref.storage]
+
+    def _last_uses(self, step: Step) -> dict[int, list[int]]:
+        last: dict[int, int] = {}
+        for place, number in enumerate(step.ops):
+            op = self.program.ops[number]
+            for refs in (op.written(), op.read()):
+                for ref in refs:
+                    last[ref.storage] = place
+        for number in step.gives:
+            last.pop(number, None)
+        uses: dict[int, list[int]] = {}
+        for storage, place in last.items():
+            uses.setdefault(place, []).append(storage)
+        return uses
+
+
+def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:
+    """Run a call that can only draw from the default generator as if from another one."""
+    if generator.device.type == "cpu":
+        default = torch.default_generator
+    else:
+        default = torch.cuda.default_generators[generator.device.index or 0]
+    before = default.get_state()
+    default.set_state(generator.get_state())
+    try:
+        result = call()
+        generator.set_state(default.get_state())
+    finally:
+        default.set_state(before)
+    return result
+
+
+def _where_long(ref: TensorRef, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of ``ref``, but others where they mean nothing: in dims of length one."""
+    if ref.numel == 0:
+        return strides
+    triples = zip(ref.size, ref.stride, strides, strict=True)
+    return tuple(other if length == 1 else stride for length, stride, other in triples)
+
+
+def flat(result: Any) -> tuple[Any, ...]:
+    """What an op returned, as a flat tuple."""
+    if isinstance(result, (tuple, list)):
+        return tuple(leaf for item in result for leaf in flat(item))
+    return (result,)

@@ -1,0 +1,165 @@
+"""What a checkpoint of a module holds, and how it is divided into files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lateinit.errors import CheckpointError, NotRecordedError, listing
+from lateinit.program import Program, TensorRef
+from lateinit.safetensors_file import DTYPES, Entry
+from lateinit.tensors import Slot, is_deferred_tensor, locate
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor of a checkpoint; ``aliases`` are the names that are tied to its own."""
+
+    entry: Entry
+    tensor: Tensor
+    aliases: tuple[str, ...]
+    place: tuple[Slot, Program, TensorRef] | None
+
+    @property
+    def working_bytes(self) -> int:
+        """The bytes that giving its values takes."""
+        if self.place is None:
+            return 0
+        _, program, ref = self.place
+        return program.storages[ref.storage].nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a checkpoint."""
+
+    file: str
+    items: tuple[Item, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(item.entry.nbytes for item in self.items)
+
+
+def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
+    """The tensors of a module's state dict, tied ones once.
+
+    Raises:
+        CheckpointError: there is what safetensors cannot hold.
+        NotRecordedError: there is a tensor on ``meta`` that was never recorded.
+    """
+    state = module.state_dict(keep_vars=True)
+    _check(state, dtype)
+    tied: dict[Any, list[str]] = {}
+    for name, tensor in state.items():
+        tied.setdefault(_window(tensor), []).append(name)
+    targets = _tied_targets(module)
+    return [_item(_preferred(names, targets), names, state, dtype) for names in tied.values()]
+
+
+def _item(
+    name: str, names: list[str], state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Item:
+    tensor = state[name]
+    return Item(
+        entry=Entry(name, _saved_dtype(tensor, dtype), tuple(tensor.shape)),
+        tensor=tensor,
+        aliases=tuple(other for other in names if other != name),
+        place=locate(tensor) if is_deferred_tensor(tensor) else None,
+    )
+
+
+def _saved_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    """Collect everything that cannot be written, and raise once."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise CheckpointError(f"dtype={dtype} is no floating-point dtype")
+    wrong: list[str] = []
+    unknown: list[str] = []
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            wrong.append(f"{name} is a {type(value).__name__}, no tensor")
+        elif is_traceable_wrapper_subclass(value):
+            wrong.append(f"{name} is a {type(value).__name__}")
+        elif value.layout is not torch.strided or value.is_quantized:
+            wrong.append(f"{name} has the layout {value.layout}")
+        elif _saved_dtype(value, dtype) not in DTYPES:
+            wrong.append(f"{name} is {value.dtype}")
+        elif value.is_meta and not is_deferred_tensor(value):
+            unknown.append(name)
+    if wrong:
+        raise CheckpointError(f"safetensors cannot hold: {listing(wrong)}")
+    if unknown:
+        raise NotRecordedError(
+            f"on meta, and without a recorded construction: {listing(unknown)}. Build the model "
+            "inside `with lateinit.deferred():` instead of on torch.device('meta')"
+        )
+
+
+def _window(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that show the same memory in the same way."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return (
+            tensor.untyped_storage()._cdata,
+            tensor.dtype,
+            tensor.storage_offset(),
+            tuple(tensor.size()),
+            tuple(tensor.stride()),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
+
+
+def _tied_targets(module: nn.Module) -> Iterable[str]:
+    """The names that a ``transformers`` model expects not to find in a checkpoint, as patterns."""
+    tied = getattr(module, "all_tied_weights_keys", None)
+    if tied is not None:
+        return [re.escape(name) for name in tied]
+    return getattr(module, "_tied_weights_keys", None) or ()
+
+
+def _preferred(names: list[str], targets: Iterable[str]) -> str:
+    """The name that tied tensors are written under."""
+    for name in names:
+        if not any(re.fullmatch(pattern, name) for pattern in targets):
+            return name
+    return names[0]
+
+
+def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[Shard]:
+    """Divide tensors among files of at most ``limit`` bytes, a larger tensor alone in one.
+
+    ``file`` is the name of a single file. Otherwise the names are those of the Hugging Face hub:
+    ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on.
+    """
+    groups: list[list[Item]] = [[]]
+    room = limit
+    for item in items:
+        if room is not None and item.entry.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(item)
+        room = None if room is None else room - item.entry.nbytes
+    return [
+        Shard(file or _file_name(number, len(groups)), tuple(_aligned(group)))
+        for number, group in enumerate(groups, 1)
+    ]
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+
+
+def _aligned(items: list[Item]) -> list[Item]:
+    """Wide dtypes first, so that every tensor starts at a multiple of its element size."""
+    return sorted(items, key=lambda item: -item.entry.dtype.itemsize)

@@ -1,0 +1,54 @@
+"""``skip_init``: a module whose parameters are allocated and not initialised."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lateinit.materialize import adopt_uninitialized, materialize
+from lateinit.recording import deferred
+from lateinit.tensors import locate
+from lateinit.walk import find_tensors
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def skip_init(
+    module_cls: type[M], *args: Any, device: torch.device | str | None = None, **kwargs: Any
+) -> M:
+    """Construct a module without paying for the initialisation of its parameters.
+
+    Parameters are allocated and hold whatever the memory held: fill them before use. Buffers and
+    other tensors have their true values. The class need not take ``device``, and its constructor
+    may compute with its parameters. No random numbers are consumed.
+
+    Args:
+        module_cls: a subclass of ``torch.nn.Module``.
+        *args: arguments of its constructor.
+        device: where to allocate; by default where the constructor asks for it.
+        **kwargs: keyword arguments of its constructor.
+
+    Returns:
+        The module.
+
+    Raises:
+        RuntimeError: ``module_cls`` is no subclass of ``torch.nn.Module``.
+
+    Example:
+        >>> layer = lateinit.skip_init(torch.nn.BatchNorm2d, 3)
+        >>> layer.running_var
+        tensor([1., 1., 1.])
+    """
+    if not (isinstance(module_cls, type) and issubclass(module_cls, nn.Module)):
+        raise RuntimeError(f"Expected a Module; got {module_cls}")
+    with deferred(advance_rng=False):
+        module = module_cls(*args, **kwargs)
+    found = [f for f in find_tensors(module) if f.deferred]
+    parameters = {id(parameter) for parameter in module.parameters()}
+    others = {locate(f.tensor)[2].storage for f in found if id(f.tensor) not in parameters}
+    for item in found:
+        if locate(item.tensor)[2].storage not in others:
+            adopt_uninitialized(item.tensor, device)
+    return materialize(module, device=device)

@@ -1,0 +1,109 @@
+"""Where each random stream of a program stands before each of its draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from lateinit import rng
+from lateinit.ops import by_name
+from lateinit.program import Draw, Op, Program, tensor_refs
+
+Run = Callable[[int, torch.Generator], None]
+
+
+class _Seeker(Protocol):
+    def __len__(self) -> int: ...
+    def append(self, draw: rng.Draw | None) -> None: ...
+    def state(self, index: int, run: Run) -> bytes: ...
+
+
+class Streams:
+    """The generator states along a program's streams, from one starting state.
+
+    ``run(op number, generator)`` makes the draw of an op whose consumption cannot be known
+    without making it. ``seed`` replaces the state that the root streams start from.
+    """
+
+    def __init__(
+        self, program: Program, run: Callable[[int, torch.Generator], None], seed: int | None = None
+    ) -> None:
+        self.program = program
+        self.seed = seed
+        self._run = run
+        self._seekers: dict[int, _Seeker] = {}
+
+    def state(self, draw: Draw) -> bytes:
+        """The state of the generator before a draw; an index past the last: after them all."""
+        stream = self.program.streams[draw.stream]
+        if draw.index == 0:
+            return self._start(draw.stream)
+        seeker = self._seekers.get(draw.stream)
+        if seeker is None:
+            start = self._start(draw.stream)
+            cpu = stream.device.type == "cpu"
+            seeker = rng.Seeker(start) if cpu else _InSequence(start, stream.device)
+            self._seekers[draw.stream] = seeker
+        for number in stream.ops[len(seeker) : draw.index]:
+            seeker.append(consumption(self.program.ops[number]))
+        return seeker.state(draw.index, lambda i, generator: self._run(stream.ops[i], generator))
+
+    def _start(self, number: int) -> bytes:
+        stream = self.program.streams[number]
+        if isinstance(stream.start, Draw):
+            return self.state(stream.start)
+        if stream.root and self.seed is not None:
+            return state_of(torch.Generator(stream.device).manual_seed(self.seed))
+        return stream.start
+
+    def generator(self, draw: Draw) -> torch.Generator:
+        """A generator of its own that stands before a draw."""
+        generator = torch.Generator(self.program.streams[draw.stream].device)
+        set_state(generator, self.state(draw))
+        return generator
+
+
+class _InSequence:
+    """A seeker for generators whose draws are not counted: it makes them, each once."""
+
+    def __init__(self, start: bytes, device: torch.device) -> None:
+        self._states = [start]
+        self._device = device
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, draw: rng.Draw | None) -> None:
+        self._length += 1
+
+    def state(self, index: int, run: Run) -> bytes:
+        while len(self._states) <= index:
+            number = len(self._states) - 1
+            generator = torch.Generator(self._device)
+            set_state(generator, self._states[number])
+            run(number, generator)
+            self._states[number + 1 :] = [state_of(generator)]
+        return self._states[index]
+
+
+def consumption(op: Op) -> rng.Draw | None:
+    """What a random op draws, in terms of ``rng``, or None if that depends on values."""
+    filled = next(op.written(), None)
+    rest = op.args[1:] if by_name(op.name).mutates else op.args
+    if filled is None or any(True for a in rest for _ in tensor_refs(a)):
+        return None
+    numbers = tuple(a for a in rest if a is None or isinstance(a, (int, float)))
+    return rng.Draw(op.name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
+
+
+def state_of(generator: torch.Generator) -> bytes:
+    """The state of a generator as bytes."""
+    return bytes(generator.get_state().numpy())
+
+
+def set_state(generator: torch.Generator, state: bytes) -> None:
+    """Put a generator into a state."""
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))

@@ -1,0 +1,289 @@
+"""``summary``: what a model is, how big, and how each of its tensors will be initialised."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lateinit.errors import listing
+from lateinit.folding import fold
+from lateinit.labels import describe
+from lateinit.materialize import Only, select
+from lateinit.tensors import locate
+from lateinit.units import format_bytes
+from lateinit.walk import Found, Kind, find_tensors
+
+State = Literal["deferred", "real", "meta"]
+_HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor.
+
+    ``names`` are all that lead to it, the first one first; ``shares`` is the name of an earlier
+    tensor whose storage it looks at; ``init`` is None where nothing was recorded.
+    """
+
+    names: tuple[str, ...]
+    kind: Kind
+    persistent: bool
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    requires_grad: bool
+    state: State
+    nbytes: int
+    init: str | None
+    shares: str | None
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def notes(self) -> str:
+        """Its ties and aliases, in words."""
+        ties = [f"= {listing(self.names[1:], 3)}"] if len(self.names) > 1 else []
+        return ", ".join([*ties, *([f"shares memory with {self.shares}"] if self.shares else [])])
+
+    @property
+    def what(self) -> str:
+        """Its kind, in words."""
+        return self.kind if self.kind != "buffer" or self.persistent else "buffer (not saved)"
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a model; bytes count each piece of memory once."""
+
+    tensors: int
+    parameters: int
+    buffers: int
+    bytes: int
+    deferred_bytes: int
+    bytes_by_dtype: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of a model's tensors. Print it, show it in a notebook, or take ``to_dict()``."""
+
+    rows: tuple[Row, ...]
+    totals: Totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, one entry a tensor, nothing folded."""
+        tensors = [{"name": row.name, **asdict(row)} for row in self.rows]
+        return {"tensors": tensors, "totals": asdict(self.totals)}
+
+    @cached_property
+    def lines(self) -> tuple[tuple[str, ...], ...]:
+        """The table's cells as printed, repeated layers folded."""
+        return tuple(_cells(name, rows) for name, rows in fold(self.rows, _name, _alike))
+
+    @property
+    def footer(self) -> str:
+        """The totals, in words."""
+        t = self.totals
+        dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in t.bytes_by_dtype.items())
+        return (
+            f"{t.parameters:,} parameters, {t.buffers:,} elements of buffers, in {t.tensors:,} "
+            f"tensor{'s' * (t.tensors != 1)}\n{format_bytes(t.bytes)} ({dtypes or 'nothing'}), of which "
+            f"{format_bytes(t.deferred_bytes)} deferred"
+        )
+
+    def __str__(self) -> str:
+        table = [_HEADS, *self.lines]
+        widths = [max(len(line[i]) for line in table) for i in range(len(_HEADS))]
+        sides = [str.rjust if head == "bytes" else str.ljust for head in _HEADS]
+        shown = [
+            "  ".join(
+                side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)
+            ).rstrip()
+            for line in table
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([shown[0], rule, *shown[1:], rule, self.footer])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = self._columns(options.max_width)
+        table = Table(*(_HEADS[i] for i in shown), box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, column in zip(shown, table.columns, strict=True):
+            column.overflow = "fold"
+            column.no_wrap = _HEADS[index] not in ("name", "initialised")
+            column.justify = "right" if _HEADS[index] == "bytes" else "left"
+        for line in self.lines:
+            table.add_row(*(Text(line[i]) for i in shown))
+        yield table
+        yield Text(self.footer)
+
+    def _columns(self, room: int) -> list[int]:
+        """The columns that fit a width, those left out first that say the same in each line."""
+        table = [_HEADS, *self.lines]
+        widths = [max(len(line[i]) for line in table) + 3 for i in range(len(_HEADS))]
+        shown = list(range(len(_HEADS)))
+        for head in ("state", "dtype", "kind", "bytes"):
+            index = _HEADS.index(head)
+            same = len({line[index] for line in self.lines}) <= 1
+            if sum(widths[i] for i in shown) > room and (same or head == "bytes"):
+                shown.remove(index)
+        return shown
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in _HEADS)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
+            for line in self.lines
+        )
+        footer = html.escape(self.footer).replace("\n", "<br>")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{footer}</p>"
+
+
+def summary(module: Any, *, only: Only | None = None) -> Summary:
+    """A table of every tensor of a model: what it is, and how it will be initialised.
+
+    Nothing is allocated and nothing is run.
+
+    Args:
+        module: a module, a tensor, or a list, tuple or dict of them.
+        only: which tensors: a glob on their names, several, or a predicate ``(fqn, tensor)``.
+
+    Returns:
+        A ``Summary``, in the order of the module. Printed, repeated layers share a line.
+
+    Raises:
+        PatternError: a pattern of ``only`` matches no tensor.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     layer = torch.nn.Linear(4, 2, bias=False)
+        >>> print(lateinit.summary(layer))
+        name    shape   dtype    kind       state     bytes  initialised
+        ------  ------  -------  ---------  --------  -----  -------------------------
+        weight  (2, 4)  float32  parameter  deferred   32 B  kaiming_uniform_(a=2.236)
+        ------  ------  -------  ---------  --------  -----  -------------------------
+        8 parameters, 0 elements of buffers, in 1 tensor
+        32 B (float32 32 B), of which 32 B deferred
+    """
+    rows: list[Row] = []
+    first: dict[int, str] = {}  # the first name on each storage
+    sizes: dict[int, _Memory] = {}
+    for found in select(list(find_tensors(module)), only):
+        row, key = _row(found, first), _storage_key(found.tensor)
+        rows.append(row)
+        memory = sizes.setdefault(key, _Memory(row))
+        memory.add(row, found.tensor)
+    return Summary(tuple(rows), _totals(rows, sizes.values()))
+
+
+class _Memory:
+    """The bytes of one storage that some tensors look at, as far as the tensors reach."""
+
+    def __init__(self, row: Row) -> None:
+        self.dtype = row.dtype
+        self.deferred = row.state == "deferred"
+        self.nbytes = 0
+
+    def add(self, row: Row, tensor: Tensor) -> None:
+        self.nbytes = min(self.nbytes + row.nbytes, max(_storage_bytes(tensor), row.nbytes))
+
+
+def _row(found: Found, first: dict[int, str]) -> Row:
+    tensor = found.tensor
+    state: State = "deferred" if found.deferred else "meta" if tensor.is_meta else "real"
+    device, init = str(tensor.device), None
+    if state == "deferred":
+        _, program, ref = locate(tensor)
+        device, init = str(program.storages[ref.storage].device), describe(program, ref)
+    owner = first.setdefault(_storage_key(tensor), found.name)
+    return Row(
+        names=tuple(found.names),
+        kind=found.kind,
+        persistent=found.persistent,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        device=device,
+        requires_grad=tensor.requires_grad,
+        state=state,
+        nbytes=tensor.numel() * tensor.element_size(),
+        init=init,
+        shares=owner if owner != found.name else None,
+    )
+
+
+def _storage_key(tensor: Tensor) -> int:
+    storage = _storage(tensor)
+    return id(tensor) if storage is None else storage._cdata
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    storage = _storage(tensor)
+    return 0 if storage is None else storage.nbytes()
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # layouts that have no storage
+            return None
+
+
+def _totals(rows: list[Row], memories: Iterable[_Memory]) -> Totals:
+    by_dtype: Counter[str] = Counter()
+    deferred = 0
+    for memory in memories:
+        by_dtype[memory.dtype] += memory.nbytes
+        deferred += memory.nbytes if memory.deferred else 0
+    return Totals(
+        tensors=len(rows),
+        parameters=sum(row.numel for row in rows if row.kind == "parameter"),
+        buffers=sum(row.numel for row in rows if row.kind == "buffer"),
+        bytes=by_dtype.total(),
+        deferred_bytes=deferred,
+        bytes_by_dtype=dict(by_dtype.most_common()),
+    )
+
+
+def _name(row: Row) -> str:
+    return row.name
+
+
+def _alike(row: Row) -> tuple[Any, ...]:
+    """What rows on one printed line have in common; a tensor with ties has its own line."""
+    own = row.name if row.notes else ""
+    return (own, row.shape, row.dtype, row.what, row.state, row.init)
+
+
+def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
+    first = rows[0]
+    times = f"  x{len(rows)}" if len(rows) > 1 else ""
+    notes = f"  ({first.notes})" if first.notes else ""
+    nbytes = sum(row.nbytes for row in rows)
+    return (
+        f"{name}{times}{notes}",
+        str(first.shape),
+        first.dtype,
+        first.what,
+        first.state,
+        format_bytes(nbytes),
+        first.init or "",
+    )

@@ -1,0 +1,36 @@
+"""Sizes in bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+
+
+def format_bytes(count: int) -> str:
+    """A size in decimal units: ``497.8 MB``."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(size, 1) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def parse_bytes(size: int | str) -> int:
+    """The number of bytes in ``"5GB"`` (10**9), ``"2GiB"`` (2**30), ``"500"`` or an integer.
+
+    Raises:
+        ValueError: this is no positive size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = _UNITS.get(found[2].upper()) if found else None
+    count = int(float(found[1]) * unit) if found and unit else 0
+    if count <= 0:
+        raise ValueError(f"{size!r} is no size: write it as 5GB, 500MB, 2GiB or a count of bytes")
+    return count
