@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lateinit
+from lateinit.errors import SeedError
 from tests.laws import EAGER_POISON, LATE_POISON, poison
-from tests.programs import Run, Step, run
+from tests.programs import READS, Run, Step, run
 from tests.snapshots import assert_same
 from tests.test_programs import PROGRAMS, as_model
 
+# After these, what a program does may depend on what it drew.
+READING = {*READS, "div_by_read", "positive", "rewound", "trunc_normal_redrawn"}
+# Real data that is drawn into stays real, so that another seed cannot draw it again; and a plain
+# pickle of real tensors cuts their ties.
+REAL = {"from_numpy"}
 
-def eagerly(program: list[Step]) -> tuple[Run, torch.Tensor]:
+
+def eagerly(program: list[Step], seed: int = 0) -> tuple[Run, torch.Tensor]:
     poison(EAGER_POISON)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return run(program), torch.get_rng_state()
 
 
@@ -54,3 +64,37 @@ def test_one_tensor_alone_equals_eager(program: list[Step], which: int) -> None:
     index = which % len(late.pool)
     alone = lateinit.materialize(late.pool[index])
     assert_same(as_model([expected.pool[index]]), as_model([alone]))
+
+
+@settings(max_examples=200)
+@given(PROGRAMS)
+def test_another_seed_equals_eager_from_it_or_is_refused(program: list[Step]) -> None:
+    expected, _ = eagerly(program, seed=5)
+    model = as_model(recorded(program).pool)
+    try:
+        lateinit.materialize(model, seed=5)
+    except SeedError:
+        assert {step.op for step in program} & (READING | REAL)
+        expected, _ = eagerly(program)
+        lateinit.materialize(model)
+    assert_same(as_model(expected.pool), model)
+
+
+@settings(max_examples=100)
+@given(PROGRAMS)
+def test_pickled_program_equals_eager(program: list[Step]) -> None:
+    assume(not {step.op for step in program} & REAL)
+    expected, _ = eagerly(program)
+    model = as_model(recorded(program).pool)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert_same(as_model(expected.pool), lateinit.materialize(loaded))
+
+
+@settings(max_examples=100)
+@given(PROGRAMS)
+def test_deep_copy_of_a_program_s_tensors_equals_eager(program: list[Step]) -> None:
+    expected = as_model(eagerly(program)[0].pool)
+    model = as_model(recorded(program).pool)
+    copied = copy.deepcopy(model)
+    assert_same(copy.deepcopy(expected), lateinit.materialize(copied))
+    assert_same(expected, lateinit.materialize(model))

@@ -6,12 +6,12 @@ exactly the model that eager construction would have given.
 
 from lateinit import errors
 from lateinit import following as _following  # installs what guards deferred tensors
+from lateinit.checkpoint import save_checkpoint
 from lateinit.materialize import is_deferred, materialize, plan
 from lateinit.recording import deferred, deferred_init
 from lateinit.skip import skip_init
 from lateinit.summary import summary
-
-__version__ = "0.1.0"
+from lateinit.version import __version__ as __version__
 
 __all__ = [
     "deferred",
@@ -20,6 +20,7 @@ __all__ = [
     "is_deferred",
     "materialize",
     "plan",
+    "save_checkpoint",
     "skip_init",
     "summary",
 ]

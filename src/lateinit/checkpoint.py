@@ -5,30 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lateinit import __version__
-from lateinit.errors import CheckpointError
 from lateinit.fingerprint import fingerprint
-from lateinit.materialize import check_seed
+from lateinit.materialize import _check_seed as check_seed
 from lateinit.program import Program
 from lateinit.progress import Progress
-from lateinit.replay import Replay, Storages, without_modes
-from lateinit.safetensors_file import Writer
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged
+from lateinit.streaming import write_shards
 from lateinit.streams import state_of
 from lateinit.units import format_bytes, parse_bytes
+from lateinit.version import __version__
 
-_BATCH = 1 << 26  # bytes that are computed together, where single tensors are smaller
 _INDEX = "model.safetensors.index.json"
+_ROOM = 5 * 10**9  # bytes in memory at once while one file is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ def save_checkpoint(
         resume: continue a save that was killed; the files are those that it would have written.
 
     Returns:
-        What was written: path, files, tensors, bytes, seed.
+        What was written: path, files, tensors, bytes, and the seed where it is known.
 
     Raises:
         OutputExistsError: there is an output, finished or not, and no ``force`` or ``resume``.
@@ -100,24 +97,70 @@ def save_checkpoint(
     limit = parse_bytes(max_shard_size)
     check_target(target, force=force)
     items = collect(module, dtype)
-    recorded = _recorded_seed(items)
-    if seed is not None and seed == recorded:
-        seed = None
     shards = divide(items, None if one_file else limit, target.name if one_file else None)
-    save = _Save(shards, _metadata(recorded if seed is None else seed), limit, seed)
-    save.check()
-    check_room(target, sum(shard.nbytes for shard in shards))
-    request = fingerprint(shards, save.metadata, seed)
+    recorded, seed = _seeds(items, seed)
+    metadata = _metadata(recorded if seed is None else seed)
+    nbytes = sum(shard.nbytes for shard in shards)
+    check_room(target, nbytes)
+    request = fingerprint(shards, metadata, seed)
     with staged(target, request, resume=resume, force=force) as stage:
-        with Progress("write", sum(shard.nbytes for shard in shards), shown=progress) as bar:
-            save.run(stage, bar)
+        with Progress("write", nbytes, shown=progress) as bar:
+            room = _ROOM if one_file else limit
+            write_shards(stage, shards, metadata, seed=seed, room=room, bar=bar)
         if not one_file:
-            save.describe(stage, module)
+            _describe(stage, module, shards)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
-    return Saved(
-        target,
-        files,
-        len(items),
-        sum(shard.nbytes for shard in shards),
-        recorded if seed is None else seed,
-    )
+    return Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+
+
+def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:
+    """The seed that the recorded construction started from, and the one to replace it."""
+    programs = {id(item.place[1]): item.place[1] for item in items if item.place is not None}
+    recorded = {_recorded_seed(program) for program in programs.values()}
+    known = recorded.pop() if len(recorded) == 1 else None
+    if seed is not None and seed == known:
+        return known, None
+    for program in programs.values():
+        check_seed(program, seed)
+    return known, seed
+
+
+def _recorded_seed(program: Program) -> int | None:
+    """The seed just set when recording began, if one was."""
+    for stream in program.streams:
+        if stream.root and isinstance(stream.start, bytes) and stream.device.type == "cpu":
+            seed = int.from_bytes(stream.start[:8], "little")
+            fresh = state_of(torch.Generator().manual_seed(seed)) == stream.start
+            return seed if fresh else None
+    return None
+
+
+def _metadata(seed: int | None) -> dict[str, str]:
+    """What every file says of itself; ``format`` is what ``transformers`` looks for."""
+    known = {} if seed is None else {"seed": str(seed)}
+    return {"format": "pt", "lateinit": __version__, "torch": torch.__version__, **known}
+
+
+def _describe(stage: Stage, module: nn.Module, shards: list[Shard]) -> None:
+    """Write the index of several shards, and the configuration of a ``transformers`` model."""
+    if len(shards) > 1:
+        places = {item.entry.name: shard.file for shard in shards for item in shard.items}
+        index = {
+            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+            "weight_map": dict(sorted(places.items())),
+        }
+        stage.write_text(_INDEX, json.dumps(index, indent=2) + "\n")
+    config = getattr(module, "config", None)
+    if hasattr(config, "to_json_string"):
+        floats = (i.entry.dtype for s in shards for i in s.items if i.entry.dtype.is_floating_point)
+        stage.write_text("config.json", _config(config, module, next(floats, None)))
+
+
+def _config(config: Any, module: nn.Module, dtype: torch.dtype | None) -> str:
+    """A configuration that names the class and the dtype that were saved."""
+    config = copy.deepcopy(config)
+    config.architectures = [type(module).__name__]
+    if dtype is not None:
+        config.dtype = str(dtype).removeprefix("torch.")
+    text: str = config.to_json_string()
+    return text

@@ -23,7 +23,9 @@ def fingerprint(shards: Iterable[Shard], metadata: dict[str, str], seed: int | N
     return digest.hexdigest()
 
 
-def _parts(shards: Iterable[Shard], metadata: dict[str, str], seed: int | None) -> Iterator[bytes]:
+def _parts(
+    shards: Iterable[Shard], metadata: dict[str, str], seed: int | None
+) -> Iterator[bytes | memoryview]:
     programs: dict[int, Program] = {}
     yield repr((sorted(metadata.items()), seed)).encode()
     for shard in shards:
@@ -36,7 +38,7 @@ def _parts(shards: Iterable[Shard], metadata: dict[str, str], seed: int | None) 
         yield from _program_parts(program, seed)
 
 
-def _program_parts(program: Program, seed: int | None) -> Iterator[bytes]:
+def _program_parts(program: Program, seed: int | None) -> Iterator[bytes | memoryview]:
     for op in program.ops:
         yield repr((op, program.ambients[op.ambient])).encode()
     for stream in program.streams:

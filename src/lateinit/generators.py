@@ -49,8 +49,19 @@ class Generators:
         ops = self.program.streams[watch.stream].ops
         place = Draw(watch.stream, len(ops))
         ops.append(op)
-        watch.leave_token(place.index + 1)
+        watch.leave_token(place.number + 1)
         return place
+
+    def reserve(self, generator: torch.Generator) -> Draw:
+        """Keep a place in the default generator's stream for draws that are not known yet."""
+        self.program.holes.append(None)
+        return self.draw(generator, -len(self.program.holes), root=True)
+
+    def watch_from(self, generator: torch.Generator, place: Draw) -> int:
+        """Follow a generator as if it stood at a place; gives the stream that begins there."""
+        watch = self._watched[generator._cdata] = _Watch(generator, self._nonce)
+        self._begin(watch, place)
+        return watch.stream
 
     def watch(self, generator: torch.Generator) -> None:
         """Follow the default generator from now on, whether or not it is drawn from."""
@@ -86,7 +97,7 @@ class Generators:
         if place is None:
             state = state_of(watch.generator)
             self._begin(watch, self._settled.get(state, state))
-        elif place.index == len(self.program.streams[place.stream].ops):
+        elif place.number == len(self.program.streams[place.stream].ops):
             watch.stream = place.stream
         else:
             self._begin(watch, place)

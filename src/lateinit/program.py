@@ -90,14 +90,14 @@ class TensorRef(NamedTuple):
 class Const(NamedTuple):
     """A reference to real data kept by the program."""
 
-    index: int
+    number: int
 
 
 class Draw(NamedTuple):
     """The place of a random op in its stream."""
 
     stream: int
-    index: int
+    number: int
 
 
 class Op(NamedTuple):
@@ -138,7 +138,7 @@ class Op(NamedTuple):
         shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
         outs = ", ".join(str(out) for out in self.outs)
         call = f"{self.name.removeprefix('aten::')}({', '.join(shown)})"
-        draw = f"  # draw {self.draw.index} of stream {self.draw.stream}" if self.draw else ""
+        draw = f"  # draw {self.draw.number} of stream {self.draw.stream}" if self.draw else ""
         return (f"{outs} = {call}" if outs else call) + draw
 
 
@@ -153,7 +153,7 @@ def tensor_refs(value: Any) -> Iterator[TensorRef]:
 
 def _show(value: Any) -> str:
     if isinstance(value, Const):
-        return f"data[{value.index}]"
+        return f"data[{value.number}]"
     if type(value) is tuple:
         return f"[{', '.join(map(_show, value))}]"
     return str(value)
@@ -207,7 +207,7 @@ class Stream:
 
     ``start`` is the generator's state, or the position in another stream that it was taken from.
     ``root`` marks the stream that begins where the block found the default generator: the one
-    that ``seed=`` replaces.
+    that ``seed=`` replaces. A negative number among ``ops`` is a hole: ``-1 - hole``.
     """
 
     start: bytes | Draw
@@ -234,10 +234,11 @@ class Program:
         self.ambients: list[Ambient] = []
         self.streams: list[Stream] = []
         self.reads: list[Read] = []
+        self.holes: list[int | None] = []  # the stream of what fills each, once it is filled
         self.seed_bound: str | None = None
         self.final: bytes | None = None
         self.closed = 0  # storages from this number on were made outside the block
-        self.merged_into: tuple[Program, int] | None = None
+        self.merged_into: tuple[Program, Bases] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -253,6 +254,7 @@ class Program:
             "ambients",
             "streams",
             "reads",
+            "holes",
             "seed_bound",
             "final",
             "closed",
@@ -283,23 +285,25 @@ class Program:
 
     def absorb(self, other: Program) -> None:
         """Append another program to this one; ``other`` becomes a forwarding address."""
-        bases = _Bases(
+        bases = Bases(
             op=len(self.ops),
             storage=len(self.storages),
             constant=len(self.constants),
             ambient=len(self.ambients),
             stream=len(self.streams),
+            hole=len(self.holes),
         )
         self.ops += [bases.op_of(op) for op in other.ops]
         self.storages += other.storages
         self.constants += other.constants
         self.ambients += other.ambients
         self.streams += [bases.stream_of(stream) for stream in other.streams]
+        self.holes += [h if h is None else h + bases.stream for h in other.holes]
         self.reads += [
             Read(bases.value_of(r.ref), r.before + bases.op, r.digest) for r in other.reads
         ]
         self.seed_bound = self.seed_bound or other.seed_bound or self._follow(other, bases.stream)
-        other.merged_into = (self, bases.storage)
+        other.merged_into = (self, bases)
 
     def _follow(self, other: Program, base: int) -> str | None:
         """Let the root stream start where that of an earlier program ended, if it did."""
@@ -320,7 +324,7 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bases:
+class Bases:
     """By how much the numbers of an appended program move."""
 
     op: int
@@ -328,18 +332,19 @@ class _Bases:
     constant: int
     ambient: int
     stream: int
+    hole: int
 
     def value_of(self, value: Any) -> Any:
         if type(value) is TensorRef:
             return value._replace(storage=value.storage + self.storage)
         if type(value) is Const:
-            return Const(value.index + self.constant)
+            return Const(value.number + self.constant)
         if type(value) is tuple:
             return tuple(self.value_of(item) for item in value)
         return value
 
     def draw_of(self, draw: Draw) -> Draw:
-        return Draw(draw.stream + self.stream, draw.index)
+        return Draw(draw.stream + self.stream, draw.number)
 
     def op_of(self, op: Op) -> Op:
         return op._replace(
@@ -356,5 +361,5 @@ class _Bases:
             start=self.draw_of(start) if isinstance(start, Draw) else start,
             device=stream.device,
             root=stream.root,
-            ops=[number + self.op for number in stream.ops],
+            ops=[n + self.op if n >= 0 else n - self.hole for n in stream.ops],
         )

@@ -38,6 +38,7 @@ from lateinit.program import (
     TensorRef,
 )
 from lateinit.replay import Replay, Storages, flat, without_modes
+from lateinit.streams import Streams
 from lateinit.tensors import ON_META, Slot, attach, is_deferred_tensor, slot_of
 
 _CPU = torch.device("cpu")
@@ -477,7 +478,8 @@ class Recorder(TorchDispatchMode):
     def settle(self) -> None:
         """Put the generators where eager construction would have them now."""
         with without_modes():
-            self.generators.settle(Replay(self.program).streams.state)
+            run = Replay(self.program).streams.make
+            self.generators.settle(Streams(self.program, run, past_holes=True).state)
 
     # -- values handed out as memory -----------------------------------------------------------
 
@@ -532,6 +534,7 @@ class Recorder(TorchDispatchMode):
 
     def finish(self) -> None:
         """Note what is still to be noted when the block ends."""
+        self.program.closed = len(self.program.storages)
         with without_modes():
             self._take_back(every=True)
             for twin, real in self._twins:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.nn.parameter import UninitializedTensorMixin
 
+from lateinit.holes import Hole, reserve
 from lateinit.masquerade import Masquerade
 from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
@@ -79,31 +81,56 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         outer = current()
         stack = contextlib.ExitStack()
         if outer is None:
-            recorder = self._recorder = Recorder()
-            recorder.generators.watch(torch.default_generator)
-            modules = stack.enter_context(_Modules())
-            stack.callback(_guard_all, recorder, modules)
-            stack.enter_context(_PatchedStateGetters(recorder))
-            stack.enter_context(in_force(recorder, Masquerade))
+            outer = self._recorder = Recorder()
+            outer.generators.watch(torch.default_generator)
+            stack.enter_context(block(outer))
         self._exits.append(stack)
-        return (outer or recorder).program
+        return outer.program
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         stack = self._exits.pop()
         if self._exits or self._recorder is None:
             return
         recorder, self._recorder = self._recorder, None
+        done = False
         try:
             stack.__exit__(kind, error, trace)
-            if kind is None:
-                recorder.finish()
+            if kind is None and self._advance:
                 recorder.settle()
-                recorder.program.closed = len(recorder.program.storages)
-        except BaseException:
-            recorder.generators.restore()
-            raise
-        if kind is not None or not self._advance:
-            recorder.generators.restore()
+                done = True
+        finally:
+            if not done:
+                recorder.generators.restore()
+
+
+@contextlib.contextmanager
+def block(recorder: Recorder) -> Iterator[None]:
+    """Record what a block does, and guard what it made."""
+    modules = _Modules()
+    try:
+        with _PatchedStateGetters(recorder), modules, in_force(recorder, Masquerade):
+            yield
+    finally:
+        _guard_all(recorder, modules)
+    recorder.finish()
+
+
+@contextlib.contextmanager
+def fill(hole: Hole) -> Iterator[Recorder]:
+    """Record the initialisation that a hole was reserved for.
+
+    The global generators stand afterwards where they stood before.
+    """
+    program, number, place = hole.resolve()
+    recorder = Recorder(program)
+    stream = recorder.generators.watch_from(torch.default_generator, place)
+    try:
+        with block(recorder):
+            yield recorder
+    finally:
+        recorder.generators.restore()
+    if program.holes[number] is None:
+        program.holes[number] = stream
 
 
 def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
@@ -136,6 +163,8 @@ class _Modules:
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
         self._found[id(module)] = module
+        if isinstance(value, UninitializedTensorMixin):
+            reserve(module)
         if isinstance(value, nn.Module):
             self._found[id(value)] = value
 

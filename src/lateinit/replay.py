@@ -100,12 +100,12 @@ class Replay:
             result = info.func(*args, **kwargs, generator=generator)
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
-        self._cursor[op.draw.stream] = (op.draw.index + 1, generator)
+        self._cursor[op.draw.stream] = (op.draw.number + 1, generator)
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
         index, generator = self._cursor.pop(draw.stream, (-1, None))
-        if generator is not None and index == draw.index:
+        if generator is not None and index == draw.number:
             return generator
         return self.streams.generator(draw)
 
@@ -119,7 +119,7 @@ class Replay:
             for ref in op.written():
                 self._provide(ref.storage, storages)
             cursor = self._cursor.pop(op.draw.stream, None)
-            self._cursor[op.draw.stream] = (op.draw.index, generator)
+            self._cursor[op.draw.stream] = (op.draw.number, generator)
             self.call(op, storages)
             self._cursor.pop(op.draw.stream)
             if cursor is not None:
@@ -137,7 +137,7 @@ class Replay:
             self._provide(value.storage, storages)
             return value.on(storages[value.storage])
         if kind is Const:
-            return self._constant(value.index)
+            return self._constant(value.number)
         if kind is tuple:
             return [self._real(item, storages) for item in value]
         return value

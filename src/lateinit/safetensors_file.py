@@ -71,21 +71,24 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
 class Writer:
     """Writes a file's header, then its tensors in the header's order, and digests the bytes."""
 
-    def __init__(self, file: BinaryIO, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, file: BinaryIO, entries: Iterable[Entry], metadata: Mapping[str, str]
+    ) -> None:
         self._file = file
         self._due = list(reversed(list(entries)))
         self._digest = hashlib.sha256()
         self._put(header(reversed(self._due), metadata))
 
-    def write(self, tensor: Tensor) -> None:
-        """Write the next tensor, cast to the dtype that the header says."""
+    def write(self, tensor: Tensor) -> int:
+        """Write the next tensor, cast to the dtype that the header says; gives its bytes."""
         entry = self._due.pop()
         assert tuple(tensor.shape) == entry.shape, entry.name
         flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
         step = max(1, _PIECE // max(flat.element_size(), entry.dtype.itemsize))
         for start in range(0, flat.numel(), step):
             piece = flat[start : start + step].to(device="cpu", dtype=entry.dtype)
-            self._put(memoryview(piece.view(torch.uint8).numpy()))
+            self._put(piece.view(torch.uint8).numpy().data)
+        return entry.nbytes
 
     def finish(self) -> str:
         """Check that all was written; gives the digest of the file."""

@@ -26,14 +26,6 @@ class Item:
     aliases: tuple[str, ...]
     place: tuple[Slot, Program, TensorRef] | None
 
-    @property
-    def working_bytes(self) -> int:
-        """The bytes that giving its values takes."""
-        if self.place is None:
-            return 0
-        _, program, ref = self.place
-        return program.storages[ref.storage].nbytes
-
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -89,7 +81,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             wrong.append(f"{name} is a {type(value).__name__}, no tensor")
-        elif is_traceable_wrapper_subclass(value):
+        elif _is_wrapper(value):
             wrong.append(f"{name} is a {type(value).__name__}")
         elif value.layout is not torch.strided or value.is_quantized:
             wrong.append(f"{name} has the layout {value.layout}")
@@ -104,6 +96,11 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             f"on meta, and without a recorded construction: {listing(unknown)}. Build the model "
             "inside `with lateinit.deferred():` instead of on torch.device('meta')"
         )
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is a shell around others, as distributed and quantised ones are."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def _window(tensor: Tensor) -> tuple[Any, ...]:

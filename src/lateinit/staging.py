@@ -1,8 +1,8 @@
 """Outputs that appear whole or not at all.
 
-What is written goes into a hidden folder beside the output, ``.NAME.partial``, which is locked, keeps
-a journal of finished files, and takes the output's place by a rename once all is on the disk. A
-killed process leaves the folder, so that another can continue.
+What is written goes into a hidden folder beside the output, ``.NAME.partial``, which is locked and
+keeps a journal of finished files. Once all is on the disk it takes the output's place by a rename.
+A killed process leaves the folder, so that another can continue.
 
     .NAME.partial/lock       held by the process that writes
     .NAME.partial/journal    what is being written, then a line for each finished file
@@ -114,6 +114,13 @@ class Stage:
 
     # -- writing -------------------------------------------------------------------------------
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file."""
+        with (self.files / name).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
     def finish(self, name: str, digest: str) -> None:
         """Note a file whose bytes are on the disk."""
         sync(self.files)
@@ -177,7 +184,9 @@ def _explained(target: Path) -> Iterator[None]:
             if full
             else "choose a place that can be written to"
         )
-        raise OutputError(error.errno, f"cannot write {target}: {error.strerror}: {step}") from error
+        raise OutputError(
+            error.errno, f"cannot write {target}: {error.strerror}: {step}"
+        ) from error
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -201,7 +210,8 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def check_room(target: Path, nbytes: int) -> None:
-    """Raise if the disk cannot take this many bytes more."""
+    """Raise if the disk cannot take this many bytes beyond those of an unfinished save."""
+    nbytes -= sum(path.stat().st_size for path in Stage(target).files.glob("*"))
     place = target.parent
     while not place.exists():
         place = place.parent

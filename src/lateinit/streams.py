@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from lateinit import rng
+from lateinit.errors import RecordingError
 from lateinit.ops import by_name
 from lateinit.program import Draw, Op, Program, tensor_refs
 
@@ -24,21 +25,27 @@ class Streams:
     """The generator states along a program's streams, from one starting state.
 
     ``run(op number, generator)`` makes the draw of an op whose consumption cannot be known
-    without making it. ``seed`` replaces the state that the root streams start from.
+    without making it. ``seed`` replaces the state that the root streams start from. A hole that is
+    not filled cannot be passed, unless it is taken to draw nothing (``past_holes``).
     """
 
     def __init__(
-        self, program: Program, run: Callable[[int, torch.Generator], None], seed: int | None = None
+        self,
+        program: Program,
+        run: Callable[[int, torch.Generator], None],
+        seed: int | None = None,
+        past_holes: bool = False,
     ) -> None:
         self.program = program
         self.seed = seed
-        self._run = run
+        self.past_holes = past_holes
+        self.make = run
         self._seekers: dict[int, _Seeker] = {}
 
     def state(self, draw: Draw) -> bytes:
         """The state of the generator before a draw; an index past the last: after them all."""
         stream = self.program.streams[draw.stream]
-        if draw.index == 0:
+        if draw.number == 0:
             return self._start(draw.stream)
         seeker = self._seekers.get(draw.stream)
         if seeker is None:
@@ -46,9 +53,24 @@ class Streams:
             cpu = stream.device.type == "cpu"
             seeker = rng.Seeker(start) if cpu else _InSequence(start, stream.device)
             self._seekers[draw.stream] = seeker
-        for number in stream.ops[len(seeker) : draw.index]:
-            seeker.append(consumption(self.program.ops[number]))
-        return seeker.state(draw.index, lambda i, generator: self._run(stream.ops[i], generator))
+        for number in stream.ops[len(seeker) : draw.number]:
+            seeker.append(consumption(self.program.ops[number]) if number >= 0 else None)
+        return seeker.state(draw.number, lambda i, generator: self._pass(stream.ops[i], generator))
+
+    def _pass(self, number: int, generator: torch.Generator) -> None:
+        """Move a generator past a draw of unknown consumption, or past a hole."""
+        if number >= 0:
+            self.make(number, generator)
+            return
+        child = self.program.holes[-1 - number]
+        if child is not None:
+            end = Draw(child, len(self.program.streams[child].ops))
+            set_state(generator, self.state(end))
+        elif not self.past_holes:
+            raise RecordingError(
+                "a random value is wanted that is drawn after the initialisation of a lazy module, "
+                "whose shape is not known yet: call lateinit.infer_shapes(model, ...) first"
+            )
 
     def _start(self, number: int) -> bytes:
         stream = self.program.streams[number]

@@ -45,8 +45,8 @@ class Slot:
     def resolve(self) -> tuple[Program, int]:
         """The program and the number in it, wherever programs have been merged to."""
         while self.program.merged_into is not None:
-            self.program, base = self.program.merged_into
-            self.number += base
+            self.program, bases = self.program.merged_into
+            self.number += bases.storage
         return self.program, self.number
 
     def window(self, ref: TensorRef) -> Tensor:

@@ -103,6 +103,7 @@ def tensors_in_containers():
     model = nn.Linear(3, 2)
     shared = torch.randn(4)
     model.listed = [torch.ones(2), shared, "text", 3]
+    model.loose = [nn.Parameter(torch.randn(3)), nn.Parameter(shared)]
     model.tupled = (torch.randn(2), (shared, None))
     model.keyed = {"a": torch.zeros(1), "deep": {"b": [shared[1:], {"c": torch.randn(5)}]}, 7: 1}
     return model

@@ -216,6 +216,12 @@ def shape_that_depends_on_a_draw():
     return Bag(kept=kept, where=torch.nonzero(scores > 0.5), after=torch.randn(3))
 
 
+@RANDOMNESS.case(reads_random=True)
+def size_taken_from_a_drawn_shape():
+    kept = torch.nonzero(torch.rand(20) > 0.5)
+    return nn.Sequential(nn.Linear(len(kept), 2), nn.Linear(2, 3))
+
+
 @RANDOMNESS.case()
 def numpy_draws():
     weights = np.random.default_rng(5).normal(size=(4, 3)).astype(np.float32)

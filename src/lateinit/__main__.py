@@ -1,0 +1,5 @@
+"""``python -m lateinit`` is the command ``lateinit``."""
+
+from lateinit.cli import main
+
+main()

@@ -1,0 +1,206 @@
+"""The command ``lateinit``: describe a model, check it against its eager twin, initialise it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from lateinit import parity, specs
+from lateinit.checkpoint import save_checkpoint
+from lateinit.errors import LateinitError, SpecError
+from lateinit.recording import deferred_init
+from lateinit.safetensors_file import DTYPES
+from lateinit.summary import summary
+from lateinit.version import __version__
+
+app = typer.Typer(
+    name="lateinit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Deferred initialisation of PyTorch models, bit for bit what eager construction gives.",
+)
+
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="transformers:MODEL_TYPE_OR_CONFIG_JSON, timm:NAME, torchvision:NAME, "
+        "package.module:callable or path/file.py:callable",
+    ),
+]
+Kwargs = Annotated[
+    str | None,
+    typer.Option("--kwargs", metavar="JSON", help="Arguments: '{\"hidden_size\": 64}'"),
+]
+Seed = Annotated[int, typer.Option("--seed", help="As torch.manual_seed(SEED) before construction")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lateinit {__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version")
+    ] = False,
+) -> None:
+    del version
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its description alone
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+
+
+@app.command()
+def inspect(
+    spec: Spec,
+    kwargs: Kwargs = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show every tensor of a model and how it is initialised, without allocating the model."""
+    with _errors():
+        model = deferred_init(_building(specs.load(spec, specs.parse_kwargs(kwargs))))
+        table = summary(model, only=only)
+        if as_json:
+            _print_json({"spec": spec, **table.to_dict()})
+        elif sys.stdout.isatty():
+            Console().print(table)
+        else:
+            typer.echo(str(table))
+
+
+@app.command()
+def check(spec: Spec, seed: Seed = 0, kwargs: Kwargs = None, as_json: Json = False) -> None:
+    """Build a model eagerly and deferred from one seed, and compare every bit."""
+    with _errors():
+        build = _building(specs.load(spec, specs.parse_kwargs(kwargs)))
+        found = parity.check(build, seed=seed)
+        if as_json:
+            _print_json({"spec": spec, **found.to_dict()})
+        else:
+            typer.echo(f"{spec}: {found}")
+        if not found.equal:
+            raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    spec: Spec,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder to make, or a file: OUT.safetensors")
+    ],
+    seed: Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Cast floating-point tensors: bfloat16")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Bytes to a file: 2GB, 500MB")
+    ] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a killed run")] = False,
+    kwargs: Kwargs = None,
+    as_json: Json = False,
+) -> None:
+    """Write an initialised checkpoint, without ever holding the model in memory."""
+    with _errors():
+        cast = _dtype(dtype)
+        build = _building(specs.load(spec, specs.parse_kwargs(kwargs)))
+        parity.seed_all(seed)
+        saved = save_checkpoint(
+            deferred_init(build),
+            output,
+            max_shard_size=max_shard_size,
+            dtype=cast,
+            force=force,
+            resume=resume,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+        if as_json:
+            _print_json(
+                {
+                    "spec": spec,
+                    "path": str(saved.path),
+                    "files": saved.files,
+                    "tensors": saved.tensors,
+                    "bytes": saved.nbytes,
+                    "seed": seed,
+                }
+            )
+        else:
+            typer.echo(str(saved))
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
+    if name not in known:
+        raise SpecError(f"--dtype {name} is not known; there are: {', '.join(known)}")
+    return known[name]
+
+
+class _ConstructionError(Exception):
+    """A model's own constructor raised."""
+
+
+def _building(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The same function, what goes wrong in it told apart from what goes wrong with us."""
+
+    @functools.wraps(build)
+    def building() -> nn.Module:
+        try:
+            return build()
+        except LateinitError:
+            raise
+        except Exception as error:
+            raise _ConstructionError from error
+
+    return building
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Show an expected error as a message on stderr, and exit with 2."""
+    try:
+        yield
+    except (LateinitError, ValueError) as error:
+        typer.echo(f"lateinit: {error}", err=True)
+        raise typer.Exit(2) from error
+    except _ConstructionError as error:
+        traceback.print_exception(error.__cause__)
+        typer.echo("lateinit: the model's constructor raised this", err=True)
+        raise typer.Exit(2) from error
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+if __name__ == "__main__":
+    main()

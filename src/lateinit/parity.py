@@ -1,0 +1,252 @@
+"""Whether a deferred model, materialised, is its eager twin: law 1, for one model and one seed."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lateinit.materialize import materialize
+from lateinit.recording import deferred_init
+from lateinit.units import format_bytes
+from lateinit.walk import Found, find_tensors
+
+Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that is compared of one tensor.
+
+    ``memory`` is the first name on its storage and the distance in bytes to that one's first
+    element; ``bits`` a digest of its values.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    persistent: bool
+    type: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...]
+    requires_grad: bool
+    memory: tuple[str, int]
+    bits: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The result of a comparison: what differs, by name, and what it took."""
+
+    differences: tuple[tuple[str, str], ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    seed: int
+    seconds: dict[str, float]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "equal": self.equal,
+            "differences": [{"name": name, "what": what} for name, what in self.differences],
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "seed": self.seed,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.tensors:,} tensors, {self.parameters:,} parameters, "
+            f"{format_bytes(self.nbytes)}, seed {self.seed}",
+            *(f"  {what:<12}{seconds:8.2f} s" for what, seconds in self.seconds.items()),
+            *(f"  {name}: {what}" for name, what in self.differences),
+        ]
+        if self.equal:
+            verdict = (
+                "equal, bit for bit: every parameter, buffer and tensor attribute, every tie, "
+                "alias, stride and dtype, and the random state afterwards"
+            )
+        else:
+            verdict = f"DIFFERENT: {len(self.differences)} differences"
+        return "\n".join([*lines, verdict])
+
+
+def check(build: Build, *, seed: int = 0) -> Parity:
+    """Build a model eagerly and deferred from one seed, materialise it, and compare every bit.
+
+    One of the two models is in memory at a time, unless they differ. Python's and numpy's random
+    generators are seeded too. All generators are left as they were.
+
+    Example:
+        >>> lateinit.parity.check(lambda: torch.nn.Linear(4, 2)).equal
+        True
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        return _check(build, seed)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def _check(build: Build, seed: int) -> Parity:
+    seconds: dict[str, float] = {}
+    seed_all(seed)
+    eager = _timed(seconds, "eager", build)
+    expected, state = facts(eager), torch.get_rng_state()
+    del eager
+    gc.collect()  # modules refer to each other in circles
+    seed_all(seed)
+    late = _timed(seconds, "record", lambda: deferred_init(build))
+    found_state = torch.get_rng_state()
+    _timed(seconds, "materialise", lambda: materialize(late))
+    found = facts(late)
+    differences = compare(expected, found)
+    if any("values" in what for _, what in differences):
+        seed_all(seed)
+        differences = _with_values(differences, build(), late)
+    if not torch.equal(state, found_state):
+        differences.append(("(random state)", "the generator stands elsewhere than after eager"))
+    if not torch.equal(found_state, torch.get_rng_state()):
+        differences.append(("(random state)", "materialising moved the generator"))
+    tensors = {id(f.tensor): f.tensor for f in find_tensors(late)}
+    return Parity(
+        differences=tuple(differences),
+        tensors=len(tensors),
+        parameters=sum(p.numel() for p in late.parameters()),
+        nbytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        seed=seed,
+        seconds=seconds,
+    )
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that a constructor may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the one that constructors use
+    torch.manual_seed(seed)
+
+
+def _timed(seconds: dict[str, float], what: str, call: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = call()
+    seconds[what] = round(time.perf_counter() - start, 3)
+    return result
+
+
+def facts(module: nn.Module) -> dict[str, Facts]:
+    """The facts of every tensor of a module, by its first name."""
+    first: dict[int, tuple[str, int]] = {}
+    return {found.name: _facts(found, first) for found in find_tensors(module)}
+
+
+def _facts(found: Found, first: dict[int, tuple[str, int]]) -> Facts:
+    tensor = found.tensor
+    strided = tensor.layout is torch.strided
+    memory = (found.name, 0)
+    if strided:
+        start = tensor.storage_offset() * tensor.element_size()
+        owner, its_start = first.setdefault(tensor.untyped_storage()._cdata, (found.name, start))
+        memory = owner, start - its_start
+    return Facts(
+        names=tuple(found.names),
+        kind=found.kind,
+        persistent=found.persistent,
+        type=type(tensor).__name__,
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        device=tensor.device,
+        stride=tensor.stride() if strided else (),
+        requires_grad=tensor.requires_grad,
+        memory=memory,
+        bits=_digest(tensor),
+    )
+
+
+def _digest(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "on meta"
+    digest = hashlib.sha256()
+    for part in [tensor] if tensor.layout is torch.strided else _components(tensor):
+        for piece in _flat(part).split(1 << 24):
+            digest.update(piece.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _components(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor of another layout is made of."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [tensor.to_dense()]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+
+
+def compare(expected: dict[str, Facts], found: dict[str, Facts]) -> list[tuple[str, str]]:
+    """What differs between two models' facts: pairs of a name and what is wrong there."""
+    differences = [(name, "missing") for name in expected if name not in found]
+    differences += [(name, "one too many") for name in found if name not in expected]
+    for name, ours in expected.items():
+        theirs = found.get(name)
+        if theirs is not None and theirs != ours:
+            wrong = [
+                f.name for f in fields(Facts) if getattr(ours, f.name) != getattr(theirs, f.name)
+            ]
+            told = [
+                "values differ"
+                if field == "bits"
+                else f"{field}: eager {getattr(ours, field)}, deferred {getattr(theirs, field)}"
+                for field in wrong
+            ]
+            differences.append((name, "; ".join(told)))
+    return differences
+
+
+def _with_values(
+    differences: list[tuple[str, str]], eager: nn.Module, late: nn.Module
+) -> list[tuple[str, str]]:
+    """The same differences, with the first wrong value of each tensor."""
+    ours = {found.name: found.tensor for found in find_tensors(eager)}
+    theirs = {found.name: found.tensor for found in find_tensors(late)}
+    return [
+        (name, f"{what}: {values_differ(ours[name], theirs[name])}" if "values" in what else what)
+        for name, what in differences
+    ]
+
+
+def values_differ(expected: Tensor, found: Tensor) -> str:
+    """How many elements differ in their bits, and the first of them."""
+    if found.is_meta or expected.is_meta or expected.shape != found.shape:
+        return "they cannot be compared"
+    ours, theirs = _flat(expected), _flat(found)
+    if ours.dtype != theirs.dtype or not ours.numel():
+        return "they cannot be compared"
+    rows = [t.view(torch.uint8).view(t.numel(), -1) for t in (ours, theirs)]
+    wrong = (rows[0] != rows[1]).any(dim=1).nonzero().view(-1)
+    if not wrong.numel():
+        return "they were equal in another eager construction: it is not reproducible"
+    first = int(wrong[0])
+    return (
+        f"{wrong.numel():,} of {ours.numel():,}, the first at {first}: "
+        f"eager {ours[first].item()!r}, deferred {theirs[first].item()!r}"
+    )

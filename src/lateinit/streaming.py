@@ -1,0 +1,154 @@
+"""Computing tensors and writing them to files, without ever holding many of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lateinit.progress import Progress
+from lateinit.replay import Replay, Storages, without_modes
+from lateinit.safetensors_file import Writer
+from lateinit.shards import Item, Shard
+from lateinit.staging import Stage
+
+_BATCH = 1 << 26  # bytes that are computed together, where single tensors are smaller
+
+
+def write_shards(
+    stage: Stage,
+    shards: Iterable[Shard],
+    metadata: dict[str, str],
+    *,
+    seed: int | None,
+    room: int,
+    bar: Progress,
+) -> None:
+    """Compute and write shards, but for those that an earlier process has finished.
+
+    While some tensors are written the next ones are computed, if both take at most ``room`` bytes.
+    """
+    values = Values(seed)
+    with contextlib.ExitStack() as files, ThreadPoolExecutor(1, "lateinit-write") as thread:
+        pipe = Pipe(thread, room)
+        for shard in shards:
+            real = any(item.place is None for item in shard.items)
+            if shard.file in stage.finished and not real:
+                bar.advance(shard.nbytes)
+                continue
+            file = files.enter_context((stage.files / shard.file).open("wb"))
+            tied = {alias: item.entry.name for item in shard.items for alias in item.aliases}
+            writer = Writer(file, [item.entry for item in shard.items], tied | metadata)
+            for batch in batches(shard.items):
+                nbytes = sum(_working_bytes(batch))
+                pipe.make_room(nbytes)
+                pipe.put(_writing(writer, values.of(batch), bar), nbytes)
+            pipe.put(_finishing(writer, file, stage, shard.file), 0)
+        pipe.wait()
+
+
+def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Runs of tensors that are computed together: few bytes, or one storage."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and sum(_working_bytes([*batch, item])) > max(_BATCH, sum(_working_bytes(batch))):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+class Values:
+    """Gives tensors their values, and keeps nothing of them."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._seed = seed
+        self._replays: dict[int, Replay] = {}
+
+    def of(self, items: list[Item]) -> list[Tensor]:
+        """The real tensors of some items; those that are deferred stay deferred."""
+        wanted: dict[int, dict[int, None]] = {}
+        for item in items:
+            if item.place is not None and item.place[0].real is None:
+                _, program, ref = item.place
+                self._replays.setdefault(id(program), Replay(program, self._seed))
+                wanted.setdefault(id(program), {})[ref.storage] = None
+        found = {key: self._replays[key].values(storages) for key, storages in wanted.items()}
+        return [_real(item, found) for item in items]
+
+
+def _real(item: Item, found: dict[int, Storages]) -> Tensor:
+    if item.place is None:
+        return item.tensor.detach()
+    slot, program, ref = item.place
+    storage = slot.real
+    if storage is None:
+        storage = found[id(program)][ref.storage]
+    with without_modes():
+        real = ref.on(storage)
+        if item.tensor.is_conj():
+            real = real.conj()
+        return torch._neg_view(real) if item.tensor.is_neg() else real
+
+
+def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
+    """The bytes of the storages that are computed for some items."""
+    storages: dict[tuple[int, int], int] = {}
+    for item in items:
+        if item.place is not None:
+            _, program, ref = item.place
+            storages[id(program), ref.storage] = program.storages[ref.storage].nbytes
+    return storages.values()
+
+
+def _writing(writer: Writer, tensors: list[Tensor], bar: Progress) -> Callable[[], None]:
+    def write() -> None:
+        tensors.reverse()
+        with without_modes():
+            while tensors:
+                bar.advance(writer.write(tensors.pop()))
+
+    return write
+
+
+def _finishing(writer: Writer, file: BinaryIO, stage: Stage, name: str) -> Callable[[], None]:
+    def finish() -> None:
+        digest = writer.finish()
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        stage.finish(name, digest)
+
+    return finish
+
+
+class Pipe:
+    """A thread that writes while the next tensors are computed; one call waits at most."""
+
+    def __init__(self, thread: ThreadPoolExecutor, room: int) -> None:
+        self._thread = thread
+        self._room = room
+        self._held = 0
+        self._last: Future[None] | None = None
+
+    def make_room(self, nbytes: int) -> None:
+        """Wait until this many bytes more may be held."""
+        if self._held + nbytes > self._room:
+            self.wait()
+
+    def put(self, call: Callable[[], None], nbytes: int) -> None:
+        """Have something written, that holds this many bytes until it is."""
+        self.wait()
+        self._last, self._held = self._thread.submit(call), nbytes
+
+    def wait(self) -> None:
+        """Wait until everything is written; raises what writing raised."""
+        last, self._last, self._held = self._last, None, 0
+        if last is not None:
+            last.result()
