@@ -44,7 +44,7 @@ class Follower(Recorder):
         op = info.name.removeprefix("aten::")
         for position in info.mutates:
             written = args[position]
-            if is_deferred_tensor(written) and self.ref(written).storage < self.program.closed:
+            if is_deferred_tensor(written) and self.storage_of(written).closed:
                 raise DeferredTensorError(
                     f"{op} would change {named} in place, which has no values yet: do it inside "
                     "`with lateinit.deferred():` so that it is recorded, or after "

@@ -112,6 +112,20 @@ class Generators:
         return place
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that random ops on a device draw from unless told otherwise."""
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.init()
+        number = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[number]
+    raise RecordingError(
+        f"the constructor draws random numbers on {device}, whose generator is not available "
+        "here: build the model on a machine that has this device, or on the CPU"
+    )
+
+
 class _Watch:
     """One generator, its first state, and the token that it should hold."""
 

@@ -161,10 +161,14 @@ def _show(value: Any) -> str:
 
 @dataclass(slots=True)
 class Storage:
-    """What a program knows of one storage: its size, and the device that was asked for."""
+    """What a program knows of one storage: its size, and the device that was asked for.
+
+    ``closed`` marks what was made in a block that has ended: it may be changed no more.
+    """
 
     nbytes: int
     device: torch.device
+    closed: bool = False
 
 
 @dataclass(slots=True)
@@ -217,7 +221,10 @@ class Stream:
 
 
 class Read(NamedTuple):
-    """A random value that left the program while it was recorded: when, and a digest of it."""
+    """A random value that left the program while it was recorded: when, and a digest of it.
+
+    Where only the shape left, the digest is empty.
+    """
 
     ref: TensorRef
     before: int
@@ -237,7 +244,6 @@ class Program:
         self.holes: list[int | None] = []  # the stream of what fills each, once it is filled
         self.seed_bound: str | None = None
         self.final: bytes | None = None
-        self.closed = 0  # storages from this number on were made outside the block
         self.merged_into: tuple[Program, Bases] | None = None
         self._reset()
 
@@ -256,8 +262,7 @@ class Program:
             "reads",
             "holes",
             "seed_bound",
-            "final",
-            "closed",
+            "final"
         )
         return {name: getattr(self, name) for name in kept}
 

@@ -8,10 +8,9 @@ views need no note (see ``program``).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,28 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lateinit import bounds, ops
 from lateinit.arguments import META, has_tensor, kwargs_to_meta, tensors_in, to_meta
 from lateinit.errors import RecordingError
-from lateinit.generators import Generators
+from lateinit.generators import Generators, default_generator
 from lateinit.labels import initializer
 from lateinit.ops import OpInfo, describe
-from lateinit.plan import needed_ops
-from lateinit.program import (
-    Ambient,
-    Const,
-    Constant,
-    Draw,
-    Op,
-    Program,
-    Read,
-    Storage,
-    TensorRef,
-)
+from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
+from lateinit.realdata import RealData, is_plain
 from lateinit.replay import Replay, Storages, flat, without_modes
+from lateinit.sharing import SharedMemory
 from lateinit.streams import Streams
 from lateinit.tensors import ON_META, Slot, attach, is_deferred_tensor, slot_of
+from lateinit.values import Values
 
 _CPU = torch.device("cpu")
-_SMALL = 1 << 16  # real data up to this many bytes is copied into the program
-_KEPT = 1 << 26  # bytes of replayed values kept for the next read
 _active = threading.local()
 
 
@@ -70,10 +59,9 @@ class Recorder(TorchDispatchMode):
         self.autocasting = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
         self._ambient_key: tuple[Any, ...] = ()
-        self._constants: dict[int, list[int]] = {}
-        self._known: dict[int, tuple[int, torch.UntypedStorage]] = {}
-        self.exposed: list[Exposure] = []
-        self._twins: list[tuple[Tensor, Tensor]] = []
+        self.values = Values(self.program)
+        self.data = RealData(self.program)
+        self.shared = SharedMemory(self.values, self.data, self._overwrite)
 
     def __torch_dispatch__(
         self,
@@ -90,13 +78,13 @@ class Recorder(TorchDispatchMode):
 
     def dispatch(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decide what an op is to a recording, by what it is given."""
-        if self.exposed:
-            self._take_back()
+        if self.shared:
+            self.shared.take_back()
         if kwargs.get("device") == META:
             kwargs = kwargs | {"device": self._meant_by_meta()}
-        split = _split_random(info)
-        if split is not None:
-            return self._fill(split, info, args, kwargs)
+        fill = _FILLS.get(info.name)
+        if fill is not None:
+            return self._fill(fill, info, args, kwargs)
         deferred, real, on_meta = self._sort(args, kwargs)
         if info.name.startswith("aten::set_.source_Storage") and args[1].device != META:
             if deferred:
@@ -163,7 +151,7 @@ class Recorder(TorchDispatchMode):
     def _referred(self, value: Any) -> Any:
         """An argument as it is written into the program."""
         if isinstance(value, Tensor):
-            return self.ref(value) if value.is_meta else self._constant(value)
+            return self.ref(value) if value.is_meta else self.data.refer(value)
         if isinstance(value, (list, tuple)):
             return tuple(self._referred(item) for item in value)
         if isinstance(value, torch.UntypedStorage):
@@ -171,28 +159,6 @@ class Recorder(TorchDispatchMode):
                 "an untyped storage was written to while recording: write to a tensor instead"
             )
         return value
-
-    def _constant(self, tensor: Tensor) -> Const:
-        """Keep real data: small data and data that numpy can change behind our back by copy."""
-        if not _is_plain(tensor):
-            self.program.constants.append(Constant(tensor.clone(), None))
-            return Const(len(self.program.constants) - 1)
-        storage = tensor.untyped_storage()
-        size = tensor.numel() * tensor.element_size()
-        owned = size <= _SMALL or not storage.resizable() or tensor.is_inference()
-        self.program.constants.append(
-            Constant(_copied(tensor), None) if owned else Constant(tensor, tensor._version)
-        )
-        index = len(self.program.constants) - 1
-        if not owned:
-            self._constants.setdefault(storage._cdata, []).append(index)
-        return Const(index)
-
-    def _before_write(self, tensor: Tensor) -> None:
-        """Copy the real data that the program refers to before it is written in place."""
-        for index in self._constants.pop(tensor.untyped_storage()._cdata, ()):
-            constant = self.program.constants[index]
-            self.program.constants[index] = Constant(_copied(constant.tensor), None)
 
     # -- recording -----------------------------------------------------------------------------
 
@@ -243,7 +209,11 @@ class Recorder(TorchDispatchMode):
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """The device that a deferred tensor was asked for."""
-        return self.program.storages[self.ref(tensor).storage].device
+        return self.storage_of(tensor).device
+
+    def storage_of(self, tensor: Tensor) -> Storage:
+        """What the program knows of a deferred tensor's storage."""
+        return self.program.storages[self.ref(tensor).storage]
 
     def _adopt(self, tensor: Tensor, device: torch.device) -> bool:
         """Give a new meta storage its number; keep the size of a known one up to date."""
@@ -273,8 +243,8 @@ class Recorder(TorchDispatchMode):
         self.program.ops.append(
             Op(info.name, referred, written, outs, draw, self._ambient(), label)
         )
-        if self.exposed:
-            self._hand_out()
+        if self.shared:
+            self.shared.show()
 
     def _draw(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw | None:
         generator = kwargs.get("generator")
@@ -282,7 +252,7 @@ class Recorder(TorchDispatchMode):
         explicit = generator is not None
         if generator is None:
             tensors = [t for t in tensors_in(args, kwargs) if t.is_meta]
-            generator = _default_generator(self._device(kwargs, tensors))
+            generator = default_generator(self._device(kwargs, tensors))
         return self.generators.draw(generator, len(self.program.ops), root=not explicit)
 
     def ambient(self) -> Ambient:
@@ -345,8 +315,8 @@ class Recorder(TorchDispatchMode):
         storages = self._inputs(replay, probe)
         with without_modes(), self.program.ambients[ambient].in_force():
             results = replay.call(probe, storages)
-        if not all(_is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
-            if info.random or self._is_random(probe.read()):
+        if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
+            if info.random or self.values.are_random(probe.read()):
                 self.program.seed_bound = f"{info.name} made a tensor without a plain layout"
             return results[0] if len(results) == 1 else results
         if info.mutates:
@@ -356,6 +326,10 @@ class Recorder(TorchDispatchMode):
             made = [self._mirror(leaf, device) for leaf in results]
         outs = tuple(self.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in made)
         self.program.ops.append(probe._replace(outs=outs))
+        if info.random or self.values.are_random(probe.read()):
+            # Python sees the shapes: another seed must give the same.
+            reads = [Read(ref, len(self.program.ops), b"") for ref in outs if ref is not None]
+            self.program.reads.extend(reads)
         return made[0] if len(made) == 1 else tuple(made)
 
     def _mirror(self, real: Any, device: torch.device) -> Any:
@@ -380,25 +354,25 @@ class Recorder(TorchDispatchMode):
         if not written and (info.random or info.from_sizes):
             return self.record(info, args, kwargs, [])
         for tensor in written:
-            self._before_write(tensor)
+            self.data.before_write(tensor)
         if info.random:
             self.settle()
             self.program.seed_bound = f"{info.name} drew into a real tensor"
         result = info.func(*args, **kwargs)
-        if written and self.exposed:
-            self._take_back(every=True)
+        if written and self.shared:
+            self.shared.take_back(every=True)
         return result
 
     def _lift(self, data: Tensor) -> Tensor:
         """``torch.tensor(...)``: data that nobody else can see becomes a deferred constant."""
         tensor: Tensor = self._mirror(data, data.device)
-        self.program.constants.append(Constant(data, None))
-        constant = Const(len(self.program.constants) - 1)
-        outs = (self.ref(tensor),)
-        self.program.ops.append(
-            Op(ops.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
-        )
+        constant, outs = self.data.own(data), (self.ref(tensor),)
+        op = Op(ops.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
+        self.program.ops.append(op)
         return tensor
+
+    def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
+        self._append(ops.by_name("aten::copy_"), (tensor, data), {}, ())
 
     def lift(self, data: Tensor) -> Tensor:
         """A deferred copy of real data."""
@@ -413,7 +387,7 @@ class Recorder(TorchDispatchMode):
         """Write deferred values into a real tensor: they must be computed now."""
         for tensor in tensors_in(args, kwargs):
             if not tensor.is_meta:
-                self._before_write(tensor)
+                self.data.before_write(tensor)
         real = [self._evaluated(value) for value in args]
         return info.func(*real, **{k: self._evaluated(v) for k, v in kwargs.items()})
 
@@ -432,41 +406,36 @@ class Recorder(TorchDispatchMode):
             return type(value)(self._evaluated(item) for item in value)
         return value
 
-    def read(self, tensor: Tensor) -> Tensor:
-        """The values that a deferred tensor has now; that random ones were read is noted."""
-        value, ref = self.evaluate(tensor), self.ref(tensor)
-        if self._is_random([ref]):
-            self.program.reads.append(Read(ref, len(self.program.ops), digest(value)))
-        return value
-
-    def _is_random(self, refs: Iterable[TensorRef]) -> bool:
-        numbers = needed_ops(self.program, [ref.storage for ref in refs])
-        return any(self.program.ops[number].draw is not None for number in numbers)
-
-    def evaluate(self, tensor: Tensor) -> Tensor:
-        """A real tensor with the values that a deferred one has now."""
-        ref = self.ref(tensor)
-        writes = len(self.program.writers(ref.storage))
-        known = self._known.get(ref.storage)
-        if known is None or known[0] != writes:
-            storage = Replay(self.program).values([ref.storage])[ref.storage]
-            known = (writes, storage)
-            self._keep(ref.storage, known)
-        with without_modes():
-            return ref.on(known[1])
-
-    def _keep(self, number: int, known: tuple[int, torch.UntypedStorage]) -> None:
-        """Keep replayed values for the next read: constructors read in loops."""
-        kept = sum(storage.nbytes() for _, storage in self._known.values())
-        if kept + known[1].nbytes() > _KEPT:
-            self._known.clear()
-        if known[1].nbytes() <= _KEPT:
-            self._known[number] = known
-
     def _inputs(self, replay: Replay, op: Op) -> Storages:
         needed = dict.fromkeys(ref.storage for ref in op.read())
         needed |= dict.fromkeys(ref.storage for ref in op.written())
         return replay.values(needed)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The values that a deferred tensor has now; that random ones were read is noted."""
+        return self.values.read(self.ref(tensor))
+
+    def expose(self, tensor: Tensor) -> Tensor:
+        """A real tensor that shares its life with a deferred one: writes show on either side."""
+        return self.shared.expose(tensor, self.ref(tensor))
+
+    def _set_storage(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``set_`` of a real storage: the tensor shows a deferred twin of it."""
+        target, storage, *rest = args
+        twin = self.shared.twin_of(storage)
+        if twin is None:
+            with without_modes():
+                real = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            twin = self.lift(real)
+            self.shared.add_twin(twin, self.ref(twin), real)
+        return info.func(target, twin.untyped_storage(), *rest, **kwargs)
+
+    def finish(self) -> None:
+        """Note what is still to be noted when the block ends."""
+        for storage in self.program.storages:
+            storage.closed = True
+        with without_modes():
+            self.shared.finish()
 
     def _on_meta(self, result: Any) -> Any:
         """What the constructor itself put on meta stays there."""
@@ -481,134 +450,12 @@ class Recorder(TorchDispatchMode):
             run = Replay(self.program).streams.make
             self.generators.settle(Streams(self.program, run, past_holes=True).state)
 
-    # -- values handed out as memory -----------------------------------------------------------
-
-    def expose(self, tensor: Tensor) -> Tensor:
-        """A real tensor that shares its life with a deferred one: writes show on either side."""
-        real = self.read(tensor).clone()
-        self._share(tensor, real, watched=True)
-        return real
-
-    def _share(self, tensor: Tensor, real: Tensor, watched: bool) -> None:
-        self.exposed.append(Exposure(tensor, real, real.clone(), self._writes(tensor), watched))
-
-    def _set_storage(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``set_`` of a real storage: the tensor shows a deferred twin of it, kept equal."""
-        target, storage, *rest = args
-        with without_modes():
-            real = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        shared = next((e for e in self.exposed if e.shows(storage)), None)
-        if shared is None:
-            twin = self.lift(real)
-            self._twins.append((twin, real))
-            self._share(twin, real, watched=not storage.resizable())
-        else:
-            twin = shared.tensor
-        return info.func(target, twin.untyped_storage(), *rest, **kwargs)
-
-    def _writes(self, tensor: Tensor) -> int:
-        return len(self.program.writers(self.ref(tensor).storage))
-
-    def _take_back(self, every: bool = False) -> None:
-        """Note what was written through memory that is shared: ``watched`` where unseen."""
-        for exposure in self.exposed:
-            if (every or exposure.watched) and not _same_bits(exposure.real, exposure.seen):
-                exposure.seen = exposure.real.clone()
-                exposed, self.exposed = self.exposed, []
-                copy = ops.by_name("aten::copy_")
-                self._append(copy, (exposure.tensor, exposure.seen), {}, ())
-                self.exposed = exposed
-                exposure.writes = self._writes(exposure.tensor)
-
-    def _hand_out(self) -> None:
-        """Show what was recorded in memory that was handed out."""
-        for exposure in self.exposed:
-            writes = self._writes(exposure.tensor)
-            if writes != exposure.writes:
-                if exposure.real.untyped_storage()._cdata in self._constants:
-                    self._before_write(exposure.real)
-                with without_modes():
-                    exposure.real.copy_(self.evaluate(exposure.tensor))
-                exposure.seen = exposure.real.clone()
-                exposure.writes = writes
-
-    def finish(self) -> None:
-        """Note what is still to be noted when the block ends."""
-        self.program.closed = len(self.program.storages)
-        with without_modes():
-            self._take_back(every=True)
-            for twin, real in self._twins:
-                slot = slot_of(twin)
-                assert slot is not None
-                slot.real = real.untyped_storage()
-
-
-def digest(value: Tensor) -> bytes:
-    """A digest of the bits of a tensor, to compare what another seed would have shown."""
-    data = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.cpu().numpy().tobytes()).digest()
-
-
-class Exposure:
-    """Memory handed out for a deferred tensor, and what it held when last looked at."""
-
-    __slots__ = ("real", "seen", "tensor", "watched", "writes")
-
-    def __init__(
-        self, tensor: Tensor, real: Tensor, seen: Tensor, writes: int, watched: bool
-    ) -> None:
-        self.tensor = tensor
-        self.real = real
-        self.seen = seen
-        self.writes = writes
-        self.watched = watched
-
-    def shows(self, storage: torch.UntypedStorage) -> bool:
-        """Whether this is about the whole of a real storage."""
-        return self.real.untyped_storage()._cdata == storage._cdata
-
-
-def _split_random(info: OpInfo) -> str | None:
-    """The in-place op that a random factory ends in."""
-    return _FILLS.get(info.name)
-
-
 _FILLS = {
     f"aten::{name}{overload}": fill
     for name, fill in (("rand", "uniform_"), ("randn", "normal_"), ("randint", "random_"))
     for overload in ("", ".generator", "_like", "_like.generator", ".low", ".low_generator")
 } | {"aten::randint_like.low_dtype": "random_"}
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    raise RecordingError(
-        f"the constructor draws random numbers on {device}, whose generator is not available "
-        "here: build the model on a machine that has this device, or on the CPU"
-    )
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy with the very strides of the original: results are laid out after their arguments."""
-    if tensor.numel() == 0:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    window = tensor.as_strided((span,), (1,), tensor.storage_offset()).clone()
-    return window.as_strided(tensor.size(), tensor.stride())
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.numpy().tobytes() == b.numpy().tobytes()
+"""The in-place ops that random factories end in."""
 
 
 @contextlib.contextmanager

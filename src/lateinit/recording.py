@@ -13,41 +13,14 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from lateinit.holes import Hole, reserve
 from lateinit.masquerade import Masquerade
+from lateinit.patches import Patches
 from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
 from lateinit.replay import without_modes
 from lateinit.tensors import guard, is_deferred_tensor
-from lateinit.walk import find_tensors
+from lateinit.walk import own_tensors
 
 T = TypeVar("T")
-
-
-class _PatchedStateGetters:
-    """``torch.get_rng_state`` inside a block: it must show the state that eager would show."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._original = torch.random.get_rng_state
-        original = self._original
-
-        def get_rng_state() -> Tensor:
-            if current() is recorder:
-                recorder.settle()
-            with without_modes():
-                return original()
-
-        self._places = [
-            (module, original, get_rng_state)
-            for module in (torch, torch.random)
-            if module.get_rng_state is original  # type: ignore[attr-defined]
-        ]
-
-    def __enter__(self) -> None:
-        for module, _, replacement in self._places:
-            module.get_rng_state = replacement  # type: ignore[attr-defined]
-
-    def __exit__(self, *_: object) -> None:
-        for module, original, _ in self._places:
-            module.get_rng_state = original  # type: ignore[attr-defined]
 
 
 class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - reads as a statement
@@ -108,7 +81,7 @@ def block(recorder: Recorder) -> Iterator[None]:
     """Record what a block does, and guard what it made."""
     modules = _Modules()
     try:
-        with _PatchedStateGetters(recorder), modules, in_force(recorder, Masquerade):
+        with Patches(), modules, in_force(recorder, Masquerade):
             yield
     finally:
         _guard_all(recorder, modules)
@@ -182,6 +155,6 @@ def _guard_all(recorder: Recorder, modules: _Modules) -> None:
         tensor = reference()
         if tensor is not None and is_deferred_tensor(tensor):
             guard(tensor)
-    for found in find_tensors(modules.all()):
-        if found.deferred:
-            guard(found.tensor)
+    for tensor in own_tensors(modules.all()):
+        if is_deferred_tensor(tensor):
+            guard(tensor)

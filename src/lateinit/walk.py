@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from lateinit.tensors import is_deferred_tensor, slot_of
 Kind = Literal["parameter", "buffer", "attribute"]
 _Leaf = tuple[str, Tensor, Kind, bool]
 _OWN = frozenset(nn.Module().__dict__)
+_HOLDERS = (Tensor, dict, list, tuple, set, frozenset)
 
 
 @dataclass(slots=True)
@@ -52,6 +53,18 @@ def find_tensors(target: Any) -> Iterator[Found]:
         else:
             known.names.append(name)
     yield from found.values()
+
+
+def own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The tensors that hang on these very modules, not on those below them."""
+    seen: set[int] = set()
+    for module in modules:
+        yield from (p for p in module._parameters.values() if p is not None)
+        yield from (b for b in module._buffers.values() if b is not None)
+        for name, value in module.__dict__.items():
+            if name not in _OWN and isinstance(value, _HOLDERS):
+                for _, tensor, _, _ in _walk(value, "", seen, ()):
+                    yield tensor
 
 
 def _walk(value: Any, path: str, seen: set[int], above: tuple[int, ...]) -> Iterator[_Leaf]:

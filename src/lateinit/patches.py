@@ -1,0 +1,71 @@
+"""What has to be replaced in torch while a block runs, because no mode sees it.
+
+``torch.get_rng_state`` must show the state that eager construction would show, and parameters are
+made below the dispatcher. The replacements are in place while any thread is in a block, and ask
+whether this one is.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lateinit.recorder import current
+from lateinit.replay import without_modes
+
+_get_rng_state = torch.random.get_rng_state
+_new_parameter = nn.Parameter.__dict__["__new__"]
+
+
+def _settled_rng_state() -> Tensor:
+    recorder = current()
+    if recorder is not None:
+        recorder.settle()
+    with without_modes():
+        return _get_rng_state()
+
+
+def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tensor:
+    parameter: Tensor = _new_parameter.__func__(cls, *args, **kwargs)
+    recorder = current()
+    if recorder is not None:
+        recorder.born.append(weakref.ref(parameter))
+    return parameter
+
+
+_PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
+    (torch, "get_rng_state", _get_rng_state, _settled_rng_state),
+    (torch.random, "get_rng_state", _get_rng_state, _settled_rng_state),
+    (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
+)
+
+
+class Patches:
+    """Puts the replacements in place; the last to leave takes them out."""
+
+    _lock = threading.Lock()
+    _users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            Patches._users += 1
+            if Patches._users == 1:
+                for owner, name, _, replacement in _PATCHES:
+                    setattr(owner, name, replacement)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            Patches._users -= 1
+            if Patches._users == 0:
+                for owner, name, original, _ in _PATCHES:
+                    setattr(owner, name, original)

@@ -1,0 +1,65 @@
+"""Real data that enters a program: constants, and how they stay what they were."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lateinit.program import Const, Constant, Program
+
+_SMALL = 1 << 16
+
+
+class RealData:
+    """The real tensors that recorded ops read.
+
+    Data of up to 64 KiB, and data that numpy could change behind our back, is copied; other data
+    is kept as it is, with its version, and copied before an op of the block writes to it.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._kept: dict[int, list[int]] = {}
+
+    def refer(self, tensor: Tensor) -> Const:
+        """A reference to a real tensor, as it is now."""
+        if not is_plain(tensor):
+            return self.own(tensor.clone())
+        storage = tensor.untyped_storage()
+        small = tensor.numel() * tensor.element_size() <= _SMALL
+        if small or not storage.resizable() or tensor.is_inference():
+            return self.own(copied(tensor))
+        constant = self._keep(Constant(tensor, tensor._version))
+        self._kept.setdefault(storage._cdata, []).append(constant.number)
+        return constant
+
+    def own(self, tensor: Tensor) -> Const:
+        """A reference to data that nobody else can change."""
+        return self._keep(Constant(tensor, None))
+
+    def _keep(self, constant: Constant) -> Const:
+        self.program.constants.append(constant)
+        return Const(len(self.program.constants) - 1)
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Copy what is kept of a tensor's storage before it is written in place."""
+        if not is_plain(tensor):
+            return
+        for number in self._kept.pop(tensor.untyped_storage()._cdata, ()):
+            constant = self.program.constants[number]
+            self.program.constants[number] = Constant(copied(constant.tensor), None)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy with the very strides of the original: results are laid out after their arguments."""
+    if tensor.numel() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    window = tensor.as_strided((span,), (1,), tensor.storage_offset()).clone()
+    return window.as_strided(tensor.size(), tensor.stride())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a window on a storage: not sparse, quantised or nested."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested

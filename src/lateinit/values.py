@@ -1,0 +1,63 @@
+"""Values that leave a program while it is recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lateinit.plan import needed_ops
+from lateinit.program import Program, Read, TensorRef
+from lateinit.replay import Replay, without_modes
+
+_KEPT = 1 << 26
+
+
+class Values:
+    """Answers reads by replaying just what they need, and keeps up to 64 MiB for the next one."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._known: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def of(self, ref: TensorRef) -> Tensor:
+        """The values that a deferred tensor has now."""
+        writes = self.writes(ref)
+        known = self._known.get(ref.storage)
+        if known is None or known[0] != writes:
+            known = (writes, Replay(self.program).values([ref.storage])[ref.storage])
+            self._keep(ref.storage, known)
+        with without_modes():
+            return ref.on(known[1])
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """Likewise; that random values were read is noted, for ``seed=`` to be honest."""
+        value = self.of(ref)
+        if self.are_random([ref]):
+            self.program.reads.append(Read(ref, len(self.program.ops), digest(value)))
+        return value
+
+    def are_random(self, refs: Iterable[TensorRef]) -> bool:
+        """Whether tensors depend on a draw."""
+        numbers = needed_ops(self.program, [ref.storage for ref in refs])
+        return any(self.program.ops[number].draw is not None for number in numbers)
+
+    def writes(self, ref: TensorRef) -> int:
+        """How many ops have written to a tensor's storage so far."""
+        return len(self.program.writers(ref.storage))
+
+    def _keep(self, number: int, known: tuple[int, torch.UntypedStorage]) -> None:
+        size = known[1].nbytes()
+        if size + sum(storage.nbytes() for _, storage in self._known.values()) > _KEPT:
+            self._known.clear()
+        if size <= _KEPT:
+            self._known[number] = known
+
+
+def digest(value: Tensor) -> bytes:
+    """A digest of the bits of a tensor, to compare what another seed would have shown."""
+    with without_modes():
+        data = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        return hashlib.sha256(data.cpu().numpy().tobytes()).digest()
