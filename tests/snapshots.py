@@ -43,6 +43,13 @@ class Snapshot:
     values: dict[str, str]
 
 
+def significant(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides, where they mean something: kernels and their meta twins disagree on the others."""
+    if tensor.numel() == 0:
+        return ()
+    return tuple(s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
+
+
 def snapshot(model: nn.Module) -> Snapshot:
     """Every parameter, buffer, plain tensor attribute and plain value of `model`, by path."""
     tensors = dict(tensors_of(model))
@@ -57,7 +64,7 @@ def snapshot(model: nn.Module) -> Snapshot:
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
             device=tensor.device,
-            stride=tensor.stride(),
+            stride=significant(tensor),
             requires_grad=tensor.requires_grad,
             is_leaf=tensor.is_leaf,
             is_conj=tensor.is_conj(),

@@ -93,6 +93,7 @@ def test_pickled_program_equals_eager(program: list[Step]) -> None:
 @settings(max_examples=100)
 @given(PROGRAMS)
 def test_deep_copy_of_a_program_s_tensors_equals_eager(program: list[Step]) -> None:
+    assume(not {step.op for step in program} & REAL)
     expected = as_model(eagerly(program)[0].pool)
     model = as_model(recorded(program).pool)
     copied = copy.deepcopy(model)

@@ -5,7 +5,7 @@ exactly the model that eager construction would have given.
 """
 
 from lateinit import errors
-from lateinit import following as _following  # installs what guards deferred tensors
+from lateinit import following as _following  # noqa: F401 - installs what guards deferred tensors
 from lateinit.checkpoint import save_checkpoint
 from lateinit.materialize import is_deferred, materialize, plan
 from lateinit.recording import deferred, deferred_init

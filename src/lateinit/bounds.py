@@ -1,13 +1,14 @@
 """Answering reads of random tensors without drawing them, where the answer is certain.
 
-``nn.init.trunc_normal_`` (torch 2.13) asks ``mask.any()`` of the mask of rejected draws. With bounds
-many standard deviations out the answer is False whatever is drawn: a Box-Muller normal made of
-53-bit (24-bit) uniforms stays within sqrt(-2 ln 2**-53) = 8.58 (5.77) standard deviations.
+``nn.init.trunc_normal_`` (torch 2.13) asks ``mask.any()`` of the mask of rejected draws. With
+bounds many standard deviations out the answer is False whatever is drawn: a Box-Muller normal made
+of 53-bit (24-bit) uniforms stays within sqrt(-2 ln 2**-53) = 8.58 (5.77) standard deviations.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _either(a: Interval, b: Interval) -> Interval:
     return max(a[0], b[0]), max(a[1], b[1])
 
 
-_RULES = {
+_RULES: dict[str, Callable[..., Interval]] = {
     "aten::normal_": _normal,
     "aten::lt.Scalar": _less,
     "aten::gt.Scalar": lambda a, b: _less(b, a),

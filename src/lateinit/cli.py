@@ -19,10 +19,11 @@ from torch import nn
 
 from lateinit import parity, specs
 from lateinit.checkpoint import save_checkpoint
-from lateinit.errors import LateinitError, SpecError
+from lateinit.errors import LateinitError
 from lateinit.recording import deferred_init
 from lateinit.safetensors_file import DTYPES
 from lateinit.summary import summary
+from lateinit.units import parse_bytes
 from lateinit.version import __version__
 
 app = typer.Typer(
@@ -109,7 +110,7 @@ def check(spec: Spec, seed: Seed = 0, kwargs: Kwargs = None, as_json: Json = Fal
 
 
 @app.command()
-def init(
+def init(  # noqa: PLR0913, PLR0917 - the options of a command
     spec: Spec,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A folder to make, or a file: OUT.safetensors")
@@ -127,14 +128,14 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write an initialised checkpoint, without ever holding the model in memory."""
+    cast = _dtype(dtype)
     with _errors():
-        cast = _dtype(dtype)
         build = _building(specs.load(spec, specs.parse_kwargs(kwargs)))
         parity.seed_all(seed)
         saved = save_checkpoint(
             deferred_init(build),
             output,
-            max_shard_size=max_shard_size,
+            max_shard_size=_size(max_shard_size),
             dtype=cast,
             force=force,
             resume=resume,
@@ -161,8 +162,15 @@ def _dtype(name: str | None) -> torch.dtype | None:
         return None
     known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
     if name not in known:
-        raise SpecError(f"--dtype {name} is not known; there are: {', '.join(known)}")
+        raise typer.BadParameter(f"--dtype {name} is none of {', '.join(known)}")
     return known[name]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-shard-size {error}") from error
 
 
 class _ConstructionError(Exception):
@@ -189,13 +197,16 @@ def _errors() -> Iterator[None]:
     """Show an expected error as a message on stderr, and exit with 2."""
     try:
         yield
-    except (LateinitError, ValueError) as error:
+    except LateinitError as error:
         typer.echo(f"lateinit: {error}", err=True)
         raise typer.Exit(2) from error
     except _ConstructionError as error:
         traceback.print_exception(error.__cause__)
         typer.echo("lateinit: the model's constructor raised this", err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("lateinit: interrupted; `init` can be continued with --resume", err=True)
+        raise typer.Exit(130) from error
 
 
 def _print_json(data: dict[str, Any]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from lateinit.program import Program
 from lateinit.shards import Shard
@@ -44,7 +46,17 @@ def _program_parts(program: Program, seed: int | None) -> Iterator[bytes | memor
     for stream in program.streams:
         replaced = stream.root and seed is not None
         yield repr((stream.device, stream.ops, None if replaced else stream.start)).encode()
+    yield repr(program.holes).encode()
     for constant in program.constants:
-        data = constant.tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        yield repr((data.dtype, data.shape)).encode()
-        yield data.view(-1).view(torch.uint8).numpy().data if data.numel() else b""
+        yield from _data_parts(constant.tensor.detach())
+
+
+def _data_parts(tensor: Tensor) -> Iterator[bytes | memoryview]:
+    yield repr((tensor.dtype, tensor.shape, tensor.layout)).encode()
+    if tensor.layout is torch.strided and not tensor.is_quantized:
+        plain = tensor.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+        yield plain.view(torch.uint8).numpy().data
+    else:
+        saved = io.BytesIO()
+        torch.save(tensor, saved)
+        yield saved.getbuffer()

@@ -110,4 +110,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return locate(a)[1:] == locate(b)[1:] or locate(a)[2].storage == locate(b)[2].storage
 
 
-DeferredTensor.follow = staticmethod(follow)  # type: ignore[assignment]
+DeferredTensor.follow = staticmethod(follow)

@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,9 @@ class Generators:
 
     def draw(self, generator: torch.Generator, op: int, root: bool) -> Draw:
         """Note that op number ``op`` draws from a generator; where it stood before."""
-        watch = self._watched.get(generator._cdata)
+        watch = self._watched.get(_address(generator))
         if watch is None:
-            watch = self._watched[generator._cdata] = _Watch(generator, self._nonce)
+            watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
             self._begin(watch, self._place(watch) or state_of(generator), root)
         elif watch.key() != watch.expected:
             self._moved(watch)
@@ -59,19 +60,27 @@ class Generators:
 
     def watch_from(self, generator: torch.Generator, place: Draw) -> int:
         """Follow a generator as if it stood at a place; gives the stream that begins there."""
-        watch = self._watched[generator._cdata] = _Watch(generator, self._nonce)
+        watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
         self._begin(watch, place)
         return watch.stream
 
     def watch(self, generator: torch.Generator) -> None:
         """Follow the default generator from now on, whether or not it is drawn from."""
-        watch = self._watched[generator._cdata] = _Watch(generator, self._nonce)
+        watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
         self._begin(watch, state_of(generator), root=True)
+
+    def reseeded(self, generator: torch.Generator) -> None:
+        """Note that a generator was seeded: it stands in no stream that it stood in before."""
+        watch = self._watched.get(_address(generator))
+        if watch is not None:
+            self._begin(watch, state_of(generator))
 
     def settle(self, state: Callable[[Draw], bytes]) -> None:
         """Put every generator where eager construction would have it now."""
         for watch in self._watched.values():
             place = self._place(watch)
+            if place is None and watch.key() == watch.expected:
+                self._settled.setdefault(state_of(watch.generator), Draw(watch.stream, 0))
             if place is not None:
                 true = state(place)
                 set_state(watch.generator, true)
@@ -88,8 +97,7 @@ class Generators:
         watch.stream = len(self.program.streams)
         self.program.streams.append(Stream(start, watch.generator.device, root))
         watch.expected = watch.key()
-        if isinstance(start, bytes):
-            self._settled.setdefault(start, Draw(watch.stream, 0))
+        watch.has_token = False
 
     def _moved(self, watch: _Watch) -> None:
         """Something else has set the generator since: continue a stream or begin one."""
@@ -112,14 +120,25 @@ class Generators:
         return place
 
 
+def _address(generator: torch.Generator) -> int:
+    # Two Python objects may stand for one generator.
+    address: int = generator._cdata  # type: ignore[attr-defined]
+    return address
+
+
+def device_number(device: torch.device) -> int:
+    """The number of a CUDA device, that of the current one where it has none."""
+    number: Any = device.index  # None where it was not given, whatever the stubs say
+    return torch.cuda.current_device() if number is None else int(number)
+
+
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that random ops on a device draw from unless told otherwise."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.init()
-        number = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[number]
+        return torch.cuda.default_generators[device_number(device)]
     raise RecordingError(
         f"the constructor draws random numbers on {device}, whose generator is not available "
         "here: build the model on a machine that has this device, or on the CPU"

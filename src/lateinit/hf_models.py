@@ -93,6 +93,7 @@ def _auto_class(config_class: Any, source: str) -> Any:
     for name in ("AutoModelForCausalLM", "AutoModel"):
         auto = getattr(modeling_auto, name)
         if config_class in auto._model_mapping:
+            auto._model_mapping[config_class]  # imports it now, and not while it is built
             return auto
     modeling = config_class.__module__.replace(".configuration_", ".modeling_")
     classes = [

@@ -47,7 +47,7 @@ def hole_of(module: nn.Module) -> Hole | None:
 
 
 def reserve(module: nn.Module) -> None:
-    """Reserve the hole of a lazy module that is being constructed, once; outside a block: nothing."""
+    """Reserve the hole of a lazy module that is constructed in a block, once."""
     recorder = current()
     if recorder is not None and hole_of(module) is None:
         place = recorder.generators.reserve(torch.default_generator)

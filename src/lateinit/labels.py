@@ -19,6 +19,8 @@ from lateinit import ops
 from lateinit.plan import needed_ops
 from lateinit.program import Const, Op, Program, TensorRef
 
+_INIT = vars(torch.nn.init)
+_BETWEEN = ("lateinit", "torch")
 EMPTY = "empty (uninitialised)"
 _MOST_PIECES = 3
 _DEEPEST = 8  # copies of copies that are followed
@@ -34,11 +36,10 @@ def initializer() -> str | None:
     frame: FrameType | None = sys._getframe(1)
     found = None
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module == "torch.nn.init":
+        if frame.f_globals is _INIT:
             if frame.f_code.co_name.removeprefix("_no_grad_") in _DEFAULTS:
                 found = frame
-        elif found is not None or not module.startswith(("lateinit", "torch")):
+        elif found is not None or not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
             break
         frame = frame.f_back
     if found is None:

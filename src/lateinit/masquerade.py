@@ -9,6 +9,7 @@ tensor would, and sees to the calls that never reach the dispatcher: reads (``to
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lateinit.generators import device_number
+from lateinit.ops import by_name
 from lateinit.recorder import Recorder
 from lateinit.replay import without_modes
 from lateinit.tensors import copied_by_deepcopy, is_deferred_tensor
@@ -76,7 +79,7 @@ def _is_on(kind: str) -> Handler:
 
 def _get_device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
     device = recorder.device_of(args[0])
-    return -1 if device.type == "cpu" else (device.index or 0)
+    return -1 if device.type == "cpu" else device_number(device)
 
 
 def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
@@ -84,8 +87,7 @@ def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
     tensor = args[0]
     if tensor.numel() == 0:
         return 0
-    base: int = tensor.untyped_storage()._cdata
-    return base + tensor.storage_offset() * tensor.element_size()
+    return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
 
 
 def _untyped_storage(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -114,6 +116,29 @@ def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return result
     kind = recorder.device_of(args[0]).type
     return result.replace("torch.meta.", "torch." if kind == "cpu" else f"torch.{kind}.")
+
+
+def _overwriting(name: str, *keywords: str) -> Handler:
+    """A handler of an in-place filling op: most of what constructors do, so kept short."""
+
+    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+        tensor, *values = args
+        generator = kwargs.get("generator")
+        values += [kwargs[key] for key in keywords[len(values) :] if key in kwargs]
+        usual = len(values) + len(args[:1]) + (generator is not None) == len(args) + len(kwargs)
+        if (
+            not usual
+            or recorder.shared
+            or any(isinstance(value, Tensor) for value in values)
+            or not tensor.is_floating_point()
+            or (tensor.requires_grad and torch.is_grad_enabled())
+            or not is_deferred_tensor(tensor)
+        ):
+            return func(*args, **kwargs)
+        recorder.overwrite(by_name(name), tensor, tuple(values), generator)
+        return tensor
+
+    return fill
 
 
 def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -154,12 +179,12 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         if len(positional) > 2 and isinstance(positional[-1], bool):
             copy, positional = positional[-1], positional[:-1]
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*positional, **kwargs)
-    if device is not None:
-        device = _indexed(device)
+    device = None if device is None else _indexed(device)
+    asked = tensor.dtype if dtype is None else dtype
     if device is None or device == _reported(recorder, tensor):
-        return func(tensor, dtype or tensor.dtype, copy=copy, memory_format=_layout(layout))
+        return func(tensor, asked, copy=copy, memory_format=_layout(layout))
     if not is_deferred_tensor(tensor):
-        return func(tensor, device, dtype or tensor.dtype, non_blocking, copy=copy)
+        return func(tensor, device, asked, non_blocking, copy=copy)
     return torch.ops.aten._to_copy.default(
         tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
     )
@@ -170,8 +195,8 @@ def _layout(layout: torch.memory_format | None) -> torch.memory_format:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", device_number(device))
     return device
 
 
@@ -230,31 +255,15 @@ def _set_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     target, source = args
     if target.is_meta == source.is_meta:
         return func(*args)
-    return _become(target, source.detach())
+    return _become(recorder, target, source.detach())
 
 
-def _set(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``a.set_(b)`` of a tensor or a storage; likewise."""
-    target, *rest = args
-    source = rest[0] if rest else kwargs.get("source")
-    on_meta = source is not None and source.device.type == "meta"
-    if (
-        source is None
-        or isinstance(source, torch.storage.TypedStorage)
-        or on_meta == target.is_meta
-    ):
-        return func(*args, **kwargs)
-    with without_modes():
-        view = torch.empty(0, dtype=target.dtype, device=source.device).set_(*rest, **kwargs)
-    _become(target, view)
-    return target
-
-
-def _become(target: Tensor, source: Tensor) -> None:
+def _become(recorder: Recorder, target: Tensor, source: Tensor) -> None:
     """Let a tensor object show what another one shows, and keep what autograd knows of it."""
     with without_modes():
         source.requires_grad_(target.requires_grad)
     torch._C._swap_tensor_impl(target, source)
+    recorder.born.append(weakref.ref(target))
 
 
 _tensor = torch.Tensor
@@ -280,7 +289,10 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.new_tensor: _of_deferred(_new_tensor),
     _tensor.new: _of_deferred(_new),
     _tensor.__deepcopy__: _deepcopy,
-    _tensor.set_: _set,
+    _tensor.zero_: _overwriting("aten::zero_"),
+    _tensor.fill_: _overwriting("aten::fill_.Scalar", "value"),
+    _tensor.normal_: _overwriting("aten::normal_", "mean", "std"),
+    _tensor.uniform_: _overwriting("aten::uniform_", "from", "to"),
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
     torch.sparse_csc_tensor: _by_value,

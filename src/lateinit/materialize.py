@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lateinit.errors import (
     DeferredTensorError,
@@ -26,9 +26,9 @@ from lateinit.errors import (
 from lateinit.plan import Plan, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
-from lateinit.values import digest
 from lateinit.replay import Replay, without_modes
 from lateinit.tensors import DeferredTensor, Slot, locate, unguard
+from lateinit.values import digest
 from lateinit.walk import Found, find_tensors
 
 T = TypeVar("T")
@@ -238,7 +238,7 @@ class _Cast:
         new = {self.dtype_of(ref) for ref in refs}
         if len(dtypes) > 1 and new != dtypes:
             raise DeferredTensorError(
-                f"dtype={self.dtype} cannot be honoured: tensors of several dtypes share one storage"
+                f"dtype={self.dtype} cannot be honoured: tensors of several dtypes share a storage"
             )
         dtype = dtypes.pop()
         if new == {dtype} or len(new) > 1:
@@ -277,7 +277,7 @@ def _swap(tensor: Tensor, real: Tensor) -> None:
         real.requires_grad_(tensor.requires_grad)
     else:
         with torch.enable_grad():
-            real = _Detached.apply(real.requires_grad_())
+            real = _Detached.apply(real.requires_grad_())  # type: ignore[no-untyped-call]
     hooks, grad_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     torch._C._swap_tensor_impl(tensor, real)
     # Autograd keeps hooks in the implementation that was swapped out: hang them on the new one.
@@ -321,4 +321,4 @@ def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None
         give(tensor, ref, slot.real)
 
 
-DeferredTensor.adopt = staticmethod(adopt)  # type: ignore[assignment]
+DeferredTensor.adopt = staticmethod(adopt)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lateinit.errors import LateinitError
 from lateinit.materialize import materialize
 from lateinit.recording import deferred_init
 from lateinit.units import format_bytes
@@ -72,9 +73,9 @@ class Parity:
         }
 
     def __str__(self) -> str:
+        size = f"{self.tensors:,} tensors, {self.parameters:,} parameters"
         lines = [
-            f"{self.tensors:,} tensors, {self.parameters:,} parameters, "
-            f"{format_bytes(self.nbytes)}, seed {self.seed}",
+            f"{size}, {format_bytes(self.nbytes)}, seed {self.seed}",
             *(f"  {what:<12}{seconds:8.2f} s" for what, seconds in self.seconds.items()),
             *(f"  {name}: {what}" for name, what in self.differences),
         ]
@@ -84,7 +85,8 @@ class Parity:
                 "alias, stride and dtype, and the random state afterwards"
             )
         else:
-            verdict = f"DIFFERENT: {len(self.differences)} differences"
+            count = len(self.differences)
+            verdict = f"DIFFERENT: {count} difference{'s' * (count != 1)}"
         return "\n".join([*lines, verdict])
 
 
@@ -115,7 +117,14 @@ def _check(build: Build, seed: int) -> Parity:
     del eager
     gc.collect()  # modules refer to each other in circles
     seed_all(seed)
-    late = _timed(seconds, "record", lambda: deferred_init(build))
+    try:
+        late = _timed(seconds, "record", lambda: deferred_init(build))
+    except LateinitError:
+        raise
+    except Exception as error:  # noqa: BLE001 - what eager construction does not raise
+        cause = error.__cause__ or error
+        what = f"eager succeeds, deferred raises {type(cause).__name__}: {cause}"
+        return _parity([("(construction)", what)], [], seed, seconds)
     found_state = torch.get_rng_state()
     _timed(seconds, "materialise", lambda: materialize(late))
     found = facts(late)
@@ -127,12 +136,17 @@ def _check(build: Build, seed: int) -> Parity:
         differences.append(("(random state)", "the generator stands elsewhere than after eager"))
     if not torch.equal(found_state, torch.get_rng_state()):
         differences.append(("(random state)", "materialising moved the generator"))
-    tensors = {id(f.tensor): f.tensor for f in find_tensors(late)}
+    return _parity(differences, list(find_tensors(late)), seed, seconds)
+
+
+def _parity(
+    differences: list[tuple[str, str]], found: list[Found], seed: int, seconds: dict[str, float]
+) -> Parity:
     return Parity(
         differences=tuple(differences),
-        tensors=len(tensors),
-        parameters=sum(p.numel() for p in late.parameters()),
-        nbytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        tensors=len(found),
+        parameters=sum(f.tensor.numel() for f in found if f.kind == "parameter"),
+        nbytes=sum(f.tensor.numel() * f.tensor.element_size() for f in found),
         seed=seed,
         seconds=seconds,
     )
@@ -163,7 +177,7 @@ def _facts(found: Found, first: dict[int, tuple[str, int]]) -> Facts:
     strided = tensor.layout is torch.strided
     memory = (found.name, 0)
     if strided:
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         owner, its_start = first.setdefault(tensor.untyped_storage()._cdata, (found.name, start))
         memory = owner, start - its_start
     return Facts(
@@ -186,8 +200,7 @@ def _digest(tensor: Tensor) -> str:
         return "on meta"
     digest = hashlib.sha256()
     for part in [tensor] if tensor.layout is torch.strided else _components(tensor):
-        for piece in _flat(part).split(1 << 24):
-            digest.update(piece.view(torch.uint8).numpy().data)
+        digest.update(_flat(part).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """What has to be replaced in torch while a block runs, because no mode sees it.
 
-``torch.get_rng_state`` must show the state that eager construction would show, and parameters are
-made below the dispatcher. The replacements are in place while any thread is in a block, and ask
-whether this one is.
+``torch.get_rng_state`` must show the state that eager construction would show; ``manual_seed`` may
+give the very state that a stream began with; and parameters are made below the dispatcher. The
+replacements are in place while any thread is in a block, and ask whether this one is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lateinit.recorder import current
 from lateinit.replay import without_modes
 
 _get_rng_state = torch.random.get_rng_state
+_manual_seed = torch.random.manual_seed
 _new_parameter = nn.Parameter.__dict__["__new__"]
 
 
@@ -28,6 +29,14 @@ def _settled_rng_state() -> Tensor:
         recorder.settle()
     with without_modes():
         return _get_rng_state()
+
+
+def _noted_seed(seed: Any) -> torch.Generator:
+    generator = _manual_seed(seed)
+    recorder = current()
+    if recorder is not None:
+        recorder.generators.reseeded(torch.default_generator)
+    return generator
 
 
 def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tensor:
@@ -41,6 +50,8 @@ def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tens
 _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "get_rng_state", _get_rng_state, _settled_rng_state),
     (torch.random, "get_rng_state", _get_rng_state, _settled_rng_state),
+    (torch, "manual_seed", _manual_seed, _noted_seed),
+    (torch.random, "manual_seed", _manual_seed, _noted_seed),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
 )
 

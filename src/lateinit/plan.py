@@ -42,10 +42,9 @@ class Plan:
         names: dict[int, list[str]] = {}
         for name, ref in self.names:
             names.setdefault(ref.storage, []).append(name)
-        lines = [
-            f"{len(self.steps)} steps, {sum(len(s.ops) for s in self.steps)} of "
-            f"{len(self.program.ops)} recorded ops, {self.nbytes:,} bytes"
-        ]
+        needed = sum(len(step.ops) for step in self.steps)
+        recorded = f"{needed} of {len(self.program.ops)} recorded ops"
+        lines = [f"{len(self.steps)} steps, {recorded}, {self.nbytes:,} bytes"]
         for step in self.steps:
             lines += [f"  {number:>5}  {self.program.ops[number]}" for number in step.ops]
             lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}" for g in step.gives]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lateinit import ops
 
-
 CONJUGATE, NEGATIVE = 1, 2
 
 
@@ -43,7 +42,7 @@ class TensorRef(NamedTuple):
             tensor.dtype,
             tuple(tensor.size()),
             tuple(tensor.stride()),
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             bits,
         )
 
@@ -262,7 +261,7 @@ class Program:
             "reads",
             "holes",
             "seed_bound",
-            "final"
+            "final",
         )
         return {name: getattr(self, name) for name in kept}
 

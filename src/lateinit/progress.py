@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
+from rich import progress
+from rich.console import Console
 
 
 class Progress:
@@ -16,13 +15,10 @@ class Progress:
         self._what = what
         self._total = total
         self._shown = shown
-        self._bar: RichProgress | None = None
+        self._bar: progress.Progress | None = None
 
     def __enter__(self) -> Progress:
         if self._shown:
-            from rich import progress
-            from rich.console import Console
-
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),

@@ -32,6 +32,7 @@ from lateinit.streams import Streams
 from lateinit.tensors import ON_META, Slot, attach, is_deferred_tensor, slot_of
 from lateinit.values import Values
 
+_EMPTY = "aten::empty.memory_format"
 _CPU = torch.device("cpu")
 _active = threading.local()
 
@@ -51,7 +52,7 @@ class Recorder(TorchDispatchMode):
         return False
 
     def __init__(self, program: Program | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.program = program or Program()
         self.generators = Generators(self.program)
         self.born: list[weakref.ref[Tensor]] = []
@@ -82,13 +83,17 @@ class Recorder(TorchDispatchMode):
             self.shared.take_back()
         if kwargs.get("device") == META:
             kwargs = kwargs | {"device": self._meant_by_meta()}
+        if info.name == _EMPTY and kwargs.get("device") != META:
+            return self._empty(info, args, kwargs)
         fill = _FILLS.get(info.name)
         if fill is not None:
             return self._fill(fill, info, args, kwargs)
         deferred, real, on_meta = self._sort(args, kwargs)
-        if info.name.startswith("aten::set_.source_Storage") and args[1].device != META:
-            if deferred:
-                return self._set_storage(info, args, kwargs)
+        if deferred and real and info.name == "aten::set_.source_Tensor" and args[1].is_meta:
+            return info.func(args[0], self.expose(args[1]))
+        set_storage = info.name.startswith("aten::set_.source_Storage")
+        if deferred and set_storage and args[1].device != META:
+            return self._set_storage(info, args, kwargs)
         if kwargs.get("device") == META or (on_meta and not deferred):
             return self._on_meta(info.func(*args, **kwargs))
         if on_meta:
@@ -170,19 +175,38 @@ class Recorder(TorchDispatchMode):
         deferred: list[Tensor],
     ) -> Any:
         """Note an op, and give the deferred tensors that it would return."""
-        if info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]:
-            if args[0].is_floating_point() and not has_tensor(args[1:]):
-                self._append(info, args, kwargs, ())
-                return args[0]
+        alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
+        if alone and args[0].is_floating_point() and not has_tensor(args[1:]):
+            self._append(info, args, kwargs, ())
+            return args[0]
         if not self.autocasting or info.mutates:
             try:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
-            except Exception:
+            except Exception:  # noqa: BLE001 - what eager would raise, the run raises
                 return self._by_running(info, args, kwargs, deferred)
         else:
             return self._by_running(info, args, kwargs, deferred)
         self._note(info, args, kwargs, deferred, result)
         return result
+
+    def _empty(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """``record`` for the most frequent factory, without what it does not need."""
+        tensor: Tensor = info.func(*args, **kwargs_to_meta(info, kwargs))
+        self._adopt(tensor, torch.device(kwargs.get("device") or _CPU))
+        out = TensorRef.of(tensor, len(self.program.storages) - 1)
+        referred = (tuple(args[0]), *args[1:])
+        op = Op(info.name, referred, kwargs, (out,), None, self._ambient(), None)
+        self.program.ops.append(op)
+        return tensor
+
+    def overwrite(
+        self, info: OpInfo, tensor: Tensor, values: tuple[Any, ...], generator: Any
+    ) -> None:
+        """Note an op that fills a deferred floating-point tensor in place: it needs no kernel."""
+        draw = self._draw(info, (tensor,), {"generator": generator}) if info.random else None
+        referred = (self.ref(tensor), *values)
+        op = Op(info.name, referred, {}, (), draw, self._ambient(), initializer())
+        self.program.ops.append(op)
 
     def _note(
         self,
@@ -195,9 +219,8 @@ class Recorder(TorchDispatchMode):
         results = flat(result)
         device = self._device(kwargs, deferred)
         new = [self._adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
-        if any(new) or info.mutates or info.mutates_kw:
-            if not info.metadata_only:
-                self._append(info, args, kwargs, results)
+        if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
+            self._append(info, args, kwargs, results)
 
     def _device(self, kwargs: dict[str, Any], deferred: list[Tensor]) -> torch.device:
         asked = kwargs.get("device")
@@ -248,7 +271,8 @@ class Recorder(TorchDispatchMode):
 
     def _draw(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw | None:
         generator = kwargs.get("generator")
-        generator = generator or next((a for a in args if isinstance(a, torch.Generator)), None)
+        if generator is None:
+            generator = next((a for a in args if isinstance(a, torch.Generator)), None)
         explicit = generator is not None
         if generator is None:
             tensors = [t for t in tensors_in(args, kwargs) if t.is_meta]
@@ -449,6 +473,7 @@ class Recorder(TorchDispatchMode):
         with without_modes():
             run = Replay(self.program).streams.make
             self.generators.settle(Streams(self.program, run, past_holes=True).state)
+
 
 _FILLS = {
     f"aten::{name}{overload}": fill

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as hooks
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit.holes import Hole, reserve
 from lateinit.masquerade import Masquerade
 from lateinit.patches import Patches
 from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
-from lateinit.replay import without_modes
 from lateinit.tensors import guard, is_deferred_tensor
 from lateinit.walk import own_tensors
 
@@ -60,7 +60,12 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         self._exits.append(stack)
         return outer.program
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         stack = self._exits.pop()
         if self._exits or self._recorder is None:
             return

@@ -41,8 +41,9 @@ def skip_init(
         >>> layer.running_var
         tensor([1., 1., 1.])
     """
-    if not (isinstance(module_cls, type) and issubclass(module_cls, nn.Module)):
-        raise RuntimeError(f"Expected a Module; got {module_cls}")
+    cls: object = module_cls
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise RuntimeError(f"Expected a Module; got {module_cls}")  # noqa: TRY004 - as torch's
     with deferred(advance_rng=False):
         module = module_cls(*args, **kwargs)
     found = [f for f in find_tensors(module) if f.deferred]

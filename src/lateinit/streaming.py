@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from lateinit.progress import Progress
@@ -91,10 +90,7 @@ def _real(item: Item, found: dict[int, Storages]) -> Tensor:
     if storage is None:
         storage = found[id(program)][ref.storage]
     with without_modes():
-        real = ref.on(storage)
-        if item.tensor.is_conj():
-            real = real.conj()
-        return torch._neg_view(real) if item.tensor.is_neg() else real
+        return ref.on(storage)
 
 
 def _working_bytes(items: Iterable[Item]) -> Iterable[int]:

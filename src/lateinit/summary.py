@@ -26,6 +26,7 @@ from lateinit.walk import Found, Kind, find_tensors
 
 State = Literal["deferred", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
+_WRAPPED = ("name", "initialised")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,10 @@ class Summary:
         """The totals, in words."""
         t = self.totals
         dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in t.bytes_by_dtype.items())
+        tensors = f"{t.tensors:,} tensor{'s' * (t.tensors != 1)}"
         return (
-            f"{t.parameters:,} parameters, {t.buffers:,} elements of buffers, in {t.tensors:,} "
-            f"tensor{'s' * (t.tensors != 1)}\n{format_bytes(t.bytes)} ({dtypes or 'nothing'}), of which "
+            f"{t.parameters:,} parameters, {t.buffers:,} elements of buffers, in {tensors}\n"
+            f"{format_bytes(t.bytes)} ({dtypes or 'nothing'}), of which "
             f"{format_bytes(t.deferred_bytes)} deferred"
         )
 
@@ -128,7 +130,7 @@ class Summary:
         table = Table(*(_HEADS[i] for i in shown), box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in zip(shown, table.columns, strict=True):
             column.overflow = "fold"
-            column.no_wrap = _HEADS[index] not in ("name", "initialised")
+            column.no_wrap = _HEADS[index] not in _WRAPPED
             column.justify = "right" if _HEADS[index] == "bytes" else "left"
         for line in self.lines:
             table.add_row(*(Text(line[i]) for i in shown))
@@ -139,11 +141,16 @@ class Summary:
         """The columns that fit a width, those left out first that say the same in each line."""
         table = [_HEADS, *self.lines]
         widths = [max(len(line[i]) for line in table) + 3 for i in range(len(_HEADS))]
+        folded = [min(w, 16) if h in _WRAPPED else w for h, w in zip(_HEADS, widths, strict=True)]
         shown = list(range(len(_HEADS)))
         for head in ("state", "dtype", "kind", "bytes"):
             index = _HEADS.index(head)
             same = len({line[index] for line in self.lines}) <= 1
-            if sum(widths[i] for i in shown) > room and (same or head == "bytes"):
+            if same and sum(widths[i] for i in shown) > room:
+                shown.remove(index)
+        for head in ("bytes", "kind", "state", "dtype", "initialised", "shape"):
+            index = _HEADS.index(head)
+            if index in shown and sum(folded[i] for i in shown) > room:
                 shown.remove(index)
         return shown
 

@@ -33,7 +33,7 @@ class Slot:
     device and dtype that were asked for then: those that are materialised later must share it.
     """
 
-    __slots__ = ("cast", "_shown", "number", "program", "real")
+    __slots__ = ("_shown", "cast", "number", "program", "real")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
@@ -90,14 +90,19 @@ def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
 
 def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if nothing was recorded of it."""
+    if isinstance(tensor, DeferredTensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return _slot_of(tensor)
+    return _slot_of(tensor)
+
+
+def _slot_of(tensor: Tensor) -> Slot | None:
     if not tensor.is_meta:
         return None
-    with torch._C.DisableTorchFunctionSubclass():
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # layouts that have no storage
-            return None
-    return getattr(storage, _ATTRIBUTE, None)
+    try:
+        return getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
+    except (NotImplementedError, RuntimeError):  # layouts that have no storage
+        return None
 
 
 def is_deferred_tensor(tensor: Tensor) -> bool:
@@ -143,9 +148,9 @@ class DeferredTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
                 return _asked_is_meta(args[0], sys._getframe(1))
-            if func in _PLAIN or getattr(func, "__name__", "") == "__get__":
-                if func != torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-                    return func(*args, **(kwargs or {}))
+            getter = getattr(func, "__name__", "") == "__get__"
+            if func in _PLAIN or (getter and func != torch.Tensor.data.__get__):  # type: ignore[attr-defined]
+                return func(*args, **(kwargs or {}))
             if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
                 DeferredTensor.adopt(args[0], args[1])
                 return args[0]
@@ -190,7 +195,7 @@ def is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     """The class that guards tensors of a class: itself also a subclass of that class."""
     if cls in (torch.Tensor, nn.Parameter):
@@ -205,14 +210,14 @@ def guard(tensor: Tensor) -> None:
     guarding = _guarding(type(tensor))
     if guarding is not None:
         if type(tensor) is nn.Parameter:
-            tensor._is_param = True  # type: ignore[attr-defined]
+            tensor._is_param = True
         tensor.__class__ = guarding
 
 
 def unguard(tensor: Tensor) -> None:
     """Give a tensor that is deferred no longer its own class back."""
     if isinstance(tensor, DeferredTensor):
-        tensor.__class__ = original_class(tensor)
+        tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
         tensor.__dict__.pop("_is_param", None)
 
 
@@ -235,7 +240,7 @@ def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     with torch.no_grad():
         if is_parameter(tensor):
             data = tensor.detach().clone(memory_format=torch.preserve_format)
-            return original_class(tensor)(data, tensor.requires_grad)  # type: ignore[call-arg]
+            return original_class(tensor)(data, tensor.requires_grad)
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in memo:
@@ -262,7 +267,7 @@ def _rebuild(
 ) -> Tensor:
     tensor = slot.window(ref)
     if issubclass(cls, nn.Parameter):
-        tensor = cls(tensor, requires_grad)  # type: ignore[call-arg]
+        tensor = cls(tensor, requires_grad)
     else:
         tensor.requires_grad_(requires_grad)
     tensor.__dict__.update(state)

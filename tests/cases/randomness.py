@@ -156,6 +156,15 @@ def seed_set_inside():
     return Bag(before=before, layer=nn.Linear(4, 3), after=torch.randn(3))
 
 
+# The laws build from seed 0 as well, and another seed moves the stream outside alone.
+@RANDOMNESS.case()
+def seed_inside_equal_to_the_one_outside():
+    before = torch.randn(4)
+    own = torch.randn(3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return Bag(before=before, own=own, after=torch.randn(4))
+
+
 @RANDOMNESS.case()
 def generator_forked():
     before = torch.randn(3)

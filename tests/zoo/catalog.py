@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 HEADS = (
     "CAUSAL_LM",
@@ -38,20 +41,20 @@ def config_class(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]
 
 
-def classes(model_type: str) -> list[str]:
-    """The names of the base model of a type and of one with a head."""
-    base = _named("MODEL", model_type)
-    heads = (name for head in HEADS for name in _named(f"MODEL_FOR_{head}", model_type))
-    others = [name for name in _own(model_type) if name not in base]
-    base = base or others[:1]
-    head = next((name for name in (*heads, *others) if name not in base), None)
-    return [*base[:1], *([head] if head else [])]
+def classes(model_type: str) -> tuple[list[str], list[str]]:
+    """The names of classes of a type: for the bare model, and with a head; the first is tried first."""
+    bare = _named("MODEL", model_type)
+    heads = [name for head in HEADS for name in _named(f"MODEL_FOR_{head}", model_type)]
+    own = _own(model_type)
+    bare = [*bare, *(name for name in own if "For" not in name)] or own
+    heads = [name for name in (*heads, *own) if name not in bare[:1]]
+    return list(dict.fromkeys(bare)), list(dict.fromkeys(heads))
 
 
 def model_class(model_type: str, name: str) -> Any:
-    module = _modeling(model_type)
-    if module is not None and hasattr(module, name):
-        return getattr(module, name)
+    for module in _modeling(model_type):
+        if hasattr(module, name):
+            return getattr(module, name)
     return getattr(importlib.import_module("transformers"), name)
 
 
@@ -63,25 +66,28 @@ def _named(mapping: str, model_type: str) -> list[str]:
 
 
 def _own(model_type: str) -> list[str]:
-    """Classes that say that they are built from this type's configuration, the basic ones first."""
-    module, config = _modeling(model_type), config_class(model_type)
-    if module is None:
-        return []
-    found = [
-        name
-        for name, value in vars(module).items()
-        if inspect.isclass(value)
-        and getattr(value, "config_class", None) is config
-        and value.__module__ == module.__name__
-        and not name.endswith("PreTrainedModel")
-    ]
-    return sorted(found, key=lambda name: ("For" in name, len(name)))
+    """Classes that say that they are built from this type's configuration, the basic ones first.
+
+    Where there is none, the module that is named as the configuration is.
+    """
+    config = config_class(model_type)
+    bare_name = config.__name__.removesuffix("Config")
+    found, named = [], []
+    for module in _modeling(model_type):
+        for name, value in vars(module).items():
+            if not inspect.isclass(value) or value.__module__ != module.__name__:
+                continue
+            if name == bare_name and issubclass(value, nn.Module):
+                named.append(name)
+            own = getattr(value, "config_class", None) is config
+            if own and not name.endswith("PreTrainedModel"):
+                found.append(name)
+    return sorted(found, key=lambda name: ("For" in name, len(name))) or named
 
 
 @lru_cache(maxsize=None)
-def _modeling(model_type: str) -> Any:
-    home = config_class(model_type).__module__
-    try:
-        return importlib.import_module(home.replace(".configuration_", ".modeling_"))
-    except ImportError:
-        return None
+def _modeling(model_type: str) -> tuple[Any, ...]:
+    """The modules in which a type's models are written."""
+    package = importlib.import_module(config_class(model_type).__module__.rpartition(".")[0])
+    names = sorted(path.stem for path in Path(package.__path__[0]).glob("modeling_*.py"))
+    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in names)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from tests.zoo.hints import overrides, stand_in
+
+NOT_GIVEN = frozenset({"id2label", "label2id", "per_layer_config", "transformers_version"})
 WORDS = 320
-POSITIONS = 96
+POSITIONS = 128
 EXPERTS = 8
 MOST_KINDS = 8
 
@@ -23,17 +26,17 @@ LAYERS = re.compile(r"^n_?layers?$|(^|_)layers$|num_.*_layers$|^depth$|num_block
 NOT_LAYERS = re.compile(r"_every_|kv_shared|adapter|feature_layers?$|rope|for_|conv_layers|auxil")
 REPEATS = re.compile(r"^depths$|num_block_repeats|blocks_per_stage|block_sizes|numb_of_layers")
 WIDTH = re.compile(
-    r"dims?(ension)?($|_)|hidden($|_)|intermediate|channels?($|_)|rank$|width|d_(model|ff|kv|inner)"
+    r"latents$|dims?(ension)?($|_)|hidden($|_)|intermediate|channels?($|_)|rank$|width|d_(model|ff|kv|inner)"
     r"|embd|emb(ed(ding)?s?)?_(size|dim)|units$|filters$|planes$|projection_size|^dff$|proj_size"
     r"|(feature|feat|head|state|pooler|projector|input|output|project|adapter|entity)_sizes?$"
     r"|scalar$|embeds$|_dim_|dim$|conv_dim|channel_list"
 )
 NOT_WIDTH = re.compile(
-    r"num_|_num|layer_?s?$|heads$|kernel|stride|token|index|vocab|_id$|dropout|image_size|patch_size"
+    r"^num_(?!filters)|_num|layer_?s?$|heads$|kernel|stride|token|index|vocab|_id$|dropout|image_size|patch_size"
     r"|per_layer_config|feature_layer|n_attn|max_|expansion|input_channels|in_chans|multiplier"
 )
 VOCABULARY = re.compile(r"vocab(ulary)?_size(_base)?$|_vocab$|num_hash_buckets|vocab_size_per")
-PLACES = re.compile(r"max_.*position|n_positions|max_source|max_target|n_ctx|max_ep_len")
+PLACES = re.compile(r"max_(?!2d).*position|n_positions|max_source|max_target|n_ctx|max_ep_len")
 MANY_EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$|num_speakers$|num_prompts$")
 CHOSEN_EXPERTS = re.compile(r"experts_per_tok|moe_top_?k|^top_k$|moe_k$")
 TOKEN = re.compile(r"(token|_index|_id|_ids|_offset)$|token_(id|index)$")
@@ -55,9 +58,11 @@ class Recipe:
 RECIPES = (
     Recipe(16, 2),
     Recipe(8, 2),
+    Recipe(16, 4),
+    Recipe(8, 4),
+    Recipe(4, 2),
     Recipe(16, None),
     Recipe(8, None),
-    Recipe(4, 2),
     Recipe(2, 2),
     Recipe(4, None),
     Recipe(1, 2),
@@ -71,20 +76,42 @@ RECIPES = (
 
 def shrunk(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
     """A configuration of the same class as `config`, with all that can be made smaller."""
+    config = stand_in(config)
     return type(config)(**changes(config, recipe))
 
 
 def changes(config: PreTrainedConfig, recipe: Recipe) -> dict[str, Any]:
     """What to call the class of `config` with."""
     layers = layers_left(config, recipe)
+    usual = _defaults(type(config))
     given = {}
     for name, value in vars(config).items():
-        if name.startswith("_") or name in ("id2label", "label2id", "per_layer_config"):
+        if name.startswith("_") or name in NOT_GIVEN:
             continue
         smaller = shrunk_value(name, value, recipe, layers)
-        if smaller is not value and smaller != value:
+        if isinstance(value, PreTrainedConfig) or smaller != usual.get(name, smaller):
             given[name] = smaller
-    return given
+    return given | outputs(config, layers) | overrides(config, given)
+
+
+@lru_cache(maxsize=None)
+def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
+    try:
+        return dict(vars(cls()))
+    except Exception:  # noqa: BLE001 - then whatever the instance has is given
+        return dict.fromkeys(("no", "defaults"))
+
+
+def outputs(config: PreTrainedConfig, layers: dict[int, int]) -> dict[str, Any]:
+    """Which stages a backbone gives: as many as before, the last ones of those left."""
+    chosen = getattr(config, "_out_indices", None)
+    if not chosen or config.out_indices == type(config)().out_indices:
+        return {}
+    stages = len(config.stage_names)
+    left = layers.get(stages - 1, stages - 1) + 1
+    if max(chosen) < left:
+        return {"out_indices": list(chosen)}
+    return {"out_indices": list(range(left))[-len(chosen) :]}
 
 
 def layers_left(config: PreTrainedConfig, recipe: Recipe) -> dict[int, int]:
@@ -111,15 +138,13 @@ def _prefix_with_all(names: list[str]) -> int:
 
 
 def shrunk_value(name: str, value: Any, recipe: Recipe, layers: dict[int, int]) -> Any:
-    from transformers import PreTrainedConfig
-
     if isinstance(value, PreTrainedConfig):
         return shrunk(value, recipe)
     if name.startswith("rope_") and isinstance(value, dict):
         return _rope(value, recipe)
     if isinstance(value, dict):
         return {k: shrunk_value(str(k), v, recipe, layers) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and value:
         return type(value)(_shrunk_items(name, value, recipe, layers))
     return _number(name, value, recipe, layers) if type(value) is int else value
 

@@ -1,0 +1,1 @@
+"""Lazy shapes: modules declared without their input sizes."""

@@ -1,0 +1,68 @@
+"""The table of lazy layers: which arguments of which class of ``torch.nn`` follow from its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lateinit.lazy.make import _made
+from lateinit.lazy.rules import Rule, size
+
+
+def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
+    made = _made(cls, tuple(rules.items()), False)
+    made.__module__ = __name__
+    return made
+
+
+def _conv(cls: type[nn.Module], spatial: int) -> type[Any]:
+    """Channels come before the spatial dims, whether or not there is a batch."""
+    return _layer(cls, in_channels=size(-1 - spatial, ndim=(spatial + 1, spatial + 2)))
+
+
+LazyLinear = _layer(nn.Linear, in_features=size(-1))
+LazyBilinear = _layer(nn.Bilinear, in1_features=size(-1, of=0), in2_features=size(-1, of=1))
+
+LazyConv1d = _conv(nn.Conv1d, 1)
+LazyConv2d = _conv(nn.Conv2d, 2)
+LazyConv3d = _conv(nn.Conv3d, 3)
+LazyConvTranspose1d = _conv(nn.ConvTranspose1d, 1)
+LazyConvTranspose2d = _conv(nn.ConvTranspose2d, 2)
+LazyConvTranspose3d = _conv(nn.ConvTranspose3d, 3)
+
+LazyBatchNorm1d = _layer(nn.BatchNorm1d, num_features=size(1, ndim=(2, 3)))
+LazyBatchNorm2d = _layer(nn.BatchNorm2d, num_features=size(1, ndim=4))
+LazyBatchNorm3d = _layer(nn.BatchNorm3d, num_features=size(1, ndim=5))
+LazySyncBatchNorm = _layer(nn.SyncBatchNorm, num_features=size(1))
+LazyInstanceNorm1d = _layer(nn.InstanceNorm1d, num_features=size(-2, ndim=(2, 3)))
+LazyInstanceNorm2d = _layer(nn.InstanceNorm2d, num_features=size(-3, ndim=(3, 4)))
+LazyInstanceNorm3d = _layer(nn.InstanceNorm3d, num_features=size(-4, ndim=(4, 5)))
+LazyGroupNorm = _layer(nn.GroupNorm, num_channels=size(1))
+LazyLayerNorm = _layer(nn.LayerNorm, normalized_shape=size(-1))
+LazyRMSNorm = _layer(nn.RMSNorm, normalized_shape=size(-1))
+LazyPReLU = _layer(nn.PReLU, num_parameters=size(1, default=1))
+
+LazyRNN = _layer(nn.RNN, input_size=size(-1, ndim=(2, 3)))
+LazyLSTM = _layer(nn.LSTM, input_size=size(-1, ndim=(2, 3)))
+LazyGRU = _layer(nn.GRU, input_size=size(-1, ndim=(2, 3)))
+LazyRNNCell = _layer(nn.RNNCell, input_size=size(-1, ndim=(1, 2)))
+LazyLSTMCell = _layer(nn.LSTMCell, input_size=size(-1, ndim=(1, 2)))
+LazyGRUCell = _layer(nn.GRUCell, input_size=size(-1, ndim=(1, 2)))
+
+LazyMultiheadAttention = _layer(
+    nn.MultiheadAttention,
+    embed_dim=size(-1, of="query", ndim=(2, 3)),
+    kdim=size(-1, of="key", ndim=(2, 3)),
+    vdim=size(-1, of="value", ndim=(2, 3)),
+)
+LazyTransformerEncoderLayer = _layer(
+    nn.TransformerEncoderLayer, d_model=size(-1, of="src", ndim=(2, 3))
+)
+LazyTransformerDecoderLayer = _layer(
+    nn.TransformerDecoderLayer, d_model=size(-1, of=("tgt", "memory"), ndim=(2, 3))
+)
+LazyTransformer = _layer(nn.Transformer, d_model=size(-1, of=("src", "tgt"), ndim=(2, 3)))
+LazyAdaptiveLogSoftmaxWithLoss = _layer(nn.AdaptiveLogSoftmaxWithLoss, in_features=size(-1))
+
+LAYERS = tuple(value for name, value in list(globals().items()) if name.startswith("Lazy"))

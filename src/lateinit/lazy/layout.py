@@ -1,0 +1,275 @@
+"""Layouts: what can be told of a module before its sizes are known.
+
+A class is constructed with trial sizes, in recordings that nobody keeps, and what comes out is
+compared: the dims that stay are known, those that move follow from the sizes, in a straight line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lateinit.lazy.aside import Settings, aside
+from lateinit.lazy.errors import RuleError
+from lateinit.lazy.placeholders import Shape, known_shape
+from lateinit.lazy.rules import Rule, size
+
+Name = tuple[str, str]  # the path of a module, and the name of something on it
+_OWN = frozenset(nn.Module().__dict__)
+_STEPS = (48, 5040)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a lazy module will be: a class, its arguments, and rules for those that are missing."""
+
+    cls: type[nn.Module]
+    rules: Mapping[str, Rule]
+    arguments: Mapping[str, Any]
+    settings: Settings
+
+    def construct(self, sizes: Mapping[str, Any]) -> nn.Module:
+        """The plain module."""
+        with self.settings.in_force():
+            return self.cls(**self.arguments, **sizes)
+
+    def construct_on(self, module: nn.Module, sizes: Mapping[str, Any]) -> None:
+        """Run the constructor of the plain class on a module that exists."""
+        with self.settings.in_force():
+            self.cls.__init__(module, **self.arguments, **sizes)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial construction: its sizes, and what it had."""
+
+    sizes: dict[str, Any]
+    shapes: dict[Name, Shape]
+    buffers: frozenset[Name]
+    attributes: dict[Name, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Trials that differ in one size each from the first: all of the same structure.
+
+    ``moved[unknown]`` is the trial in which that size differs. An unknown is an argument, or one
+    place of a tuple, or None for all of them together.
+    """
+
+    base: Trial
+    moved: dict[tuple[str, int] | None, Trial] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the trials have in common."""
+
+    families: tuple[Family, ...]
+    known: dict[Name, Shape | None]
+    buffers: frozenset[Name]
+    varying: frozenset[Name]
+
+
+def trial_sizes(rules: Mapping[str, Rule], values: Iterator[int]) -> dict[str, Any]:
+    """A trial size for each rule: a number, or as many as it asks for."""
+    sizes: dict[str, Any] = {}
+    for name, rule in rules.items():
+        count = len(rule.dims) if isinstance(rule, size) else 1
+        sizes[name] = next(values) if count == 1 else tuple(itertools.islice(values, count))
+    return sizes
+
+
+def unknowns(sizes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Each single size: an argument, and the place in it (-1 for one that is no tuple)."""
+    for name, value in sizes.items():
+        yield from (
+            ((name, i) for i in range(len(value))) if isinstance(value, tuple) else [(name, -1)]
+        )
+
+
+def replaced(sizes: Mapping[str, Any], unknown: tuple[str, int], value: int) -> dict[str, Any]:
+    """Sizes with one of them changed."""
+    name, place = unknown
+    old = sizes[name]
+    return {**sizes, name: value if place < 0 else (*old[:place], value, *old[place + 1 :])}
+
+
+def measure(spec: Spec) -> Layout:
+    """Construct a class with trial sizes and compare.
+
+    Raises:
+        RuleError: no trial size suits the class.
+    """
+    failure: Exception | None = None
+    for step in _steps(spec.arguments):
+        try:
+            return _measure(spec, step)
+        except Exception as error:  # noqa: BLE001 - any class of the user's may fail in any way
+            failure = error
+    names = ", ".join(spec.rules)
+    raise RuleError(
+        f"{spec.cls.__name__} cannot be made lazy in {names}: constructing it with trial sizes "
+        f"failed with {type(failure).__name__}: {failure}"
+    ) from failure
+
+
+def _steps(arguments: Mapping[str, Any]) -> list[int]:
+    """Trial sizes that divide as the arguments (heads, groups) may want them to."""
+    numbers = [n for value in arguments.values() for n in _integers(value)]
+    small = math.lcm(*(n for n in numbers if n <= 64))
+    every = math.lcm(*numbers)
+    return list(dict.fromkeys([math.lcm(small, 16), *_STEPS, min(every, 1 << 30)]))
+
+
+def _integers(value: Any) -> list[int]:
+    if isinstance(value, (tuple, list)):
+        return [n for item in value for n in _integers(item)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) and value > 1 else []
+
+
+def _measure(spec: Spec, step: int) -> Layout:
+    equal = trial_sizes(spec.rules, itertools.repeat(step))
+    twice = trial_sizes(spec.rules, itertools.repeat(2 * step))
+    every = list(unknowns(equal))
+    together = Family(_try(spec, equal), {None: _try(spec, twice)})
+    if len(every) == 1:
+        return _compare((Family(together.base, {every[0]: together.moved[None]}),))
+    apart = _apart(spec, step)
+    return _compare((together, apart) if apart is not None else (together,))
+
+
+def _apart(spec: Spec, step: int) -> Family | None:
+    """A family with all sizes different; None if the class wants some of them equal."""
+    base = trial_sizes(spec.rules, itertools.count(3 * step, step))
+    try:
+        return Family(
+            _try(spec, base),
+            {u: _try(spec, replaced(base, u, 30 * step)) for u in unknowns(base)},
+        )
+    except Exception:  # noqa: BLE001 - any class of the user's may fail in any way
+        return None
+
+
+def _try(spec: Spec, sizes: dict[str, Any]) -> Trial:
+    with aside():
+        module = spec.construct(sizes)
+        return look(module, sizes)
+
+
+def look(module: nn.Module, sizes: dict[str, Any]) -> Trial:
+    """What a module has: shapes of its tensors, and its plain attributes."""
+    shapes: dict[Name, Any] = {}
+    buffers, attributes = set(), {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                shapes[path, name] = known_shape(tensor)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                shapes[path, name] = known_shape(buffer)
+                buffers.add((path, name))
+        for name, value in part.__dict__.items():
+            if name not in _OWN:
+                attributes[path, name] = value
+    return Trial(sizes, shapes, frozenset(buffers), attributes)
+
+
+def _compare(families: tuple[Family, ...]) -> Layout:
+    trials = [t for f in families for t in (f.base, *f.moved.values())]
+    names = dict.fromkeys(n for t in trials for n in t.shapes)
+    known = {n: _common([t.shapes[n] for t in trials if n in t.shapes]) for n in names}
+    attributes = dict.fromkeys(n for t in trials for n in t.attributes)
+    varying = frozenset(n for n in attributes if _varies([t.attributes.get(n) for t in trials]))
+    buffers = frozenset(n for t in trials for n in t.buffers)
+    return Layout(families, known, buffers, varying)
+
+
+def _common(shapes: list[Shape]) -> Shape | None:
+    if any(s is None or len(s) != len(shapes[0]) for s in shapes):
+        return None
+    return tuple(
+        dims[0] if all(d == dims[0] for d in dims) else None for dims in zip(*shapes, strict=True)
+    )
+
+
+def _varies(values: list[Any]) -> bool:
+    first = values[0]
+    return any(type(v) is not type(first) or not _equal(v, first) for v in values[1:])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or _holds_tensors(a):
+        return False
+    try:
+        return bool(a == b)
+    except Exception:  # noqa: BLE001 - objects of the user's may fail to compare in any way
+        return False
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(v, Tensor) or _holds_tensors(v) for v in value)
+    return False
+
+
+Solved = dict[str, Any]
+
+
+def solve(layout: Layout, shapes: Callable[[Name], tuple[int, ...] | None]) -> Solved | None:
+    """The sizes that give tensors the shapes they have in a checkpoint; None if it has too few."""
+    for family in sorted(
+        layout.families, key=lambda f: -sum(shapes(n) is not None for n in f.base.shapes)
+    ):
+        found = {u: _solve_one(family, u, shapes) for u in family.moved}
+        if all(value is not None for value in found.values()):
+            sizes = dict(family.base.sizes)
+            for unknown, value in found.items():
+                assert value is not None
+                for each in unknowns(sizes) if unknown is None else [unknown]:
+                    sizes = replaced(sizes, each, value)
+            return sizes
+    return None
+
+
+def _solve_one(
+    family: Family,
+    unknown: tuple[str, int] | None,
+    shapes: Callable[[Name], tuple[int, ...] | None],
+) -> int | None:
+    """One size, from the first dim that follows from it."""
+    base, moved = family.base, family.moved[unknown]
+    others = [t for u, t in family.moved.items() if u != unknown]
+    before = _single(base.sizes, unknown)
+    run = _single(moved.sizes, unknown) - before
+    for name, shape in base.shapes.items():
+        found = shapes(name)
+        if found is None or shape is None or len(found) != len(shape):
+            continue
+        for dim, here in enumerate(shape):
+            rise = _dim(moved, name, dim, here)
+            if rise and not any(_dim(t, name, dim, here) for t in others):
+                exact = before + (found[dim] - (here or 0)) * run / rise
+                return int(exact) if exact == int(exact) else None
+    return None
+
+
+def _single(sizes: Mapping[str, Any], unknown: tuple[str, int] | None) -> int:
+    name, place = unknown if unknown is not None else next(unknowns(sizes))
+    value: int = sizes[name] if place < 0 else sizes[name][place]
+    return value
+
+
+def _dim(trial: Trial, name: Name, dim: int, before: int | None) -> int:
+    """How far a dim moved in a trial."""
+    shape = trial.shapes.get(name)
+    if shape is None or len(shape) <= dim:
+        return 0
+    return (shape[dim] or 0) - (before or 0)

@@ -1,0 +1,63 @@
+"""Loading a checkpoint into a lazy module: its sizes are those of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit.errors import listing
+from lateinit.lazy.layout import Layout, Name, solve
+from lateinit.lazy.mixin import check_known
+from lateinit.lazy.placeholders import show
+
+
+def load_sizes(
+    module: nn.Module,
+    layout: Layout,
+    state_dict: dict[str, Any],
+    prefix: str,
+    error_msgs: list[str],
+) -> dict[str, Any] | None:
+    """The sizes that a checkpoint tells, or None if it tells none.
+
+    What disagrees with what is known is noted, and replaced in the state dict by the placeholder
+    itself, so that torch does not try to load it all the same.
+    """
+    present = _present(module, state_dict, prefix)
+    if not present:
+        return None
+    wrong = check_known(module, state_dict, prefix)
+    error_msgs += wrong.values()
+    sizes = None if wrong else solve(layout, lambda name: _shape(state_dict, prefix, name))
+    if sizes is None:
+        if not wrong:
+            shapes = [f"{key} {show(tuple(state_dict[key].shape))}" for key in present]
+            error_msgs.append(
+                f"{prefix.rstrip('.') or 'the module'}: the sizes of a {type(module).__name__} do "
+                f"not follow from what the checkpoint has of it: {listing(shapes)}"
+            )
+        state_dict.update(present)
+    return sizes
+
+
+def _present(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The placeholders that the checkpoint has values for."""
+    named = [*module.named_parameters(remove_duplicate=False)]
+    named += module.named_buffers(remove_duplicate=False)
+    return {
+        prefix + name: tensor
+        for name, tensor in named
+        if is_lazy(tensor) and _is_value(state_dict.get(prefix + name))
+    }
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value)
+
+
+def _shape(state_dict: dict[str, Any], prefix: str, name: Name) -> tuple[int, ...] | None:
+    path, tensor = name
+    value = state_dict.get(prefix + (f"{path}.{tensor}" if path else tensor))
+    return tuple(value.shape) if _is_value(value) and isinstance(value, Tensor) else None

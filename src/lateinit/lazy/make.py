@@ -1,0 +1,306 @@
+"""``lazy``: a lazy version of any module class."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit import holes
+from lateinit.lazy.aside import Settings, aside
+from lateinit.lazy.errors import ShapeError
+from lateinit.lazy.layout import Layout, Name, Spec, measure, trial_sizes
+from lateinit.lazy.loading import load_sizes
+from lateinit.lazy.mixin import LazyModuleMixin, finish, initialising
+from lateinit.lazy.placeholders import UninitializedBuffer, UninitializedParameter
+from lateinit.lazy.rules import Rule, check_rules, evaluate
+from lateinit.lazy.signature import accepts_any, bind, parameters_of, without
+from lateinit.lazy.transplant import Transplant
+
+
+class Lazy(LazyModuleMixin):
+    """The base of lazy versions of classes: constructed without the sizes that rules give.
+
+    Until then it has the structure of the plain module, with placeholders for its tensors.
+    """
+
+    _plain: type[nn.Module]
+    _rules: Mapping[str, Rule]
+    _by_value = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        arguments = bind(self._plain, self._rules, args, dict(kwargs))
+        rules = {name: rule for name, rule in self._rules.items() if arguments.get(name) is None}
+        arguments = {name: value for name, value in arguments.items() if name not in rules}
+        spec = Spec(self._plain, rules, arguments, Settings.now())
+        if not rules:
+            spec.construct_on(self, {})  # type: ignore[arg-type]
+            self.__class__ = self.cls_to_become or type(self)
+            return
+        _declare(self, spec)  # type: ignore[arg-type]
+        self._load_hook = self._register_load_state_dict_pre_hook(self._lazy_load_hook)  # type: ignore[attr-defined]
+        self._initialize_hook = self.register_forward_pre_hook(  # type: ignore[attr-defined]
+            self._infer_parameters, with_kwargs=True
+        )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the sizes are known."""
+        return "_spec" not in self.__dict__
+
+    def has_uninitialized_params(self: Any) -> bool:
+        """Whether a parameter or buffer, of a submodule too, has no shape yet."""
+        own = [
+            t for m in _own_modules(self) for t in (*m._parameters.values(), *m._buffers.values())
+        ]
+        return any(is_lazy(tensor) for tensor in own)
+
+    def initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Infer the sizes from the arguments of a forward call, and initialise.
+
+        Raises:
+            ShapeError: the inputs have not the shapes that the rules expect.
+        """
+        if not self.is_initialized:
+            self._initialize(evaluate(self._spec.rules, self, args, kwargs))
+
+    def _initialising(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # _initialize opens its own, around the constructor alone
+
+    def _initialize(self: Any, sizes: Mapping[str, Any]) -> None:
+        """Be what the plain class would be with these sizes."""
+        spec: Spec = self._spec
+        layout = layout_of(spec)
+        with initialising(self):
+            try:
+                plain = spec.construct(sizes)
+            except (ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+                shown = ", ".join(f"{name}={value}" for name, value in sizes.items())
+                raise ShapeError(
+                    f"{self._get_name()}: {spec.cls.__name__} refuses the inferred {shown}: {error}"
+                ) from error
+        Transplant(layout.varying, layout.known).run(self, plain)
+        self.__dict__.pop("_spec", None)
+
+    def _lazy_load_hook(
+        self: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Adopt the sizes of a checkpoint, and be initialised, so that no half-lazy module is left."""
+        if self.is_initialized:
+            return
+        try:
+            sizes = load_sizes(self, layout_of(self._spec), state_dict, prefix, error_msgs)
+            if sizes is not None:
+                self._initialize(sizes)
+                finish(self)
+        except ShapeError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'the module'}: {error}")
+
+    def __reduce_ex__(self: Any, proto: Any) -> Any:
+        if not type(self).__dict__.get("_by_value"):
+            return super().__reduce_ex__(proto)
+        return _blank, (self._plain, dict(self._rules)), self.__dict__
+
+    def extra_repr(self: Any) -> str:
+        """As the plain class shows itself; an unknown size is 0, as in torch's lazy layers."""
+        try:
+            return str(super().extra_repr())  # type: ignore[misc]
+        except Exception:  # noqa: BLE001 - a class's extra_repr may rely on sizes in any way
+            return ""
+
+
+def _own_modules(module: nn.Module) -> list[nn.Module]:
+    """A module and those below it that are not lazy in their own right."""
+    found = [module]
+    for child in module._modules.values():
+        if child is not None and not hasattr(child, "_initialize_hook"):
+            found += _own_modules(child)
+    return found
+
+
+def _declare(module: nn.Module, spec: Spec) -> None:
+    """Give a module the structure of the plain class, with placeholders for tensors."""
+    layout = layout_of(spec)
+    first = layout.families[0].base.sizes
+    with aside():
+        spec.construct_on(module, first)
+        asked = {name: _facts(tensor) for name, tensor in _tensors(module)}
+    for part in module.modules():
+        holes.close(part)
+    holes.reserve(module)
+    _place(module, layout, asked)
+    _forget_sizes(module, layout)
+    module.__dict__["_spec"] = spec
+
+
+Facts = tuple[int, torch.dtype, torch.device, bool]
+
+
+def _facts(tensor: Tensor) -> Facts:
+    if is_lazy(tensor):
+        return id(tensor), tensor.data.dtype, tensor.data.device, tensor.requires_grad
+    return id(tensor), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
+    return [
+        ((path, name), tensor)
+        for path, part in module.named_modules(remove_duplicate=False)
+        for held in (part._parameters, part._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+
+
+def _place(module: nn.Module, layout: Layout, asked: dict[Name, Facts]) -> None:
+    """Put placeholders where tensors are or may come to be; tied tensors share theirs."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    made: dict[int, Any] = {}
+    default = next(iter(asked.values()), (0, torch.get_default_dtype(), torch.device("cpu"), True))
+    for (path, name), known in layout.known.items():
+        part = parts.get(path)
+        held = part and (part._buffers if (path, name) in layout.buffers else part._parameters)
+        if held is None or is_lazy(held.get(name)):
+            continue
+        key, dtype, device, grad = asked.get((path, name), (-len(made) - 1, *default[1:]))
+        if key not in made:
+            kind: Any = UninitializedBuffer if held is part._buffers else UninitializedParameter  # type: ignore[union-attr]
+            made[key] = kind(grad, device, dtype, known_shape=known)
+            owner = f"{type(module).__name__}.{path}" if path else type(module).__name__
+            made[key].__dict__["_label"] = f"{owner}.{name}"
+        held[name] = made[key]
+
+
+def _forget_sizes(module: nn.Module, layout: Layout) -> None:
+    """Attributes that follow from sizes tell nothing yet: 0, as in torch's lazy layers."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    for path, name in layout.varying:
+        part = parts.get(path)
+        if part is not None and name in part.__dict__ and not name.endswith("_hook"):
+            part.__dict__[name] = _blanked(part.__dict__[name])
+
+
+def _blanked(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return 0
+    if type(value) in (tuple, list):
+        return type(value)(_blanked(item) for item in value)
+    return None if isinstance(value, Tensor) else value
+
+
+def layout_of(spec: Spec) -> Layout:
+    """The layout of what a lazy module will be, found once."""
+    try:
+        key = (spec.cls, _frozen(spec.rules), _frozen(spec.arguments), spec.settings)
+        return _layout(_Key(key, spec))
+    except TypeError:  # an argument that cannot be hashed
+        return measure(spec)
+
+
+class _Key:
+    """A spec that is hashed and compared by what determines its layout."""
+
+    def __init__(self, key: Any, spec: Spec) -> None:
+        self.key = key
+        self.spec = spec
+        hash(key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=512)
+def _layout(key: _Key) -> Layout:
+    return measure(key.spec)
+
+
+def _frozen(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (
+        tuple(sorted((k, type(v), v) for k, v in values.items()))
+        if not values
+        else tuple(
+            (k, type(v), tuple(v) if isinstance(v, list) else v)
+            for k, v in sorted(values.items(), key=lambda i: i[0])
+        )
+    )
+
+
+def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
+    """A lazy version of a module class: constructed without the sizes that follow from its input.
+
+    The class is constructed with trial sizes, in recordings that are thrown away, to learn which
+    parameters it has and what of their shapes is known already. The first forward pass or
+    ``infer_shapes`` evaluates the rules, constructs the plain class, and moves what it holds into
+    the lazy module; parameter objects, hooks and the module itself stay. In a ``deferred()`` block
+    the random draws take the place of the eager twin's; elsewhere they are made when it happens.
+
+    Args:
+        cls: a subclass of ``torch.nn.Module``.
+        **rules: for each argument of ``cls`` that is to be inferred: ``lateinit.size(dim)``, or a
+            function of the forward arguments that gives the value.
+
+    Returns:
+        A subclass of ``cls``. It takes the arguments of ``cls`` without the inferred ones (which
+        may still be given by name); its instances become ``cls`` itself.
+
+    Raises:
+        RuleError: a rule names no argument of ``cls``.
+
+    Example:
+        >>> LazyEmbed = lateinit.lazy(torch.nn.Linear, in_features=lambda x: x.shape[-1])
+        >>> layer = LazyEmbed(out_features=4)
+        >>> layer.weight
+        <UninitializedParameter (4, ?)>
+        >>> layer(torch.zeros(2, 3)).shape, type(layer).__name__
+        (torch.Size([2, 4]), 'Linear')
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"lazy() needs a subclass of torch.nn.Module, not {cls!r}")
+    names = parameters_of(cls)
+    if not (accepts_any(cls) and not names):
+        check_rules(cls, rules, list(names))
+    return _made(cls, tuple(rules.items()), True)
+
+
+@functools.lru_cache(maxsize=None)
+def _made(cls: type[nn.Module], rules: tuple[tuple[str, Rule], ...], by_value: bool) -> type[Any]:
+    body = {
+        "_plain": cls,
+        "_rules": dict(rules),
+        "_by_value": by_value,
+        "cls_to_become": cls,
+        "__signature__": without(cls, dict(rules)),
+        "__doc__": _document(cls, dict(rules)),
+        "__module__": __name__,
+    }
+    return type(f"Lazy{cls.__name__}", (Lazy, cls), body)
+
+
+def _document(cls: type[nn.Module], rules: Mapping[str, Rule]) -> str:
+    names = " and ".join(f"``{name}``" for name in rules)
+    return (
+        f"``{cls.__module__}.{cls.__name__}`` that infers {names} from its first input.\n\n"
+        f"It takes the arguments of ``{cls.__name__}`` without {names}, and becomes a "
+        f"``{cls.__name__}``.\n"
+    )
+
+
+def _blank(cls: type[nn.Module], rules: dict[str, Rule]) -> Any:
+    return object.__new__(_made(cls, tuple(rules.items()), True))

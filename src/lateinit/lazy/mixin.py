@@ -1,0 +1,149 @@
+"""``LazyModuleMixin``: torch's protocol, with the eager twin's place in the random stream."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import lazy as torch_lazy
+from torch.nn.parameter import is_lazy
+
+from lateinit import holes
+from lateinit.lazy.aside import outside
+from lateinit.lazy.errors import UninitializedError
+from lateinit.lazy.placeholders import mismatch, show
+from lateinit.recording import fill
+from lateinit.tensors import guard, is_deferred_tensor
+
+
+@contextlib.contextmanager
+def initialising(module: nn.Module) -> Iterator[None]:
+    """Where a lazy module is initialised: in its hole if it has one, else for real."""
+    hole = holes.hole_of(module)
+    with outside():
+        if hole is None:
+            yield
+        else:
+            with fill(hole):
+                yield
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if is_deferred_tensor(tensor):
+            guard(tensor)
+
+
+class LazyModuleMixin(torch_lazy.LazyModuleMixin):
+    """A mixin for modules that initialise parameters when they see their first input.
+
+    The protocol is that of ``torch.nn.modules.lazy.LazyModuleMixin``: register placeholders in
+    ``__init__``, give them their shape in ``initialize_parameters``, name the class to become in
+    ``cls_to_become``. In a ``deferred()`` block the initialisation takes the eager twin's place in
+    the random stream; elsewhere it draws when it happens.
+
+    Example:
+        >>> class Scale(lateinit.nn.LazyModuleMixin, torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = lateinit.nn.UninitializedParameter(known_shape=(None,))
+        ...     def initialize_parameters(self, x):
+        ...         if self.has_uninitialized_params():
+        ...             self.weight.materialize(x.shape[-1:])
+        ...             torch.nn.init.normal_(self.weight)
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> _ = (scale := Scale())(torch.zeros(2, 3))
+        >>> scale.weight.shape
+        torch.Size([3])
+    """
+
+    def _infer_parameters(self: Any, module: Any, args: Any, kwargs: Any = None) -> None:
+        if not hasattr(module, "_initialize_hook"):
+            return
+        with module._initialising():
+            module.initialize_parameters(*args, **(kwargs or {}))
+        self._finish(module)
+
+    def _finish(self: Any, module: Any) -> None:
+        """Make an initialised module one that never was lazy."""
+        if module.has_uninitialized_params():
+            left = [n for n, t in module._parameters.items() if is_lazy(t)]
+            left += [n for n, t in module._buffers.items() if is_lazy(t)]
+            raise UninitializedError(
+                f"module {module._get_name()} has not been fully initialized: "
+                f"initialize_parameters left {', '.join(left) or 'something'} without a shape"
+            )
+        finish(module)
+
+    def _initialising(self: Any) -> contextlib.AbstractContextManager[None]:
+        return initialising(self)
+
+    def _lazy_load_hook(
+        self: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Let placeholders adopt the shapes of a checkpoint, those that agree with what is known."""
+        wrong = check_known(self, state_dict, prefix)
+        error_msgs += wrong.values()
+        for name, tensor in itertools.chain(self._parameters.items(), self._buffers.items()):
+            key = prefix + name
+            if is_lazy(tensor) and key in wrong:
+                state_dict[key] = tensor
+            elif is_lazy(tensor) and key in state_dict and not is_lazy(state_dict[key]):
+                with torch.no_grad():
+                    tensor.materialize(state_dict[key].shape)
+
+    def _replicate_for_data_parallel(self: Any) -> Any:
+        raise UninitializedError(
+            f"{self._get_name()} has uninitialized parameters and can't be used with "
+            "`DataParallel`: call lateinit.infer_shapes(model, ...) or run a forward pass first"
+        )
+
+
+def finish(module: Any) -> None:
+    """Take what makes a module lazy off it, and make it the class that it is to become."""
+    for name in ("_initialize_hook", "_load_hook"):
+        handle = module.__dict__.pop(name, None)
+        if handle is not None:
+            _remove(module, handle)
+    holes.close(module)
+    if module.cls_to_become is not None:
+        module.__class__ = module.cls_to_become
+
+
+def _remove(module: nn.Module, handle: Any) -> None:
+    """Remove a hook; the dict is replaced, since torch may be going through the old one."""
+    for name in ("_forward_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = module.__dict__[name]
+        if handle.id in hooks:
+            left = type(hooks)((k, hook) for k, hook in hooks.items() if k != handle.id)
+            module.__dict__[name] = left
+            if name == "_forward_pre_hooks":
+                module._forward_pre_hooks_with_kwargs.pop(handle.id, None)
+
+
+def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """What disagrees between a checkpoint and what is known of the shapes of placeholders."""
+    wrong = {}
+    for name, tensor in _named_tensors(module):
+        found = state_dict.get(prefix + name)
+        if is_lazy(tensor) and isinstance(found, Tensor) and not is_lazy(found):
+            known = tensor.__dict__.get("_known")
+            if reason := mismatch(known, tuple(found.shape)):
+                wrong[prefix + name] = (
+                    f"{prefix}{name}: the checkpoint has {show(tuple(found.shape))}, but {reason}"
+                )
+    return wrong
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)

@@ -1,0 +1,314 @@
+"""Placeholders: parameters and buffers whose shape is not, or not wholly, known yet.
+
+They are torch's own placeholder classes to everyone who asks, and know what *is* known of their
+shape. When the rest is known the object becomes the tensor: those who hold it need not care.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import parameter as torch_placeholders
+from torch.nn.parameter import UninitializedTensorMixin
+
+from lateinit.lazy.errors import ShapeError, UninitializedError
+from lateinit.recorder import current
+from lateinit.replay import without_modes
+from lateinit.tensors import guard, is_deferred_tensor
+
+Shape = tuple[int | None, ...]
+_ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
+_OWN = ("_known", "_label", "_origin")
+_SAVERS = ("_save", "_legacy_save")
+
+
+def show(shape: Shape | None) -> str:
+    """``(10, ?)``: a shape as far as it is known."""
+    if shape is None:
+        return "(unknown shape)"
+    sizes = ["?" if size is None else str(size) for size in shape]
+    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
+
+
+def known_shape(tensor: Tensor) -> Shape | None:
+    """What is known of a tensor's shape, None for an unknown size; None if not even its rank is.
+
+    Example:
+        >>> from lateinit.lazy.placeholders import known_shape
+        >>> known_shape(lateinit.nn.LazyLinear(10).weight)
+        (10, None)
+    """
+    if isinstance(tensor, UninitializedTensorMixin):
+        shape: Shape | None = tensor.__dict__.get("_known")
+        return shape
+    return tuple(tensor.shape)
+
+
+def mismatch(known: Shape | None, found: Sequence[int]) -> str | None:
+    """What is wrong with a shape in view of what is known of it, or None."""
+    if known is None:
+        return None
+    if len(known) != len(found):
+        return (
+            f"expected {len(known)} dims, {show(known)}, found {len(found)}, {show(tuple(found))}"
+        )
+    for dim, (size, other) in enumerate(zip(known, found, strict=True)):
+        if size is not None and size != other:
+            return f"dim {dim} must be {size}, as in {show(known)}, found {show(tuple(found))}"
+    return None
+
+
+class Placeholder(UninitializedTensorMixin):
+    """What the two placeholder classes have in common."""
+
+    def _describe(self) -> str:
+        state = self.__dict__
+        label = state.get("_label")
+        return f"{f'{label} ' if label else ''}{show(state.get('_known'))}"
+
+    @property
+    def known_shape(self) -> Shape | None:
+        """What is known of the shape, None for each unknown size."""
+        return known_shape(cast(Tensor, self))
+
+    def materialize(self, shape: Any, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Become a parameter or tensor of a shape, its values not set; the object stays the same.
+
+        Args:
+            shape: the whole shape.
+            device: where to allocate; by default where the placeholder is.
+            dtype: its dtype; by default the placeholder's.
+
+        Raises:
+            ShapeError: the shape disagrees with what is known of it.
+
+        Example:
+            >>> p = lateinit.nn.UninitializedParameter(known_shape=(10, None))
+            >>> p.materialize((10, 3))
+            >>> p.shape
+            torch.Size([10, 3])
+        """
+        wrong = mismatch(self.known_shape, tuple(shape))
+        if wrong:
+            raise ShapeError(f"{self._describe()}: {wrong}")
+        me = cast(Tensor, self)
+        asked, origin = self.__dict__.get("_origin", (None, None))[:2]
+        if device is None:
+            device = asked if asked is not None and me.data.device == origin else me.data.device
+        new = torch.empty(tuple(shape), device=device, dtype=dtype or me.data.dtype)
+        kind = self.cls_to_become  # type: ignore[attr-defined]
+        become(me, kind(new, me.requires_grad) if kind is nn.Parameter else new)
+
+    @property
+    def shape(self) -> Any:
+        """Refused: only ``known_shape`` can be told."""
+        raise UninitializedError(
+            f"the shape of {self._describe()} is not known yet (if this is load_state_dict: an "
+            f"uninitialised state cannot be loaded into an initialised module); {_ADVICE}"
+        )
+
+    def share_memory_(self) -> Any:
+        """Refused: there is no memory."""
+        raise UninitializedError(
+            f"can't share memory of {self._describe()}, an uninitialized parameter or buffer: "
+            f"{_ADVICE}"
+        )
+
+    @property
+    def grad(self) -> Any:
+        """None; an optimizer that asks in order to step is refused."""
+        _refuse_step(self)
+        return None
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if value is not None:
+            raise UninitializedError(f"{self._describe()} cannot have a gradient: {_ADVICE}")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {show(self.known_shape)}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = _rebuild(type(self), *_state(cast(Tensor, self)))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__") == "torch.serialization":
+            if caller.f_code.co_name in _SAVERS:
+                raise UninitializedError(
+                    f"torch.save cannot save {self._describe()}, which has no values: {_ADVICE} "
+                    "(pickle keeps lazy models as they are)"
+                )
+        return _rebuild, (type(self), *_state(cast(Tensor, self)))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        found = next((a for a in args if isinstance(a, Placeholder)), None)
+        named = found._describe() if found is not None else cls.__name__
+        raise UninitializedError(
+            f"{getattr(func, '__name__', func)} was given {named}, an uninitialized parameter or "
+            f"buffer: {_ADVICE}"
+        )
+
+    _allowed_methods = [
+        *UninitializedTensorMixin._allowed_methods,
+        torch.Tensor.bfloat16,
+        torch.Tensor.requires_grad_,
+        torch.Tensor.register_hook,
+        torch.Tensor.register_post_accumulate_grad_hook,
+        torch.Tensor.is_shared,
+        torch.Tensor.__len__,
+    ]
+
+
+class UninitializedParameter(Placeholder, torch_placeholders.UninitializedParameter):
+    """A parameter whose shape is not, or not wholly, known yet.
+
+    It may be moved and cast, copied, pickled and given to an optimizer; nothing else can be done
+    with it. ``materialize(shape)`` makes the very object a ``torch.nn.Parameter``.
+
+    Args:
+        requires_grad: whether the parameter will require gradients.
+        device: where it will be.
+        dtype: its dtype.
+        known_shape: what is known of its shape, None for each unknown size.
+
+    Example:
+        >>> lateinit.nn.UninitializedParameter(known_shape=(10, None))
+        <UninitializedParameter (10, ?)>
+    """
+
+    cls_to_become = nn.Parameter
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        requires_grad: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        known_shape: Shape | None = None,
+    ) -> UninitializedParameter:
+        """An empty tensor, which becomes the parameter."""
+        return cast(UninitializedParameter, _empty(cls, requires_grad, device, dtype, known_shape))
+
+
+class UninitializedBuffer(Placeholder, torch_placeholders.UninitializedBuffer):
+    """A buffer whose shape is not, or not wholly, known yet.
+
+    Args:
+        requires_grad: whether the buffer will require gradients.
+        device: where it will be.
+        dtype: its dtype.
+        persistent: whether it belongs to the state dict when it is assigned to a module.
+        known_shape: what is known of its shape, None for each unknown size.
+
+    Example:
+        >>> lateinit.nn.UninitializedBuffer(known_shape=(None,))
+        <UninitializedBuffer (?,)>
+    """
+
+    cls_to_become = torch.Tensor
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        requires_grad: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        persistent: bool = True,
+        *,
+        known_shape: Shape | None = None,
+    ) -> UninitializedBuffer:
+        """An empty tensor, which becomes the buffer."""
+        made = _empty(cls, requires_grad, device, dtype, known_shape)
+        made.__dict__.update(persistent=persistent, _is_buffer=True)
+        return cast(UninitializedBuffer, made)
+
+
+def _empty(
+    cls: type, requires_grad: bool, device: Any, dtype: torch.dtype | None, known: Shape | None
+) -> Tensor:
+    """A placeholder; its own empty data is real even in a block, and where there is no device."""
+    asked = torch.device(device) if device is not None else torch.get_default_device()
+    place = torch.device("cpu") if current() is not None else asked
+    dtype = dtype or torch.get_default_dtype()
+    with without_modes():
+        data = torch.empty(0, device=place, dtype=dtype)
+        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[arg-type]
+        made.__dict__.update(_known=known, _label=None, _origin=(asked, data.device, dtype))
+    return made
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.requires_grad, tensor.data.device, tensor.data.dtype, dict(tensor.__dict__)
+
+
+def _rebuild(
+    cls: type, requires_grad: bool, device: Any, dtype: torch.dtype, state: dict[str, Any]
+) -> Tensor:
+    with without_modes():
+        data = torch.empty(0, device=device, dtype=dtype)
+        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[arg-type]
+        made.__dict__.update(state)
+    return made
+
+
+def converted(placeholder: Tensor) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and dtype that a placeholder was moved or cast to since it was made, if it was."""
+    origin = placeholder.__dict__.get("_origin")
+    if origin is None:
+        return None, None
+    _, device, dtype = origin
+    now = placeholder.data
+    return (
+        now.device if now.device != device else None,
+        now.dtype if now.dtype != dtype else None,
+    )
+
+
+def become(placeholder: Tensor, tensor: Tensor) -> None:
+    """Let a placeholder object be a tensor; what hangs on it (hooks, references) stays."""
+    with torch.no_grad():
+        shown = tensor.detach()
+    shown.requires_grad_(placeholder.requires_grad)
+    with torch._C.DisableTorchFunctionSubclass():
+        hooks = placeholder._backward_hooks
+        grad_hooks = placeholder._post_accumulate_grad_hooks
+        torch._C._swap_tensor_impl(placeholder, shown)
+    for name in _OWN:
+        placeholder.__dict__.pop(name, None)
+    placeholder.__dict__.update(tensor.__dict__)
+    placeholder.__class__ = type(tensor)
+    placeholder._backward_hooks = hooks
+    placeholder._post_accumulate_grad_hooks = grad_hooks
+    if is_deferred_tensor(placeholder) and current() is None:
+        guard(placeholder)
+
+
+def _refuse_step(placeholder: Placeholder) -> None:
+    """Raise if an optimizer is about to step over a placeholder, which it would silently skip."""
+    frame = sys._getframe(2)
+    for _ in range(2):
+        if isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
+            if frame.f_code.co_name in ("step", "_init_group"):
+                raise UninitializedError(
+                    f"an optimizer cannot step over {placeholder._describe()}, whose shape is not "
+                    f"known yet: {_ADVICE}"
+                )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back

@@ -1,0 +1,124 @@
+"""Moving what a plain module holds into a lazy one, whose objects stay the objects they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit.lazy.errors import ShapeError
+from lateinit.lazy.layout import Name
+from lateinit.lazy.placeholders import become, converted, show
+
+_PLUMBING = frozenset(nn.Module().__dict__) | {"_initialize_hook", "_load_hook"}
+
+
+class Transplant:
+    """Moves tensors, and the attributes that depend on sizes, from one module to another.
+
+    ``varying`` names those attributes. A placeholder becomes its tensor; where the user has put
+    another tensor in a placeholder's stead, that one stays.
+    """
+
+    def __init__(self, varying: Collection[Name], owned: Collection[Name]) -> None:
+        self.varying = varying
+        self.owned = owned
+        self.moved: dict[int, Tensor] = {}
+        self._modules: dict[int, nn.Module] = {}
+
+    def run(self, target: nn.Module, plain: nn.Module) -> None:
+        """Move everything."""
+        self._module("", target, plain)
+        for path, part in target.named_modules(remove_duplicate=False):
+            self._attributes(path, part, self._modules.get(id(part)))
+
+    def _module(self, path: str, target: nn.Module, plain: nn.Module) -> None:
+        self._modules[id(target)] = plain
+        self._tensors(path, target._parameters, plain._parameters)
+        self._tensors(path, target._buffers, plain._buffers)
+        target._non_persistent_buffers_set |= plain._non_persistent_buffers_set
+        for name, child in plain._modules.items():
+            known = target._modules.get(name)
+            if child is None or known is None or type(known) is not type(child):
+                target._modules[name] = child
+            elif known is not child:
+                self._module(_join(path, name), known, child)
+
+    def _tensors(self, path: str, target: dict[str, Any], plain: dict[str, Any]) -> None:
+        for name, tensor in plain.items():
+            target[name] = self._moved(_join(path, name), target.get(name), tensor)
+        for name in list(target):
+            if (path, name) in self.owned and is_lazy(target[name]) and plain.get(name) is None:
+                _retire(target[name])
+                if name in plain:
+                    target[name] = None
+                else:
+                    del target[name]
+
+    def _moved(self, fqn: str, old: Any, new: Any) -> Any:
+        """What stands for a tensor in the target."""
+        if new is None:
+            if is_lazy(old):
+                _retire(old)
+            return None
+        if id(new) in self.moved:
+            return self.moved[id(new)]
+        if is_lazy(new):
+            if is_lazy(old):
+                old.__dict__["_known"] = new.__dict__.get("_known")
+            return old if is_lazy(old) else new
+        if old is None:
+            return new
+        if is_lazy(old):
+            become(old, _cast(new, old))
+        elif tuple(old.shape) != tuple(new.shape):
+            raise ShapeError(
+                f"{fqn}: a tensor of shape {show(tuple(old.shape))} was put in place of a "
+                f"placeholder, but the input wants {show(tuple(new.shape))}"
+            )
+        self.moved[id(new)] = old
+        return old
+
+    def _attributes(self, path: str, target: nn.Module, plain: nn.Module | None) -> None:
+        if plain is None:
+            return
+        for name in [n for n in plain.__dict__ if n not in _PLUMBING]:
+            if (path, name) in self.varying or name not in target.__dict__:
+                target.__dict__[name] = self.mapped(plain.__dict__[name])
+
+    def mapped(self, value: Any) -> Any:
+        """A value of an attribute with the tensors that were moved in place of their originals."""
+        if isinstance(value, Tensor):
+            return self.moved.get(id(value), value)
+        if isinstance(value, weakref.ref):
+            held = value()
+            return weakref.ref(self.moved[id(held)]) if id(held) in self.moved else value
+        if type(value) in (list, tuple, set):
+            return type(value)(self.mapped(item) for item in value)
+        if type(value) is dict:
+            return {key: self.mapped(item) for key, item in value.items()}
+        return value
+
+
+def _cast(new: Tensor, old: Tensor) -> Tensor:
+    """A tensor moved and cast as its placeholder was, after the eager twin was constructed."""
+    device, dtype = converted(old)
+    if device is None and (dtype is None or not new.is_floating_point()):
+        return new
+    with torch.no_grad():
+        moved = new.to(device=device, dtype=dtype if new.is_floating_point() else None)
+    return nn.Parameter(moved, new.requires_grad) if isinstance(new, nn.Parameter) else moved
+
+
+def _retire(placeholder: Any) -> None:
+    """Make a placeholder that turned out not to be needed an empty tensor."""
+    kind: Callable[..., Tensor] = placeholder.cls_to_become
+    become(placeholder, kind(torch.empty(0, dtype=placeholder.data.dtype)))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,141 @@
+"""A script: kill a save before each of its steps in turn, look at what is left, and continue it.
+
+    python -m tests.killed_saves FOLDER folder|file|replace
+
+Each save runs in a forked process of its own, so that torch is imported once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import lateinit
+from lateinit import staging
+from lateinit.errors import OutputExistsError
+from lateinit.safetensors_file import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STEPS = [
+    (Writer, "_put"),
+    (os, "fsync"),
+    (staging.Stage, "finish"),
+    (staging.Stage, "write_text"),
+    (staging, "_exchange"),
+    (shutil, "rmtree"),
+    (Path, "replace"),
+    (Path, "mkdir"),
+    (Path, "unlink"),
+    (Path, "write_text"),
+]
+
+
+def model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    with lateinit.deferred():
+        made = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+        made[2].weight = made[0].weight
+    return made
+
+
+def die_at(step: int) -> None:
+    """Arm the process: the given step, counted over all of `STEPS`, is its last."""
+    steps = itertools.count()
+    for owner, name in STEPS:
+        setattr(owner, name, dying(getattr(owner, name), name, steps, step))
+
+
+def dying(original: Callable[..., Any], name: str, steps: Any, last: int) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == last:
+            if name == "_put":  # a torn write
+                writer, data = args
+                writer._file.write(data[: len(data) // 2])
+                writer._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def in_a_child(call: Callable[[], Any]) -> bool:
+    """Run a call in a process of its own; False if it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return False
+    assert os.WEXITSTATUS(status) == 0
+    return True
+
+
+def content(path: Path) -> dict[str, bytes] | bytes | None:
+    if path.is_dir():
+        return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+    return path.read_bytes() if path.exists() else None
+
+
+def save(target: Path, seed: int = 0, **options: bool) -> None:
+    lateinit.save_checkpoint(model(seed), target, max_shard_size="1200B", **options)
+
+
+def start_afresh(target: Path, old: Any) -> None:
+    for path in target.parent.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if old is not None:
+        in_a_child(lambda: save(target, seed=1))
+
+
+def continue_it(target: Path, new: Any, force: bool) -> None:
+    try:
+        save(target, resume=True, force=force)
+    except OutputExistsError:
+        assert content(target) == new, "refused to continue what is not complete"
+
+
+def main(folder: Path, scenario: str) -> None:
+    torch.set_num_threads(1)
+    target = folder / ("model.safetensors" if scenario == "file" else "model")
+    force = scenario == "replace"
+    in_a_child(lambda: save(target))
+    new = content(target)
+    old = None
+    if force:
+        in_a_child(lambda: save(target, seed=1, force=True))
+        old = content(target)
+        assert old != new
+    seen = set()
+    for step in itertools.count():
+        start_afresh(target, old)
+        finished = in_a_child(lambda: (die_at(step), save(target, force=force)))  # noqa: B023
+        left = content(target)
+        assert left == old or left == new, f"a torn output, killed at step {step}"
+        if finished:
+            break
+        seen.add(left == new)
+        in_a_child(lambda: continue_it(target, new, force))
+        assert content(target) == new, f"killed at step {step} and continued: other bytes"
+    assert seen == {True, False}, "no step was on the other side of the rename"
+    assert not list(folder.glob(".*")), "something was left behind"
+    sys.stdout.write(f"{step} steps\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

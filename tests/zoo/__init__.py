@@ -1,0 +1,1 @@
+"""Every architecture of `transformers`, made small, against its eager twin."""
