@@ -74,7 +74,7 @@ def in_a_child(call: Callable[[], Any]) -> bool:
     if child == 0:
         try:
             call()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must not return
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
@@ -126,7 +126,7 @@ def main(folder: Path, scenario: str) -> None:
         start_afresh(target, old)
         finished = in_a_child(lambda: (die_at(step), save(target, force=force)))  # noqa: B023
         left = content(target)
-        assert left == old or left == new, f"a torn output, killed at step {step}"
+        assert left in (old, new), f"a torn output, killed at step {step}"
         if finished:
             break
         seen.add(left == new)

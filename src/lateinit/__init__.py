@@ -4,9 +4,12 @@ Declare a model now; decide its shapes, its memory, its device and its values la
 exactly the model that eager construction would have given.
 """
 
-from lateinit import errors
+from lateinit import errors, nn, pfn_extras
 from lateinit import following as _following  # noqa: F401 - installs what guards deferred tensors
 from lateinit.checkpoint import save_checkpoint
+from lateinit.lazy.infer import infer_shapes
+from lateinit.lazy.make import lazy
+from lateinit.lazy.rules import size
 from lateinit.materialize import is_deferred, materialize, plan
 from lateinit.recording import deferred, deferred_init
 from lateinit.skip import skip_init
@@ -17,10 +20,15 @@ __all__ = [
     "deferred",
     "deferred_init",
     "errors",
+    "infer_shapes",
     "is_deferred",
+    "lazy",
     "materialize",
+    "nn",
+    "pfn_extras",
     "plan",
     "save_checkpoint",
+    "size",
     "skip_init",
     "summary",
 ]

@@ -56,6 +56,12 @@ def _normal(ref: TensorRef, mean: float = 0.0, std: float = 1.0) -> Interval:
     return mean - _FARTHEST * std, mean + _FARTHEST * std
 
 
+def surely_within(dtype: torch.dtype, mean: float, std: float, low: float, high: float) -> bool:
+    """Whether a normal draw of this dtype lies within bounds whatever is drawn."""
+    reach = _FARTHEST * std
+    return dtype in _NORMAL_DTYPES and low < mean - reach and mean + reach < high
+
+
 def _less(a: Interval, b: Interval) -> Interval:
     return float(a[1] < b[0]), float(a[0] < b[1])
 

@@ -272,7 +272,7 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.is_meta.__get__: _of_deferred(_is_meta),  # type: ignore[attr-defined]
     _tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]
     _tensor.is_cuda.__get__: _is_on("cuda"),  # type: ignore[attr-defined]
-    _tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    _tensor.data.__set__: _set_data,
     _tensor.get_device: _of_deferred(_get_device),
     torch.get_device: _of_deferred(_get_device),
     _tensor.data_ptr: _of_deferred(_data_ptr),

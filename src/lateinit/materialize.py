@@ -23,6 +23,7 @@ from lateinit.errors import (
     candidates,
     listing,
 )
+from lateinit.execute import execute
 from lateinit.plan import Plan, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
@@ -50,6 +51,7 @@ def materialize(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
+    threads: int | None = None,
     progress: bool = False,
 ) -> T:
     """Give deferred tensors their storage and their values, in place.
@@ -67,6 +69,8 @@ def materialize(
         dtype: cast floating-point tensors to this; by default each keeps the dtype it has now.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction; by default the
             random state that really did.
+        threads: how many threads fill large tensors, by default ``torch.get_num_threads()``; the
+            bits are the same for any number.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -96,7 +100,7 @@ def materialize(
     total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
     with Progress("materialise", total, shown=progress) as bar:
         for group in wanted:
-            _materialize(group, cast, seed, bar)
+            _materialize(group, cast, seed, threads, bar)
     return target
 
 
@@ -195,14 +199,17 @@ def _check_shared(group: Wanted, cast: _Cast) -> None:
             )
 
 
-def _materialize(group: Wanted, cast: _Cast, seed: int | None, bar: Progress) -> None:
+def _materialize(
+    group: Wanted, cast: _Cast, seed: int | None, threads: int | None, bar: Progress
+) -> None:
     replay = Replay(group.program, seed)
     done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
     for number in done:
         _place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
-    for step in plan_storages(group.program, (n for n in group.tensors if n not in done)):
+    steps = plan_storages(group.program, (n for n in group.tensors if n not in done))
+    for step, run in execute(replay, steps, threads):
         try:
-            storages = replay.run(step)
+            storages = run()
             for number in step.gives:
                 _place(group.tensors[number], storages.pop(number), cast, replay.strides)
                 bar.advance(group.program.storages[number].nbytes)

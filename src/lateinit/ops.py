@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -53,7 +55,7 @@ class OpInfo:
     no kernel is needed to know its output.
     """
 
-    func: OpOverload
+    func: Callable[..., Any]
     name: str
     mutates: tuple[int, ...]
     mutates_kw: tuple[str, ...]
@@ -76,6 +78,25 @@ def describe(func: OpOverload) -> OpInfo:
     info = _KNOWN.get(func)
     if info is None:
         info = _KNOWN[func] = _BY_NAME[func.name()] = _examine(func)
+    return info
+
+
+def register(name: str, func: Callable[..., Any]) -> OpInfo:
+    """Make a Python function that fills its first argument from ``generator=`` an op."""
+    info = _BY_NAME[name] = OpInfo(
+        func=func,
+        name=name,
+        mutates=(0,),
+        mutates_kw=(),
+        random=True,
+        takes_generator=True,
+        takes_device=False,
+        returns_tensor=True,
+        overwrites=True,
+        scalar_inplace=True,
+        from_sizes=False,
+        metadata_only=False,
+    )
     return info
 
 

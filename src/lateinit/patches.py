@@ -1,8 +1,9 @@
 """What has to be replaced in torch while a block runs, because no mode sees it.
 
 ``torch.get_rng_state`` must show the state that eager construction would show; ``manual_seed`` may
-give the very state that a stream began with; and parameters are made below the dispatcher. The
-replacements are in place while any thread is in a block, and ask whether this one is.
+give the very state that a stream began with; parameters are made below the dispatcher; and
+``trunc_normal_`` is a loop in Python that is one op to a program. The replacements are in place
+while any thread is in a block, and ask whether this one is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit import truncated
 from lateinit.recorder import current
 from lateinit.replay import without_modes
 
@@ -52,6 +54,7 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch.random, "get_rng_state", _get_rng_state, _settled_rng_state),
     (torch, "manual_seed", _manual_seed, _noted_seed),
     (torch.random, "manual_seed", _manual_seed, _noted_seed),
+    (nn.init, "_no_grad_trunc_normal_", truncated.original, truncated.recorded),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
 )
 

@@ -203,10 +203,14 @@ class Recorder(TorchDispatchMode):
         self, info: OpInfo, tensor: Tensor, values: tuple[Any, ...], generator: Any
     ) -> None:
         """Note an op that fills a deferred floating-point tensor in place: it needs no kernel."""
+        if self.shared:
+            self.shared.take_back()
         draw = self._draw(info, (tensor,), {"generator": generator}) if info.random else None
         referred = (self.ref(tensor), *values)
         op = Op(info.name, referred, {}, (), draw, self._ambient(), initializer())
         self.program.ops.append(op)
+        if self.shared:
+            self.shared.show()
 
     def _note(
         self,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit import ops
 from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
+from lateinit.memory import allocate
 from lateinit.plan import Step, plan_storages
 from lateinit.program import Const, Draw, Op, Program, TensorRef
 from lateinit.streams import Streams
@@ -50,9 +51,12 @@ class Replay:
         """One tensor as it is before op number ``before``."""
         return ref.on(self.values([ref.storage], before)[ref.storage])
 
-    def run(self, step: Step) -> Storages:
-        """Run one step; gives the storages that it is for, and frees all others."""
-        storages: Storages = {}
+    def run(self, step: Step, begun: Storages | None = None) -> Storages:
+        """Run one step; gives the storages that it is for, and frees all others.
+
+        ``begun`` are storages that what came before this step has filled.
+        """
+        storages: Storages = dict(begun or {})
         last_use = self._last_uses(step)
         with without_modes(), contextlib.ExitStack() as settings:
             ambient = -1
@@ -156,9 +160,7 @@ class Replay:
         """Allocate a storage that nothing has written to, or that is to be written first."""
         if number not in storages:
             known = self.program.storages[number]
-            storages[number] = torch.empty(
-                known.nbytes, dtype=torch.uint8, device=known.device
-            ).untyped_storage()
+            storages[number] = allocate(known.nbytes, known.device)
 
     def _laid_out(self, ref: TensorRef, result: Tensor) -> torch.UntypedStorage:
         """The storage of a result, copied to the recorded layout where the kernel's differs."""

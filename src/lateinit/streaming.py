@@ -10,13 +10,15 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from lateinit.errors import OutOfMemoryError, listing
+from lateinit.materialize import _is_out_of_memory as is_out_of_memory
 from lateinit.progress import Progress
 from lateinit.replay import Replay, Storages, without_modes
 from lateinit.safetensors_file import Writer
 from lateinit.shards import Item, Shard
 from lateinit.staging import Stage
 
-_BATCH = 1 << 26  # bytes that are computed together, where single tensors are smaller
+_BATCH = 1 << 25  # bytes that are computed together, where single tensors are smaller
 
 
 def write_shards(
@@ -78,7 +80,13 @@ class Values:
                 _, program, ref = item.place
                 self._replays.setdefault(id(program), Replay(program, self._seed))
                 wanted.setdefault(id(program), {})[ref.storage] = None
-        found = {key: self._replays[key].values(storages) for key, storages in wanted.items()}
+        try:
+            found = {key: self._replays[key].values(storages) for key, storages in wanted.items()}
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            names = listing(item.entry.name for item in items)
+            raise OutOfMemoryError(f"out of memory while computing {names}: free some") from error
         return [_real(item, found) for item in items]
 
 

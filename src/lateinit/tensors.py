@@ -90,8 +90,8 @@ def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
 
 def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if nothing was recorded of it."""
-    if isinstance(tensor, DeferredTensor):
-        with torch._C.DisableTorchFunctionSubclass():
+    if isinstance(tensor, DeferredTensor) or torch._C._is_torch_function_mode_enabled():
+        with torch._C.DisableTorchFunction():
             return _slot_of(tensor)
     return _slot_of(tensor)
 

@@ -66,14 +66,14 @@ def truncated_normal_that_redraws():
     return model
 
 
-@INITIALISERS.case(reads_random=True)
+@INITIALISERS.case()
 def truncated_normal_in_a_tail():
     model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 3))
     nn.init.trunc_normal_(model[0].weight, std=1.0, a=2.0, b=3.0)
     return model
 
 
-@INITIALISERS.case(reads_random=True)
+@INITIALISERS.case()
 def truncated_normal_in_half_precision():
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 8)).bfloat16()
     nn.init.trunc_normal_(model[0].weight, std=1.0, a=-1.5, b=1.5)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from tests.zoo import catalog
-from tests.zoo.check import DIFFERENT, EQUAL, REFUSED, Outcome
+from tests.zoo.check import DIFFERENT, REFUSED, Outcome
 from tests.zoo.pool import CRASH, TIMEOUT, check_all
 from tests.zoo.table import page, totals
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def config_class(model_type: str) -> Any:
 
 
 def classes(model_type: str) -> tuple[list[str], list[str]]:
-    """The names of classes of a type: for the bare model, and with a head; the first is tried first."""
+    """The names of a type's classes, the likeliest first: of the bare model, and with a head."""
     bare = _named("MODEL", model_type)
     heads = [name for head in HEADS for name in _named(f"MODEL_FOR_{head}", model_type)]
     own = _own(model_type)
@@ -85,7 +85,7 @@ def _own(model_type: str) -> list[str]:
     return sorted(found, key=lambda name: ("For" in name, len(name))) or named
 
 
-@lru_cache(maxsize=None)
+@cache
 def _modeling(model_type: str) -> tuple[Any, ...]:
     """The modules in which a type's models are written."""
     package = importlib.import_module(config_class(model_type).__module__.rpartition(".")[0])

@@ -16,7 +16,7 @@ import torch
 
 import lateinit
 from tests.laws import EAGER_POISON, LATE_POISON, SEED, poison
-from tests.snapshots import Snapshot, first_difference, snapshot
+from tests.snapshots import Snapshot, first_difference, snapshot, tensors_of
 from tests.zoo import catalog
 from tests.zoo.hints import default_config
 from tests.zoo.shrink import RECIPES, Recipe, shrunk
@@ -95,7 +95,7 @@ def check(model_type: str, name: str, config: Any) -> Outcome:
     cls = catalog.model_class(model_type, name)
     try:
         recipe, small = smallest(cls, config)
-    except Unbuildable as error:
+    except UnbuildableError as error:
         return Outcome(model_type, name, UNBUILT, str(error))
     outcome = Outcome(model_type, name, EQUAL, recipe=str(recipe))
     try:
@@ -104,7 +104,7 @@ def check(model_type: str, name: str, config: Any) -> Outcome:
         return dataclasses.replace(outcome, status=REFUSED, detail=one_line(error))
 
 
-class Unbuildable(Exception):
+class UnbuildableError(Exception):
     """Eager construction fails too."""
 
 
@@ -120,12 +120,12 @@ def smallest(cls: Any, config: Any) -> tuple[Recipe, Any]:
                     return recipe, small
                 errors.append("too big")
             except ImportError as error:
-                raise Unbuildable(one_line(error)) from None
+                raise UnbuildableError(one_line(error)) from None
             except Exception as error:  # noqa: BLE001
                 errors.append(one_line(error))
         if time.perf_counter() - started > SEARCH_SECONDS:
             break
-    raise Unbuildable(next((e for e in errors if e != "too big"), "too big"))
+    raise UnbuildableError(next((e for e in errors if e != "too big"), "too big"))
 
 
 def builds(cls: Any, config: Any) -> bool:
@@ -160,6 +160,8 @@ def compare(outcome: Outcome, build: Callable[[], nn.Module]) -> Outcome:
     done = time.perf_counter()
     late = Built(snapshot(model), generators)
     difference = difference_between(reference, late, undefined)
+    if difference is None and (difference := in_parts(build, reference, undefined)):
+        difference = f"in parts: {difference}"
     return dataclasses.replace(
         outcome,
         status=DIFFERENT if difference else EQUAL,
@@ -174,6 +176,19 @@ def compare(outcome: Outcome, build: Callable[[], nn.Module]) -> Outcome:
         record=recorded - started,
         materialize=done - recorded,
     )
+
+
+def in_parts(build: Callable[[], nn.Module], reference: Built, undefined: set[str]) -> str | None:
+    """The same once more, in four parts that are not in the order of construction."""
+    seed(LATE_POISON)
+    model = lateinit.deferred_init(build)
+    generators = states()
+    names = [name for name, tensor in tensors_of(model) if lateinit.is_deferred(tensor)]
+    for first in (3, 1, 2):
+        part = frozenset(names[first::4])
+        lateinit.materialize(model, only=lambda fqn, _, part=part: fqn in part)
+    lateinit.materialize(model)
+    return difference_between(reference, Built(snapshot(model), generators), undefined)
 
 
 def built(build: Callable[[], nn.Module], byte: int) -> tuple[Built, float]:
@@ -217,8 +232,8 @@ def masked(seen: Snapshot, paths: set[str]) -> Snapshot:
 def one_line(error: BaseException) -> str:
     """The kind of an error and the last thing that it says."""
     said = re.sub(r"\s+", " ", str(error).replace("|", "/")).strip()
-    needs = re.search(r"requires the (\w+) library", said)
+    needs = re.search(r"requires the (\w+) library|No module named '(\w+)'", said)
     if isinstance(error, ImportError) and needs:
-        return f"needs the package {needs.group(1)}"
+        return f"needs the package {needs.group(1) or needs.group(2)}"
     kept = said if len(said) <= 240 else f"{said[:120]} ... {said[-110:]}"
     return f"{type(error).__name__}: {kept}"

@@ -56,10 +56,11 @@ def _thirds(asked: Given) -> Given:
     return {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": sections}
 
 
-def _nougat() -> PreTrainedConfig:
-    from transformers import DonutSwinConfig, MBartConfig, NougatConfig
-
-    return NougatConfig(encoder=DonutSwinConfig(), decoder=MBartConfig(is_decoder=True))
+def _all_shared(asked: Given) -> PreTrainedConfig:
+    """An assistant's layers all use the keys and values of the model that it assists."""
+    text: PreTrainedConfig = asked["text_config"]
+    text.num_kv_shared_layers = text.num_hidden_layers
+    return text
 
 
 def _assistant() -> PreTrainedConfig:
@@ -74,7 +75,6 @@ def _assistant() -> PreTrainedConfig:
 
 STARTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma4_assistant": _assistant,
-    "nougat": _nougat,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OVERRIDES: dict[str, Given] = {
@@ -92,7 +92,8 @@ OVERRIDES: dict[str, Given] = {
     "Emu3Config": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
     "Ernie4_5_VLMoeTextConfig": {"rope_parameters": _thirds},
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]]},
+    "Gemma4AssistantConfig": {"text_config": _all_shared},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "HunYuanDenseV1Config": {"head_dim": _head_width},
     "HunYuanMoEV1Config": {"head_dim": _head_width},
     "HunYuanVLTextConfig": {"head_dim": _head_width},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -26,7 +26,7 @@ LAYERS = re.compile(r"^n_?layers?$|(^|_)layers$|num_.*_layers$|^depth$|num_block
 NOT_LAYERS = re.compile(r"_every_|kv_shared|adapter|feature_layers?$|rope|for_|conv_layers|auxil")
 REPEATS = re.compile(r"^depths$|num_block_repeats|blocks_per_stage|block_sizes|numb_of_layers")
 WIDTH = re.compile(
-    r"latents$|dims?(ension)?($|_)|hidden($|_)|intermediate|channels?($|_)|rank$|width|d_(model|ff|kv|inner)"
+    r"latents$|upsample_groups$|dims?(ension)?($|_)|hidden($|_)|intermediate|channels?($|_)|rank$|width|d_(model|ff|kv|inner)"
     r"|embd|emb(ed(ding)?s?)?_(size|dim)|units$|filters$|planes$|projection_size|^dff$|proj_size"
     r"|(feature|feat|head|state|pooler|projector|input|output|project|adapter|entity)_sizes?$"
     r"|scalar$|embeds$|_dim_|dim$|conv_dim|channel_list"
@@ -94,7 +94,7 @@ def changes(config: PreTrainedConfig, recipe: Recipe) -> dict[str, Any]:
     return given | outputs(config, layers) | overrides(config, given)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
     try:
         return dict(vars(cls()))

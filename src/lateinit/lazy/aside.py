@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,9 +36,13 @@ def outside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def aside() -> Iterator[Recorder]:
-    """Record a block into a program that nobody keeps; the generators stay where they are."""
+    """Record a block into a program that nobody keeps; the generators stay where they are.
+
+    What is warned of is ignored: it is about trial sizes, or comes again when it is done truly.
+    """
     recorder = Recorder()
-    with outside():
+    with outside(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         recorder.generators.watch(torch.default_generator)
         try:
             with block(recorder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,18 @@ from lateinit.lazy.rules import Rule, size
 def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
     made = _made(cls, tuple(rules.items()), False)
     made.__module__ = __name__
+    return made
+
+
+def _instance_norm(cls: type[nn.Module], spatial: int) -> type[Any]:
+    """torch's lazy ones have other defaults than its plain ones."""
+    made = _layer(cls, num_features=size(-1 - spatial, ndim=(spatial + 1, spatial + 2)))
+    made._defaults = {"affine": True, "track_running_stats": True}
+    signature = inspect.signature(made)
+    parameters = [
+        p.replace(default=made._defaults.get(n, p.default)) for n, p in signature.parameters.items()
+    ]
+    made.__signature__ = signature.replace(parameters=parameters)
     return made
 
 
@@ -35,9 +48,9 @@ LazyBatchNorm1d = _layer(nn.BatchNorm1d, num_features=size(1, ndim=(2, 3)))
 LazyBatchNorm2d = _layer(nn.BatchNorm2d, num_features=size(1, ndim=4))
 LazyBatchNorm3d = _layer(nn.BatchNorm3d, num_features=size(1, ndim=5))
 LazySyncBatchNorm = _layer(nn.SyncBatchNorm, num_features=size(1))
-LazyInstanceNorm1d = _layer(nn.InstanceNorm1d, num_features=size(-2, ndim=(2, 3)))
-LazyInstanceNorm2d = _layer(nn.InstanceNorm2d, num_features=size(-3, ndim=(3, 4)))
-LazyInstanceNorm3d = _layer(nn.InstanceNorm3d, num_features=size(-4, ndim=(4, 5)))
+LazyInstanceNorm1d = _instance_norm(nn.InstanceNorm1d, 1)
+LazyInstanceNorm2d = _instance_norm(nn.InstanceNorm2d, 2)
+LazyInstanceNorm3d = _instance_norm(nn.InstanceNorm3d, 3)
 LazyGroupNorm = _layer(nn.GroupNorm, num_channels=size(1))
 LazyLayerNorm = _layer(nn.LayerNorm, normalized_shape=size(-1))
 LazyRMSNorm = _layer(nn.RMSNorm, normalized_shape=size(-1))

@@ -68,7 +68,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the trials have in common."""
+    """What the trials have in common; in the last family all sizes are equal."""
 
     families: tuple[Family, ...]
     known: dict[Name, Shape | None]
@@ -141,7 +141,7 @@ def _measure(spec: Spec, step: int) -> Layout:
     if len(every) == 1:
         return _compare((Family(together.base, {every[0]: together.moved[None]}),))
     apart = _apart(spec, step)
-    return _compare((together, apart) if apart is not None else (together,))
+    return _compare((apart, together) if apart is not None else (together,))
 
 
 def _apart(spec: Spec, step: int) -> Family | None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from lateinit import holes
 from lateinit.lazy.aside import Settings, aside
 from lateinit.lazy.errors import ShapeError
-from lateinit.lazy.layout import Layout, Name, Spec, measure, trial_sizes
+from lateinit.lazy.layout import Layout, Name, Spec, measure
 from lateinit.lazy.loading import load_sizes
 from lateinit.lazy.mixin import LazyModuleMixin, finish, initialising
 from lateinit.lazy.placeholders import UninitializedBuffer, UninitializedParameter
@@ -31,10 +31,13 @@ class Lazy(LazyModuleMixin):
 
     _plain: type[nn.Module]
     _rules: Mapping[str, Rule]
+    _defaults: Mapping[str, Any] = {}
     _by_value = False
+    _parameter_kind = UninitializedParameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        arguments = bind(self._plain, self._rules, args, dict(kwargs))
+        given = bind(self._plain, self._rules, args, dict(kwargs))
+        arguments = {**self._defaults, **given}
         rules = {name: rule for name, rule in self._rules.items() if arguments.get(name) is None}
         arguments = {name: value for name, value in arguments.items() if name not in rules}
         spec = Spec(self._plain, rules, arguments, Settings.now())
@@ -133,7 +136,7 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
 def _declare(module: nn.Module, spec: Spec) -> None:
     """Give a module the structure of the plain class, with placeholders for tensors."""
     layout = layout_of(spec)
-    first = layout.families[0].base.sizes
+    first = layout.families[-1].base.sizes
     with aside():
         spec.construct_on(module, first)
         asked = {name: _facts(tensor) for name, tensor in _tensors(module)}
@@ -171,12 +174,13 @@ def _place(module: nn.Module, layout: Layout, asked: dict[Name, Facts]) -> None:
     default = next(iter(asked.values()), (0, torch.get_default_dtype(), torch.device("cpu"), True))
     for (path, name), known in layout.known.items():
         part = parts.get(path)
-        held = part and (part._buffers if (path, name) in layout.buffers else part._parameters)
+        is_buffer = (path, name) in layout.buffers
+        held = part and (part._buffers if is_buffer else part._parameters)
         if held is None or is_lazy(held.get(name)):
             continue
         key, dtype, device, grad = asked.get((path, name), (-len(made) - 1, *default[1:]))
         if key not in made:
-            kind: Any = UninitializedBuffer if held is part._buffers else UninitializedParameter  # type: ignore[union-attr]
+            kind: Any = UninitializedBuffer if is_buffer else module._parameter_kind
             made[key] = kind(grad, device, dtype, known_shape=known)
             owner = f"{type(module).__name__}.{path}" if path else type(module).__name__
             made[key].__dict__["_label"] = f"{owner}.{name}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,32 @@ from torch.nn.modules import lazy as torch_lazy
 from torch.nn.parameter import is_lazy
 
 from lateinit import holes
-from lateinit.lazy.aside import outside
+from lateinit.lazy.aside import aside, outside
 from lateinit.lazy.errors import UninitializedError
 from lateinit.lazy.placeholders import mismatch, show
 from lateinit.recording import fill
 from lateinit.tensors import guard, is_deferred_tensor
 
+Trial = Literal["aside", "real"]
+
+_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+
+
+@contextlib.contextmanager
+def trying(real: bool = False) -> Iterator[None]:
+    """Initialise lazy modules, in this block, by way of trial: in their own program or for real."""
+    token = _trial.set("real" if real else "aside")
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
 
 @contextlib.contextmanager
 def initialising(module: nn.Module) -> Iterator[None]:
     """Where a lazy module is initialised: in its hole if it has one, else for real."""
-    hole = holes.hole_of(module)
-    with outside():
+    hole = None if _trial.get() else holes.hole_of(module)
+    with aside() if _trial.get() == "aside" else outside():
         if hole is None:
             yield
         else:

@@ -22,7 +22,16 @@ from lateinit.tensors import guard, is_deferred_tensor
 
 Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
-_OWN = ("_known", "_label", "_origin")
+_OWN = ("_known", "_label", "_origin", "persistent", "_is_buffer")
+_CONVERSIONS = (
+    torch.Tensor.half,
+    torch.Tensor.bfloat16,
+    torch.Tensor.float,
+    torch.Tensor.double,
+    torch.Tensor.cuda,
+    torch.Tensor.cpu,
+    torch.Tensor.to,
+)
 _SAVERS = ("_save", "_legacy_save")
 
 
@@ -129,6 +138,10 @@ class Placeholder(UninitializedTensorMixin):
         if value is not None:
             raise UninitializedError(f"{self._describe()} cannot have a gradient: {_ADVICE}")
 
+    def detach(self) -> Any:
+        """Itself: a state dict holds placeholders as they are."""
+        return self
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {show(self.known_shape)}>"
 
@@ -157,7 +170,8 @@ class Placeholder(UninitializedTensorMixin):
     ) -> Any:
         if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                result = func(*args, **(kwargs or {}))
+            return _converted(args[0], result) if func in _CONVERSIONS else result
         found = next((a for a in args if isinstance(a, Placeholder)), None)
         named = found._describe() if found is not None else cls.__name__
         raise UninitializedError(
@@ -167,7 +181,7 @@ class Placeholder(UninitializedTensorMixin):
 
     _allowed_methods = [
         *UninitializedTensorMixin._allowed_methods,
-        torch.Tensor.bfloat16,
+        *_CONVERSIONS,
         torch.Tensor.requires_grad_,
         torch.Tensor.register_hook,
         torch.Tensor.register_post_accumulate_grad_hook,
@@ -250,6 +264,17 @@ def _empty(
         data = torch.empty(0, device=place, dtype=dtype)
         made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[arg-type]
         made.__dict__.update(_known=known, _label=None, _origin=(asked, data.device, dtype))
+    return made
+
+
+def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
+    """A placeholder moved or cast: it is one still."""
+    if isinstance(result, Placeholder):
+        return result
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        grad = placeholder.requires_grad
+        made: Tensor = torch.Tensor._make_subclass(type(placeholder), result.detach(), grad)  # type: ignore[arg-type]
+    made.__dict__.update(placeholder.__dict__)
     return made
 
 

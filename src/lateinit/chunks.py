@@ -1,0 +1,171 @@
+"""Filling one large storage in pieces, each at its own place in the random stream.
+
+A kernel that fills a contiguous tensor element by element gives the same bits when it is called
+on flat pieces of it that begin at multiples of 16 elements, each with a generator that stands where
+the whole call would have stood. Nothing of that is assumed: each kernel is tried once a process,
+and one that differs is run whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit import mt19937, rng
+from lateinit.ops import by_name
+from lateinit.plan import Step
+from lateinit.program import Op, Program, TensorRef, tensor_refs
+
+UNIT = 16
+_SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
+_PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
+_IN_CACHE = 1 << 16  # elements that a chain of kernels goes through while they are in cache
+
+_FIRST = frozenset({"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar"})
+_POINTWISE = frozenset(
+    f"aten::{name}"
+    for name in (
+        "zero_",
+        "fill_.Scalar",
+        "mul_.Tensor",
+        "mul_.Scalar",
+        "add_.Tensor",
+        "add_.Scalar",
+        "sub_.Tensor",
+        "div_.Tensor",
+        "neg_",
+        "abs_",
+        "erfinv_",
+        "clamp_",
+        "clamp_min_",
+        "clamp_max_",
+    )
+)
+
+
+_NO_NUMBERS = frozenset({"aten::zero_", "aten::neg_", "aten::abs_", "aten::erfinv_"})
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """The first ops of a step, if they fill one whole storage element by element."""
+
+    ref: TensorRef
+    ops: tuple[Op, ...]
+
+    @property
+    def draws(self) -> Op | None:
+        """The op among them that draws: always the first."""
+        return self.ops[0] if self.ops[0].draw is not None else None
+
+
+def fill_of(program: Program, step: Step) -> Fill | None:
+    """The fill that a step begins with, or None if it is better run as it is."""
+    if not step.ops:
+        return None
+    first = program.ops[step.ops[0]]
+    ref = first.args[0] if first.name in _FIRST else None
+    if type(ref) is not TensorRef or ref.numel < _SMALLEST or not ref.is_contiguous():
+        return None
+    on_cpu = program.storages[ref.storage].device.type == "cpu"
+    if not (on_cpu and program.covers(ref) and _in_pieces(first, ref)):
+        return None
+    ops = [first]
+    for number in step.ops[1:]:
+        op = program.ops[number]
+        if op.name not in _POINTWISE or op.args[0] != ref or not _in_pieces(op, ref):
+            break
+        ops.append(op)
+    return Fill(ref, tuple(ops))
+
+
+def _in_pieces(op: Op, ref: TensorRef) -> bool:
+    others = (*op.args[1:], *op.kwargs.values())
+    if any(True for value in others for _ in tensor_refs(value)):
+        return False
+    return ref.dtype.is_floating_point and is_exact(op.name, ref.dtype)
+
+
+def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
+    """Flat ranges for the threads, each but the last a multiple of 16 elements long."""
+    numel = fill.ref.numel
+    count = max(1, -(-numel // _PIECE))
+    if threads > 1 and count < threads and numel >= threads * (_PIECE // 4):
+        count = threads
+    length = -(-numel // count // UNIT) * UNIT
+    starts = [start for start in range(0, numel, length) if numel - start >= UNIT]
+    return list(zip(starts, [*starts[1:], numel], strict=True))
+
+
+def state_at(fill: Fill, start: int, state: bytes) -> bytes:
+    """Where the generator of a piece stands, if that of the whole stands at ``state``."""
+    op = fill.draws
+    if op is None or start == 0:
+        return state
+    return mt19937.jump(state, _words(op.name, fill.ref.dtype, start))
+
+
+def _words(name: str, dtype: torch.dtype, numel: int) -> int:
+    cost = rng.consumption(rng.Draw(name, numel, dtype, contiguous=True))
+    assert cost is not None
+    return cost.words
+
+
+def run_piece(
+    fill: Fill, storage: torch.UntypedStorage, piece: tuple[int, int], state: bytes | None
+) -> None:
+    """Fill one piece; with several kernels, in parts that stay in cache."""
+    with torch.no_grad():
+        flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
+        calls = [_call(op, state) for op in fill.ops]
+        start, end = piece
+        length = end - start if len(calls) == 1 else _IN_CACHE
+        while start < end:
+            stop = start + length if end - start - length >= UNIT else end
+            part = flat[start:stop]
+            for call in calls:
+                call(part)
+            start = stop
+
+
+def _call(op: Op, state: bytes | None) -> Callable[[Tensor], Any]:
+    func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
+    if op.draw is not None:
+        assert state is not None
+        kwargs["generator"] = mt19937.generator_at(state)
+    return lambda part: func(part, *args, **kwargs)
+
+
+@functools.cache
+def is_exact(name: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel gives the same bits in pieces as in one call, on the torch that runs."""
+    try:
+        return _trial(name, dtype)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        return False
+
+
+def _trial(name: str, dtype: torch.dtype) -> bool:
+    numel, cut = 40 * UNIT + 5, 24 * UNIT
+    info = by_name(name)
+    numbers = () if name in _NO_NUMBERS else (0.5,)
+    generators = [torch.Generator().manual_seed(1), torch.Generator()]
+    whole = torch.linspace(-0.9, 0.9, numel, dtype=torch.float64).to(dtype)
+    halves = whole.clone()
+    if info.random:
+        before = mt19937.state_of(generators[0])
+        generators[1] = mt19937.generator_at(mt19937.jump(before, _words(name, dtype, cut)))
+        info.func(whole, 0.0, 1.0, generator=generators[0])
+        info.func(halves[cut:], 0.0, 1.0, generator=generators[1])
+        info.func(halves[:cut], 0.0, 1.0, generator=mt19937.generator_at(before))
+        ended = [mt19937.state_of(generator) for generator in generators]
+        return torch.equal(whole, halves) and ended[0] == ended[1]
+    info.func(whole, *numbers)
+    for part in (halves[:cut], halves[cut:]):
+        info.func(part, *numbers)
+    return torch.equal(whole, halves)

@@ -1,0 +1,85 @@
+"""Lazy modules of every kind: ours, torch's, and those of pytorch-pfn-extras."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
+
+from lateinit import holes
+from lateinit.arguments import tensors_in
+from lateinit.lazy.mixin import finish, initialising
+from lateinit.lazy.placeholders import become
+from lateinit.tensors import is_deferred_tensor
+
+
+def is_lazy_module(module: nn.Module) -> bool:
+    """Whether a module waits for its first input."""
+    if isinstance(module, LazyModuleMixin):
+        return hasattr(module, "_initialize_hook")
+    return waits_for_forward(module)
+
+
+def waits_for_forward(module: nn.Module) -> bool:
+    """Whether a module follows the protocol of pytorch-pfn-extras and is not initialised."""
+    return getattr(module, "lazy_parmeters_determined", True) is False
+
+
+def initialise(module: Any, args: Any, kwargs: Any) -> None:
+    """Initialise a lazy module as its first forward would; its inputs may be on meta."""
+    if not is_lazy_module(module):
+        return
+    if isinstance(module, LazyModuleMixin):
+        if hasattr(module, "_finish"):
+            module._infer_parameters(module, args, kwargs)
+            return
+        with initialising(module):
+            module.initialize_parameters(*args, **kwargs)
+        finish(module)
+        return
+    _by_forward(module, args, kwargs)
+
+
+def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
+    """Let ``forward`` initialise its parameters, and stop it before it computes with them."""
+    before = dict(module._parameters)
+    training = module.training
+    try:
+        module.__dict__["training"] = False  # batch norms would count this batch
+        with initialising(module), _StopBeforeUse(module):
+            module.forward(*args, **kwargs)
+    except _KnownError:
+        pass
+    finally:
+        module.__dict__["training"] = training
+    for name, placeholder in before.items():
+        made = module._parameters.get(name)
+        if made is not None and placeholder is not None and made is not placeholder:
+            become(placeholder, made)
+            module._parameters[name] = placeholder
+    holes.close(module)
+
+
+class _KnownError(Exception):
+    """Everything is initialised."""
+
+
+class _StopBeforeUse(TorchFunctionMode):
+    """Ends a forward pass when its parameters are known and it comes to its input."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _asks_only(func) and not waits_for_forward(self._module):
+            if any(t.is_meta and not is_deferred_tensor(t) for t in tensors_in(args, kwargs)):
+                raise _KnownError
+        return func(*args, **kwargs)
+
+
+def _asks_only(func: Any) -> bool:
+    return type(func).__name__ == "method-wrapper" or func in (Tensor.size, Tensor.dim)

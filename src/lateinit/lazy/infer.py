@@ -1,0 +1,199 @@
+"""``infer_shapes``: the shapes of lazy modules, from a forward pass on shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from lateinit.errors import listing
+from lateinit.lazy.aside import outside
+from lateinit.lazy.errors import NeedsValuesError, ShapeError, UnreachedError
+from lateinit.lazy.foreign import initialise, is_lazy_module
+from lateinit.lazy.layers import LAYERS
+from lateinit.lazy.mixin import trying
+from lateinit.lazy.rules import evaluate
+from lateinit.lazy.shapes import ShapeMode, needs_values
+from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta
+from lateinit.lazy.values import real_stand_in
+from lateinit.replay import without_modes
+
+_RULES = {layer._plain: layer._rules for layer in LAYERS}
+
+
+def infer_shapes(
+    module: nn.Module, /, *args: Any, strict: bool = True, real: bool = False, **kwargs: Any
+) -> list[str]:
+    """Tell lazy modules their sizes, by a forward pass on shapes alone, and initialise them.
+
+    Nothing is computed and no activation is allocated. In a model that was built in a
+    ``deferred()`` block what is initialised is deferred too, each module at its place in the
+    random stream; elsewhere parameters are allocated and drawn, in the order of the forward pass,
+    as a first forward pass would. The model is otherwise as it was: buffers, gradients, flags,
+    random states. If anything raises, no module has been initialised.
+
+    Lazy modules may be lateinit's, torch's and those of pytorch-pfn-extras, mixed.
+
+    Args:
+        module: the model.
+        *args: example inputs as for its ``forward``, on ``meta`` or real: only shapes and dtypes
+            are looked at. Tensors in containers count too.
+        strict: raise if a lazy module is not reached.
+        real: run the forward pass with values, for a model whose control flow depends on them.
+            The inputs must be real. Parameters that are deferred are computed and forgotten.
+        **kwargs: keyword inputs.
+
+    Returns:
+        The names of lazy modules that the forward pass did not reach, if ``strict=False``.
+
+    Raises:
+        UnreachedError: the forward pass did not reach some lazy modules.
+        NeedsValuesError: the forward pass depends on values; the message says where.
+        ShapeError: the inputs do not suit a lazy module, or two calls of one disagree.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     net = torch.nn.Sequential(lateinit.nn.LazyConv2d(8, 3), torch.nn.Flatten(),
+        ...                               lateinit.nn.LazyLinear(10))
+        >>> lateinit.infer_shapes(net, torch.empty(1, 3, 224, 224, device="meta"))
+        []
+        >>> net[2]
+        Linear(in_features=394272, out_features=10, bias=True)
+    """
+    names = {id(part): name for name, part in module.named_modules()}
+    waiting = [part for part in module.modules() if is_lazy_module(part)]
+    run = _Run(names, real)
+    if waiting:
+        run.forward(module, args, kwargs)
+    left = [names[id(part)] or "the module itself" for part in waiting if id(part) not in run.met]
+    if left and strict:
+        raise UnreachedError(
+            f"the forward pass did not reach {listing(left)}: the shapes there are not known and "
+            "nothing was initialised. Pass inputs that reach them, call infer_shapes again on "
+            "those parts, or pass strict=False"
+        )
+    run.initialise()
+    return left
+
+
+class _Run:
+    """One forward pass, in which lazy modules are initialised by way of trial."""
+
+    def __init__(self, names: dict[int, str], real: bool) -> None:
+        self.names = names
+        self.real = real
+        self.met: dict[int, tuple[nn.Module, Any, Any]] = {}
+        self.lending = Lending(real_stand_in if real else on_meta)
+        self._sizes: dict[int, dict[str, Any]] = {}
+
+    def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Run the forward pass, and leave the model as it was."""
+        snapshot, states = Snapshot(module), RandomStates()
+        try:
+            with outside(), torch.no_grad(), trying(self.real):
+                args, kwargs = self._inputs((args, kwargs))
+                self._prepare(module)
+                with self._mode(), _said_where(self.real):
+                    module(*args, **kwargs)
+        finally:
+            snapshot.restore()
+            states.restore()
+
+    def initialise(self) -> None:
+        """Initialise what was met, in the order of the forward pass."""
+        for module, args, kwargs in self.met.values():
+            initialise(module, args, kwargs)
+
+    def _mode(self) -> Any:
+        return contextlib.nullcontext() if self.real else ShapeMode()
+
+    def _inputs(self, inputs: Any) -> Any:
+        make = (lambda t: t.detach().clone()) if self.real else on_meta
+        return pytree.tree_map(
+            lambda leaf: _with_tensors(leaf, make),
+            inputs,
+            is_leaf=lambda leaf: isinstance(leaf, PackedSequence),
+        )
+
+    def _prepare(self, module: nn.Module) -> None:
+        """Lend the model stand-ins, and have lazy modules report instead of initialising."""
+        self.lending.lend(module)
+        for part in module.modules():
+            if not is_lazy_module(part):
+                continue
+            part.__dict__.pop("_lateinit_hole", None)
+            handle = part.__dict__.get("_initialize_hook")
+            if isinstance(part, LazyModuleMixin) and handle is not None:
+                part._forward_pre_hooks[handle.id] = self._meet  # type: ignore[attr-defined]
+                part._forward_pre_hooks_with_kwargs[handle.id] = True  # type: ignore[attr-defined]
+            else:
+                part.register_forward_pre_hook(self._meet, with_kwargs=True)
+
+    def _meet(self, module: Any, args: Any, kwargs: Any) -> None:
+        """A lazy module is called: note its inputs, and go on with a trial of it."""
+        if id(module) in self.met or not is_lazy_module(module):
+            return
+        shapes = pytree.tree_map(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
+        try:
+            initialise(module, *shapes)
+        except ShapeError as error:
+            raise ShapeError(
+                f"{self.names.get(id(module), '') or 'the module'}: {error}"
+            ) from error
+        with outside():
+            self.lending.lend(module)
+        self.met[id(module)] = module, *shapes
+        rules = _RULES.get(type(module)) or getattr(module, "_rules", None)
+        if rules is not None:
+            module.register_forward_pre_hook(self._check(rules), with_kwargs=True)
+            self._check(rules)(module, args, kwargs)
+
+    def _check(self, rules: Any) -> Any:
+        """A hook for later calls of a module: their sizes must be those of the first."""
+
+        def check(module: nn.Module, args: Any, kwargs: Any) -> None:
+            sizes = evaluate(rules, module, args, kwargs)
+            first = self._sizes.setdefault(id(module), sizes)
+            if sizes != first:
+                raise ShapeError(
+                    f"{self.names.get(id(module), '') or type(module).__name__} is called with "
+                    f"{_said(first)} and again with {_said(sizes)}: one module has one size"
+                )
+
+        return check
+
+
+def _said(sizes: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())
+
+
+def _with_tensors(leaf: Any, make: Any) -> Any:
+    if isinstance(leaf, PackedSequence):
+        return leaf._replace(data=make(leaf.data))
+    return make(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _shape_only(tensor: Tensor) -> Tensor:
+    with without_modes():
+        return torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta"
+        )
+
+
+@contextlib.contextmanager
+def _said_where(real: bool) -> Iterator[None]:
+    """Say where a forward pass asked for values below the dispatcher (``numpy``, ``tolist``)."""
+    try:
+        yield
+    except (NeedsValuesError, ShapeError):
+        raise
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if not real and "meta" in str(error).lower():
+            raise needs_values(str(error), error) from error
+        raise

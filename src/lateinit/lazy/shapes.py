@@ -1,0 +1,145 @@
+"""Running torch code on shapes alone."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lateinit.arguments import META, kwargs_to_meta, tensors_in, to_meta
+from lateinit.lazy.errors import NeedsValuesError
+from lateinit.ops import OpInfo, describe
+
+_SMALL = 4096  # elements that a tensor made in a forward pass may have to be computed for real
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_MARK = "_lateinit_small"
+
+
+class ShapeMode(TorchDispatchMode):
+    """Sends what a forward pass computes to ``meta``.
+
+    Small tensors that it makes out of nothing (sizes as tensors, ranges) are computed for real,
+    so that their values may be read; real tensors from elsewhere are read by shape and not written.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch._dynamo and wrap every call
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        info = describe(func)
+        tensors = tensors_in(args, kwargs)
+        real = [tensor for tensor in tensors if not tensor.is_meta]
+        if len(real) == len(tensors):
+            return self._without_meta(info, args, kwargs, real)
+        if real:
+            for position in info.mutates:
+                _spoil(args[position])
+            args = to_meta(args)
+        if real or kwargs.get("device") is not None:
+            kwargs = kwargs_to_meta(info, kwargs)
+        return on_shapes(info, args, kwargs)
+
+    def _without_meta(self, info: OpInfo, args: Any, kwargs: Any, real: list[Tensor]) -> Any:
+        """An op on no tensor, or on real ones alone."""
+        if not real:
+            made = on_shapes(info, args, kwargs_to_meta(info, kwargs))
+            asked = torch.device(kwargs.get("device") or "cpu")
+            small = isinstance(made, Tensor) and made.numel() <= _SMALL and asked.type == "cpu"
+            return _marked(info.func(*args, **kwargs)) if small else made
+        written = [args[i] for i in info.mutates] + [kwargs.get(k) for k in info.mutates_kw]
+        foreign = any(not _is_small(t) for t in tensors_in(tuple(written), {}))
+        if any(_is_spoilt(t) for t in real) and not info.returns_tensor:
+            raise needs_values(info.name)
+        if foreign or sum(t.numel() for t in real) > _SMALL:
+            return on_shapes(info, to_meta(args), kwargs_to_meta(info, kwargs))
+        made = info.func(*args, **kwargs)
+        return made if written else _marked(made, any(_is_spoilt(t) for t in real))
+
+
+def on_shapes(info: OpInfo, args: Any, kwargs: Any) -> Any:
+    """The op on meta tensors."""
+    if not info.returns_tensor and _tagged(info.func):
+        raise needs_values(info.name)
+    try:
+        return info.func(*args, **kwargs)
+    except NeedsValuesError:
+        raise
+    except NotImplementedError as error:
+        raise needs_values(info.name) from error
+    except Exception as error:
+        if _tagged(info.func) and "meta" in str(error).lower():
+            raise needs_values(info.name) from error
+        raise
+
+
+@functools.lru_cache(maxsize=None)
+def _tagged(func: OpOverload) -> bool:
+    return not _NEEDS_VALUES.isdisjoint(func.tags)
+
+
+def _marked(made: Any, spoilt: bool = False) -> Any:
+    for tensor in made if isinstance(made, (list, tuple)) else [made]:
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            setattr(storage, _MARK, "spoilt" if spoilt else getattr(storage, _MARK, "small"))
+    return made
+
+
+def _mark_of(tensor: Any) -> str | None:
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        return None
+    return getattr(tensor.untyped_storage(), _MARK, None)
+
+
+def _is_small(tensor: Any) -> bool:
+    return _mark_of(tensor) is not None
+
+
+def _is_spoilt(tensor: Any) -> bool:
+    return _mark_of(tensor) == "spoilt"
+
+
+def _spoil(tensor: Any) -> None:
+    """Note that a real tensor should have been given values that nobody knows."""
+    if _is_small(tensor):
+        setattr(tensor.untyped_storage(), _MARK, "spoilt")
+
+
+def needs_values(op: str, error: BaseException | None = None) -> NeedsValuesError:
+    """The error for a forward pass that cannot be run on shapes."""
+    place = where(error.__traceback__ if error is not None else None)
+    return NeedsValuesError(
+        f"{place}: the forward pass needs the values of a tensor here ({op}), and only its shape "
+        "is known: pass real=True to run it truly"
+    )
+
+
+def where(trace: TracebackType | None = None) -> str:
+    """``file.py:12 in forward``: the innermost line that is neither torch's nor ours."""
+    if trace is not None:
+        found = [
+            f"{f.filename}:{f.lineno} in {f.name}"
+            for f in traceback.extract_tb(trace)
+            if not f.filename.startswith(_LIBRARIES)
+        ]
+        return found[-1] if found else "inside torch"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+            return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
+        frame = frame.f_back
+    return "inside torch"

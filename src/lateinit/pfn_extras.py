@@ -1,0 +1,30 @@
+"""The lazy layers and the mixin of ``pytorch_pfn_extras``, with the same names and arguments.
+
+``LazyLinear(None, 10)`` infers ``in_features``; ``LazyLinear(5, 10)`` is an ordinary layer. Unlike
+the originals they draw what the eager twin draws, know what is known of their shapes, and keep
+their parameter objects, so that an optimizer may be built before the first forward pass.
+"""
+
+from lateinit.lazy.pfn import (
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+    LazyInitializationMixin,
+    LazyLinear,
+    UninitializedParameter,
+)
+
+__all__ = [
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyInitializationMixin",
+    "LazyLinear",
+    "UninitializedParameter",
+]

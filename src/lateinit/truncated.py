@@ -1,0 +1,51 @@
+"""``nn.init.trunc_normal_`` as one op, where it may have to draw again.
+
+It redraws what falls outside its bounds until nothing does, and so reads what it drew. Recorded
+whole, nothing is read: the op runs as it is when its values, or a later place in the random stream,
+are wanted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit import ops
+from lateinit.bounds import surely_within
+from lateinit.recorder import current
+from lateinit.replay import without_modes
+from lateinit.tensors import is_deferred_tensor
+
+original = torch.nn.init._no_grad_trunc_normal_
+
+
+def _run(  # noqa: PLR0913 - torch's own signature
+    tensor: Tensor, mean: float, std: float, a: float, b: float, *, generator: torch.Generator
+) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warned when it was recorded
+        return original(tensor, mean, std, a, b, generator=generator)
+
+
+_OP = ops.register("lateinit::trunc_normal_", _run)
+
+
+def recorded(
+    tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+) -> Tensor:
+    """In place of ``nn.init._no_grad_trunc_normal_`` while a block runs."""
+    recorder = current()
+    if (
+        recorder is None
+        or not is_deferred_tensor(tensor)
+        or surely_within(tensor.dtype, mean, std, a, b)
+    ):
+        return original(tensor, mean, std, a, b, generator=generator)
+    with without_modes():  # for its warnings and errors
+        original(torch.empty(0, dtype=tensor.dtype), mean, std, a, b)
+    with torch._C.DisableTorchFunction():
+        recorder.overwrite(_OP, tensor, (mean, std, a, b), generator)
+    return tensor

@@ -1,0 +1,140 @@
+"""Filling large storages in pieces gives the bits of one call, however it is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lateinit
+from lateinit import chunks, mt19937
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut what is tiny: otherwise only tensors of millions of elements are cut."""
+    monkeypatch.setattr(chunks, "_SMALLEST", 16)
+    monkeypatch.setattr(chunks, "_PIECE", 64)
+    monkeypatch.setattr(chunks, "_IN_CACHE", 32)
+
+
+def filled(dtype: torch.dtype, sizes: list[int], op: str, chain: bool, draws: int) -> nn.Module:
+    torch.manual_seed(7)
+    torch.randn(draws)  # any state, a cached sample of a small normal included
+    model = nn.Module()
+    for number, size in enumerate(sizes):
+        tensor = torch.empty(size, dtype=dtype)
+        tensor.uniform_(-0.9, 0.9) if op == "uniform_" else tensor.normal_(0.5, 2.0)
+        if chain:
+            tensor.erfinv_() if op == "uniform_" and dtype.itemsize > 2 else tensor.neg_()
+            tensor.mul_(0.37).add_(0.1).clamp_(-0.3, 0.3)
+        model.register_buffer(f"b{number}", tensor)
+    return model
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    sizes=st.lists(
+        st.one_of(
+            st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 623, 624, 625]),
+            st.integers(1, 3000),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    op=st.sampled_from(["uniform_", "normal_"]),
+    chain=st.booleans(),
+    draws=st.integers(0, 30),
+    threads=st.sampled_from([1, 2, 3, 4]),
+    piece=st.sampled_from([16, 48, 64, 640]),
+    in_cache=st.sampled_from([16, 32, 624]),
+)
+def test_any_cut_gives_the_bits_of_one_call(
+    dtype: torch.dtype,
+    sizes: list[int],
+    op: str,
+    chain: bool,
+    draws: int,
+    threads: int,
+    piece: int,
+    in_cache: int,
+) -> None:
+    expected = filled(dtype, sizes, op, chain, draws)
+    ended = torch.get_rng_state()
+    with lateinit.deferred():
+        model = filled(dtype, sizes, op, chain, draws)
+    assert torch.equal(ended, torch.get_rng_state())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_SMALLEST", 16)
+        patch.setattr(chunks, "_PIECE", piece)
+        patch.setattr(chunks, "_IN_CACHE", in_cache)
+        lateinit.materialize(model, threads=threads)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffer.view(torch.uint8), model.get_buffer(name).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_tensors_of_millions_of_elements_equal_eager(threads: int) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(1500, 1201), nn.Embedding(3001, 700, padding_idx=2))
+        nn.init.trunc_normal_(model[0].weight, std=0.02)
+        return model.append(nn.Linear(900, 800).bfloat16())
+
+    expected = build()
+    with lateinit.deferred():
+        model = build()
+    lateinit.materialize(model, threads=threads)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_kernel_that_fails_its_trial_is_run_whole(
+    small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = filled(torch.float32, [1000], "normal_", chain=True, draws=0)
+    with lateinit.deferred():
+        model = filled(torch.float32, [1000], "normal_", chain=True, draws=0)
+    monkeypatch.setattr(chunks, "is_exact", lambda name, dtype: False)
+    monkeypatch.setattr("lateinit.execute.run_piece", None)  # any use of it fails
+    assert torch.equal(lateinit.materialize(model).b0, expected.b0)
+
+
+def test_wrong_position_of_a_piece_would_be_seen(
+    small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = filled(torch.float32, [1000], "normal_", chain=False, draws=0)
+    with lateinit.deferred():
+        model = filled(torch.float32, [1000], "normal_", chain=False, draws=0)
+    monkeypatch.setattr(
+        "lateinit.execute.state_at", lambda fill, start, state: mt19937.jump(state, 1)
+    )
+    assert not torch.equal(lateinit.materialize(model).b0, expected.b0)
+
+
+def test_failure_in_a_thread_is_raised_and_the_call_can_be_repeated(
+    small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = filled(torch.float32, [100, 200, 300], "uniform_", chain=False, draws=0)
+    with lateinit.deferred():
+        model = filled(torch.float32, [100, 200, 300], "uniform_", chain=False, draws=0)
+    original = chunks.run_piece
+
+    def failing(fill: chunks.Fill, *rest: object) -> None:
+        if fill.ref.numel == 200:
+            raise MemoryError
+        original(fill, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("lateinit.execute.run_piece", failing)
+    with pytest.raises(lateinit.errors.OutOfMemoryError, match="b1"):
+        lateinit.materialize(model)
+    assert not lateinit.is_deferred(model.b0)
+    monkeypatch.setattr("lateinit.execute.run_piece", original)
+    lateinit.materialize(model)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
