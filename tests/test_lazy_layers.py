@@ -16,6 +16,9 @@ from lateinit.lazy.layers import LAYERS
 from tests.lazy_cases import CASES, LazyCase
 from tests.snapshots import assert_same
 
+# torch says so once a process, whoever is first.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+
 BY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
 

@@ -89,8 +89,10 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             wrong.append(f"{name} is {value.dtype}")
         elif value.is_meta and not is_deferred_tensor(value):
             unknown.append(name)
+        elif is_deferred_tensor(value) and locate(value)[0].cast[1] is not None:
+            wrong.append(f"{name} shares its memory with a tensor that was cast on materialising")
     if wrong:
-        raise CheckpointError(f"safetensors cannot hold: {listing(wrong)}")
+        raise CheckpointError(f"a checkpoint cannot hold this: {listing(wrong)}")
     if unknown:
         raise NotRecordedError(
             f"on meta, and without a recorded construction: {listing(unknown)}. Build the model "

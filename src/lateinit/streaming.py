@@ -11,7 +11,9 @@ from typing import BinaryIO
 from torch import Tensor
 
 from lateinit.errors import OutOfMemoryError, listing
+from lateinit.execute import execute
 from lateinit.materialize import _is_out_of_memory as is_out_of_memory
+from lateinit.plan import plan_storages
 from lateinit.progress import Progress
 from lateinit.replay import Replay, Storages, without_modes
 from lateinit.safetensors_file import Writer
@@ -81,13 +83,20 @@ class Values:
                 self._replays.setdefault(id(program), Replay(program, self._seed))
                 wanted.setdefault(id(program), {})[ref.storage] = None
         try:
-            found = {key: self._replays[key].values(storages) for key, storages in wanted.items()}
+            found = {key: self._run(key, storages) for key, storages in wanted.items()}
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             names = listing(item.entry.name for item in items)
             raise OutOfMemoryError(f"out of memory while computing {names}: free some") from error
         return [_real(item, found) for item in items]
+
+    def _run(self, program: int, storages: Iterable[int]) -> Storages:
+        replay = self._replays[program]
+        found: Storages = {}
+        for _, run in execute(replay, plan_storages(replay.program, storages)):
+            found |= run()
+        return found
 
 
 def _real(item: Item, found: dict[int, Storages]) -> Tensor:

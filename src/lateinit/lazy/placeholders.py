@@ -307,10 +307,10 @@ def converted(placeholder: Tensor) -> tuple[torch.device | None, torch.dtype | N
 
 def become(placeholder: Tensor, tensor: Tensor) -> None:
     """Let a placeholder object be a tensor; what hangs on it (hooks, references) stays."""
-    with torch.no_grad():
-        shown = tensor.detach()
-    shown.requires_grad_(placeholder.requires_grad)
     with torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad():
+            shown = tensor.detach()
+        shown.requires_grad_(placeholder.requires_grad)
         hooks = placeholder._backward_hooks
         grad_hooks = placeholder._post_accumulate_grad_hooks
         torch._C._swap_tensor_impl(placeholder, shown)
