@@ -125,7 +125,7 @@ def _overwriting(name: str, *keywords: str) -> Handler:
         tensor, *values = args
         generator = kwargs.get("generator")
         values += [kwargs[key] for key in keywords[len(values) :] if key in kwargs]
-        usual = len(values) + len(args[:1]) + (generator is not None) == len(args) + len(kwargs)
+        usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
         if (
             not usual
             or recorder.shared

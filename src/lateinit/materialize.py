@@ -21,9 +21,11 @@ from lateinit.errors import (
     PatternError,
     SeedError,
     candidates,
+    is_out_of_memory,
     listing,
 )
 from lateinit.execute import execute
+from lateinit.memory import allocate
 from lateinit.plan import Plan, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
@@ -204,28 +206,25 @@ def _materialize(
 ) -> None:
     replay = Replay(group.program, seed)
     done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
-    for number in done:
-        _place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
+    with without_modes():
+        for number in done:
+            _place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
     steps = plan_storages(group.program, (n for n in group.tensors if n not in done))
-    for step, run in execute(replay, steps, threads):
-        try:
-            storages = run()
-            for number in step.gives:
-                _place(group.tensors[number], storages.pop(number), cast, replay.strides)
-                bar.advance(group.program.storages[number].nbytes)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            names = [name for n in step.gives for name, *_ in group.tensors[n]]
-            raise OutOfMemoryError(
-                f"out of memory while materialising {listing(names)}; what was done before stands: "
-                "free memory and call materialize() again, or materialise a part"
-            ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    with replay.session():
+        for step, run in execute(replay, steps, threads):
+            try:
+                storages = run()
+                for number in step.gives:
+                    _place(group.tensors[number], storages.pop(number), cast, replay.strides)
+                    bar.advance(group.program.storages[number].nbytes)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                names = [name for n in step.gives for name, *_ in group.tensors[n]]
+                raise OutOfMemoryError(
+                    f"out of memory while materialising {listing(names)}; what was done before "
+                    "stands: free memory and call materialize() again, or materialise a part"
+                ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +240,8 @@ class _Cast:
 
     def storage(self, storage: torch.UntypedStorage, refs: list[TensorRef]) -> Any:
         """A storage moved and cast as a whole, so that tensors which share it still do."""
+        if self.device is None and self.dtype is None:
+            return storage
         dtypes = {ref.dtype for ref in refs}
         new = {self.dtype_of(ref) for ref in refs}
         if len(dtypes) > 1 and new != dtypes:
@@ -263,19 +264,22 @@ def _place(
 ) -> None:
     """Let the tensors that share a storage have it, now that it is real."""
     slot = tensors[0][2]
-    with without_modes():
-        if slot.real is None:
-            storage = cast.storage(storage, [ref for *_, ref in tensors])
-        for _, tensor, _, ref in tensors:
-            shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
-            give(tensor, shown, storage)
+    if slot.real is None:
+        storage = cast.storage(storage, [ref for *_, ref in tensors])
+    for _, tensor, _, ref in tensors:
+        shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
+        give(tensor, shown, storage)
     slot.real, slot.cast = storage, (cast.device, cast.dtype)
 
 
 def give(tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage) -> None:
     """Make a deferred tensor object a window on a real storage."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+    inference = tensor.is_inference()
+    if inference == torch.is_inference_mode_enabled():
         _swap(tensor, ref.on(storage))
+    else:
+        with torch.inference_mode(inference):
+            _swap(tensor, ref.on(storage))
     unguard(tensor)
 
 
@@ -323,8 +327,7 @@ def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None
     with without_modes():
         if slot.real is None:
             known = program.storages[ref.storage]
-            empty = torch.empty(known.nbytes, dtype=torch.uint8, device=device or known.device)
-            slot.real = empty.untyped_storage()
+            slot.real = allocate(known.nbytes, torch.device(device or known.device))
         give(tensor, ref, slot.real)
 
 

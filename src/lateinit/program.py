@@ -187,16 +187,20 @@ class Ambient(NamedTuple):
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Run a block under these settings, with gradients and outer autocasting off."""
+        """Run a block under these settings, with outer autocasting off."""
         dtype = torch.get_default_dtype()
         deterministic = torch.are_deterministic_algorithms_enabled()
+        if (dtype, deterministic, self.autocast) == self:
+            if self.autocast is None and not torch._C._is_any_autocast_enabled():
+                yield
+                return
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         device, cast_to = self.autocast or ("cpu", torch.bfloat16)
         torch.set_default_dtype(self.default_dtype)
         if deterministic != self.deterministic:
             torch.use_deterministic_algorithms(self.deterministic)
         try:
-            with torch.no_grad(), torch.autocast(device, cast_to, enabled=bool(self.autocast)):
+            with torch.autocast(device, cast_to, enabled=bool(self.autocast)):
                 yield
         finally:
             torch.set_default_dtype(dtype)

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit import ops
-from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
+from lateinit.errors import (
+    ConstantChangedError,
+    LateinitError,
+    MaterializeError,
+    SeedError,
+    is_out_of_memory,
+)
 from lateinit.memory import allocate
 from lateinit.plan import Step, plan_storages
 from lateinit.program import Const, Draw, Op, Program, TensorRef
@@ -39,6 +45,8 @@ class Replay:
         # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
         self._cursor: dict[int, tuple[int, torch.Generator]] = {}
+        self._settings: contextlib.ExitStack | None = None
+        self._ambient = -1
 
     def values(self, storages: Iterable[int], before: int | None = None) -> Storages:
         """The wanted storages as they are before op number ``before`` (by default: at the end)."""
@@ -57,31 +65,53 @@ class Replay:
         ``begun`` are storages that what came before this step has filled.
         """
         storages: Storages = dict(begun or {})
-        last_use = self._last_uses(step)
-        with without_modes(), contextlib.ExitStack() as settings:
-            ambient = -1
-            for place, number in enumerate(step.ops):
-                op = self.program.ops[number]
-                if op.ambient != ambient:
-                    settings.close()
-                    settings.enter_context(self.program.ambients[op.ambient].in_force())
-                    ambient = op.ambient
-                self.execute(number, storages)
-                for done in last_use.get(place, ()):
-                    del storages[done]
+        with self.session():
+            if len(step.ops) == 1:
+                self._set_ambient(self.program.ops[step.ops[0]].ambient)
+                self.execute(step.ops[0], storages)
+            else:
+                self._run_all(step, storages)
             for number in step.gives:
                 self._provide(number, storages)
-        return storages
+            return {number: storages[number] for number in step.gives}
+
+    def _run_all(self, step: Step, storages: Storages) -> None:
+        """Run ops in order; frees each storage after the op that is the last to use it."""
+        last_use = self._last_uses(step)
+        for place, number in enumerate(step.ops):
+            self._set_ambient(self.program.ops[number].ambient)
+            self.execute(number, storages)
+            for done in last_use.get(place, ()):
+                del storages[done]
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """A block in which many steps run, without modes and with settings kept between them."""
+        if self._settings is not None:
+            yield
+            return
+        with without_modes(), contextlib.ExitStack() as settings:
+            self._settings, self._ambient = settings, -1
+            try:
+                yield
+            finally:
+                self._settings = None
+
+    def _set_ambient(self, ambient: int) -> None:
+        if ambient != self._ambient and self._settings is not None:
+            self._settings.close()
+            self._settings.enter_context(self.program.ambients[ambient].in_force())
+            self._ambient = ambient
 
     def execute(self, number: int, storages: Storages) -> None:
         """Run one op on real storages, which it adds its new ones to."""
         op = self.program.ops[number]
         try:
             results = self.call(op, storages)
-        except (LateinitError, MemoryError, torch.OutOfMemoryError):
+        except LateinitError:
             raise
         except Exception as error:
-            if "alloc" in str(error):
+            if is_out_of_memory(error):
                 raise
             raise MaterializeError(
                 f"op {number} failed when it was replayed: {op}: {error}"

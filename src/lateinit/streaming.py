@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lateinit.errors import OutOfMemoryError, listing
 from lateinit.execute import execute
-from lateinit.materialize import _is_out_of_memory as is_out_of_memory
+from lateinit.errors import is_out_of_memory
 from lateinit.plan import plan_storages
 from lateinit.progress import Progress
 from lateinit.replay import Replay, Storages, without_modes
