@@ -11,12 +11,12 @@ from torch import nn
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
-from benchmarks import __main__ as command  # noqa: E402 - needs both
-from benchmarks import materialize  # noqa: E402
-from benchmarks.contenders import CONTENDERS  # noqa: E402
-from benchmarks.harness import Goal, Row, Run, alternate, assert_equal  # noqa: E402
-from benchmarks.models import MODELS  # noqa: E402
-from benchmarks.report import page, write  # noqa: E402
+from benchmarks import __main__ as command
+from benchmarks import materialize
+from benchmarks.contenders import CONTENDERS
+from benchmarks.harness import Goal, Row, Run, alternate, assert_equal
+from benchmarks.models import MODELS
+from benchmarks.report import page, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -125,7 +125,7 @@ def test_a_half_cast_storage_is_refused(tmp_path: Path) -> None:
 
     model = late(halves)
     lateinit.materialize(model, only="low", dtype=torch.bfloat16)
-    with pytest.raises(errors.CheckpointError, match="high shares its memory .* cast"):
+    with pytest.raises(errors.CheckpointError, match=r"high shares its memory .* cast"):
         lateinit.save_checkpoint(model, tmp_path / "a.safetensors")
 
 

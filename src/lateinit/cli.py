@@ -89,7 +89,7 @@ def inspect(
         table = summary(model, only=only)
         if as_json:
             _print_json({"spec": spec, **table.to_dict()})
-        elif sys.stdout.isatty():
+        elif _is_terminal():
             Console().print(table)
         else:
             typer.echo(str(table))
@@ -155,6 +155,10 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
             )
         else:
             typer.echo(str(saved))
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

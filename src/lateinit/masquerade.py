@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lateinit.generators import device_number
@@ -119,26 +119,43 @@ def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _overwriting(name: str, *keywords: str) -> Handler:
-    """A handler of an in-place filling op: most of what constructors do, so kept short."""
+    """A handler of a filling op: most of what constructors do, so kept short."""
 
     def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         tensor, *values = args
-        generator = kwargs.get("generator")
         values += [kwargs[key] for key in keywords[len(values) :] if key in kwargs]
         usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
-        if (
-            not usual
-            or recorder.shared
-            or any(isinstance(value, Tensor) for value in values)
-            or not tensor.is_floating_point()
-            or (tensor.requires_grad and torch.is_grad_enabled())
-            or not is_deferred_tensor(tensor)
-        ):
+        grad = tensor.requires_grad and torch.is_grad_enabled()
+        if not usual or grad or not _filled(recorder, name, tensor, values, kwargs):
             return func(*args, **kwargs)
-        recorder.overwrite(by_name(name), tensor, tuple(values), generator)
         return tensor
 
     return fill
+
+
+def _initialising(name: str, *keywords: str) -> Handler:
+    """Likewise for a function of ``nn.init``, which passes all by name and turns gradients off."""
+
+    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+        given = dict(zip(("tensor", *keywords), args, strict=False)) | kwargs
+        values = [given[key] for key in keywords]
+        if not _filled(recorder, name, given["tensor"], values, given):
+            return func(*args, **kwargs)
+        return given["tensor"]
+
+    return fill
+
+
+def _filled(recorder: Recorder, name: str, tensor: Any, values: list[Any], given: Any) -> bool:
+    """Note that a tensor is filled, if it is deferred and the values are numbers."""
+    if (
+        any(isinstance(value, Tensor) for value in values)
+        or not is_deferred_tensor(tensor)
+        or not tensor.is_floating_point()
+    ):
+        return False
+    recorder.overwrite(by_name(name), tensor, tuple(values), given.get("generator"))
+    return True
 
 
 def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -293,6 +310,9 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.fill_: _overwriting("aten::fill_.Scalar", "value"),
     _tensor.normal_: _overwriting("aten::normal_", "mean", "std"),
     _tensor.uniform_: _overwriting("aten::uniform_", "from", "to"),
+    nn.init.normal_: _initialising("aten::normal_", "mean", "std"),
+    nn.init.uniform_: _initialising("aten::uniform_", "a", "b"),
+    nn.init.constant_: _initialising("aten::fill_.Scalar", "val"),
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
     torch.sparse_csc_tensor: _by_value,

@@ -10,9 +10,8 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from lateinit.errors import OutOfMemoryError, listing
+from lateinit.errors import OutOfMemoryError, is_out_of_memory, listing
 from lateinit.execute import execute
-from lateinit.errors import is_out_of_memory
 from lateinit.plan import plan_storages
 from lateinit.progress import Progress
 from lateinit.replay import Replay, Storages, without_modes

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lateinit.arguments import META, kwargs_to_meta, tensors_in, to_meta
 from lateinit.lazy.errors import NeedsValuesError
-from lateinit.lazy.shortcuts import shortcut
+from lateinit.lazy.shortcuts import numel_of_factory, range_on_meta, shortcut
 from lateinit.ops import OpInfo, describe
 
 _SMALL = 4096  # elements that a tensor made in a forward pass may have to be computed for real
@@ -56,10 +56,7 @@ class ShapeMode(TorchDispatchMode):
     def _without_meta(self, info: OpInfo, args: Any, kwargs: Any, real: list[Tensor]) -> Any:
         """An op on no tensor, or on real ones alone."""
         if not real:
-            made = on_shapes(info, args, kwargs_to_meta(info, kwargs))
-            asked = torch.device(kwargs.get("device") or "cpu")
-            small = isinstance(made, Tensor) and made.numel() <= _SMALL and asked.type == "cpu"
-            return _marked(info.func(*args, **kwargs)) if small else made
+            return self._made(info, args, kwargs)
         written = [args[i] for i in info.mutates] + [kwargs.get(k) for k in info.mutates_kw]
         foreign = any(not _is_small(t) for t in tensors_in(tuple(written), {}))
         if any(_is_spoilt(t) for t in real) and not info.returns_tensor:
@@ -68,6 +65,18 @@ class ShapeMode(TorchDispatchMode):
             return on_shapes(info, to_meta(args), kwargs_to_meta(info, kwargs))
         made = info.func(*args, **kwargs)
         return made if written else _marked(made, any(_is_spoilt(t) for t in real))
+
+
+    def _made(self, info: OpInfo, args: Any, kwargs: Any) -> Any:
+        """A tensor made out of nothing."""
+        on_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
+        numel, made = numel_of_factory(info, args), None
+        if numel is None or numel > _SMALL or not on_cpu:
+            made = range_on_meta(info, args, kwargs)
+            if made is None:
+                made = on_shapes(info, args, kwargs_to_meta(info, kwargs))
+            numel = made.numel() if isinstance(made, Tensor) else _SMALL + 1
+        return _marked(info.func(*args, **kwargs)) if numel <= _SMALL and on_cpu else made
 
 
 def on_shapes(info: OpInfo, args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ shortcut answers the plain case and gives None otherwise: then torch decides, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,46 @@ def shortcut(info: OpInfo, args: Any, kwargs: Any) -> Any:
     return known(*args, **kwargs)
 
 
+def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
+    """``arange`` on meta: its kernel there is the slowest of all."""
+    numel = numel_of_factory(info, args) if info.name in _RANGES else None
+    if numel is None:
+        return None
+    whole = all(isinstance(value, int) for value in args)
+    dtype = kwargs.get("dtype") or (torch.int64 if whole else torch.get_default_dtype())
+    return torch.empty(numel, dtype=dtype, device="meta")
+
+
+def numel_of_factory(info: OpInfo, args: Any) -> int | None:
+    """How many elements a factory makes, if that is plain to see."""
+    if info.name == "aten::scalar_tensor":
+        return 1
+    if info.name in _FILLED:
+        return math.prod(args[0])
+    if info.name in _RANGES and all(isinstance(value, (int, float)) for value in args):
+        start, end, step = ((0, *args, 1), (*args, 1), args)[len(args) - 1]
+        return max(0, math.ceil((end - start) / step)) if step else None
+    return None
+
+
+def _alike(x: Tensor) -> Tensor:
+    """``empty_like``, whose kernel for meta tensors imports sympy."""
+    if x.is_contiguous():
+        return x.new_empty(x.shape)
+    if _is_dense(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.empty_like(x)
+
+
+def _is_dense(x: Tensor) -> bool:
+    expected = 1
+    for stride, length in sorted(zip(x.stride(), x.shape, strict=True)):
+        if length != 1 and stride != expected:
+            return False
+        expected *= length
+    return True
+
+
 def _plain(*tensors: Any) -> bool:
     """Whether tensors are contiguous and of one floating dtype."""
     first = tensors[0]
@@ -36,25 +77,40 @@ def _plain(*tensors: Any) -> bool:
 
 
 def _like(x: Tensor, *rest: Any, **kwargs: Any) -> Any:
-    if kwargs or not _plain(x) or any(isinstance(value, Tensor) for value in rest):
+    if kwargs or not x.is_floating_point() or any(isinstance(value, Tensor) for value in rest):
         return None
-    return torch.empty_like(x)
+    return _alike(x)
+
+
+def _triangle(x: Tensor, diagonal: int = 0) -> Any:
+    return x.new_empty(x.shape) if x.dim() >= 2 else None
 
 
 def _softmax(x: Tensor, dim: int, other: Any = None) -> Any:
     known = not other and -x.dim() <= dim < x.dim() and _plain(x)
-    return torch.empty_like(x) if known else None
+    return _alike(x) if known else None
 
 
 def _binary(a: Any, b: Any, **kwargs: Any) -> Any:
     if isinstance(b, (int, float)) and isinstance(a, Tensor):
-        return torch.empty_like(a) if _plain(a) else None
+        return _alike(a) if _plain(a) else None
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and _plain(a, b)):
         return None
-    if a.dim() < b.dim():
-        a, b = b, a
-    suffix = b.dim() and a.shape[-b.dim() :] == b.shape
-    return torch.empty_like(a) if suffix else None
+    shape = _broadcast(a, b)
+    return a.new_empty(shape) if shape is not None else None
+
+
+def _where(condition: Tensor, a: Tensor, b: Tensor) -> Any:
+    shape = _broadcast(condition, a, b)
+    fits = shape is not None and a.dtype is b.dtype and condition.is_contiguous()
+    return a.new_empty(shape) if fits else None
+
+
+def _broadcast(*tensors: Tensor) -> Any:
+    """The common shape of tensors, where each other one is the end of the longest one's."""
+    longest = max((t.shape for t in tensors), key=len)
+    ends = all(not t.shape or longest[-t.dim() :] == t.shape for t in tensors)
+    return longest if ends else None
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Any:
@@ -73,7 +129,7 @@ def _layer_norm(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> An
     if x.shape[-count:] != shape or any(t.shape != shape for t in given) or not _plain(x, *given):
         return None
     stats = x.new_empty((*x.shape[:-count], *(1 for _ in shape)))
-    return torch.empty_like(x), stats, torch.empty_like(stats)
+    return _alike(x), stats, _alike(stats)
 
 
 def _batch_norm(x: Tensor, *tensors: Any) -> Any:
@@ -81,26 +137,33 @@ def _batch_norm(x: Tensor, *tensors: Any) -> Any:
     given = [t for t in tensors[:4] if t is not None]
     if any(t.shape != channels for t in given) or not _plain(x, *given):
         return None
-    return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
+    return _alike(x), x.new_empty(channels), x.new_empty(channels)
 
 
 def _group_norm(x: Tensor, weight: Any, bias: Any, n: int, c: int, hxw: int, groups: int, eps: float) -> Any:
     given = [t for t in (weight, bias) if t is not None]
     if any(tuple(t.shape) != (c,) for t in given) or not _plain(x, *given):
         return None
-    return torch.empty_like(x), x.new_empty((n, groups)), x.new_empty((n, groups))
+    return _alike(x), x.new_empty((n, groups)), x.new_empty((n, groups))
 
 
+_FILLED = frozenset(
+    ("aten::empty.memory_format", "aten::zeros", "aten::ones", "aten::full")
+)
+_RANGES = frozenset(("aten::arange", "aten::arange.start", "aten::arange.start_step"))
 _ELEMENTWISE = (
     "relu sigmoid tanh gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh softplus erf exp "
-    "sqrt rsqrt sin cos neg abs tril triu mul.Scalar add.Scalar sub.Scalar div.Scalar "
+    "sqrt rsqrt sin cos neg abs mul.Scalar add.Scalar sub.Scalar div.Scalar "
     "pow.Tensor_Scalar clamp clamp_min clamp_max"
 )
 _SHORTCUTS: dict[str, Shortcut] = {f"aten::{name}": _like for name in _ELEMENTWISE.split()} | {
+    "aten::tril": _triangle,
+    "aten::triu": _triangle,
     "aten::add.Tensor": _binary,
     "aten::sub.Tensor": _binary,
     "aten::mul.Tensor": _binary,
     "aten::div.Tensor": _binary,
+    "aten::where.self": _where,
     "aten::_softmax": _softmax,
     "aten::_safe_softmax": _softmax,
     "aten::_log_softmax": _softmax,
