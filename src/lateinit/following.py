@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lateinit.arguments import tensors_in
+from lateinit.arguments import META, tensors_in
 from lateinit.errors import DeferredTensorError
 from lateinit.masquerade import Masquerade
 from lateinit.ops import OpInfo
@@ -30,8 +30,9 @@ class Follower(Recorder):
     def dispatch(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
-        if not deferred or info.metadata_only:
-            return info.func(*args, **kwargs)
+        elsewhere = info.from_sizes and kwargs.get("device") not in (None, META)
+        if not deferred or info.metadata_only or elsewhere:
+            return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
         self._refuse_values(info, args, tensors, deferred)
         if len(deferred) < len([t for t in tensors if t.is_meta]):
             return info.func(*args, **kwargs)

@@ -54,18 +54,13 @@ def _alike(x: Tensor) -> Tensor:
     """``empty_like``, whose kernel for meta tensors imports sympy."""
     if x.is_contiguous():
         return x.new_empty(x.shape)
-    if _is_dense(x):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    return torch.empty_like(x)
-
-
-def _is_dense(x: Tensor) -> bool:
-    expected = 1
-    for stride, length in sorted(zip(x.stride(), x.shape, strict=True)):
-        if length != 1 and stride != expected:
-            return False
-        expected *= length
-    return True
+    steps = [step for step, length in zip(x.stride(), x.shape, strict=True) if length > 1]
+    if 0 in steps or len(set(steps)) < len(steps):
+        return torch.empty_like(x)
+    strides, expected = [0] * x.dim(), 1
+    for _, length, dim in sorted(zip(x.stride(), x.shape, range(x.dim()), strict=True)):
+        strides[dim], expected = expected, expected * length
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
 
 
 def _plain(*tensors: Any) -> bool:
