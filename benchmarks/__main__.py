@@ -15,7 +15,7 @@ from benchmarks import materialize
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Row, Run, machine
 from benchmarks.materialize import against_eager
-from benchmarks.report import as_json, table, write
+from benchmarks.report import as_json, cells, table, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name in names:
         started = time.perf_counter()
-        rows += CASES[name](Run(tiny=options.quick, rounds=options.rounds))
+        found = CASES[name](Run(tiny=options.quick, rounds=options.rounds))
+        rows += found
+        for row in found:
+            console.print(f"  {' | '.join(cells(row))} {row.note}", highlight=False)
         console.print(f"{name}: {time.perf_counter() - started:.0f} s")
     Console(width=160 if not sys.stdout.isatty() else None).print(table(rows))
     if options.json is not None:

@@ -442,7 +442,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @needs_linux
-@pytest.mark.parametrize("scenario", ["folder", "file", "replace"])
+@pytest.mark.parametrize("scenario", ["folder", "file", "replace", "two-renames"])
 def test_a_save_killed_at_any_step_tears_nothing_and_can_be_continued(
     scenario: str, tmp_path: Path
 ) -> None:
@@ -556,20 +556,27 @@ def test_files_with_real_tensors_are_written_again(
     assert first["0.bias"].tolist() == [2.0] * 8
 
 
-def test_constants_are_part_of_what_is_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["constant", "random state"])
+def test_all_that_the_bytes_follow_from_must_be_the_same(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def constant(value: float) -> nn.Module:
-        return lateinit.deferred_init(lambda: Bag(data=torch.tensor([value])))
+    def model(value: int) -> nn.Module:
+        torch.manual_seed(0)
+        if what == "constant":
+            return lateinit.deferred_init(lambda: Bag(data=torch.tensor([value])))
+        torch.rand(value)
+        return lateinit.deferred_init(tower)
 
     def stop(stage: staging.Stage) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(staging.Stage, "publish", stop)
-    with pytest.raises(KeyboardInterrupt):
-        lateinit.save_checkpoint(constant(1.0), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Stage, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lateinit.save_checkpoint(model(1), tmp_path / "out")
     with pytest.raises(errors.CheckpointError, match="is of another model"):
-        lateinit.save_checkpoint(constant(2.0), tmp_path / "out", resume=True)
+        lateinit.save_checkpoint(model(2), tmp_path / "out", resume=True)
+    lateinit.save_checkpoint(model(1), tmp_path / "out", resume=True)
 
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:

@@ -186,3 +186,22 @@ def test_signatures_are_those_of_torch(name: str) -> None:
     assert list(ours)[: len(theirs)] == list(theirs)
     for parameter in theirs:
         assert ours[parameter].default == theirs[parameter].default
+
+
+def test_law_4_fails_where_a_layer_draws_at_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[0]
+    model = initialised(case)
+    monkeypatch.setattr("lateinit.lazy.mixin.holes.hole_of", lambda module: None)
+    with pytest.raises(AssertionError, match="bits"):
+        assert_same(eager_twin(case), lateinit.materialize(_elsewhere(case)))
+    monkeypatch.undo()
+    assert_same(eager_twin(case), lateinit.materialize(model))
+
+
+def _elsewhere(case: LazyCase) -> nn.Module:
+    """The layer alone of a model that was initialised as if it had no place of its own."""
+    model = lazy_model(case)
+    lateinit.infer_shapes(model[0], *case.inputs())
+    twin = eager_twin(case)
+    model[1], model[2] = twin[1], twin[2]
+    return model

@@ -54,21 +54,17 @@ class Stage:
         try:
             if left and resume:
                 self._read_journal(request)
-            self._clear(request)
+            if not self.finished:
+                self._begin(request)
         except OSError:
             if not left:
                 self.discard()
             raise
 
-    def _clear(self, request: str) -> None:
-        """Have nothing there but finished files and the journal of them."""
-        if not self.finished:
-            shutil.rmtree(self.files, ignore_errors=True)
-            self.files.mkdir()
-            self._journal.write_text(json.dumps({"request": request}) + "\n")
-        for path in self.files.iterdir():
-            if path.name not in self.finished:
-                path.unlink()
+    def _begin(self, request: str) -> None:
+        shutil.rmtree(self.files, ignore_errors=True)
+        self.files.mkdir()
+        self._journal.write_text(json.dumps({"request": request}) + "\n")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -253,5 +249,6 @@ def _exchange(made: Path, target: Path) -> None:
     # Where the system cannot exchange, a process killed between these two leaves no output, and
     # the old one in the hidden folder.
     old = made.with_name("replaced")
+    shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
     made.rename(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,10 +49,8 @@ def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
     training = module.training
     try:
         module.__dict__["training"] = False  # batch norms would count this batch
-        with initialising(module), _StopBeforeUse(module):
+        with initialising(module), contextlib.suppress(_KnownError), _StopBeforeUse(module):
             module.forward(*args, **kwargs)
-    except _KnownError:
-        pass
     finally:
         module.__dict__["training"] = training
     for name, placeholder in before.items():

@@ -130,8 +130,16 @@ def finish(module: Any) -> None:
         if handle is not None:
             _remove(module, handle)
     holes.close(module)
-    if module.cls_to_become is not None:
-        module.__class__ = module.cls_to_become
+    become = _class_to_become(type(module))
+    if become is not None:
+        module.__class__ = become
+
+
+def _class_to_become(cls: Any) -> Any:
+    """What a class names in ``cls_to_become``; a user's subclass of a lazy layer stays itself."""
+    named = next(base for base in cls.__mro__ if "cls_to_become" in base.__dict__)
+    of_layer = "_plain" in named.__dict__
+    return None if of_layer and named is not cls else named.cls_to_become
 
 
 def _remove(module: nn.Module, handle: Any) -> None:

@@ -97,7 +97,8 @@ def _binary(a: Any, b: Any, **kwargs: Any) -> Any:
 
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Any:
     shape = _broadcast(condition, a, b)
-    fits = shape is not None and a.dtype is b.dtype and condition.is_contiguous()
+    fits = shape is not None and a.dtype is b.dtype
+    fits = fits and all(t.is_contiguous() for t in (condition, a, b))
     return a.new_empty(shape) if fits else None
 
 
@@ -112,6 +113,34 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Any:
     fits = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
     same = a.dtype is b.dtype is bias.dtype and a.is_meta and b.is_meta
     return a.new_empty((a.shape[0], b.shape[1])) if fits and same and not kwargs else None
+
+
+def _matrices(a: Tensor, b: Tensor) -> Any:
+    fits = a.dim() == b.dim() and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
+    return a.new_empty((*a.shape[:-1], b.shape[-1])) if fits and a.dtype is b.dtype else None
+
+
+def _convolution(  # noqa: PLR0913, PLR0917 - the op's own arguments
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    _: list[int],
+    groups: int,
+) -> Any:
+    spatial = x.dim() - 2
+    known = not transposed and _plain(x, weight) and weight.dim() == x.dim()
+    if not known or x.shape[1] != weight.shape[1] * groups:
+        return None
+    steps = [list(v) * spatial if len(v) == 1 else list(v) for v in (stride, padding, dilation)]
+    sides = [
+        (side + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, pad, dil in zip(x.shape[2:], weight.shape[2:], *steps, strict=True)
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *sides)) if min(sides) > 0 else None
 
 
 def _embedding(weight: Tensor, indices: Tensor, *rest: Any, **kwargs: Any) -> Any:
@@ -163,6 +192,9 @@ _SHORTCUTS: dict[str, Shortcut] = {f"aten::{name}": _like for name in _ELEMENTWI
     "aten::_safe_softmax": _softmax,
     "aten::_log_softmax": _softmax,
     "aten::addmm": _addmm,
+    "aten::mm": _matrices,
+    "aten::bmm": _matrices,
+    "aten::convolution": _convolution,
     "aten::embedding": _embedding,
     "aten::native_layer_norm": _layer_norm,
     "aten::native_batch_norm": _batch_norm,

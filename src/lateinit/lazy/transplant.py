@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
@@ -29,6 +30,7 @@ class Transplant:
         self.owned = owned
         self.moved: dict[int, Tensor] = {}
         self._modules: dict[int, nn.Module] = {}
+        self._targets: dict[int, nn.Module] = {}
 
     def run(self, target: nn.Module, plain: nn.Module) -> None:
         """Move everything."""
@@ -37,7 +39,7 @@ class Transplant:
             self._attributes(path, part, self._modules.get(id(part)))
 
     def _module(self, path: str, target: nn.Module, plain: nn.Module) -> None:
-        self._modules[id(target)] = plain
+        self._modules[id(target)], self._targets[id(plain)] = plain, target
         self._tensors(path, target._parameters, plain._parameters)
         self._tensors(path, target._buffers, plain._buffers)
         target._non_persistent_buffers_set |= plain._non_persistent_buffers_set
@@ -91,9 +93,13 @@ class Transplant:
                 target.__dict__[name] = self.mapped(plain.__dict__[name])
 
     def mapped(self, value: Any) -> Any:
-        """A value of an attribute with the tensors that were moved in place of their originals."""
+        """A value of an attribute, about what was moved and not about the originals."""
         if isinstance(value, Tensor):
             return self.moved.get(id(value), value)
+        if isinstance(value, nn.Module):
+            return self._targets.get(id(value), value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self.mapped(value.__self__))
         if isinstance(value, weakref.ref):
             held = value()
             return weakref.ref(self.moved[id(held)]) if id(held) in self.moved else value
