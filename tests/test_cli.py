@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import json
 import os
@@ -314,3 +315,9 @@ def test_a_model_in_the_current_folder_is_found_and_stdout_holds_the_answer_only
     failed = run("init", "mine:made", "-o", "out", cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stderr.splitlines() == ["lateinit: 'mine:made': mine has no 'made'; it has: make"]
+
+
+def test_the_example_of_parity_runs() -> None:
+    found = doctest.testmod(parity, extraglobs={"torch": torch})
+    assert found.attempted > 0
+    assert found.failed == 0

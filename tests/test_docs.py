@@ -98,7 +98,7 @@ def test_there_are_examples() -> None:
 def test_docstrings_of_a_module_do_what_they_show(name: str, tmp_path: Path) -> None:
     module = importlib.import_module(name)
     finder = doctest.DocTestFinder(exclude_empty=True)
-    names = {"lateinit": lateinit, "torch": torch, "nn": torch.nn, "tmp_path": tmp_path}
+    names = {**vars(module), "lateinit": lateinit, "torch": torch, "tmp_path": tmp_path}
     with torch.random.fork_rng():
         for test in finder.find(module, globs=names):
             run_doctest(test)

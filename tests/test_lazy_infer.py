@@ -75,7 +75,10 @@ def test_layers_of_pfn_extras_itself_are_initialised_as_by_a_first_forward() -> 
 
     def make() -> nn.Module:
         return nn.Sequential(
-            theirs.LazyConv2d(None, 4, 3), nn.Flatten(), theirs.LazyLinear(None, 6), nn.LazyLinear(2)
+            theirs.LazyConv2d(None, 4, 3),
+            nn.Flatten(),
+            theirs.LazyLinear(None, 6),
+            nn.LazyLinear(2),
         )
 
     one, two = make(), make()
@@ -176,7 +179,9 @@ def test_only_shapes_change(real: bool) -> None:
 
 
 def test_a_deferred_model_draws_nothing_from_the_global_generators() -> None:
-    model = deferred(lambda: nn.Sequential(lateinit.nn.LazyLinear(3), nn.Dropout(), nn.LazyLinear(2)))
+    model = deferred(
+        lambda: nn.Sequential(lateinit.nn.LazyLinear(3), nn.Dropout(), nn.LazyLinear(2))
+    )
     before = torch.get_rng_state()
     lateinit.infer_shapes(model, torch.ones(2, 4))
     assert torch.equal(before, torch.get_rng_state())
@@ -199,7 +204,9 @@ def test_lazy_modules_that_are_not_reached_are_named_and_nothing_is_initialised(
         lateinit.infer_shapes(_Always(model), torch.ones(2, 3))
     assert is_lazy(model[0].left.weight)
     assert is_lazy(model[0].right.weight)
-    assert lateinit.infer_shapes(_Always(model), torch.ones(2, 3), strict=False) == ["model.0.right"]
+    assert lateinit.infer_shapes(_Always(model), torch.ones(2, 3), strict=False) == [
+        "model.0.right"
+    ]
     assert not is_lazy(model[0].left.weight)
     assert lateinit.infer_shapes(model[0], torch.ones(2, 3), left=False) == []
 
@@ -217,14 +224,18 @@ def test_a_forward_that_needs_values_says_where() -> None:
     lines = Path(__file__).read_text().splitlines()
     here = next(i for i, line in enumerate(lines, 1) if line.endswith("  # HERE"))
     model = Branches()
-    with pytest.raises(NeedsValuesError, match=rf"test_lazy_infer\.py:{here} in forward.*real=True"):
+    with pytest.raises(
+        NeedsValuesError, match=rf"test_lazy_infer\.py:{here} in forward.*real=True"
+    ):
         lateinit.infer_shapes(model, torch.ones(2, 3))
     assert is_lazy(model.left.weight)
     assert lateinit.infer_shapes(model, torch.ones(2, 3), real=True, strict=False) == ["right"]
     assert lateinit.infer_shapes(model, -torch.ones(2, 3), real=True) == []
 
 
-@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy, torch.nonzero, torch.unique])
+@pytest.mark.parametrize(
+    "read", [torch.Tensor.tolist, torch.Tensor.numpy, torch.nonzero, torch.unique]
+)
 def test_other_ways_to_need_values_say_where_too(read: Any) -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
@@ -317,7 +328,9 @@ def test_a_module_that_is_shared_is_initialised_once() -> None:
 def test_a_module_that_is_called_with_two_sizes_is_named() -> None:
     for shared in (lateinit.nn.LazyLinear(4), nn.LazyLinear(4)):
         model = nn.Sequential(shared, nn.ReLU(), shared)
-        with pytest.raises(ShapeError, match="0 is called with in_features=3 and again with in_features=4"):
+        with pytest.raises(
+            ShapeError, match="0 is called with in_features=3 and again with in_features=4"
+        ):
             lateinit.infer_shapes(model, torch.ones(2, 3))
         assert is_lazy(shared.weight)
 

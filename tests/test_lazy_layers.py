@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
+from lateinit.lazy import mixin
 from lateinit.lazy.layers import LAYERS
 from tests.lazy_cases import CASES, LazyCase
 from tests.snapshots import assert_same
@@ -191,7 +193,8 @@ def test_signatures_are_those_of_torch(name: str) -> None:
 def test_law_4_fails_where_a_layer_draws_at_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[0]
     model = initialised(case)
-    monkeypatch.setattr("lateinit.lazy.mixin.holes.hole_of", lambda module: None)
+    elsewhere = SimpleNamespace(hole_of=lambda module: None, close=mixin.holes.close)
+    monkeypatch.setattr(mixin, "holes", elsewhere)
     with pytest.raises(AssertionError, match="bits"):
         assert_same(eager_twin(case), lateinit.materialize(_elsewhere(case)))
     monkeypatch.undo()

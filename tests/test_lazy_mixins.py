@@ -87,7 +87,9 @@ def test_state_dicts_of_a_mixed_in_module_in_four_combinations() -> None:
 
 def test_a_mixed_in_module_checks_what_is_known() -> None:
     state = {"weight": torch.ones(3, 5), "seen": torch.ones(3)}
-    with pytest.raises(RuntimeError, match=r"weight: .* has \(3, 5\), but dim 1 must be 2, as in \(\?, 2\)"):
+    with pytest.raises(
+        RuntimeError, match=r"weight: .* has \(3, 5\), but dim 1 must be 2, as in \(\?, 2\)"
+    ):
         Scale().load_state_dict(state)
     with pytest.raises(ShapeError, match="dim 1 must be 2"):
         Scale().weight.materialize((3, 4))

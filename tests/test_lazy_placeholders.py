@@ -28,7 +28,10 @@ def test_torch_recognises_it(cls: Any) -> None:
 def test_what_is_known_is_shown() -> None:
     assert repr(lateinit.nn.LazyLinear(10).weight) == "<UninitializedParameter (10, ?)>"
     assert repr(lateinit.nn.LazyLinear(10).bias) == "<UninitializedParameter (10,)>"
-    assert repr(lateinit.nn.LazyConv2d(8, 3, groups=2).weight) == "<UninitializedParameter (8, ?, 3, 3)>"
+    assert (
+        repr(lateinit.nn.LazyConv2d(8, 3, groups=2).weight)
+        == "<UninitializedParameter (8, ?, 3, 3)>"
+    )
     assert repr(lateinit.nn.UninitializedBuffer()) == "<UninitializedBuffer (unknown shape)>"
     assert lateinit.nn.LazyLSTM(4).weight_ih_l0.known_shape == (16, None)
     assert lateinit.nn.LazyTransformerEncoderLayer(2, 16).linear1.weight.known_shape == (16, None)
@@ -45,7 +48,9 @@ def test_it_is_moved_cast_copied_and_pickled_with_what_is_known(cls: Any) -> Non
     assert copy.deepcopy(made).dtype == torch.float64
 
 
-@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, nn.Module.bfloat16, nn.Module.cpu])
+@pytest.mark.parametrize(
+    "cast", [nn.Module.half, nn.Module.double, nn.Module.bfloat16, nn.Module.cpu]
+)
 def test_a_lazy_model_is_cast_before_its_first_forward(cast: Any) -> None:
     model = cast(nn.Sequential(lateinit.nn.LazyBatchNorm1d(), lateinit.nn.LazyLinear(3)))
     dtype = cast(nn.Linear(1, 1)).weight.dtype
@@ -71,7 +76,9 @@ def lazy_linear() -> nn.Module:
 
 
 def test_its_shape_cannot_be_asked_for() -> None:
-    with pytest.raises(UninitializedError, match=r"shape of LazyLinear\.weight \(3, \?\) is not known"):
+    with pytest.raises(
+        UninitializedError, match=r"shape of LazyLinear\.weight \(3, \?\) is not known"
+    ):
         _ = lazy_linear().weight.shape
 
 
@@ -87,7 +94,9 @@ def test_an_optimizer_step_over_it_is_refused() -> None:
     for kind in (torch.optim.SGD, torch.optim.AdamW):
         optimizer = kind(model.parameters(), lr=0.1)
         optimizer.zero_grad()
-        with pytest.raises(UninitializedError, match=r"cannot step over LazyLinear\.weight \(3, \?\)"):
+        with pytest.raises(
+            UninitializedError, match=r"cannot step over LazyLinear\.weight \(3, \?\)"
+        ):
             optimizer.step()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 import sys
@@ -273,3 +274,9 @@ def test_the_optional_libraries_are_not_imported_unasked() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_of_specs_runs() -> None:
+    found = doctest.testmod(specs, extraglobs={"torch": torch})
+    assert found.attempted > 0
+    assert found.failed == 0

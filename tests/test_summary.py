@@ -165,6 +165,28 @@ def test_states_kinds_and_devices() -> None:
     assert totals.deferred_bytes == totals.bytes - found["bias"].nbytes - 16 - 8
 
 
+def test_lazy_tensors_show_what_is_known_of_their_shape() -> None:
+    with lateinit.deferred():
+        model = nn.Sequential(lateinit.nn.LazyLinear(3), nn.Linear(3, 2))
+    table = lateinit.summary(model)
+    found = {row.name: row for row in table.rows}
+    assert found["0.weight"].state == "lazy"
+    assert found["0.weight"].shape == (3, None)
+    assert found["0.weight"].nbytes is None
+    assert found["0.bias"].nbytes == 12
+    assert "(3, ?)" in str(table)
+    assert "1 of unknown size not counted" in str(table)
+    assert table.totals.parameters == 3 + 6 + 2
+    assert json.loads(json.dumps(table.to_dict()))["tensors"][0]["shape"] == [3, None]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_placeholders_of_torch_are_lazy_too() -> None:
+    row = lateinit.summary(nn.LazyLinear(3)).rows[0]
+    assert row.state == "lazy"
+    assert row.shape is None
+
+
 def test_memory_that_is_shared_counts_once() -> None:
     def shared() -> nn.Module:
         whole = torch.zeros(10)

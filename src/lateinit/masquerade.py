@@ -189,12 +189,14 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     copy = kwargs.pop("copy", False) if "copy" in kwargs else False
     others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
     if others:
-        device: torch.device | None = _reported(recorder, others[0])
+        device: Any = _reported(recorder, others[0])
         dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
     else:
         positional = args[1:]
-        if len(positional) > 2 and isinstance(positional[-1], bool):
-            copy, positional = positional[-1], positional[:-1]
+        # (dtype, non_blocking, copy) or (device, dtype, non_blocking, copy)
+        last = 2 if positional and isinstance(positional[0], torch.dtype) else 3
+        if len(positional) > last:
+            copy, positional = positional[last], positional[:last]
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*positional, **kwargs)
     device = None if device is None else _indexed(device)
     asked = tensor.dtype if dtype is None else dtype
@@ -285,11 +287,11 @@ def _become(recorder: Recorder, target: Tensor, source: Tensor) -> None:
 
 _tensor = torch.Tensor
 _HANDLERS: dict[Any, Handler] = {
-    _tensor.device.__get__: _of_deferred(_device),  # type: ignore[attr-defined]
+    _tensor.device.__get__: _of_deferred(_device),
     _tensor.is_meta.__get__: _of_deferred(_is_meta),  # type: ignore[attr-defined]
     _tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]
     _tensor.is_cuda.__get__: _is_on("cuda"),  # type: ignore[attr-defined]
-    _tensor.data.__set__: _set_data,
+    _tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     _tensor.get_device: _of_deferred(_get_device),
     torch.get_device: _of_deferred(_get_device),
     _tensor.data_ptr: _of_deferred(_data_ptr),

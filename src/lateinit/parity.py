@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lateinit.errors import LateinitError
 from lateinit.materialize import materialize
@@ -97,7 +98,8 @@ def check(build: Build, *, seed: int = 0) -> Parity:
     generators are seeded too. All generators are left as they were.
 
     Example:
-        >>> lateinit.parity.check(lambda: torch.nn.Linear(4, 2)).equal
+        >>> from lateinit import parity
+        >>> parity.check(lambda: torch.nn.Linear(4, 2)).equal
         True
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
@@ -145,11 +147,15 @@ def _parity(
     return Parity(
         differences=tuple(differences),
         tensors=len(found),
-        parameters=sum(f.tensor.numel() for f in found if f.kind == "parameter"),
-        nbytes=sum(f.tensor.numel() * f.tensor.element_size() for f in found),
+        parameters=sum(_numel(f.tensor) for f in found if f.kind == "parameter"),
+        nbytes=sum(_numel(f.tensor) * f.tensor.element_size() for f in found),
         seed=seed,
         seconds=seconds,
     )
+
+
+def _numel(tensor: Tensor) -> int:
+    return 0 if is_lazy(tensor) else tensor.numel()
 
 
 def seed_all(seed: int) -> None:
@@ -174,7 +180,8 @@ def facts(module: nn.Module) -> dict[str, Facts]:
 
 def _facts(found: Found, first: dict[int, tuple[str, int]]) -> Facts:
     tensor = found.tensor
-    strided = tensor.layout is torch.strided
+    lazy = is_lazy(tensor)
+    strided = not lazy and tensor.layout is torch.strided
     memory = (found.name, 0)
     if strided:
         start = int(tensor.storage_offset()) * tensor.element_size()
@@ -185,13 +192,13 @@ def _facts(found: Found, first: dict[int, tuple[str, int]]) -> Facts:
         kind=found.kind,
         persistent=found.persistent,
         type=type(tensor).__name__,
-        shape=tuple(tensor.shape),
+        shape=() if lazy else tuple(tensor.shape),
         dtype=tensor.dtype,
         device=tensor.device,
         stride=tensor.stride() if strided else (),
         requires_grad=tensor.requires_grad,
         memory=memory,
-        bits=_digest(tensor),
+        bits="lazy" if lazy else _digest(tensor),
     )
 
 

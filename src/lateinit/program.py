@@ -190,10 +190,9 @@ class Ambient(NamedTuple):
         """Run a block under these settings, with outer autocasting off."""
         dtype = torch.get_default_dtype()
         deterministic = torch.are_deterministic_algorithms_enabled()
-        if (dtype, deterministic, self.autocast) == self:
-            if self.autocast is None and not torch._C._is_any_autocast_enabled():
-                yield
-                return
+        if (dtype, deterministic, None) == self and not torch._C._is_any_autocast_enabled():
+            yield
+            return
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         device, cast_to = self.autocast or ("cpu", torch.bfloat16)
         torch.set_default_dtype(self.default_dtype)

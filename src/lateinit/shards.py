@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lateinit.errors import CheckpointError, NotRecordedError, listing
@@ -81,6 +82,8 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             wrong.append(f"{name} is a {type(value).__name__}, no tensor")
+        elif is_lazy(value):
+            wrong.append(f"{name} is lazy: lateinit.infer_shapes() first")
         elif _is_wrapper(value):
             wrong.append(f"{name} is a {type(value).__name__}")
         elif value.layout is not torch.strided or value.is_quantized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,16 +16,18 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lateinit.errors import listing
 from lateinit.folding import fold
 from lateinit.labels import describe
+from lateinit.lazy.placeholders import known_shape, show
 from lateinit.materialize import Only, select
 from lateinit.tensors import locate
 from lateinit.units import format_bytes
 from lateinit.walk import Found, Kind, find_tensors
 
-State = Literal["deferred", "real", "meta"]
+State = Literal["deferred", "lazy", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
 _WRAPPED = ("name", "initialised")
 
@@ -34,18 +37,19 @@ class Row:
     """One tensor.
 
     ``names`` are all that lead to it, the first one first; ``shares`` is the name of an earlier
-    tensor whose storage it looks at; ``init`` is None where nothing was recorded.
+    tensor whose storage it looks at; ``init`` is None where nothing was recorded. A lazy tensor has
+    None for an unknown size, for a shape of which nothing is known, and for its bytes.
     """
 
     names: tuple[str, ...]
     kind: Kind
     persistent: bool
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...] | None
     dtype: str
     device: str
     requires_grad: bool
     state: State
-    nbytes: int
+    nbytes: int | None
     init: str | None
     shares: str | None
 
@@ -56,8 +60,8 @@ class Row:
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
-        return torch.Size(self.shape).numel()
+        """How many elements it has; 0 where that is not known."""
+        return _numel(self.shape)
 
     @property
     def notes(self) -> str:
@@ -73,9 +77,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over a model; bytes count each piece of memory once."""
+    """Sums over a model, tensors of unknown size left out; bytes count each memory once."""
 
     tensors: int
+    unsized_tensors: int
     parameters: int
     buffers: int
     bytes: int
@@ -110,7 +115,7 @@ class Summary:
             f"{t.parameters:,} parameters, {t.buffers:,} elements of buffers, in {tensors}\n"
             f"{format_bytes(t.bytes)} ({dtypes or 'nothing'}), of which "
             f"{format_bytes(t.deferred_bytes)} deferred"
-        )
+        ) + (f"; {t.unsized_tensors:,} of unknown size not counted" if t.unsized_tensors else "")
 
     def __str__(self) -> str:
         table = [_HEADS, *self.lines]
@@ -196,8 +201,8 @@ def summary(module: Any, *, only: Only | None = None) -> Summary:
     for found in select(list(find_tensors(module)), only):
         row, key = _row(found, first), _storage_key(found.tensor)
         rows.append(row)
-        memory = sizes.setdefault(key, _Memory(row))
-        memory.add(row, found.tensor)
+        if row.nbytes is not None:
+            sizes.setdefault(key, _Memory(row)).add(row.nbytes, found.tensor)
     return Summary(tuple(rows), _totals(rows, sizes.values()))
 
 
@@ -209,31 +214,46 @@ class _Memory:
         self.deferred = row.state == "deferred"
         self.nbytes = 0
 
-    def add(self, row: Row, tensor: Tensor) -> None:
-        self.nbytes = min(self.nbytes + row.nbytes, max(_storage_bytes(tensor), row.nbytes))
+    def add(self, nbytes: int, tensor: Tensor) -> None:
+        """Count a tensor that looks at it."""
+        self.nbytes = min(self.nbytes + nbytes, max(_storage_bytes(tensor), nbytes))
 
 
 def _row(found: Found, first: dict[int, str]) -> Row:
     tensor = found.tensor
-    state: State = "deferred" if found.deferred else "meta" if tensor.is_meta else "real"
-    device, init = str(tensor.device), None
-    if state == "deferred":
-        _, program, ref = locate(tensor)
-        device, init = str(program.storages[ref.storage].device), describe(program, ref)
+    shape = known_shape(tensor)
+    state, device, init = _state(found)
     owner = first.setdefault(_storage_key(tensor), found.name)
     return Row(
         names=tuple(found.names),
         kind=found.kind,
         persistent=found.persistent,
-        shape=tuple(tensor.shape),
+        shape=shape,
         dtype=str(tensor.dtype).removeprefix("torch."),
         device=device,
         requires_grad=tensor.requires_grad,
         state=state,
-        nbytes=tensor.numel() * tensor.element_size(),
+        nbytes=None if shape is None or None in shape else _numel(shape) * tensor.dtype.itemsize,
         init=init,
         shares=owner if owner != found.name else None,
     )
+
+
+def _numel(shape: tuple[int | None, ...] | None) -> int:
+    """How many elements a shape has; 0 where that is not known."""
+    return 0 if shape is None else math.prod(size or 0 for size in shape)
+
+
+def _state(found: Found) -> tuple[State, str, str | None]:
+    """The state of a tensor, the device that it is on or meant for, and its initialisation."""
+    tensor = found.tensor
+    if is_lazy(tensor):
+        return "lazy", str(tensor.device), None
+    if not found.deferred:
+        return "meta" if tensor.is_meta else "real", str(tensor.device), None
+    _, program, ref = locate(tensor)
+    device = str(program.storages[ref.storage].device)
+    return "deferred", device, describe(program, ref)
 
 
 def _storage_key(tensor: Tensor) -> int:
@@ -247,6 +267,8 @@ def _storage_bytes(tensor: Tensor) -> int:
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    if is_lazy(tensor):
+        return None
     with torch._C.DisableTorchFunctionSubclass():
         try:
             return tensor.untyped_storage()
@@ -262,6 +284,7 @@ def _totals(rows: list[Row], memories: Iterable[_Memory]) -> Totals:
         deferred += memory.nbytes if memory.deferred else 0
     return Totals(
         tensors=len(rows),
+        unsized_tensors=sum(row.nbytes is None for row in rows),
         parameters=sum(row.numel for row in rows if row.kind == "parameter"),
         buffers=sum(row.numel for row in rows if row.kind == "buffer"),
         bytes=by_dtype.total(),
@@ -284,13 +307,13 @@ def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
     first = rows[0]
     times = f"  x{len(rows)}" if len(rows) > 1 else ""
     notes = f"  ({first.notes})" if first.notes else ""
-    nbytes = sum(row.nbytes for row in rows)
+    nbytes = sum(row.nbytes or 0 for row in rows)
     return (
         f"{name}{times}{notes}",
-        str(first.shape),
+        show(first.shape),
         first.dtype,
         first.what,
         first.state,
-        format_bytes(nbytes),
+        "?" if first.nbytes is None else format_bytes(nbytes),
         first.init or "",
     )

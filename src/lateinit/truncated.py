@@ -22,7 +22,7 @@ from lateinit.tensors import is_deferred_tensor
 original = torch.nn.init._no_grad_trunc_normal_
 
 
-def _run(  # noqa: PLR0913 - torch's own signature
+def _run(
     tensor: Tensor, mean: float, std: float, a: float, b: float, *, generator: torch.Generator
 ) -> Tensor:
     with warnings.catch_warnings():

@@ -32,15 +32,14 @@ def initialise(module: Any, args: Any, kwargs: Any) -> None:
     """Initialise a lazy module as its first forward would; its inputs may be on meta."""
     if not is_lazy_module(module):
         return
-    if isinstance(module, LazyModuleMixin):
-        if hasattr(module, "_finish"):
-            module._infer_parameters(module, args, kwargs)
-            return
+    if not issubclass(type(module), LazyModuleMixin):
+        _by_forward(module, args, kwargs)
+    elif hasattr(module, "_finish"):
+        module._infer_parameters(module, args, kwargs)
+    else:
         with initialising(module):
             module.initialize_parameters(*args, **kwargs)
         finish(module)
-        return
-    _by_forward(module, args, kwargs)
 
 
 def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
@@ -74,10 +73,14 @@ class _StopBeforeUse(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _asks_only(func) and not waits_for_forward(self._module):
-            if any(t.is_meta and not is_deferred_tensor(t) for t in tensors_in(args, kwargs)):
-                raise _KnownError
+        ready = not _asks_only(func) and not waits_for_forward(self._module)
+        if ready and any(_is_activation(tensor) for tensor in tensors_in(args, kwargs)):
+            raise _KnownError
         return func(*args, **kwargs)
+
+
+def _is_activation(tensor: Tensor) -> bool:
+    return tensor.is_meta and not is_deferred_tensor(tensor)
 
 
 def _asks_only(func: Any) -> bool:

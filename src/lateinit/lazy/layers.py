@@ -1,4 +1,4 @@
-"""The table of lazy layers: which arguments of which class of ``torch.nn`` follow from its input."""
+"""The table of lazy layers: which arguments of a class of ``torch.nn`` follow from its input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
 
 
 def _instance_norm(cls: type[nn.Module], spatial: int) -> type[Any]:
-    """torch's lazy ones have other defaults than its plain ones."""
+    """Torch's lazy ones have other defaults than its plain ones."""
     made = _layer(cls, num_features=size(-1 - spatial, ndim=(spatial + 1, spatial + 2)))
     made._defaults = {"affine": True, "track_running_stats": True}
     signature = inspect.signature(made)

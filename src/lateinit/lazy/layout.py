@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -187,14 +187,21 @@ def _compare(families: tuple[Family, ...]) -> Layout:
     attributes = dict.fromkeys(n for t in trials for n in t.attributes)
     varying = frozenset(n for n in attributes if _varies([t.attributes.get(n) for t in trials]))
     buffers = frozenset(n for t in trials for n in t.buffers)
-    return Layout(families, known, buffers, varying)
+    return Layout(tuple(_bare(family) for family in families), known, buffers, varying)
+
+
+def _bare(family: Family) -> Family:
+    """A family without the attributes, which may hold anything, and which are compared by now."""
+    moved = {unknown: replace(trial, attributes={}) for unknown, trial in family.moved.items()}
+    return Family(replace(family.base, attributes={}), moved)
 
 
 def _common(shapes: list[Shape]) -> Shape | None:
-    if any(s is None or len(s) != len(shapes[0]) for s in shapes):
+    known = [shape for shape in shapes if shape is not None and len(shape) == len(shapes[0] or ())]
+    if len(known) < len(shapes):
         return None
     return tuple(
-        dims[0] if all(d == dims[0] for d in dims) else None for dims in zip(*shapes, strict=True)
+        dims[0] if all(d == dims[0] for d in dims) else None for dims in zip(*known, strict=True)
     )
 
 

@@ -7,17 +7,16 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lateinit import holes
-from lateinit.lazy.aside import Settings, aside
+from lateinit.lazy.aside import Settings
+from lateinit.lazy.declare import declare, layout_of
 from lateinit.lazy.errors import ShapeError
-from lateinit.lazy.layout import Layout, Name, Spec, measure
+from lateinit.lazy.layout import Spec
 from lateinit.lazy.loading import load_sizes
 from lateinit.lazy.mixin import LazyModuleMixin, finish, initialising
-from lateinit.lazy.placeholders import UninitializedBuffer, UninitializedParameter
+from lateinit.lazy.placeholders import UninitializedParameter
 from lateinit.lazy.rules import Rule, check_rules, evaluate
 from lateinit.lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit.lazy.transplant import Transplant
@@ -45,7 +44,7 @@ class Lazy(LazyModuleMixin):
             spec.construct_on(self, {})  # type: ignore[arg-type]
             self.__class__ = self.cls_to_become or type(self)
             return
-        _declare(self, spec)  # type: ignore[arg-type]
+        declare(self, spec)  # type: ignore[arg-type]
         self._load_hook = self._register_load_state_dict_pre_hook(self._lazy_load_hook)  # type: ignore[attr-defined]
         self._initialize_hook = self.register_forward_pre_hook(  # type: ignore[attr-defined]
             self._infer_parameters, with_kwargs=True
@@ -100,7 +99,7 @@ class Lazy(LazyModuleMixin):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Adopt the sizes of a checkpoint, and be initialised, so that no half-lazy module is left."""
+        """Adopt the sizes of a checkpoint, and be initialised: nothing half lazy is left."""
         if self.is_initialized:
             return
         try:
@@ -131,119 +130,6 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
         if child is not None and not hasattr(child, "_initialize_hook"):
             found += _own_modules(child)
     return found
-
-
-def _declare(module: nn.Module, spec: Spec) -> None:
-    """Give a module the structure of the plain class, with placeholders for tensors."""
-    layout = layout_of(spec)
-    first = layout.families[-1].base.sizes
-    with aside():
-        spec.construct_on(module, first)
-        asked = {name: _facts(tensor) for name, tensor in _tensors(module)}
-    for part in module.modules():
-        holes.close(part)
-    holes.reserve(module)
-    _place(module, layout, asked)
-    _forget_sizes(module, layout)
-    module.__dict__["_spec"] = spec
-
-
-Facts = tuple[int, torch.dtype, torch.device, bool]
-
-
-def _facts(tensor: Tensor) -> Facts:
-    if is_lazy(tensor):
-        return id(tensor), tensor.data.dtype, tensor.data.device, tensor.requires_grad
-    return id(tensor), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
-    return [
-        ((path, name), tensor)
-        for path, part in module.named_modules(remove_duplicate=False)
-        for held in (part._parameters, part._buffers)
-        for name, tensor in held.items()
-        if tensor is not None
-    ]
-
-
-def _place(module: nn.Module, layout: Layout, asked: dict[Name, Facts]) -> None:
-    """Put placeholders where tensors are or may come to be; tied tensors share theirs."""
-    parts = dict(module.named_modules(remove_duplicate=False))
-    made: dict[int, Any] = {}
-    default = next(iter(asked.values()), (0, torch.get_default_dtype(), torch.device("cpu"), True))
-    for (path, name), known in layout.known.items():
-        part = parts.get(path)
-        is_buffer = (path, name) in layout.buffers
-        held = part and (part._buffers if is_buffer else part._parameters)
-        if held is None or is_lazy(held.get(name)):
-            continue
-        key, dtype, device, grad = asked.get((path, name), (-len(made) - 1, *default[1:]))
-        if key not in made:
-            kind: Any = UninitializedBuffer if is_buffer else module._parameter_kind
-            made[key] = kind(grad, device, dtype, known_shape=known)
-            owner = f"{type(module).__name__}.{path}" if path else type(module).__name__
-            made[key].__dict__["_label"] = f"{owner}.{name}"
-        held[name] = made[key]
-
-
-def _forget_sizes(module: nn.Module, layout: Layout) -> None:
-    """Attributes that follow from sizes tell nothing yet: 0, as in torch's lazy layers."""
-    parts = dict(module.named_modules(remove_duplicate=False))
-    for path, name in layout.varying:
-        part = parts.get(path)
-        if part is not None and name in part.__dict__ and not name.endswith("_hook"):
-            part.__dict__[name] = _blanked(part.__dict__[name])
-
-
-def _blanked(value: Any) -> Any:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return 0
-    if type(value) in (tuple, list):
-        return type(value)(_blanked(item) for item in value)
-    return None if isinstance(value, Tensor) else value
-
-
-def layout_of(spec: Spec) -> Layout:
-    """The layout of what a lazy module will be, found once."""
-    try:
-        key = (spec.cls, _frozen(spec.rules), _frozen(spec.arguments), spec.settings)
-        return _layout(_Key(key, spec))
-    except TypeError:  # an argument that cannot be hashed
-        return measure(spec)
-
-
-class _Key:
-    """A spec that is hashed and compared by what determines its layout."""
-
-    def __init__(self, key: Any, spec: Spec) -> None:
-        self.key = key
-        self.spec = spec
-        hash(key)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.key == other.key
-
-
-@functools.lru_cache(maxsize=512)
-def _layout(key: _Key) -> Layout:
-    return measure(key.spec)
-
-
-def _frozen(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (
-        tuple(sorted((k, type(v), v) for k, v in values.items()))
-        if not values
-        else tuple(
-            (k, type(v), tuple(v) if isinstance(v, list) else v)
-            for k, v in sorted(values.items(), key=lambda i: i[0])
-        )
-    )
 
 
 def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
@@ -283,7 +169,7 @@ def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
     return _made(cls, tuple(rules.items()), True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _made(cls: type[nn.Module], rules: tuple[tuple[str, Rule], ...], by_value: bool) -> type[Any]:
     body = {
         "_plain": cls,

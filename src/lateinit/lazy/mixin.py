@@ -105,7 +105,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Let placeholders adopt the shapes of a checkpoint, those that agree with what is known."""
+        """Let placeholders adopt the shapes of a checkpoint that agree with what is known."""
         wrong = check_known(self, state_dict, prefix)
         error_msgs += wrong.values()
         for name, tensor in itertools.chain(self._parameters.items(), self._buffers.items()):

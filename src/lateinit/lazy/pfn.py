@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class UninitializedParameter(placeholders.UninitializedParameter):
             )
         return True
 
-    _allowed_methods = [
+    _allowed_methods: ClassVar[list[Any]] = [
         *placeholders.Placeholder._allowed_methods,
         Tensor.new_empty,
         Tensor.new_zeros,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import parameter as torch_placeholders
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit.lazy.errors import ShapeError, UninitializedError
 from lateinit.recorder import current
@@ -152,12 +152,12 @@ class Placeholder(UninitializedTensorMixin):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         caller = sys._getframe(1)
-        if caller.f_globals.get("__name__") == "torch.serialization":
-            if caller.f_code.co_name in _SAVERS:
-                raise UninitializedError(
-                    f"torch.save cannot save {self._describe()}, which has no values: {_ADVICE} "
-                    "(pickle keeps lazy models as they are)"
-                )
+        in_torch = caller.f_globals.get("__name__") == "torch.serialization"
+        if in_torch and caller.f_code.co_name in _SAVERS:
+            raise UninitializedError(
+                f"torch.save cannot save {self._describe()}, which has no values: {_ADVICE} "
+                "(pickle keeps lazy models as they are)"
+            )
         return _rebuild, (type(self), *_state(cast(Tensor, self)))
 
     @classmethod
@@ -179,7 +179,7 @@ class Placeholder(UninitializedTensorMixin):
             f"buffer: {_ADVICE}"
         )
 
-    _allowed_methods = [
+    _allowed_methods: ClassVar[list[Any]] = [
         *UninitializedTensorMixin._allowed_methods,
         *_CONVERSIONS,
         torch.Tensor.requires_grad_,
@@ -328,12 +328,12 @@ def _refuse_step(placeholder: Placeholder) -> None:
     """Raise if an optimizer is about to step over a placeholder, which it would silently skip."""
     frame = sys._getframe(2)
     for _ in range(2):
-        if isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
-            if frame.f_code.co_name in ("step", "_init_group"):
-                raise UninitializedError(
-                    f"an optimizer cannot step over {placeholder._describe()}, whose shape is not "
-                    f"known yet: {_ADVICE}"
-                )
+        steps = frame.f_code.co_name in ("step", "_init_group")
+        if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
+            raise UninitializedError(
+                f"an optimizer cannot step over {placeholder._describe()}, whose shape is not "
+                f"known yet: {_ADVICE}"
+            )
         if frame.f_back is None:
             return
         frame = frame.f_back

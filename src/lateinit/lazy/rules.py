@@ -56,9 +56,8 @@ class size:  # noqa: N801 - reads as a function in a rule
         sources = self.of if isinstance(self.of, tuple) else (self.of,)
         found = {name: self._read(name, inputs[name]) for name in self._names(sources, inputs)}
         if len(set(found.values())) > 1:
-            raise ShapeError(
-                f"its inputs disagree on one size: {', '.join(f'{k} says {v}' for k, v in found.items())}"
-            )
+            said = ", ".join(f"{name} says {value}" for name, value in found.items())
+            raise ShapeError(f"its inputs disagree on one size: {said}")
         return next(iter(found.values()))
 
     def _names(self, sources: tuple[str | int, ...], inputs: Mapping[str, Any]) -> list[str]:
@@ -73,8 +72,7 @@ class size:  # noqa: N801 - reads as a function in a rule
 
     def _read(self, name: str, value: Any) -> Size:
         value = value.data if isinstance(value, PackedSequence) else value
-        packed = isinstance(value, Tensor)
-        if not packed:
+        if not isinstance(value, Tensor):
             raise ShapeError(f"its input {name!r} must be a tensor, not {type(value).__name__}")
         shape = tuple(value.shape)
         if self.ndim and len(shape) not in self.ndim:
@@ -143,8 +141,8 @@ def check_rules(cls: type[nn.Module], rules: Mapping[str, Rule], names: list[str
             )
         if not callable(rule):
             raise RuleError(
-                f"lazy({cls.__name__}, {name}={rule!r}): a rule is lateinit.size(dim) or a function "
-                "of the forward arguments; give values when you construct the lazy class"
+                f"lazy({cls.__name__}, {name}={rule!r}): a rule is lateinit.size(dim) or a "
+                "function of the forward arguments; values go to the lazy class's constructor"
             )
     if not rules:
         raise RuleError(

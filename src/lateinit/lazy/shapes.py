@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lateinit.arguments import META, kwargs_to_meta, tensors_in, to_meta
+from lateinit.arguments import kwargs_to_meta, tensors_in, to_meta
 from lateinit.lazy.errors import NeedsValuesError
 from lateinit.lazy.shortcuts import numel_of_factory, range_on_meta, shortcut
 from lateinit.ops import OpInfo, describe
@@ -66,7 +66,6 @@ class ShapeMode(TorchDispatchMode):
         made = info.func(*args, **kwargs)
         return made if written else _marked(made, any(_is_spoilt(t) for t in real))
 
-
     def _made(self, info: OpInfo, args: Any, kwargs: Any) -> Any:
         """A tensor made out of nothing."""
         on_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
@@ -98,7 +97,7 @@ def on_shapes(info: OpInfo, args: Any, kwargs: Any) -> Any:
         raise
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tagged(func: OpOverload) -> bool:
     return not _NEEDS_VALUES.isdisjoint(func.tags)
 

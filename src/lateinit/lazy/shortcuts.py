@@ -43,7 +43,7 @@ def numel_of_factory(info: OpInfo, args: Any) -> int | None:
     if info.name == "aten::scalar_tensor":
         return 1
     if info.name in _FILLED:
-        return math.prod(args[0])
+        return int(math.prod(args[0]))
     if info.name in _RANGES and all(isinstance(value, (int, float)) for value in args):
         start, end, step = ((0, *args, 1), (*args, 1), args)[len(args) - 1]
         return max(0, math.ceil((end - start) / step)) if step else None
@@ -120,7 +120,7 @@ def _matrices(a: Tensor, b: Tensor) -> Any:
     return a.new_empty((*a.shape[:-1], b.shape[-1])) if fits and a.dtype is b.dtype else None
 
 
-def _convolution(  # noqa: PLR0913, PLR0917 - the op's own arguments
+def _convolution(
     x: Tensor,
     weight: Tensor,
     bias: Any,
@@ -164,20 +164,20 @@ def _batch_norm(x: Tensor, *tensors: Any) -> Any:
     return _alike(x), x.new_empty(channels), x.new_empty(channels)
 
 
-def _group_norm(x: Tensor, weight: Any, bias: Any, n: int, c: int, hxw: int, groups: int, eps: float) -> Any:
+def _group_norm(
+    x: Tensor, weight: Any, bias: Any, n: int, c: int, hxw: int, groups: int, eps: float
+) -> Any:
     given = [t for t in (weight, bias) if t is not None]
     if any(tuple(t.shape) != (c,) for t in given) or not _plain(x, *given):
         return None
     return _alike(x), x.new_empty((n, groups)), x.new_empty((n, groups))
 
 
-_FILLED = frozenset(
-    ("aten::empty.memory_format", "aten::zeros", "aten::ones", "aten::full")
-)
+_FILLED = frozenset(("aten::empty.memory_format", "aten::zeros", "aten::ones", "aten::full"))
 _RANGES = frozenset(("aten::arange", "aten::arange.start", "aten::arange.start_step"))
 _ELEMENTWISE = (
-    "relu sigmoid tanh gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh softplus erf exp "
-    "sqrt rsqrt sin cos neg abs mul.Scalar add.Scalar sub.Scalar div.Scalar "
+    "relu sigmoid tanh gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh softplus erf "
+    "exp sqrt rsqrt sin cos neg abs mul.Scalar add.Scalar sub.Scalar div.Scalar "
     "pow.Tensor_Scalar clamp clamp_min clamp_max"
 )
 _SHORTCUTS: dict[str, Shortcut] = {f"aten::{name}": _like for name in _ELEMENTWISE.split()} | {

@@ -53,16 +53,16 @@ def without(cls: type[nn.Module], names: Iterable[str]) -> inspect.Signature:
     seen_default = False
     ordered = []
     for p in kept:
-        if p.default is inspect.Parameter.empty and seen_default:
-            p = p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        seen_default = seen_default or p.default is not inspect.Parameter.empty
-        ordered.append(p)
+        has_default = p.default is not inspect.Parameter.empty
+        late = seen_default and not has_default
+        ordered.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if late else p)
+        seen_default = seen_default or has_default
     ordered.sort(key=lambda p: p.kind)
     return inspect.Signature(ordered)
 
 
 def bind(cls: type[nn.Module], lazy: Iterable[str], args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by name, as they are given without the lazy ones; a lazy one may be given by name."""
+    """Arguments by name, given without the lazy ones; those may be given by name too."""
     lazy = list(lazy)
     given = {name: kwargs.pop(name) for name in lazy if name in kwargs}
     try:

@@ -1,0 +1,127 @@
+"""Declaring a lazy module: the structure of the plain one, with placeholders for its tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit import holes
+from lateinit.lazy.aside import aside
+from lateinit.lazy.layout import Layout, Name, Spec, measure
+from lateinit.lazy.placeholders import UninitializedBuffer
+
+
+def declare(module: nn.Module, spec: Spec) -> None:
+    """Give a module the structure of the plain class, with placeholders for tensors."""
+    layout = layout_of(spec)
+    first = layout.families[-1].base.sizes
+    with aside():
+        spec.construct_on(module, first)
+        asked = {name: _facts(tensor) for name, tensor in _tensors(module)}
+    for part in module.modules():
+        holes.close(part)
+    holes.reserve(module)
+    _place(module, layout, asked)
+    _forget_sizes(module, layout)
+    module.__dict__["_spec"] = spec
+
+
+Facts = tuple[int, torch.dtype, torch.device, bool]
+
+
+def _facts(tensor: Tensor) -> Facts:
+    if is_lazy(tensor):
+        return id(tensor), tensor.data.dtype, tensor.data.device, tensor.requires_grad
+    return id(tensor), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
+    return [
+        ((path, name), tensor)
+        for path, part in module.named_modules(remove_duplicate=False)
+        for held in (part._parameters, part._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+
+
+def _place(module: nn.Module, layout: Layout, asked: dict[Name, Facts]) -> None:
+    """Put placeholders where tensors are or may come to be; tied tensors share theirs."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    made: dict[int, Any] = {}
+    default = next(iter(asked.values()), (0, torch.get_default_dtype(), torch.device("cpu"), True))
+    for (path, name), known in layout.known.items():
+        part = parts.get(path)
+        is_buffer = (path, name) in layout.buffers
+        held = part and (part._buffers if is_buffer else part._parameters)
+        if held is None or is_lazy(held.get(name)):
+            continue
+        key, dtype, device, grad = asked.get((path, name), (-len(made) - 1, *default[1:]))
+        if key not in made:
+            kind: Any = UninitializedBuffer if is_buffer else module._parameter_kind
+            made[key] = kind(grad, device, dtype, known_shape=known)
+            owner = f"{type(module).__name__}.{path}" if path else type(module).__name__
+            made[key].__dict__["_label"] = f"{owner}.{name}"
+        held[name] = made[key]
+
+
+def _forget_sizes(module: nn.Module, layout: Layout) -> None:
+    """Attributes that follow from sizes tell nothing yet: 0, as in torch's lazy layers."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    for path, name in layout.varying:
+        part = parts.get(path)
+        if part is not None and name in part.__dict__ and not name.endswith("_hook"):
+            part.__dict__[name] = _blanked(part.__dict__[name])
+
+
+def _blanked(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return 0
+    if type(value) in (tuple, list):
+        return type(value)(_blanked(item) for item in value)
+    return None if isinstance(value, Tensor) else value
+
+
+def layout_of(spec: Spec) -> Layout:
+    """The layout of what a lazy module will be, found once."""
+    parts = (spec.cls, _frozen(spec.rules), _frozen(spec.arguments), spec.settings)
+    try:
+        key = _Key(parts, spec)
+    except TypeError:  # an argument that cannot be hashed
+        return measure(spec)
+    return _layout(key)
+
+
+class _Key:
+    """A spec that is hashed and compared by what determines its layout."""
+
+    def __init__(self, key: Any, spec: Spec) -> None:
+        self.key = key
+        self.spec = spec
+        hash(key)
+        if any(isinstance(value, (nn.Module, Tensor)) for value in spec.arguments.values()):
+            raise TypeError("a cache would keep it alive")
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=512)
+def _layout(key: _Key) -> Layout:
+    return measure(key.spec)
+
+
+def _frozen(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments as something that can be hashed; ``1`` and ``True`` differ."""
+    items = sorted(values.items(), key=lambda item: item[0])
+    return tuple((k, type(v), tuple(v) if isinstance(v, list) else v) for k, v in items)

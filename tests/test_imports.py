@@ -1,0 +1,274 @@
+"""What importing does, and in which direction modules import each other."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import lateinit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = Path(lateinit.__file__).parent
+
+# The rooms, lowest first: a module imports only those above it in this list. One line each.
+ORDER = """
+    version
+    errors
+    units
+    progress
+    memory
+    folding
+
+    ops
+    program
+    arguments
+    bounds
+    realdata
+    mt19937
+    rng
+    streams
+
+    plan
+    replay
+    chunks
+    execute
+    values
+    labels
+
+    tensors
+    walk
+    generators
+    sharing
+    materialize
+    recorder
+    truncated
+    masquerade
+    following
+    holes
+    patches
+    recording
+    skip
+
+    lazy
+    lazy.errors
+    lazy.signature
+    lazy.rules
+    lazy.shortcuts
+    lazy.shapes
+    lazy.values
+    lazy.placeholders
+    lazy.snapshot
+    lazy.aside
+    lazy.layout
+    lazy.mixin
+    lazy.declare
+    lazy.foreign
+    lazy.loading
+    lazy.transplant
+    lazy.make
+    lazy.layers
+    lazy.pfn
+    lazy.infer
+    nn
+    pfn_extras
+
+    safetensors_file
+    staging
+    shards
+    fingerprint
+    streaming
+    checkpoint
+    summary
+    parity
+    hf_models
+    specs
+    cli
+    __main__
+""".split()
+
+OPTIONAL = {"timm", "torchvision", "transformers", "lateinit.hf_models"}
+NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
+
+
+def module_of(path: Path) -> str:
+    """``recorder`` or ``lazy.mixin``; a package is named by its folder, the root by nothing."""
+    parts = [part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__"]
+    return ".".join(parts)
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import statement, and the full name of what it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                known = full.removeprefix("lateinit.") in FILES
+                yield node, full if known else str(node.module)
+
+
+def own_imports(name: str) -> set[str]:
+    tree = ast.parse(FILES[name].read_text())
+    found = {full for _, full in imports(tree) if full.split(".")[0] == "lateinit"}
+    return {full.removeprefix("lateinit").removeprefix(".") for full in found}
+
+
+def run(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert sorted(ORDER) == sorted(name for name in FILES if name)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_module_imports_downward_only(name: str) -> None:
+    below = ORDER[: ORDER.index(name)]
+    # `lateinit.lazy` is an empty package: naming it imports nothing.
+    wrong = [other for other in own_imports(name) if other not in below]
+    assert not wrong
+
+
+def test_lazy_package_itself_imports_nothing() -> None:
+    assert own_imports("lazy") == set()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_import_only_what_is_optional(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text())
+    top = {id(node) for node in tree.body}
+    for block in tree.body:  # `if TYPE_CHECKING:` and `try:` stand at the top too
+        if isinstance(block, (ast.If, ast.Try)):
+            top |= {id(node) for node in ast.walk(block)}
+    inner = {full for node, full in imports(tree) if id(node) not in top}
+    assert inner <= OPTIONAL
+
+
+# A process for each module would take minutes; a fork of one that has torch takes none.
+ALONE = """
+import importlib, os, sys, warnings
+import numpy, rich.console, rich.progress, rich.table, safetensors, torch, typer
+sys.modules.pop("lateinit", None)
+for name in {names!r}:
+    child = os.fork()
+    if child == 0:
+        try:
+            module = importlib.import_module(name)
+            assert name in sys.modules
+        except BaseException as error:
+            print(f"{{name}}: {{type(error).__name__}}: {{error}}", flush=True)
+            os._exit(1)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each module")
+def test_each_module_can_be_imported_first() -> None:
+    skipped = {"", "__main__", "hf_models"}
+    names = [f"lateinit.{name}" for name in FILES if name not in skipped]
+    assert run(ALONE.format(names=names)) == ""
+
+
+def test_importing_does_not_import_what_is_optional_or_slow() -> None:
+    script = f"""
+        import sys
+        import torch
+        before = set(sys.modules)
+        import lateinit
+        assert not [name for name in {NOT_AT_IMPORT} if name in set(sys.modules) - before]
+        with lateinit.deferred():
+            layer = torch.nn.Linear(2, 2)
+        lateinit.materialize(layer)
+        print([name for name in {NOT_AT_IMPORT} if name in set(sys.modules) - before])
+    """
+    assert run(script) == "[]\n"
+
+
+UNCHANGED = """
+import types
+import torch
+from torch import nn
+
+OWNERS = (
+    torch, torch.random, nn, nn.init, nn.Module, nn.Parameter, nn.Linear, nn.LazyLinear,
+    torch.Tensor, torch.Generator, torch.UntypedStorage, nn.modules.module, nn.parameter,
+    nn.modules.lazy, torch.overrides, torch.serialization, torch.utils._python_dispatch,
+)
+
+def looks():
+    return [
+        {key: id(value) for key, value in vars(owner).items()
+         if not isinstance(value, types.ModuleType) and key != "__warningregistry__"}
+        for owner in OWNERS
+    ]
+
+def hooks():
+    return [
+        len(getattr(nn.modules.module, name)) for name in vars(nn.modules.module)
+        if name.startswith("_global_") and hasattr(getattr(nn.modules.module, name), "__len__")
+    ]
+
+nn.Linear(2, 2)
+before, hooked = looks(), hooks()
+
+def check(when):
+    for owner, was, now in zip(OWNERS, before, looks(), strict=True):
+        for key in was.keys() | now.keys():
+            assert was.get(key) == now.get(key), f"{when}: {owner.__name__}.{key}"
+    assert hooked == hooks(), when
+
+import lateinit
+check("after the import")
+with lateinit.deferred():
+    layer = nn.Linear(2, 2)
+    assert nn.Parameter.__new__ is not None
+check("after a block")
+try:
+    with lateinit.deferred():
+        with lateinit.deferred():
+            raise KeyError
+except KeyError:
+    pass
+check("after an exception in a block")
+lateinit.materialize(layer)
+check("after materialising")
+lateinit.skip_init(nn.Linear, 2, 2)
+lazy = nn.Sequential(lateinit.nn.LazyLinear(2))
+lateinit.infer_shapes(lazy, torch.ones(1, 3))
+check("after inferring shapes")
+"""
+
+
+def test_nothing_of_torch_is_changed_by_importing_or_by_a_block() -> None:
+    run(UNCHANGED)
+
+
+def test_order_is_written_from_the_bottom_up() -> None:
+    rank = {name: place for place, name in enumerate(ORDER)}
+    chain = ("errors", "program", "plan", "replay", "materialize", "recording", "checkpoint", "cli")
+    assert all(rank[lower] < rank[upper] for lower, upper in pairwise(chain))
