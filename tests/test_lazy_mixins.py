@@ -100,7 +100,7 @@ def test_a_mixed_in_module_that_leaves_a_placeholder_is_named() -> None:
         def initialize_parameters(self, x: torch.Tensor, **_: Any) -> None:
             self.seen.materialize(x.shape[-1:])
 
-    with pytest.raises(UninitializedError, match="has not been fully initialized.* left weight"):
+    with pytest.raises(UninitializedError, match=r"has not been fully initialized.* left weight"):
         Half()(torch.ones(1, 3))
 
 
@@ -281,10 +281,10 @@ def test_a_class_that_no_trial_size_suits_is_named() -> None:
 
 
 def test_only_modules_can_be_made_lazy() -> None:
-    with pytest.raises(TypeError, match="subclass of torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"subclass of torch\.nn\.Module"):
         lateinit.lazy(dict, x=size(-1))
 
 
 def test_wrong_arguments_are_refused_as_by_the_class() -> None:
-    with pytest.raises(TypeError, match="LazyLinear.*missing a required argument: 'out_features'"):
+    with pytest.raises(TypeError, match=r"LazyLinear.*missing a required argument: 'out_features'"):
         lateinit.nn.LazyLinear()

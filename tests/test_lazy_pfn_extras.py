@@ -94,7 +94,7 @@ def test_state_dicts_in_four_combinations(name: str) -> None:
     assert not set(uninitialised.lazy_parameter_names) & set(uninitialised.state_dict())
     other.load_state_dict(ready.state_dict())
     assert torch.equal(other.weight, ready.weight)
-    with pytest.raises(RuntimeError, match="Can't load uninitialized (parameters|buffers)"):
+    with pytest.raises(RuntimeError, match=r"Can't load uninitialized (parameters|buffers)"):
         ready.load_state_dict(uninitialised.state_dict())
     uninitialised.load_state_dict(lazy(name).state_dict())
     assert is_lazy(uninitialised.weight)

@@ -21,7 +21,7 @@ from tests.snapshots import assert_same
 @pytest.mark.parametrize(
     ("layer", "shapes", "message"),
     [
-        ("LazyConv2d(8, 3)", [(3, 4)], r"in_channels cannot be inferred: .* 3D or 4D, and has the shape \(3, 4\)"),
+        ("LazyConv2d(8, 3)", [(3, 4)], r"in_channels cannot be inferred: .* 3D or 4D, .* \(3, 4\)"),
         ("LazyConv1d(8, 3)", [(1, 2, 3, 4)], "2D or 3D"),
         ("LazyConvTranspose3d(8, 3)", [(2, 3)], "4D or 5D"),
         ("LazyBatchNorm1d()", [(3,)], "2D or 3D"),
@@ -30,11 +30,11 @@ from tests.snapshots import assert_same
         ("LazyGroupNorm(2)", [(2,)], "has no dim 1"),
         ("LazyLSTM(4)", [(1, 2, 3, 4)], "2D or 3D"),
         ("LazyGRUCell(4)", [(2, 3, 4)], "1D or 2D"),
-        ("LazyConv2d(8, 3, groups=4)", [(1, 3, 6, 6)], "refuses the inferred in_channels=3: .*divisible by groups"),
+        ("LazyConv2d(8, 3, groups=4)", [(1, 3, 6, 6)], "refuses .* in_channels=3: .*by groups"),
         ("LazyGroupNorm(4)", [(1, 6)], "refuses the inferred num_channels=6"),
         ("LazyMultiheadAttention(4)", [(1, 2, 6)] * 3, "refuses the inferred embed_dim=6"),
-        ("LazyTransformerDecoderLayer(2)", [(1, 2, 4), (1, 2, 6)], "disagree on one size: tgt says 4, memory says 6"),
-        ("LazyMultiheadAttention(4)", [(1, 2, 8)], "LazyMultiheadAttention was called wrongly: missing"),
+        ("LazyTransformerDecoderLayer(2)", [(1, 2, 4), (1, 2, 6)], "tgt says 4, memory says 6"),
+        ("LazyMultiheadAttention(4)", [(1, 2, 8)], "was called wrongly: missing"),
     ],
 )  # fmt: skip
 def test_an_input_that_does_not_suit_a_lazy_layer_is_explained(
@@ -81,8 +81,8 @@ LAZY = {
 @pytest.mark.parametrize(
     ("kind", "state", "message"),
     [
-        ("linear", {"weight": (20, 5), "bias": (10,)}, r"weight: the checkpoint has \(20, 5\), but dim 0 must be 10, as in \(10, \?\)"),
-        ("linear", {"weight": (10, 5), "bias": (20,)}, r"bias: the checkpoint has \(20,\), but dim 0 must be 10"),
+        ("linear", {"weight": (20, 5), "bias": (10,)}, r"weight: .* dim 0 must be 10.*\(10, \?"),
+        ("linear", {"weight": (10, 5), "bias": (20,)}, r"bias: .* \(20,\), but dim 0 must be 10"),
         ("linear", {"weight": (10,), "bias": (10,)}, r"expected 2 dims, \(10, \?\), found 1"),
         ("linear", {"bias": (10,)}, "the sizes of a LazyLinear do not follow .*bias"),
         ("conv", {"weight": (10, 4, 5, 5), "bias": (10,)}, "dim 2 must be 3"),
@@ -147,6 +147,8 @@ OPS = {
     "sub_inplace": lambda x: x.clone().sub_(1),
     "where": lambda x: torch.where(x > 0, x, torch.zeros((), device=x.device)),
     "where_row": lambda x: torch.where(torch.ones(x.shape[-1], device=x.device) > 0, x, x),
+    "mean": lambda x: x.mean((0, -1)),
+    "mean_kept": lambda x: x.mean(1, keepdim=True),
     "tril": lambda x: x.unsqueeze(0).tril(),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "batch_norm": lambda x: F.batch_norm(x.unsqueeze(0), None, None, training=True),
@@ -162,12 +164,18 @@ OPS = {
         stride=2,
         padding=1,
     ),
+    "max_pool": lambda x: F.max_pool2d(x.reshape(-1, *x.shape[-2:]), 2, padding=1),
+    "max_pool_stride": lambda x: F.max_pool2d(x.reshape(1, 1, -1), (1, 2), (1, 3)),
     "embedding": lambda x: F.embedding(
         torch.zeros(x.shape, dtype=torch.long, device=x.device), torch.ones(4, 3, device=x.device)
     ),
     "arange": lambda x: torch.arange(1, 2 * x.shape[0], 2, device=x.device),
-    "sdpa": lambda x: F.scaled_dot_product_attention(*[x[None, None].flatten(2, -2)] * 3, is_causal=True),
+    "sdpa": lambda x: attended(x[None, None].flatten(2, -2)),
 }  # fmt: skip
+
+
+def attended(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
 def laid_out(shape: list[int], order: list[int], cut: int, device: str) -> torch.Tensor:
@@ -205,5 +213,5 @@ def test_the_short_ways_to_shapes_agree_with_computing(name: str, data: st.DataO
     ],
 )
 def test_what_does_not_fit_is_refused_by_torch_itself(wrong: Any) -> None:
-    with torch.no_grad(), ShapeMode(), pytest.raises(RuntimeError, match="."):
+    with torch.no_grad(), ShapeMode(), pytest.raises(RuntimeError, match=r"."):
         wrong(torch.empty(2, 3, device="meta"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937, rng
-from lateinit.ops import by_name
+from lateinit.ops import TRUNCATED, by_name
 from lateinit.plan import Step
 from lateinit.program import Op, Program, TensorRef, tensor_refs
 
@@ -26,7 +26,9 @@ _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 _PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
 _IN_CACHE = 1 << 16  # elements that a chain of kernels goes through while they are in cache
 
-_FIRST = frozenset({"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar"})
+_FIRST = frozenset(
+    {"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar", TRUNCATED}
+)
 _POINTWISE = frozenset(
     f"aten::{name}"
     for name in (
@@ -72,6 +74,8 @@ def fill_of(program: Program, step: Step) -> Fill | None:
     ref = first.args[0] if first.name in _FIRST else None
     if type(ref) is not TensorRef or ref.numel < _SMALLEST or not ref.is_contiguous():
         return None
+    if first.name == TRUNCATED:
+        return Fill(ref, (first,)) if _quiet(*first.args[1:]) and program.covers(ref) else None
     on_cpu = program.storages[ref.storage].device.type == "cpu"
     if not (on_cpu and program.covers(ref) and _in_pieces(first, ref)):
         return None
@@ -84,6 +88,11 @@ def fill_of(program: Program, step: Step) -> Fill | None:
     return Fill(ref, tuple(ops))
 
 
+def _quiet(mean: float, std: float, low: float, high: float) -> bool:
+    # Outside these bounds trunc_normal_ warns, which only the main thread can keep to itself.
+    return low - 2 * std <= mean <= high + 2 * std
+
+
 def _in_pieces(op: Op, ref: TensorRef) -> bool:
     others = (*op.args[1:], *op.kwargs.values())
     if any(True for value in others for _ in tensor_refs(value)):
@@ -94,6 +103,8 @@ def _in_pieces(op: Op, ref: TensorRef) -> bool:
 def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
     """Flat ranges for the threads, each but the last a multiple of 16 elements long."""
     numel = fill.ref.numel
+    if fill.ops[0].name == TRUNCATED:
+        return [(0, numel)]
     count = max(1, -(-numel // _PIECE))
     if threads > 1 and count < threads and numel >= threads * (_PIECE // 4):
         count = threads

@@ -190,6 +190,7 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
     if others:
         device: Any = _reported(recorder, others[0])
+        dtype: Any
         dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
     else:
         positional = args[1:]

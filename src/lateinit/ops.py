@@ -12,6 +12,9 @@ from torch._ops import OpOverload
 CONSTANT = "lateinit::constant"
 """The op that brings real data into a program: ``constant(data) -> Tensor``."""
 
+TRUNCATED = "lateinit::trunc_normal_"
+"""``nn.init.trunc_normal_`` where it may redraw: see ``truncated``."""
+
 _READS_SELF_NOT = frozenset(
     f"aten::{name}"
     for name in (

@@ -85,6 +85,8 @@ class Recorder(TorchDispatchMode):
             kwargs = kwargs | {"device": self._meant_by_meta()}
         if info.name == _EMPTY and kwargs.get("device") != META:
             return self._empty(info, args, kwargs)
+        if info.overwrites and self._filled(info, args, kwargs):
+            return args[0]
         fill = _FILLS.get(info.name)
         if fill is not None:
             return self._fill(fill, info, args, kwargs)
@@ -198,6 +200,19 @@ class Recorder(TorchDispatchMode):
         op = Op(info.name, referred, kwargs, (out,), None, self._ambient(), None)
         self.program.ops.append(op)
         return tensor
+
+    def _filled(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """``record`` for the most frequent ops, likewise."""
+        tensor = args[0]
+        numbers = not has_tensor(args[1:]) and tensor.is_floating_point()
+        if not numbers or not is_deferred_tensor(tensor):
+            return False
+        values = tuple(a for a in args[1:] if not isinstance(a, torch.Generator))
+        generator = kwargs.get("generator")
+        if generator is None and len(values) < len(args) - 1:
+            generator = next(a for a in args[1:] if isinstance(a, torch.Generator))
+        self.overwrite(info, tensor, values, generator)
+        return True
 
     def overwrite(
         self, info: OpInfo, tensor: Tensor, values: tuple[Any, ...], generator: Any
@@ -475,8 +490,10 @@ class Recorder(TorchDispatchMode):
     def settle(self) -> None:
         """Put the generators where eager construction would have them now."""
         with without_modes():
-            run = Replay(self.program).streams.make
-            self.generators.settle(Streams(self.program, run, past_holes=True).state)
+            streams = Replay(self.program).streams
+            if None in self.program.holes:
+                streams = Streams(self.program, streams.make, past_holes=True)
+            self.generators.settle(streams.state)
 
 
 _FILLS = {

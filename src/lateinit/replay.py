@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,10 +42,14 @@ class Replay:
 
     def __init__(self, program: Program, seed: int | None = None) -> None:
         self.program = program
-        self.streams = Streams(program, self._draw_only, seed)
+        # What is known of the program's own streams is found once, whoever asks.
+        known = program.cache.get("streams") if seed is None else None
+        self.streams: Streams = known or Streams(program, partial(draw_only, program), seed)
+        if seed is None:
+            program.cache["streams"] = self.streams
         # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
-        self._cursor: dict[int, tuple[int, torch.Generator]] = {}
+        self.cursor: dict[int, tuple[int, torch.Generator]] = {}
         self._settings: contextlib.ExitStack | None = None
         self._ambient = -1
 
@@ -134,36 +139,14 @@ class Replay:
             result = info.func(*args, **kwargs, generator=generator)
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
-        self._cursor[op.draw.stream] = (op.draw.number + 1, generator)
+        self.cursor[op.draw.stream] = (op.draw.number + 1, generator)
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
-        index, generator = self._cursor.pop(draw.stream, (-1, None))
+        index, generator = self.cursor.pop(draw.stream, (-1, None))
         if generator is not None and index == draw.number:
             return generator
         return self.streams.generator(draw)
-
-    def _draw_only(self, number: int, generator: torch.Generator) -> None:
-        """Make the draw of one op, for the sake of where it leaves the generator."""
-        op = self.program.ops[number]
-        assert op.draw is not None
-        needed = dict.fromkeys(ref.storage for ref in op.read())
-        storages = Replay._like(self).values(needed, number)
-        with without_modes(), self.program.ambients[op.ambient].in_force():
-            for ref in op.written():
-                self._provide(ref.storage, storages)
-            cursor = self._cursor.pop(op.draw.stream, None)
-            self._cursor[op.draw.stream] = (op.draw.number, generator)
-            self.call(op, storages)
-            self._cursor.pop(op.draw.stream)
-            if cursor is not None:
-                self._cursor[op.draw.stream] = cursor
-
-    def _like(self) -> Replay:
-        """Another replay on the same streams, with generators of its own."""
-        other = Replay(self.program)
-        other.streams = self.streams
-        return other
 
     def _real(self, value: Any, storages: Storages) -> Any:
         kind = type(value)
@@ -224,6 +207,18 @@ class Replay:
         for storage, place in last.items():
             uses.setdefault(place, []).append(storage)
         return uses
+
+
+def draw_only(program: Program, number: int, generator: torch.Generator) -> None:
+    """Make the draw of one op, for the sake of where it leaves the generator."""
+    op = program.ops[number]
+    assert op.draw is not None
+    replay = Replay(program)
+    with replay.session():
+        storages = replay.values((ref.storage for ref in op.read()), number)
+        replay.cursor[op.draw.stream] = (op.draw.number, generator)
+        with program.ambients[op.ambient].in_force():
+            replay.call(op, storages)
 
 
 def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:

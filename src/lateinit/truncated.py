@@ -25,12 +25,14 @@ original = torch.nn.init._no_grad_trunc_normal_
 def _run(
     tensor: Tensor, mean: float, std: float, a: float, b: float, *, generator: torch.Generator
 ) -> Tensor:
+    if a - 2 * std <= mean <= b + 2 * std:
+        return original(tensor, mean, std, a, b, generator=generator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warned when it was recorded
         return original(tensor, mean, std, a, b, generator=generator)
 
 
-_OP = ops.register("lateinit::trunc_normal_", _run)
+_OP = ops.register(ops.TRUNCATED, _run)
 
 
 def recorded(

@@ -8,12 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.overrides import (
-    _get_current_function_mode_stack,
-    _len_torch_function_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch._C import _len_torch_function_stack
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit.recorder import Recorder

@@ -111,7 +111,7 @@ class _Run:
             initialise(module, args, kwargs)
 
     def _mode(self) -> Any:
-        return contextlib.nullcontext() if self.real else ShapeMode()
+        return contextlib.nullcontext() if self.real else ShapeMode()  # type: ignore[no-untyped-call]
 
     def _inputs(self, inputs: Any) -> Any:
         make = (lambda t: t.detach().clone()) if self.real else on_meta
@@ -130,8 +130,8 @@ class _Run:
             part.__dict__.pop("_lateinit_hole", None)
             handle = part.__dict__.get("_initialize_hook")
             if isinstance(part, LazyModuleMixin) and handle is not None:
-                part._forward_pre_hooks[handle.id] = self._meet  # type: ignore[attr-defined]
-                part._forward_pre_hooks_with_kwargs[handle.id] = True  # type: ignore[attr-defined]
+                part._forward_pre_hooks[handle.id] = self._meet
+                part._forward_pre_hooks_with_kwargs[handle.id] = True
             else:
                 part.register_forward_pre_hook(self._meet, with_kwargs=True)
 

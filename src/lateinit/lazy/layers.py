@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from lateinit.lazy.make import _made
+from lateinit.lazy.make import lazy_class
 from lateinit.lazy.rules import Rule, size
 
 
 def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
-    made = _made(cls, tuple(rules.items()), False)
+    made = lazy_class(cls, tuple(rules.items()), False)
     made.__module__ = __name__
     return made
 

@@ -49,7 +49,7 @@ class Trial:
     """One trial construction: its sizes, and what it had."""
 
     sizes: dict[str, Any]
-    shapes: dict[Name, Shape]
+    shapes: dict[Name, Shape | None]
     buffers: frozenset[Name]
     attributes: dict[Name, Any]
 
@@ -196,7 +196,7 @@ def _bare(family: Family) -> Family:
     return Family(replace(family.base, attributes={}), moved)
 
 
-def _common(shapes: list[Shape]) -> Shape | None:
+def _common(shapes: list[Shape | None]) -> Shape | None:
     known = [shape for shape in shapes if shape is not None and len(shape) == len(shapes[0] or ())]
     if len(known) < len(shapes):
         return None

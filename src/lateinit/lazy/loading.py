@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lateinit.errors import listing
 from lateinit.lazy.layout import Layout, Name, solve
-from lateinit.lazy.mixin import check_known
+from lateinit.lazy.mixin import check_known, named_tensors
 from lateinit.lazy.placeholders import show
 
 
@@ -44,11 +44,9 @@ def load_sizes(
 
 def _present(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     """The placeholders that the checkpoint has values for."""
-    named = [*module.named_parameters(remove_duplicate=False)]
-    named += module.named_buffers(remove_duplicate=False)
     return {
         prefix + name: tensor
-        for name, tensor in named
+        for name, tensor in named_tensors(module)
         if is_lazy(tensor) and _is_value(state_dict.get(prefix + name))
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,10 +56,10 @@ class Lazy(LazyModuleMixin):
 
     def has_uninitialized_params(self: Any) -> bool:
         """Whether a parameter or buffer, of a submodule too, has no shape yet."""
-        own = [
-            t for m in _own_modules(self) for t in (*m._parameters.values(), *m._buffers.values())
+        held: list[dict[str, Any]] = [
+            tensors for part in _own_modules(self) for tensors in (part._parameters, part._buffers)
         ]
-        return any(is_lazy(tensor) for tensor in own)
+        return any(is_lazy(tensor) for tensors in held for tensor in tensors.values())
 
     def initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
         """Infer the sizes from the arguments of a forward call, and initialise.
@@ -161,16 +160,30 @@ def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
         >>> layer(torch.zeros(2, 3)).shape, type(layer).__name__
         (torch.Size([2, 4]), 'Linear')
     """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not issubclass(cls, nn.Module):
         raise TypeError(f"lazy() needs a subclass of torch.nn.Module, not {cls!r}")
     names = parameters_of(cls)
     if not (accepts_any(cls) and not names):
         check_rules(cls, rules, list(names))
-    return _made(cls, tuple(rules.items()), True)
+    return lazy_class(cls, tuple(rules.items()), True)
 
 
-@functools.cache
-def _made(cls: type[nn.Module], rules: tuple[tuple[str, Rule], ...], by_value: bool) -> type[Any]:
+Rules = tuple[tuple[str, Rule], ...]
+_MADE: dict[tuple[type[nn.Module], Rules, bool], type[Any]] = {}
+
+
+def lazy_class(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
+    """The lazy version of a class, one for each set of rules.
+
+    ``by_value`` says that no name leads to it, so that instances are pickled with the rules.
+    """
+    key = cls, rules, by_value
+    if key not in _MADE:
+        _MADE[key] = _made(*key)
+    return _MADE[key]
+
+
+def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
     body = {
         "_plain": cls,
         "_rules": dict(rules),
@@ -193,4 +206,4 @@ def _document(cls: type[nn.Module], rules: Mapping[str, Rule]) -> str:
 
 
 def _blank(cls: type[nn.Module], rules: dict[str, Rule]) -> Any:
-    return object.__new__(_made(cls, tuple(rules.items()), True))
+    return object.__new__(lazy_class(cls, tuple(rules.items()), True))

@@ -156,7 +156,7 @@ def _remove(module: nn.Module, handle: Any) -> None:
 def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """What disagrees between a checkpoint and what is known of the shapes of placeholders."""
     wrong = {}
-    for name, tensor in _named_tensors(module):
+    for name, tensor in named_tensors(module):
         found = state_dict.get(prefix + name)
         if is_lazy(tensor) and isinstance(found, Tensor) and not is_lazy(found):
             known = tensor.__dict__.get("_known")
@@ -167,6 +167,7 @@ def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -
     return wrong
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Parameters and buffers by all of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)

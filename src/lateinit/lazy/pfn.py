@@ -123,7 +123,8 @@ class LazyInitializationMixin:
         """Load what is initialised; into an initialised module, nothing else."""
         self._load_buffers(state_dict, prefix)
         for name in self.lazy_parameter_names:
-            parameter, loaded = self._parameters[name], state_dict.get(prefix + name)
+            parameter: Any = self._parameters[name]
+            loaded: Any = state_dict.get(prefix + name)
             if not is_lazy(parameter) and (loaded is None or is_lazy(loaded)):
                 raise _refused("parameters", prefix)
             if is_lazy(parameter) and loaded is None:

@@ -71,7 +71,7 @@ def mismatch(known: Shape | None, found: Sequence[int]) -> str | None:
     return None
 
 
-class Placeholder(UninitializedTensorMixin):
+class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
     """What the two placeholder classes have in common."""
 
     def _describe(self) -> str:
@@ -109,7 +109,7 @@ class Placeholder(UninitializedTensorMixin):
         if device is None:
             device = asked if asked is not None and me.data.device == origin else me.data.device
         new = torch.empty(tuple(shape), device=device, dtype=dtype or me.data.dtype)
-        kind = self.cls_to_become  # type: ignore[attr-defined]
+        kind = self.cls_to_become
         become(me, kind(new, me.requires_grad) if kind is nn.Parameter else new)
 
     @property
@@ -190,7 +190,9 @@ class Placeholder(UninitializedTensorMixin):
     ]
 
 
-class UninitializedParameter(Placeholder, torch_placeholders.UninitializedParameter):
+class UninitializedParameter(  # type: ignore[misc, override]
+    Placeholder, torch_placeholders.UninitializedParameter
+):
     """A parameter whose shape is not, or not wholly, known yet.
 
     It may be moved and cast, copied, pickled and given to an optimizer; nothing else can be done
@@ -209,7 +211,7 @@ class UninitializedParameter(Placeholder, torch_placeholders.UninitializedParame
 
     cls_to_become = nn.Parameter
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls,
         requires_grad: bool = True,
         device: Any = None,
@@ -221,7 +223,9 @@ class UninitializedParameter(Placeholder, torch_placeholders.UninitializedParame
         return cast(UninitializedParameter, _empty(cls, requires_grad, device, dtype, known_shape))
 
 
-class UninitializedBuffer(Placeholder, torch_placeholders.UninitializedBuffer):
+class UninitializedBuffer(  # type: ignore[misc, override]
+    Placeholder, torch_placeholders.UninitializedBuffer
+):
     """A buffer whose shape is not, or not wholly, known yet.
 
     Args:
@@ -238,7 +242,7 @@ class UninitializedBuffer(Placeholder, torch_placeholders.UninitializedBuffer):
 
     cls_to_become = torch.Tensor
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls,
         requires_grad: bool = False,
         device: Any = None,
@@ -262,7 +266,7 @@ def _empty(
     dtype = dtype or torch.get_default_dtype()
     with without_modes():
         data = torch.empty(0, device=place, dtype=dtype)
-        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[arg-type]
+        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)
         made.__dict__.update(_known=known, _label=None, _origin=(asked, data.device, dtype))
     return made
 
@@ -273,7 +277,7 @@ def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
         return result
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         grad = placeholder.requires_grad
-        made: Tensor = torch.Tensor._make_subclass(type(placeholder), result.detach(), grad)  # type: ignore[arg-type]
+        made: Tensor = torch.Tensor._make_subclass(type(placeholder), result.detach(), grad)
     made.__dict__.update(placeholder.__dict__)
     return made
 
@@ -287,7 +291,7 @@ def _rebuild(
 ) -> Tensor:
     with without_modes():
         data = torch.empty(0, device=device, dtype=dtype)
-        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[arg-type]
+        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)
         made.__dict__.update(state)
     return made
 

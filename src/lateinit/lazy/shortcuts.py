@@ -109,6 +109,14 @@ def _broadcast(*tensors: Tensor) -> Any:
     return longest if ends else None
 
 
+def _mean(x: Tensor, dims: Any, keepdim: bool = False, **kwargs: Any) -> Any:
+    if kwargs or not dims or not _plain(x) or any(not -x.dim() <= d < x.dim() for d in dims):
+        return None
+    gone = {d % x.dim() for d in dims}
+    kept = [(1 if d in gone else n) for d, n in enumerate(x.shape) if keepdim or d not in gone]
+    return x.new_empty(kept)
+
+
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Any:
     fits = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
     same = a.dtype is b.dtype is bias.dtype and a.is_meta and b.is_meta
@@ -131,16 +139,40 @@ def _convolution(
     _: list[int],
     groups: int,
 ) -> Any:
-    spatial = x.dim() - 2
     known = not transposed and _plain(x, weight) and weight.dim() == x.dim()
     if not known or x.shape[1] != weight.shape[1] * groups:
         return None
-    steps = [list(v) * spatial if len(v) == 1 else list(v) for v in (stride, padding, dilation)]
-    sides = [
-        (side + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for side, kernel, step, pad, dil in zip(x.shape[2:], weight.shape[2:], *steps, strict=True)
-    ]
+    sides = _sides(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *sides)) if min(sides) > 0 else None
+
+
+def _max_pool(
+    x: Tensor,
+    kernel: list[int],
+    stride: Any = (),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    ceil_mode: bool = False,
+) -> Any:
+    if ceil_mode or not _plain(x):
+        return None
+    sides = _sides(x.shape[-2:], kernel, stride or kernel, padding, dilation)
+    if min(sides) <= 0:
+        return None
+    shape = (*x.shape[:-2], *sides)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+def _sides(sides: Any, *window: Any) -> list[int]:
+    """The sides of what a sliding window makes: kernel, stride, padding, dilation."""
+    count = len(sides)
+    kernels, steps, pads, dilations = (list(v) * count if len(v) == 1 else list(v) for v in window)
+    return [
+        (side + 2 * pad - dilation * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, pad, dilation in zip(
+            sides, kernels, steps, pads, dilations, strict=True
+        )
+    ]
 
 
 def _embedding(weight: Tensor, indices: Tensor, *rest: Any, **kwargs: Any) -> Any:
@@ -191,10 +223,12 @@ _SHORTCUTS: dict[str, Shortcut] = {f"aten::{name}": _like for name in _ELEMENTWI
     "aten::_softmax": _softmax,
     "aten::_safe_softmax": _softmax,
     "aten::_log_softmax": _softmax,
+    "aten::mean.dim": _mean,
     "aten::addmm": _addmm,
     "aten::mm": _matrices,
     "aten::bmm": _matrices,
     "aten::convolution": _convolution,
+    "aten::max_pool2d_with_indices": _max_pool,
     "aten::embedding": _embedding,
     "aten::native_layer_norm": _layer_norm,
     "aten::native_batch_norm": _batch_norm,

@@ -103,8 +103,8 @@ def clone_placeholder(placeholder: Any) -> Any:
     if isinstance(placeholder, Placeholder):
         return copy.deepcopy(placeholder)
     if isinstance(placeholder, UninitializedTensorMixin):
-        made = original_class(placeholder)  # type: ignore[arg-type]
-        return made(placeholder.requires_grad, "cpu", placeholder.dtype)  # type: ignore[attr-defined, call-arg]
+        made = original_class(placeholder)
+        return made(placeholder.requires_grad, "cpu", placeholder.dtype)
     return original_class(placeholder)(torch.empty(0, dtype=placeholder.dtype))
 
 
