@@ -194,7 +194,7 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
     else:
         positional = args[1:]
-        # (dtype, non_blocking, copy) or (device, dtype, non_blocking, copy)
+        # copy= comes third after a dtype, fourth after a device and a dtype.
         last = 2 if positional and isinstance(positional[0], torch.dtype) else 3
         if len(positional) > last:
             copy, positional = positional[last], positional[:last]

@@ -151,7 +151,7 @@ def where(trace: TracebackType | None = None) -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+        if not code.co_filename.startswith((*_LIBRARIES, "<frozen", "<eval_with_key")):
             return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
     return "inside torch"
