@@ -38,6 +38,12 @@ def gpt2(width: int, layers: int, heads: int, *, tiny: bool) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
 
 
+def small_gpt2(*, tiny: bool = False) -> nn.Module:
+    """The size that tests use."""
+    del tiny
+    return gpt2(0, 0, 0, tiny=True)
+
+
 def gpt2_medium(*, tiny: bool = False) -> nn.Module:
     return gpt2(1024, 24, 16, tiny=tiny)
 
@@ -187,6 +193,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     for make in (
         linears,
         smallest,
+        small_gpt2,
         gpt2_medium,
         gpt2_xl,
         llama_300m,

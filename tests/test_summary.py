@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 import sys
 
 import pytest
@@ -95,6 +96,18 @@ def test_what_no_initialiser_made_is_described_by_its_ops() -> None:
         "cast": "normal_()",
         "computed": "computed (5 ops)",
     }
+
+
+def test_a_truncated_normal_drawn_by_inversion_is_one() -> None:
+    def inverted() -> torch.Tensor:
+        tensor = torch.empty(4).uniform_(-0.9, 0.9)
+        return tensor.erfinv_().mul_(0.02 * math.sqrt(2)).add_(0.0).clamp_(min=-2.0, max=2.0)
+
+    def one_sided() -> torch.Tensor:
+        return torch.empty(4).uniform_(-0.9, 0.9).erfinv_().mul_(0.5).add_(0.0).clamp_(max=2.0)
+
+    assert words(tensor=inverted) == {"tensor": "trunc_normal_(std=0.02)"}
+    assert words(tensor=one_sided) == {"tensor": "computed (5 ops)"}
 
 
 def test_only_what_lives_counts() -> None:

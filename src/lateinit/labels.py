@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -99,7 +100,7 @@ def describe(program: Program, ref: TensorRef) -> str:
 
 def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str | None:
     """The words for a tensor as it is before an op, or None if they would be too many."""
-    pieces: list[tuple[str, bool]] = []  # what was written, and whether to all of the tensor
+    pieces: list[_Piece] = []
     for number in reversed(program.writers(ref.storage)):
         op = program.ops[number]
         written = [w for w in op.written() if w.storage == ref.storage and _overlap(w, ref)]
@@ -107,18 +108,45 @@ def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str 
             continue
         words = op.label or _words(program, op, number, depth)
         whole = any(w == ref or program.covers(w) for w in written)
-        if words is None:
+        if words is None or len(pieces) == len(_TRUNCATED):
             return None
-        if op.label is not None and pieces and pieces[-1][0] == words:
-            pieces[-1] = words, whole or pieces[-1][1]
-        elif len(pieces) == _MOST_PIECES:
-            return None
+        if op.label is not None and pieces and pieces[-1].words == words:
+            pieces[-1] = _Piece(op, words, whole or pieces[-1].whole)
         else:
-            pieces.append((words, whole))
+            pieces.append(_Piece(op, words, whole))
         if whole and all(r.storage != ref.storage for r in op.read()):
             break
-    shown = [words if whole else f"{words} in part" for words, whole in reversed(pieces)]
+    return _joined(pieces[::-1])
+
+
+class _Piece(NamedTuple):
+    """One write in words, and whether it was to all of the tensor."""
+
+    op: Op
+    words: str
+    whole: bool
+
+
+def _joined(pieces: list[_Piece]) -> str | None:
+    """The words for some writes, one after another."""
+    if tuple(_base(piece.op) for piece in pieces) == _TRUNCATED:
+        return _truncated(*(piece.op for piece in pieces[2:]))
+    if len(pieces) > _MOST_PIECES:
+        return None
+    shown = [piece.words if piece.whole else f"{piece.words} in part" for piece in pieces]
     return ", then ".join(shown) or EMPTY
+
+
+# How a truncated normal is drawn by inversion, in libraries and older versions of torch.
+_TRUNCATED = ("uniform_", "erfinv_", "mul_", "add_", "clamp_")
+
+
+def _truncated(scaled: Op, moved: Op, clamped: Op) -> str | None:
+    values = [moved.args[1], scaled.args[1], *clamped.args[1:], *clamped.kwargs.values()]
+    if moved.kwargs or len(values) != 4 or not all(isinstance(v, (int, float)) for v in values):
+        return None
+    values[1] /= math.sqrt(2)
+    return _call("trunc_normal_", tuple(float(f"{v:.4g}") for v in values))
 
 
 def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
