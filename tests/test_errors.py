@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,7 +213,7 @@ def test_arithmetic_with_real_tensors_is_refused(forward: Callable[[nn.Module], 
     eager, model = twins()
     with pytest.raises(
         DeferredTensorError,
-        match=r"'(?:enc\.)?(?:weight|bias)' \(8.*real tensors.*no values yet.*lateinit\.materialize",
+        match=r"'(?:enc\.)?(?:weight|bias)' \(8.*real tensors.*no values.*lateinit\.materialize",
     ):
         forward(model)
     assert_untouched(eager, model)
@@ -392,9 +393,8 @@ class DrawnOutside(nn.Module):
 def test_seed_that_would_build_another_model_is_refused(build: Callable[[], nn.Module]) -> None:
     eager, model = twins(build)
     before = still_deferred(model)
-    with pytest.raises(SeedError, match=r"seed|another"):
-        for seed in range(1, 9):
-            lateinit.materialize(model, seed=seed)
+    with pytest.raises(SeedError, match=r"seed"):
+        lateinit.materialize(model, seed=1)
     assert still_deferred(model) == before
     assert_same(eager, lateinit.materialize(model))
 
@@ -523,9 +523,7 @@ def test_op_that_fails_when_replayed_is_named() -> None:
         return model
 
     model = lateinit.deferred_init(build)
-    with pytest.raises(
-        MaterializeError, match=r"'?row'?.*embedding.*index out of range"
-    ) as caught:
+    with pytest.raises(MaterializeError, match=r"'?row'?.*embedding.*index out of range") as caught:
         lateinit.materialize(model)
     assert isinstance(caught.value.__cause__, IndexError)
     lateinit.materialize(model.first)
@@ -620,11 +618,9 @@ def test_exception_restores_generators_modes_and_torch() -> None:
 
 def test_exception_caught_in_the_block_costs_what_it_costs_eagerly() -> None:
     def build() -> nn.Module:
-        try:
-            nn.Linear(3, 3)
-            raise StopHereError
-        except StopHereError:
-            return nn.Linear(2, 2)
+        with suppress(ValueError):
+            nn.init.sparse_(nn.Linear(3, 3).weight[0], 0.5)
+        return nn.Linear(2, 2)
 
     eager, model = twins(build)
     assert_untouched(eager, model)
@@ -711,6 +707,35 @@ def test_two_threads_in_blocks_of_their_own_do_not_disturb_each_other() -> None:
         torch.manual_seed(seed)
         assert_same(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), lateinit.materialize(model))
     assert nn.Parameter.__new__ is made
+
+
+def test_two_threads_in_blocks_leave_the_generator_where_eager_construction_could() -> None:
+    torch.manual_seed(0)
+    states = [torch.get_rng_state()]
+    for _ in range(3):
+        nn.Linear(2, 2)
+        states.append(torch.get_rng_state())
+    torch.manual_seed(0)
+    opened, done = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with lateinit.deferred():
+            nn.Linear(2, 2)
+            opened.set()
+            done.wait(timeout=1)
+            nn.Linear(2, 2)
+
+    def second() -> None:
+        opened.wait(timeout=1)
+        try:
+            with lateinit.deferred():
+                nn.Linear(2, 2)
+        finally:
+            done.set()
+
+    errors = in_threads(first, second)
+    assert all(isinstance(error, LateinitError) for error in errors), errors
+    assert any(torch.equal(torch.get_rng_state(), state) for state in states)
 
 
 def test_block_is_a_matter_of_the_thread_that_opened_it() -> None:
@@ -994,6 +1019,7 @@ for name, model in sent.items():
     if difference is not None:
         print(name, difference)
 """
+
 
 def test_deferred_models_can_be_materialised_in_another_process(tmp_path: Path) -> None:
     sent = {}

@@ -210,7 +210,6 @@ def test_an_optimizer_that_is_built_too_early_warns_and_still_trains() -> None:
     torch.optim.SGD(lateinit.nn.LazyLinear(3).parameters(), lr=0.5)
 
 
-@pytest.mark.xfail(reason="a block reserves no place for placeholders that are not torch's")
 def test_layers_of_the_original_draw_at_their_place_in_a_block() -> None:
     theirs = pytest.importorskip("pytorch_pfn_extras").nn
     torch.manual_seed(0)

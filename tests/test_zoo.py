@@ -171,7 +171,7 @@ def test_what_takes_too_long_or_crashes_does_not_stop_the_rest(monkeypatch):
 def test_a_run_goes_on_where_an_earlier_one_ended(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def check_all(types, jobs, seconds):
+    def check_all(types, jobs, seconds, threads):
         asked.append(list(types))
         yield from ([Outcome(t, "Model", EQUAL)] for t in types)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lateinit.fingerprint import fingerprint
-from lateinit.materialize import _check_seed as check_seed
+from lateinit.materialize import check_seed
 from lateinit.program import Program
 from lateinit.progress import Progress
 from lateinit.shards import Item, Shard, collect, divide

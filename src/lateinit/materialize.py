@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lateinit.errors import (
+    ConstantChangedError,
     DeferredTensorError,
+    MaterializeError,
     NotRecordedError,
     OutOfMemoryError,
     PatternError,
@@ -26,7 +28,7 @@ from lateinit.errors import (
 )
 from lateinit.execute import execute
 from lateinit.memory import allocate
-from lateinit.plan import Plan, plan_storages
+from lateinit.plan import Plan, Step, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
 from lateinit.replay import Replay, without_modes
@@ -94,10 +96,14 @@ def materialize(
         >>> lateinit.is_deferred(layer.bias)
         True
     """
-    cast = _Cast(torch.device(device) if device is not None else None, dtype)
+    cast = _cast(device, dtype)
+    if not isinstance(target, (nn.Module, Tensor, dict, list, tuple, set, frozenset)):
+        raise TypeError(
+            f"materialize takes a module, a tensor, or a container of them, not {type(target)}"
+        )
     wanted = list(_wanted(target, only))
     for group in wanted:
-        _check_seed(group.program, seed)
+        check_seed(group.program, seed)
         _check_shared(group, cast)
     total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
     with Progress("materialise", total, shown=progress) as bar:
@@ -164,7 +170,10 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
         return found
     if callable(only):
         return [f for f in found if any(only(name, f.tensor) for name in f.names)]
-    patterns = [only] if isinstance(only, str) else list(only)
+    listed = isinstance(only, Iterable) and not isinstance(only, str)
+    patterns: list[str] = list(only) if listed else [only]  # type: ignore[arg-type, list-item]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"only={only!r}: a glob, several globs, or a function of (fqn, tensor)")
     every = [name for f in found for name in f.names]
     for pattern in patterns:
         if not fnmatch.filter(every, pattern):
@@ -174,7 +183,7 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
     return [f for f in found if any(fnmatch.fnmatchcase(n, p) for n in f.names for p in patterns)]
 
 
-def _check_seed(program: Program, seed: int | None) -> None:
+def check_seed(program: Program, seed: int | None) -> None:
     """Raise where another seed would have sent the constructor another way."""
     if seed is None:
         return
@@ -210,21 +219,29 @@ def _materialize(
         for number in done:
             _place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
     steps = plan_storages(group.program, (n for n in group.tensors if n not in done))
-    with replay.session():
-        for step, run in execute(replay, steps, threads):
-            try:
+    left = dict.fromkeys(number for step in steps for number in step.gives)
+    running: Step | None = None
+    try:
+        with replay.session():
+            for step, run in execute(replay, steps, threads):
+                running = step
                 storages = run()
                 for number in step.gives:
                     _place(group.tensors[number], storages.pop(number), cast, replay.strides)
                     bar.advance(group.program.storages[number].nbytes)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                names = [name for n in step.gives for name, *_ in group.tensors[n]]
-                raise OutOfMemoryError(
-                    f"out of memory while materialising {listing(names)}; what was done before "
-                    "stands: free memory and call materialize() again, or materialise a part"
-                ) from error
+                    del left[number]
+                running = None
+    except Exception as error:
+        failed = left if running is None else running.gives
+        names = listing(name for n in failed for name, *_ in group.tensors[n])
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"out of memory while materialising {names}; what was done before stands: free "
+                "memory and call materialize() again, or materialise a part"
+            ) from error
+        if isinstance(error, (MaterializeError, ConstantChangedError)):
+            raise type(error)(f"{names}: {error}") from (error.__cause__ or error)
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +311,18 @@ def _swap(tensor: Tensor, real: Tensor) -> None:
     # Autograd keeps hooks in the implementation that was swapped out: hang them on the new one.
     tensor._backward_hooks = hooks
     tensor._post_accumulate_grad_hooks = grad_hooks
+
+
+def _cast(device: torch.device | str | None, dtype: torch.dtype | None) -> _Cast:
+    """Where values are to go, checked before anything is touched."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
+    where = None if device is None else torch.device(device)
+    if where is not None and where.type == "meta":
+        raise ValueError("device='meta': materialised tensors need a device that has memory")
+    if where is not None:
+        torch.empty(0, device=where)  # raises torch's own error if the device is not there
+    return _Cast(where, dtype)
 
 
 class _Detached(torch.autograd.Function):

@@ -70,6 +70,7 @@ class OpInfo:
     scalar_inplace: bool
     from_sizes: bool
     metadata_only: bool
+    writes_unsaid: bool = False
 
 
 _KNOWN: dict[OpOverload, OpInfo] = {}
@@ -140,4 +141,5 @@ def _examine(func: OpOverload) -> OpInfo:
         ),
         from_sizes="_like" in base or base.startswith("new_"),
         metadata_only=inplace_view,
+        writes_unsaid=name in _WRITES_UNSAID,
     )

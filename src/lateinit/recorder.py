@@ -281,7 +281,7 @@ class Recorder(TorchDispatchMode):
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
         )
-        label = initializer() if info.overwrites else None
+        label = initializer() if info.mutates or info.mutates_kw else None
         self.program.ops.append(
             Op(info.name, referred, written, outs, draw, self._ambient(), label)
         )

@@ -17,10 +17,11 @@ from lateinit.masquerade import Masquerade
 from lateinit.patches import Patches
 from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
-from lateinit.tensors import guard, is_deferred_tensor
+from lateinit.tensors import ON_META, guard, is_deferred_tensor, slot_of
 from lateinit.walk import own_tensors
 
 T = TypeVar("T")
+_DEEPEST = 64  # modules in modules, in case a module is put into itself
 
 
 class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - reads as a statement
@@ -128,6 +129,7 @@ class _Modules:
 
     def __init__(self) -> None:
         self._found: dict[int, nn.Module] = {}
+        self._parents: dict[int, tuple[nn.Module, str]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Modules:
@@ -141,10 +143,13 @@ class _Modules:
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
         self._found[id(module)] = module
-        if isinstance(value, UninitializedTensorMixin):
+        # PPE's placeholders are no subclasses of torch's.
+        ppe = type(value).__name__ == "UninitializedParameter"
+        if ppe or isinstance(value, UninitializedTensorMixin):
             reserve(module)
         if isinstance(value, nn.Module):
             self._found[id(value)] = value
+            self._parents[id(value)] = (module, name)
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -153,6 +158,14 @@ class _Modules:
     def all(self) -> list[nn.Module]:
         return list(self._found.values())
 
+    def path(self, module: nn.Module) -> str:
+        """The dotted name of a module below the outermost one that it was put in."""
+        names: list[str] = []
+        while id(module) in self._parents and len(names) < _DEEPEST:
+            module, name = self._parents[id(module)]
+            names.append(f"{name}.")
+        return "".join(reversed(names))
+
 
 def _guard_all(recorder: Recorder, modules: _Modules) -> None:
     """Guard what the block made: all tensors on its modules, and those made that still live."""
@@ -160,6 +173,14 @@ def _guard_all(recorder: Recorder, modules: _Modules) -> None:
         tensor = reference()
         if tensor is not None and is_deferred_tensor(tensor):
             guard(tensor)
-    for tensor in own_tensors(modules.all()):
-        if is_deferred_tensor(tensor):
-            guard(tensor)
+    recorder.born.clear()
+    seen: set[int] = set()
+    for module in modules.all():
+        path = None
+        for name, tensor in own_tensors(module, seen):
+            slot = slot_of(tensor)
+            if slot is not None and slot is not ON_META:
+                guard(tensor)
+                if slot.name is None:
+                    path = modules.path(module) if path is None else path
+                    slot.name = path + name

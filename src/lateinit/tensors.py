@@ -33,11 +33,12 @@ class Slot:
     device and dtype that were asked for then: those that are materialised later must share it.
     """
 
-    __slots__ = ("_shown", "cast", "number", "program", "real")
+    __slots__ = ("_shown", "cast", "name", "number", "program", "real")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
+        self.name: str | None = None  # of the first tensor on it that hangs on a module
         self.real: torch.UntypedStorage | None = None
         self.cast: tuple[torch.device | None, torch.dtype | None] = (None, None)
         self._shown: Callable[[], Tensor | None] = _nothing
@@ -69,10 +70,11 @@ class Slot:
                 "materialised already: materialise the rest first"
             )
         program, number = self.resolve()
-        return {"program": program, "number": number}
+        return {"program": program, "number": number, "name": self.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["program"], state["number"])  # type: ignore[misc]
+        self.name = state["name"]
 
 
 def _nothing() -> None:
@@ -97,11 +99,9 @@ def slot_of(tensor: Tensor) -> Slot | None:
 
 
 def _slot_of(tensor: Tensor) -> Slot | None:
-    if not tensor.is_meta:
-        return None
     try:
-        return getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
-    except (NotImplementedError, RuntimeError):  # layouts that have no storage
+        return getattr(tensor.untyped_storage(), _ATTRIBUTE, None) if tensor.is_meta else None
+    except (NotImplementedError, RuntimeError, ValueError):  # layouts without one; placeholders
         return None
 
 
@@ -151,6 +151,11 @@ class DeferredTensor(torch.Tensor):
             getter = getattr(func, "__name__", "") == "__get__"
             if func in _PLAIN or (getter and func != torch.Tensor.data.__get__):  # type: ignore[attr-defined]
                 return func(*args, **(kwargs or {}))
+            if func in _READERS:
+                raise DeferredTensorError(
+                    f"{func.__name__} needs the values of {described(args[0])}, which has none "
+                    "yet: call lateinit.materialize() first"
+                )
             if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
                 DeferredTensor.adopt(args[0], args[1])
                 return args[0]
@@ -275,6 +280,27 @@ def _rebuild(
     guard(tensor)
     return tensor
 
+
+def described(tensor: Any) -> str:
+    """A deferred tensor by its name, as far as one is known, and its shape."""
+    slot = slot_of(tensor) if isinstance(tensor, Tensor) else None
+    shape = tuple(getattr(tensor, "shape", ()))
+    if slot is None or slot.name is None:
+        return f"a deferred tensor {shape}"
+    return f"the deferred tensor {slot.name!r} {shape}"
+
+
+_READERS = frozenset(
+    {
+        torch.Tensor.numpy,
+        torch.Tensor.tolist,
+        torch.Tensor.__array__,
+        torch.Tensor.__format__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.share_memory_,
+        torch.Tensor.backward,
+    }
+)
 
 _PLAIN = frozenset(
     {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,16 +55,16 @@ def find_tensors(target: Any) -> Iterator[Found]:
     yield from found.values()
 
 
-def own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """The tensors that hang on these very modules, not on those below them."""
-    seen: set[int] = set()
-    for module in modules:
-        yield from (p for p in module._parameters.values() if p is not None)
-        yield from (b for b in module._buffers.values() if b is not None)
-        for name, value in module.__dict__.items():
-            if name not in _OWN and isinstance(value, _HOLDERS):
-                for _, tensor, _, _ in _walk(value, "", seen, ()):
-                    yield tensor
+def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hang on this very module, not on those below it, by name."""
+    for own in (module._parameters, module._buffers):
+        for name, tensor in own.items():
+            if tensor is not None:
+                yield name, tensor
+    for name, value in module.__dict__.items():
+        if name not in _OWN and isinstance(value, _HOLDERS):
+            for path, tensor, _, _ in _walk(value, name, seen, ()):
+                yield path, tensor
 
 
 def _walk(value: Any, path: str, seen: set[int], above: tuple[int, ...]) -> Iterator[_Leaf]:

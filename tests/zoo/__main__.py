@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = [t for t in chosen if t not in done]
     console.print(f"{len(chosen)} model types, {len(done)} of them checked already")
     started = time.perf_counter()
-    for number, found in enumerate(check_all(left, options.jobs, options.seconds), 1):
+    for number, found in enumerate(
+        check_all(left, options.jobs, options.seconds, options.threads), 1
+    ):
         done[found[0].model_type] = found
         report(console, found, number, len(left), started)
         if number % 20 == 0 or number == len(left):
@@ -54,6 +56,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", default="*", metavar="PATTERN", help="model types that match")
     add("--jobs", type=int, default=2, help="processes at a time")
+    add("--threads", type=int, default=1, help="threads of torch in each process")
     add("--limit", type=int, default=None, metavar="N", help="the first N of them")
     add("--seconds", type=float, default=120.0, help="the most that one class may take")
     add("--fresh", action="store_true", help="check again what an earlier run has checked")

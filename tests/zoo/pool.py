@@ -24,13 +24,15 @@ TYPES_PER_PROCESS = 60
 TIMEOUT, CRASH = "out of time", "crashed"
 
 
-def check_all(model_types: list[str], jobs: int, seconds: float) -> Iterator[list[Outcome]]:
+def check_all(
+    model_types: list[str], jobs: int, seconds: float, threads: int = 1
+) -> Iterator[list[Outcome]]:
     """The outcomes of each type, as they come; a type that takes longer is ended."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for model_type in model_types:
         waiting.put(model_type)
     done: queue.SimpleQueue[list[Outcome] | None] = queue.SimpleQueue()
-    prepare()
+    prepare(threads)
     for _ in range(jobs):
         threading.Thread(target=_feed, args=(waiting, done, seconds), daemon=True).start()
     left = jobs
@@ -42,10 +44,10 @@ def check_all(model_types: list[str], jobs: int, seconds: float) -> Iterator[lis
             yield found
 
 
-def prepare() -> None:
-    """Import once what every process needs, and keep torch to one thread in each."""
+def prepare(threads: int = 1) -> None:
+    """Import once what every process needs, and give torch so many threads in each."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     import transformers
 
     transformers.logging.set_verbosity_error()
