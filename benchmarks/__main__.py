@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CASES: dict[str, Callable[[Run], list[Row]]] = {
     "construct-gpt2-xl": construction("gpt2_xl"),
     "construct-llama-70b": construction("llama_70b"),
+    "construct-linears": construction("linears"),
     "construct-resnet-152": construction("resnet_152"),
     "linears": against_eager("linears", 1.8),
     "gpt2-medium": against_eager("gpt2_medium", 3.0),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 OTHERS = {
     "gpt2_xl": ("meta", "init_empty_weights", "eager"),
     "llama_70b": ("meta",),
+    "linears": ("meta", "init_empty_weights", "eager"),
     "resnet_152": ("meta", "init_empty_weights", "eager"),
 }
 AGAINST_META = Goal(1.2)

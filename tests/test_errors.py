@@ -99,7 +99,11 @@ def foreach(model: nn.Module) -> None:
 
 def step_an_optimizer(model: nn.Module) -> None:
     model.enc.weight.grad = torch.zeros(8, 4, device="meta")
-    torch.optim.SGD([model.enc.weight], lr=0.1).step()
+    optimizer = torch.optim.SGD([model.enc.weight], lr=0.1)
+    try:
+        optimizer.step()
+    finally:
+        optimizer.zero_grad()
 
 
 WRITES = {
@@ -184,7 +188,7 @@ def test_memory_of_a_deferred_tensor_cannot_be_had() -> None:
 def test_read_of_what_was_computed_from_deferred_tensors_is_refused() -> None:
     eager, model = twins()
     total = model.enc.weight.sum()
-    with pytest.raises(DeferredTensorError, match=r"deferred tensor \(\).*lateinit\.materialize"):
+    with pytest.raises(DeferredTensorError, match=r"deferred tensor .*\(\).*lateinit\.materialize"):
         total.item()
     assert_untouched(eager, model)
     assert torch.equal(lateinit.materialize(total).detach(), eager.enc.weight.sum().detach())
@@ -213,7 +217,7 @@ def test_arithmetic_with_real_tensors_is_refused(forward: Callable[[nn.Module], 
     eager, model = twins()
     with pytest.raises(
         DeferredTensorError,
-        match=r"'(?:enc\.)?(?:weight|bias)' \(8.*real tensors.*no values.*lateinit\.materialize",
+        match=r"'(?:enc\.)?(?:weight|bias)' \([48].*real tensors.*no values.*lateinit\.materialize",
     ):
         forward(model)
     assert_untouched(eager, model)
@@ -494,7 +498,7 @@ def test_every_shortage_of_memory_can_be_repeated(
         failing_at(monkeypatch, call, shortage)
         state = torch.get_rng_state()
         with pytest.raises(
-            OutOfMemoryError, match=r"out of memory while materialising \w.*stands.*again"
+            OutOfMemoryError, match=r"out of memory while materialising '?\w.*stands.*again"
         ) as caught:
             lateinit.materialize(model)
         assert caught.value.__cause__ is shortage

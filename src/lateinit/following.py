@@ -18,7 +18,7 @@ from lateinit.masquerade import Masquerade
 from lateinit.ops import OpInfo
 from lateinit.recorder import Recorder, current, in_force
 from lateinit.replay import flat
-from lateinit.tensors import DeferredTensor, described, guard, is_deferred_tensor, locate
+from lateinit.tensors import DeferredTensor, described, guard, is_deferred_tensor, locate, slot_of
 
 
 class Follower(Recorder):
@@ -27,23 +27,40 @@ class Follower(Recorder):
     def dispatch(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
-        elsewhere = info.from_sizes and kwargs.get("device") not in (None, META)
+        own = bool(deferred) and kwargs.get("device") == META
+        if own:
+            # Here a deferred tensor's device is meta: that of another one is what was meant.
+            kwargs = kwargs | {"device": self.device_of(deferred[0])}
+        elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or elsewhere:
             return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
         among_meta = len(deferred) < len([t for t in tensors if t.is_meta])
         if among_meta and info.writes_unsaid:
             return info.func(*args, **kwargs)  # shape propagation through batch norm
-        self._refuse_values(info, args, tensors, deferred)
+        self._refuse_values(info, args, kwargs, deferred)
         if among_meta:
             return info.func(*args, **kwargs)
-        return self.record(info, args, kwargs, deferred)
+        return self._named(self.record(info, args, kwargs, deferred), deferred[0])
+
+    def _named(self, result: Any, source: Tensor) -> Any:
+        """Let what is made of a tensor go by its name, in messages."""
+        origin = slot_of(source)
+        for leaf in flat(result):
+            slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
+            if slot is not None and origin is not None and slot.name is None:
+                slot.name = origin.name
+        return result
 
     def _refuse_values(
-        self, info: OpInfo, args: tuple[Any, ...], tensors: list[Tensor], deferred: list[Tensor]
+        self,
+        info: OpInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deferred: list[Tensor],
     ) -> None:
         op = info.name.removeprefix("aten::")
-        for position in info.mutates:
-            written = args[position]
+        given = tuple(args[i] for i in info.mutates)
+        for written in tensors_in(given, {k: kwargs.get(k) for k in info.mutates_kw}):
             if is_deferred_tensor(written) and self.storage_of(written).closed:
                 raise DeferredTensorError(
                     f"{op} would change {described(written)} in place, which has no values yet: "
@@ -56,10 +73,11 @@ class Follower(Recorder):
                 f"{op} needs the values of {described(deferred[0])}, which has none yet: call "
                 "lateinit.materialize() first"
             )
-        if any(not t.is_meta and t.dim() > 0 for t in tensors):
+        if any(not t.is_meta and t.dim() > 0 for t in tensors_in(args, kwargs)):
             raise DeferredTensorError(
                 f"{op} was given {described(deferred[0])} together with real tensors: it is "
-                "deferred and has no values yet; call lateinit.materialize(model) before the forward pass"
+                "deferred and has no values yet; call lateinit.materialize(model) before the "
+                "forward pass"
             )
 
 

@@ -205,6 +205,8 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return func(tensor, asked, copy=copy, memory_format=_layout(layout))
     if not is_deferred_tensor(tensor):
         return func(tensor, device, asked, non_blocking, copy=copy)
+    if device.type == "meta":
+        recorder.call = (), {"device": device}
     return torch.ops.aten._to_copy.default(
         tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
     )

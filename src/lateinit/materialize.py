@@ -156,6 +156,11 @@ def _wanted(target: Any, only: Only | None) -> Iterator[Wanted]:
         )
     groups: dict[int, Wanted] = {}
     for item in found:
+        if item.deferred and item.tensor.is_leaf and item.tensor.grad is not None:
+            raise DeferredTensorError(
+                f"{item.name!r} has a gradient that was computed in a deferred constructor, which "
+                "cannot be carried over: call zero_grad() on the module first"
+            )
         if item.deferred:
             slot, program, ref = locate(item.tensor)
             group = groups.setdefault(id(program), Wanted(program))
@@ -170,8 +175,8 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
         return found
     if callable(only):
         return [f for f in found if any(only(name, f.tensor) for name in f.names)]
-    listed = isinstance(only, Iterable) and not isinstance(only, str)
-    patterns: list[str] = list(only) if listed else [only]  # type: ignore[arg-type, list-item]
+    given: Any = [only] if isinstance(only, str) or not isinstance(only, Iterable) else only
+    patterns: list[str] = list(given)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"only={only!r}: a glob, several globs, or a function of (fqn, tensor)")
     every = [name for f in found for name in f.names]
@@ -203,6 +208,12 @@ def _check_shared(group: Wanted, cast: _Cast) -> None:
     """Raise where a storage that is real already was asked for in another dtype or place."""
     for tensors in group.tensors.values():
         name, _, slot, _ = tensors[0]
+        dtypes = {ref.dtype for *_, ref in tensors}
+        if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for *_, ref in tensors}:
+            raise DeferredTensorError(
+                f"{listing(repr(n) for n, *_ in tensors)} share one storage in several dtypes, so "
+                f"dtype={cast.dtype} cannot be honoured for them"
+            )
         if slot.real is not None and slot.cast != (cast.device, cast.dtype):
             raise DeferredTensorError(
                 f"{name!r} shares its memory with a tensor that was materialised with "
@@ -240,7 +251,7 @@ def _materialize(
                 "memory and call materialize() again, or materialise a part"
             ) from error
         if isinstance(error, (MaterializeError, ConstantChangedError)):
-            raise type(error)(f"{names}: {error}") from (error.__cause__ or error)
+            raise type(error)(f"{names!r}: {error}") from (error.__cause__ or error)
         raise
 
 
@@ -261,10 +272,6 @@ class _Cast:
             return storage
         dtypes = {ref.dtype for ref in refs}
         new = {self.dtype_of(ref) for ref in refs}
-        if len(dtypes) > 1 and new != dtypes:
-            raise DeferredTensorError(
-                f"dtype={self.dtype} cannot be honoured: tensors of several dtypes share a storage"
-            )
         dtype = dtypes.pop()
         if new == {dtype} or len(new) > 1:
             dtype = torch.uint8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from lateinit.tensors import ON_META, guard, is_deferred_tensor, slot_of
 from lateinit.walk import own_tensors
 
 T = TypeVar("T")
+# Blocks leave tokens in the default generator, which all threads share: one thread at a time.
+_one_thread = threading.RLock()
 _DEEPEST = 64  # modules in modules, in case a module is put into itself
 
 
@@ -55,6 +58,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         outer = current()
         stack = contextlib.ExitStack()
         if outer is None:
+            _one_thread.acquire()
             outer = self._recorder = Recorder()
             outer.generators.watch(torch.default_generator)
             stack.enter_context(block(outer))
@@ -80,6 +84,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         finally:
             if not done:
                 recorder.generators.restore()
+            _one_thread.release()
 
 
 @contextlib.contextmanager
@@ -101,6 +106,7 @@ def fill(hole: Hole) -> Iterator[Recorder]:
     The global generators stand afterwards where they stood before.
     """
     program, number, place = hole.resolve()
+    _one_thread.acquire()
     recorder = Recorder(program)
     stream = recorder.generators.watch_from(torch.default_generator, place)
     try:
@@ -108,6 +114,7 @@ def fill(hole: Hole) -> Iterator[Recorder]:
             yield recorder
     finally:
         recorder.generators.restore()
+        _one_thread.release()
     if program.holes[number] is None:
         program.holes[number] = stream
 

@@ -167,6 +167,20 @@ class DeferredTensor(torch.Tensor):
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"<deferred {kind} ({shape}), {self.dtype}{grad}>"
 
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return repr(self)
+        raise DeferredTensorError(
+            f"format {spec!r} needs the values of {described(self)}, which has none yet: call "
+            "lateinit.materialize() first"
+        )
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise DeferredTensorError(
+            f"numpy needs the values of {described(self)}, which has none yet: call "
+            "lateinit.materialize() first"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             memo[id(self)] = DeferredTensor.follow(copied_by_deepcopy, (self, memo), {})
@@ -294,8 +308,6 @@ _READERS = frozenset(
     {
         torch.Tensor.numpy,
         torch.Tensor.tolist,
-        torch.Tensor.__array__,
-        torch.Tensor.__format__,
         torch.Tensor.__dlpack__,
         torch.Tensor.share_memory_,
         torch.Tensor.backward,
