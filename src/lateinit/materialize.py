@@ -122,7 +122,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         >>> with lateinit.deferred():
         ...     layer = torch.nn.Linear(4, 2, bias=False)
         >>> print(lateinit.plan(layer))  # doctest: +ELLIPSIS
-        1 steps, 2 of 2 recorded ops, 32 bytes
+        1 steps, 1 of 2 recorded ops, 32 bytes
         ...
     """
     groups = list(_wanted(target, only))

@@ -255,7 +255,10 @@ class Recorder(TorchDispatchMode):
 
     def storage_of(self, tensor: Tensor) -> Storage:
         """What the program knows of a deferred tensor's storage."""
-        return self.program.storages[self.ref(tensor).storage]
+        slot = slot_of(tensor)
+        assert slot is not None
+        program, number = slot.resolve()
+        return program.storages[number]
 
     def _adopt(self, tensor: Tensor, device: torch.device) -> bool:
         """Give a new meta storage its number; keep the size of a known one up to date."""

@@ -58,10 +58,12 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         outer = current()
         stack = contextlib.ExitStack()
         if outer is None:
-            _one_thread.acquire()
-            outer = self._recorder = Recorder()
-            outer.generators.watch(torch.default_generator)
-            stack.enter_context(block(outer))
+            with contextlib.ExitStack() as undone:
+                undone.enter_context(_one_thread)
+                outer = self._recorder = Recorder()
+                outer.generators.watch(torch.default_generator)
+                stack.enter_context(block(outer))
+                undone.pop_all()  # it is released on leaving, when the generators are settled
         self._exits.append(stack)
         return outer.program
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit.errors import DeferredTensorError, NotRecordedError
 from lateinit.program import Program, TensorRef
@@ -92,7 +93,8 @@ def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
 
 def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if nothing was recorded of it."""
-    if isinstance(tensor, DeferredTensor) or torch._C._is_torch_function_mode_enabled():
+    guarded = isinstance(tensor, (DeferredTensor, UninitializedTensorMixin))
+    if guarded or torch._C._is_torch_function_mode_enabled():
         with torch._C.DisableTorchFunction():
             return _slot_of(tensor)
     return _slot_of(tensor)
@@ -101,7 +103,7 @@ def slot_of(tensor: Tensor) -> Slot | None:
 def _slot_of(tensor: Tensor) -> Slot | None:
     try:
         return getattr(tensor.untyped_storage(), _ATTRIBUTE, None) if tensor.is_meta else None
-    except (NotImplementedError, RuntimeError, ValueError):  # layouts without one; placeholders
+    except (NotImplementedError, RuntimeError):  # layouts that have no storage
         return None
 
 
@@ -219,7 +221,8 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     """The class that guards tensors of a class: itself also a subclass of that class."""
     if cls in (torch.Tensor, nn.Parameter):
         return DeferredTensor
-    if issubclass(cls, DeferredTensor) or hasattr(cls, "__tensor_flatten__"):
+    own_guards = (DeferredTensor, UninitializedTensorMixin)
+    if issubclass(cls, own_guards) or hasattr(cls, "__tensor_flatten__"):
         return None
     return type(f"Deferred{cls.__name__}", (DeferredTensor, cls), {"original": cls})
 
