@@ -220,8 +220,8 @@ class Recorder(TorchDispatchMode):
         """Note an op that fills a deferred floating-point tensor in place: it needs no kernel."""
         if self.shared:
             self.shared.take_back()
+        referred = (self.ref(tensor), *values)  # may bring in another program, and its ops
         draw = self._draw(info, (tensor,), {"generator": generator}) if info.random else None
-        referred = (self.ref(tensor), *values)
         op = Op(info.name, referred, {}, (), draw, self._ambient(), initializer())
         self.program.ops.append(op)
         if self.shared:
