@@ -45,7 +45,7 @@ zoo: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.zoo --table docs/zoo.md
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/construction.py
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
