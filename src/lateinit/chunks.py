@@ -24,7 +24,7 @@ from lateinit.program import Op, Program, TensorRef, tensor_refs
 UNIT = 16
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 _PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
-_IN_CACHE = 1 << 16  # elements that a chain of kernels goes through while they are in cache
+_IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time: few calls, small memory
 
 _FIRST = frozenset(
     {"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar", TRUNCATED}
@@ -106,7 +106,7 @@ def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
     if fill.ops[0].name == TRUNCATED:
         return [(0, numel)]
     count = max(1, -(-numel // _PIECE))
-    if threads > 1 and count < threads and numel >= threads * (_PIECE // 4):
+    if threads > 1 and count < threads and numel > _PIECE:
         count = threads
     length = -(-numel // count // UNIT) * UNIT
     starts = [start for start in range(0, numel, length) if numel - start >= UNIT]
