@@ -131,6 +131,12 @@ def test_read_outside_the_block_is_refused(read: Callable[[nn.Module], object]) 
     assert_untouched(eager, model)
 
 
+def test_item_is_called_item() -> None:
+    _, model = twins()
+    with pytest.raises(DeferredTensorError, match=r"^item needs the values of"):
+        model.norm.num_batches_tracked.item()
+
+
 def test_memory_of_a_deferred_tensor_cannot_be_had() -> None:
     eager, model = twins()
     with pytest.raises((BufferError, DeferredTensorError), match=r"meta|lateinit\.materialize"):
@@ -294,6 +300,17 @@ class TwoViews(nn.Module):
         words = torch.randn(6)
         self.register_buffer("real", words[:4])
         self.register_buffer("rest", words[2:])
+
+
+def test_memory_that_is_where_it_would_be_anyway_is_shared() -> None:
+    eager, model = twins(TwoViews)
+    lateinit.materialize(model, only="real")
+    lateinit.materialize(model, device="cpu", dtype=torch.float32)
+    assert model.rest[0] == model.real[2]
+    assert_same(eager, model)
+    eager, model = twins(TwoViews)
+    lateinit.materialize(model, only="rest", device="cpu")
+    assert_same(eager, lateinit.materialize(model))
 
 
 class TwoDtypes(nn.Module):

@@ -51,6 +51,7 @@ ROOMS = """
     sharing
     materialize
     recorder
+    quick
     truncated
     masquerade
     following

@@ -354,17 +354,20 @@ def test_block_gives_its_program() -> None:
         assert str(program) == "(an empty program)"
         layer = nn.Linear(3, 2)
     assert isinstance(program, Program)
-    assert repr(program) == "<Program: 4 ops, 2 storages>"
-    assert [op.name for op in program.ops] == [
-        "aten::empty.memory_format",
-        "aten::empty.memory_format",
-        "aten::uniform_",
-        "aten::uniform_",
-    ]
+    assert repr(program) == "<Program: 2 ops, 2 storages>"
+    assert [op.name for op in program.ops] == ["aten::uniform_", "aten::uniform_"]
     assert str(program).count("# draw") == 2
     assert lateinit.plan(layer).program is program
     loaded = pickle.loads(pickle.dumps(program))
     assert str(loaded) == str(program)
+
+
+def test_streams_and_plans_are_short_to_print() -> None:
+    with lateinit.deferred() as program:
+        layer = nn.Linear(3, 2)
+    assert repr(program.streams[0]) == "<root stream on cpu: 2 draws from 5056 bytes>"
+    assert str(lateinit.plan(layer)).startswith("2 steps, ")
+    assert str(lateinit.plan(layer.bias)).startswith("1 step, ")
 
 
 def test_program_has_no_bytes_of_the_model() -> None:

@@ -24,7 +24,9 @@ from lateinit.program import Op, Program, TensorRef, tensor_refs
 UNIT = 16
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 _PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
-_IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time: few calls, small memory
+_IN_CACHE = (
+    1 << 19
+)  # elements that a chain of kernels goes through at a time: few calls, small memory
 
 _FIRST = frozenset(
     {"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar", TRUNCATED}

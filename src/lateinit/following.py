@@ -15,7 +15,7 @@ from torch import Tensor
 from lateinit.arguments import META, tensors_in
 from lateinit.errors import DeferredTensorError
 from lateinit.masquerade import Masquerade
-from lateinit.ops import OpInfo
+from lateinit.ops import OpInfo, spoken
 from lateinit.recorder import Recorder, current, in_force
 from lateinit.replay import flat
 from lateinit.tensors import DeferredTensor, described, guard, is_deferred_tensor, locate, slot_of
@@ -58,7 +58,7 @@ class Follower(Recorder):
         kwargs: dict[str, Any],
         deferred: list[Tensor],
     ) -> None:
-        op = info.name.removeprefix("aten::")
+        op = spoken(info.name)
         given = tuple(args[i] for i in info.mutates)
         for written in tensors_in(given, {k: kwargs.get(k) for k in info.mutates_kw}):
             if is_deferred_tensor(written) and self.storage_of(written).closed:

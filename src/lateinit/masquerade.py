@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lateinit import quick
 from lateinit.generators import device_number
-from lateinit.ops import by_name
 from lateinit.recorder import Recorder
 from lateinit.replay import without_modes
 from lateinit.tensors import copied_by_deepcopy, is_deferred_tensor
@@ -116,46 +116,6 @@ def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return result
     kind = recorder.device_of(args[0]).type
     return result.replace("torch.meta.", "torch." if kind == "cpu" else f"torch.{kind}.")
-
-
-def _overwriting(name: str, *keywords: str) -> Handler:
-    """A handler of a filling op: most of what constructors do, so kept short."""
-
-    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-        tensor, *values = args
-        values += [kwargs[key] for key in keywords[len(values) :] if key in kwargs]
-        usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
-        grad = tensor.requires_grad and torch.is_grad_enabled()
-        if not usual or grad or not _filled(recorder, name, tensor, values, kwargs):
-            return func(*args, **kwargs)
-        return tensor
-
-    return fill
-
-
-def _initialising(name: str, *keywords: str) -> Handler:
-    """Likewise for a function of ``nn.init``, which passes all by name and turns gradients off."""
-
-    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-        given = dict(zip(("tensor", *keywords), args, strict=False)) | kwargs
-        values = [given[key] for key in keywords]
-        if not _filled(recorder, name, given["tensor"], values, given):
-            return func(*args, **kwargs)
-        return given["tensor"]
-
-    return fill
-
-
-def _filled(recorder: Recorder, name: str, tensor: Any, values: list[Any], given: Any) -> bool:
-    """Note that a tensor is filled, if it is deferred and the values are numbers."""
-    if (
-        any(isinstance(value, Tensor) for value in values)
-        or not is_deferred_tensor(tensor)
-        or not tensor.is_floating_point()
-    ):
-        return False
-    recorder.overwrite(by_name(name), tensor, tuple(values), given.get("generator"))
-    return True
 
 
 def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -311,17 +271,11 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.new_tensor: _of_deferred(_new_tensor),
     _tensor.new: _of_deferred(_new),
     _tensor.__deepcopy__: _deepcopy,
-    _tensor.zero_: _overwriting("aten::zero_"),
-    _tensor.fill_: _overwriting("aten::fill_.Scalar", "value"),
-    _tensor.normal_: _overwriting("aten::normal_", "mean", "std"),
-    _tensor.uniform_: _overwriting("aten::uniform_", "from", "to"),
-    nn.init.normal_: _initialising("aten::normal_", "mean", "std"),
-    nn.init.uniform_: _initialising("aten::uniform_", "a", "b"),
-    nn.init.constant_: _initialising("aten::fill_.Scalar", "val"),
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
     torch.sparse_csc_tensor: _by_value,
     torch.sparse_bsr_tensor: _by_value,
     torch.sparse_bsc_tensor: _by_value,
     torch.sparse_compressed_tensor: _by_value,
+    **quick.HANDLERS,
 }

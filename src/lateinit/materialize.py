@@ -122,7 +122,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         >>> with lateinit.deferred():
         ...     layer = torch.nn.Linear(4, 2, bias=False)
         >>> print(lateinit.plan(layer))  # doctest: +ELLIPSIS
-        1 steps, 1 of 2 recorded ops, 32 bytes
+        1 step, 1 of 1 recorded ops, 32 bytes
         ...
     """
     groups = list(_wanted(target, only))
@@ -207,14 +207,18 @@ def check_seed(program: Program, seed: int | None) -> None:
 def _check_shared(group: Wanted, cast: _Cast) -> None:
     """Raise where a storage that is real already was asked for in another dtype or place."""
     for tensors in group.tensors.values():
-        name, _, slot, _ = tensors[0]
+        name, _, slot, shown = tensors[0]
         dtypes = {ref.dtype for *_, ref in tensors}
         if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for *_, ref in tensors}:
             raise DeferredTensorError(
                 f"{listing(repr(n) for n, *_ in tensors)} share one storage in several dtypes, so "
                 f"dtype={cast.dtype} cannot be honoured for them"
             )
-        if slot.real is not None and slot.cast != (cast.device, cast.dtype):
+        own = group.program.storages[shown.storage].device
+        before = _Cast(*slot.cast)
+        same_place = (before.device or own) == (cast.device or own)
+        same_dtype = before.dtype_of(shown) == cast.dtype_of(shown)
+        if slot.real is not None and not (same_place and same_dtype):
             raise DeferredTensorError(
                 f"{name!r} shares its memory with a tensor that was materialised with "
                 f"device={slot.cast[0]}, dtype={slot.cast[1]}: ask for the same"

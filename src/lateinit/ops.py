@@ -115,6 +115,14 @@ def by_name(name: str) -> OpInfo:
     return info
 
 
+def spoken(name: str) -> str:
+    """An operator's name as a message says it."""
+    return _SPOKEN.get(name) or name.removeprefix("aten::")
+
+
+_SPOKEN = {"aten::_local_scalar_dense": "item"}
+
+
 def _examine(func: OpOverload) -> OpInfo:
     schema = func._schema
     arguments = schema.arguments

@@ -44,7 +44,8 @@ class Plan:
             names.setdefault(ref.storage, []).append(name)
         needed = sum(len(step.ops) for step in self.steps)
         recorded = f"{needed} of {len(self.program.ops)} recorded ops"
-        lines = [f"{len(self.steps)} steps, {recorded}, {self.nbytes:,} bytes"]
+        steps = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"
+        lines = [f"{steps}, {recorded}, {self.nbytes:,} bytes"]
         for step in self.steps:
             lines += [f"  {number:>5}  {self.program.ops[number]}" for number in step.ops]
             lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}" for g in step.gives]

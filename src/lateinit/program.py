@@ -136,7 +136,7 @@ class Op(NamedTuple):
     def __str__(self) -> str:
         shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
         outs = ", ".join(str(out) for out in self.outs)
-        call = f"{self.name.removeprefix('aten::')}({', '.join(shown)})"
+        call = f"{ops.spoken(self.name)}({', '.join(shown)})"
         draw = f"  # draw {self.draw.number} of stream {self.draw.stream}" if self.draw else ""
         return (f"{outs} = {call}" if outs else call) + draw
 
@@ -207,7 +207,7 @@ class Ambient(NamedTuple):
                 torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Stream:
     """The random ops that drew one after another from a generator, and where it stood at first.
 
@@ -220,6 +220,11 @@ class Stream:
     device: torch.device
     root: bool
     ops: list[int] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        start = self.start if isinstance(self.start, Draw) else f"{len(self.start)} bytes"
+        kind = "root stream" if self.root else "stream"
+        return f"<{kind} on {self.device}: {len(self.ops)} draws from {start}>"
 
 
 class Read(NamedTuple):

@@ -32,7 +32,6 @@ from lateinit.streams import Streams
 from lateinit.tensors import ON_META, Slot, attach, is_deferred_tensor, slot_of
 from lateinit.values import Values
 
-_EMPTY = "aten::empty.memory_format"
 _CPU = torch.device("cpu")
 _active = threading.local()
 
@@ -83,8 +82,6 @@ class Recorder(TorchDispatchMode):
             self.shared.take_back()
         if kwargs.get("device") == META:
             kwargs = kwargs | {"device": self._meant_by_meta()}
-        if info.name == _EMPTY and kwargs.get("device") != META:
-            return self._empty(info, args, kwargs)
         if info.overwrites and self._filled(info, args, kwargs):
             return args[0]
         fill = _FILLS.get(info.name)
@@ -149,6 +146,9 @@ class Recorder(TorchDispatchMode):
         """The window that a deferred tensor is on its storage."""
         slot = slot_of(tensor)
         assert slot is not None
+        return self._ref(slot, tensor)
+
+    def _ref(self, slot: Slot, tensor: Tensor) -> TensorRef:
         program, number = slot.resolve()
         if program is not self.program:
             self.program.absorb(program)
@@ -191,41 +191,49 @@ class Recorder(TorchDispatchMode):
         self._note(info, args, kwargs, deferred, result)
         return result
 
-    def _empty(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """``record`` for the most frequent factory, without what it does not need."""
-        tensor: Tensor = info.func(*args, **kwargs_to_meta(info, kwargs))
-        self._adopt(tensor, torch.device(kwargs.get("device") or _CPU))
-        out = TensorRef.of(tensor, len(self.program.storages) - 1)
-        referred = (tuple(args[0]), *args[1:])
-        op = Op(info.name, referred, kwargs, (out,), None, self._ambient(), None)
-        self.program.ops.append(op)
+    def made(self, tensor: Tensor, device: torch.device, fill: Fill | None) -> Tensor:
+        """Note a new tensor and what it is filled with; its memory needs no op."""
+        number = len(self.program.storages)
+        self._adopt(tensor, device)
+        if fill is not None:
+            name, values = fill
+            args = (TensorRef.of(tensor, number), *values)
+            self.program.ops.append(Op(name, args, {}, (), None, self._ambient(), None))
         return tensor
 
     def _filled(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """``record`` for the most frequent ops, likewise."""
-        tensor = args[0]
-        numbers = not has_tensor(args[1:]) and tensor.is_floating_point()
-        if not numbers or not is_deferred_tensor(tensor):
+        """``record`` for the most frequent ops, without what they do not need."""
+        if has_tensor(args[1:]):
             return False
         values = tuple(a for a in args[1:] if not isinstance(a, torch.Generator))
         generator = kwargs.get("generator")
         if generator is None and len(values) < len(args) - 1:
             generator = next(a for a in args[1:] if isinstance(a, torch.Generator))
-        self.overwrite(info, tensor, values, generator)
-        return True
+        return self.overwrite(info, args[0], values, generator)
 
     def overwrite(
         self, info: OpInfo, tensor: Tensor, values: tuple[Any, ...], generator: Any
-    ) -> None:
-        """Note an op that fills a deferred floating-point tensor in place: it needs no kernel."""
+    ) -> bool:
+        """Note an op that fills a tensor with numbers in place, if it is deferred.
+
+        Only of floating-point tensors it is known without a kernel that it can be done.
+        """
+        slot = slot_of(tensor)
+        if slot is None or slot is ON_META or not tensor.is_floating_point():
+            return False
         if self.shared:
             self.shared.take_back()
-        referred = (self.ref(tensor), *values)  # may bring in another program, and its ops
-        draw = self._draw(info, (tensor,), {"generator": generator}) if info.random else None
-        op = Op(info.name, referred, {}, (), draw, self._ambient(), initializer())
+        ref = self._ref(slot, tensor)  # may bring in another program, and its ops
+        draw = None
+        if info.random:
+            drawn = generator or default_generator(self.program.storages[ref.storage].device)
+            number = len(self.program.ops)
+            draw = self.generators.draw(drawn, number, root=generator is None)
+        op = Op(info.name, (ref, *values), {}, (), draw, self._ambient(), initializer())
         self.program.ops.append(op)
         if self.shared:
             self.shared.show()
+        return True
 
     def _note(
         self,
@@ -235,8 +243,12 @@ class Recorder(TorchDispatchMode):
         deferred: list[Tensor],
         result: Any,
     ) -> None:
-        results = flat(result)
         device = self._device(kwargs, deferred)
+        factory = FACTORIES.get(info.name)
+        if factory is not None and _is_usual(args, kwargs):
+            self.made(result, device, factory(args))
+            return
+        results = flat(result)
         new = [self._adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
         if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
             self._append(info, args, kwargs, results)
@@ -314,7 +326,7 @@ class Recorder(TorchDispatchMode):
     def _ambient(self) -> int:
         key = (
             torch.get_default_dtype(),
-            torch.are_deterministic_algorithms_enabled(),
+            torch._C._get_deterministic_algorithms(),
             self.autocasting,
         )
         if key != self._ambient_key:
@@ -497,6 +509,59 @@ class Recorder(TorchDispatchMode):
             if None in self.program.holes:
                 streams = Streams(self.program, streams.make, past_holes=True)
             self.generators.settle(streams.state)
+
+
+Fill = tuple[str, tuple[Any, ...]]
+"""The in-place op that a factory ends in, and its numbers."""
+
+
+def _empty(args: tuple[Any, ...]) -> None:
+    return None
+
+
+def _zeros(args: tuple[Any, ...]) -> Fill:
+    return "aten::zero_", ()
+
+
+def _ones(args: tuple[Any, ...]) -> Fill:
+    return "aten::fill_.Scalar", (1,)
+
+
+def _full(value_at: int) -> Callable[[tuple[Any, ...]], Fill]:
+    return lambda args: ("aten::fill_.Scalar", (args[value_at],))
+
+
+FACTORIES: dict[str, Callable[[tuple[Any, ...]], Fill | None]] = {
+    "aten::empty.memory_format": _empty,
+    "aten::empty_strided": _empty,
+    "aten::empty_like": _empty,
+    "aten::new_empty": _empty,
+    "aten::new_empty_strided": _empty,
+    "aten::zeros": _zeros,
+    "aten::zeros_like": _zeros,
+    "aten::new_zeros": _zeros,
+    "aten::ones": _ones,
+    "aten::ones_like": _ones,
+    "aten::new_ones": _ones,
+    "aten::full": _full(1),
+    "aten::full_like": _full(1),
+    "aten::new_full": _full(2),
+}
+"""Factories that are recorded as what they are: memory, and an op that fills it.
+
+Of a tensor that they are given they use the sizes alone, which need no values.
+"""
+
+
+def _is_usual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what a factory gives is known without its kernel, and is plain memory."""
+    if torch._C._get_deterministic_algorithms():  # fills what is empty
+        return False
+    if kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
+        return False
+    # Kernels and their meta twins disagree on the strides of dims of length one.
+    like = args[0]
+    return not isinstance(like, Tensor) or 1 not in like.size()
 
 
 _FILLS = {

@@ -40,11 +40,8 @@ def recorded(
 ) -> Tensor:
     """In place of ``nn.init._no_grad_trunc_normal_`` while a block runs."""
     recorder = current()
-    if (
-        recorder is None
-        or not is_deferred_tensor(tensor)
-        or surely_within(tensor.dtype, mean, std, a, b)
-    ):
+    floating = is_deferred_tensor(tensor) and tensor.is_floating_point()
+    if recorder is None or not floating or surely_within(tensor.dtype, mean, std, a, b):
         return original(tensor, mean, std, a, b, generator=generator)
     with without_modes():  # for its warnings and errors
         original(torch.empty(0, dtype=tensor.dtype), mean, std, a, b)

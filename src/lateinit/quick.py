@@ -1,0 +1,151 @@
+"""What constructors do most, answered before it reaches the dispatcher.
+
+Factories and fills make up nearly all of a construction. Their results are known without a kernel,
+and each is one op or none of a program; on its way through the dispatcher, a call costs several
+times what noting it does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lateinit.arguments import META
+from lateinit.ops import by_name
+from lateinit.recorder import Fill, Recorder
+from lateinit.tensors import is_deferred_tensor
+
+Handler = Callable[..., Any]
+_CPU = torch.device("cpu")
+_BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(
+    torch._C.DispatchKey.PythonTLSSnapshot
+)
+_USUAL = frozenset({"dtype", "device", "requires_grad", "size"})
+
+
+def _alone() -> bool:
+    """Whether none but this recording sees what is done: no other mode, no other default."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 1
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_default_device() == "cpu"
+        and not torch._C._get_deterministic_algorithms()
+    )
+
+
+def _making(fill: Fill | None) -> Handler:
+    """A handler of a factory that takes sizes."""
+
+    def make(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        device = _CPU if device is None else torch.device(device)
+        if device == META or not _USUAL.issuperset(kwargs) or not _alone():
+            return func(*args, **kwargs)
+        try:
+            with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+                tensor = torch.empty(*args, **(kwargs | {"device": META}))
+        except (TypeError, RuntimeError):
+            return func(*args, **kwargs)  # for its own message
+        return recorder.made(tensor, device, fill)
+
+    return make
+
+
+def _data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``x.data``: a view, of which nothing is noted but that it exists."""
+    if not is_deferred_tensor(args[0]) or not _alone():
+        return func(*args, **kwargs)
+    with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+        data = func(*args)
+    recorder.born.append(weakref.ref(data))
+    return data
+
+
+def _overwriting(name: str, *keywords: str) -> Handler:
+    """A handler of a filling op."""
+
+    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+        tensor, *values = args
+        values += [kwargs[key] for key in keywords[len(values) :] if key in kwargs]
+        usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
+        grad = tensor.requires_grad and torch.is_grad_enabled()
+        if not usual or grad or not _filled(recorder, name, tensor, values, kwargs):
+            return func(*args, **kwargs)
+        return tensor
+
+    return fill
+
+
+def _initialising(name: str, *keywords: str) -> Handler:
+    """Likewise for a function of ``nn.init``, which passes all by name and turns gradients off."""
+
+    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+        if args:
+            kwargs = dict(zip(("tensor", *keywords), args, strict=False)) | kwargs
+        tensor = kwargs["tensor"]
+        if not _filled(recorder, name, tensor, [kwargs[key] for key in keywords], kwargs):
+            return func(**kwargs)
+        return tensor
+
+    return fill
+
+
+def _filled(recorder: Recorder, name: str, tensor: Any, values: list[Any], given: Any) -> bool:
+    """Note that a tensor is filled, if it is deferred and the values are numbers."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return False
+    return recorder.overwrite(by_name(name), tensor, tuple(values), given.get("generator"))
+
+
+class _StandIn:
+    """A deferred tensor to an initialiser that asks for its sizes, and then fills it."""
+
+    __slots__ = ("dim", "recorder", "shape", "size", "tensor")
+
+    def __init__(self, recorder: Recorder, tensor: Tensor) -> None:
+        self.recorder = recorder
+        self.tensor = tensor
+        self.shape = tensor.shape
+        self.size = tensor.size
+        self.dim = tensor.dim
+
+    def uniform_(self, low: float, high: float, *, generator: Any = None) -> None:
+        self.recorder.overwrite(by_name("aten::uniform_"), self.tensor, (low, high), generator)
+
+    def normal_(self, mean: float, std: float, *, generator: Any = None) -> None:
+        self.recorder.overwrite(by_name("aten::normal_"), self.tensor, (mean, std), generator)
+
+
+def _scaled(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """An initialiser that draws once, in bounds that follow from the sizes."""
+    tensor = args[0] if args else kwargs["tensor"]
+    if not is_deferred_tensor(tensor) or not tensor.is_floating_point():
+        return func(*args, **kwargs)
+    stand_in = _StandIn(recorder, tensor)
+    if args:
+        func(stand_in, *args[1:], **kwargs)
+    else:
+        func(**(kwargs | {"tensor": stand_in}))
+    return tensor
+
+
+HANDLERS: dict[Any, Handler] = {
+    torch.empty: _making(None),
+    torch.zeros: _making(("aten::zero_", ())),
+    torch.ones: _making(("aten::fill_.Scalar", (1,))),
+    torch.Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    torch.Tensor.zero_: _overwriting("aten::zero_"),
+    torch.Tensor.fill_: _overwriting("aten::fill_.Scalar", "value"),
+    torch.Tensor.normal_: _overwriting("aten::normal_", "mean", "std"),
+    torch.Tensor.uniform_: _overwriting("aten::uniform_", "from", "to"),
+    nn.init.normal_: _initialising("aten::normal_", "mean", "std"),
+    nn.init.uniform_: _initialising("aten::uniform_", "a", "b"),
+    nn.init.constant_: _initialising("aten::fill_.Scalar", "val"),
+    nn.init.kaiming_uniform_: _scaled,
+}
+"""The handlers of these functions in ``Masquerade``."""
