@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import lateinit
 
@@ -36,6 +37,27 @@ def meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
+def meta_with_initialisers(make: Callable[[], nn.Module]) -> nn.Module:
+    """On ``meta`` without looking like it: transformers skips its initialisers where it does.
+
+    It asks a probe, ``torch.tensor([])``, where tensors are made; this context leaves it alone.
+    """
+    with _UnnoticedMeta():
+        return make()
+
+
+class _UnnoticedMeta(TorchFunctionMode):
+    _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.arange})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def init_empty_weights(make: Callable[[], nn.Module]) -> nn.Module:
     from accelerate import init_empty_weights as without_weights  # noqa: PLC0415 - slow to import
 
@@ -47,6 +69,7 @@ CONTENDERS: dict[str, Callable[[Callable[[], nn.Module]], nn.Module]] = {
     "deferred": deferred,
     "materialized": materialized,
     "meta": meta,
+    "meta_with_initialisers": meta_with_initialisers,
     "init_empty_weights": init_empty_weights,
     "eager": eager,
 }

@@ -23,6 +23,8 @@ every bit was compared with eager construction.
 {machine}
 
 {table}
+
+{notes}
 """
 
 
@@ -66,7 +68,8 @@ def page(rows: list[Row], machine: dict[str, Any]) -> str:
     lines = [HEADINGS, ["---"] * len(HEADINGS), *(cells(row) for row in rows)]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     described = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in machine.items())
-    return PAGE.format(machine=described, table=drawn)
+    notes = [f"- {r.case}, {r.what}, against {r.against}: {r.note}." for r in rows if r.note]
+    return PAGE.format(machine=described, table=drawn, notes="\n".join(notes))
 
 
 def write(rows: list[Row], machine: dict[str, Any], folder: Path) -> None:

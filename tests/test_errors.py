@@ -131,6 +131,13 @@ def test_read_outside_the_block_is_refused(read: Callable[[nn.Module], object]) 
     assert_untouched(eager, model)
 
 
+def test_no_threads_are_refused_before_anything_is_done() -> None:
+    eager, model = twins()
+    with pytest.raises(ValueError, match="threads=0: at least one"):
+        lateinit.materialize(model, threads=0)
+    assert_untouched(eager, model)
+
+
 def test_item_is_called_item() -> None:
     _, model = twins()
     with pytest.raises(DeferredTensorError, match=r"^item needs the values of"):

@@ -40,7 +40,7 @@ def _interval(program: Program, ref: Any, before: int, depth: int) -> Interval:
         return _UNKNOWN
     op = program.ops[number]
     rule = _RULES.get(op.name)
-    written = next(op.written(), None)
+    written = next(iter(op.written()), None)
     if rule is None or written is None or written.dtype != ref.dtype:
         return _UNKNOWN
     if not program.covers(written):

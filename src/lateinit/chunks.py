@@ -24,9 +24,7 @@ from lateinit.program import Op, Program, TensorRef, tensor_refs
 UNIT = 16
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 _PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
-_IN_CACHE = (
-    1 << 19
-)  # elements that a chain of kernels goes through at a time: few calls, small memory
+_IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time
 
 _FIRST = frozenset(
     {"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar", TRUNCATED}
@@ -97,7 +95,7 @@ def _quiet(mean: float, std: float, low: float, high: float) -> bool:
 
 def _in_pieces(op: Op, ref: TensorRef) -> bool:
     others = (*op.args[1:], *op.kwargs.values())
-    if any(True for value in others for _ in tensor_refs(value)):
+    if any(tensor_refs(value) for value in others):
         return False
     return ref.dtype.is_floating_point and is_exact(op.name, ref.dtype)
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,19 +36,21 @@ def execute(
     """
     count = torch.get_num_threads() if threads is None else threads
     waiting: deque[_Running] = deque()
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            for step in steps:
-                fill = fill_of(replay.program, step)
-                if fill is None:
-                    yield step, lambda step=step: replay.run(step)  # type: ignore[misc]
-                    continue
-                waiting.append(_start(replay, step, fill, pool, count))
-                if len(waiting) > _AHEAD * count:
-                    yield _collect(replay, waiting.popleft())
-            while waiting:
+    pool: ThreadPoolExecutor | None = None  # made where something is large
+    try:
+        for step in steps:
+            fill = fill_of(replay.program, step)
+            if fill is None:
+                yield step, partial(replay.run, step)
+                continue
+            pool = pool or ThreadPoolExecutor(count)
+            waiting.append(_start(replay, step, fill, pool, count))
+            if len(waiting) > _AHEAD * count:
                 yield _collect(replay, waiting.popleft())
-        finally:
+        while waiting:
+            yield _collect(replay, waiting.popleft())
+    finally:
+        if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
 
 

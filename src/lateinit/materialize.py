@@ -7,7 +7,7 @@ keeps hooks and weak references), so optimizers, ties and closures hold what the
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from lateinit.plan import Plan, Step, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
 from lateinit.replay import Replay, without_modes
-from lateinit.tensors import DeferredTensor, Slot, locate, unguard
+from lateinit.tensors import ON_META, DeferredTensor, Slot, locate, slot_of, unguard
 from lateinit.values import digest
 from lateinit.walk import Found, find_tensors
 
@@ -97,11 +97,13 @@ def materialize(
         True
     """
     cast = _cast(device, dtype)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: at least one thread has to fill tensors")
     if not isinstance(target, (nn.Module, Tensor, dict, list, tuple, set, frozenset)):
         raise TypeError(
             f"materialize takes a module, a tensor, or a container of them, not {type(target)}"
         )
-    wanted = list(_wanted(target, only))
+    wanted = _wanted(target, only)
     for group in wanted:
         check_seed(group.program, seed)
         _check_shared(group, cast)
@@ -125,7 +127,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         1 step, 1 of 1 recorded ops, 32 bytes
         ...
     """
-    groups = list(_wanted(target, only))
+    groups = _wanted(target, only)
     if len(groups) > 1:
         raise ValueError("the target was recorded in several blocks: plan one part at a time")
     if not groups:
@@ -145,28 +147,35 @@ def is_deferred(target: Any) -> bool:
     return any(found.deferred for found in find_tensors(target))
 
 
-def _wanted(target: Any, only: Only | None) -> Iterator[Wanted]:
+def _wanted(target: Any, only: Only | None) -> list[Wanted]:
     """The deferred tensors that are asked for, by program; all checked before any is touched."""
     found = select(list(find_tensors(target)), only)
-    unknown = [f.name for f in found if f.unrecorded]
+    slots = [slot_of(f.tensor) for f in found]
+    pairs = list(zip(found, slots, strict=True))
+    unknown = [f.name for f, slot in pairs if slot is None and f.tensor.is_meta]
     if unknown:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
             "`with lateinit.deferred():` instead of on torch.device('meta')"
         )
     groups: dict[int, Wanted] = {}
-    for item in found:
-        if item.deferred and item.tensor.is_leaf and item.tensor.grad is not None:
-            raise DeferredTensorError(
-                f"{item.name!r} has a gradient that was computed in a deferred constructor, which "
-                "cannot be carried over: call zero_grad() on the module first"
-            )
-        if item.deferred:
-            slot, program, ref = locate(item.tensor)
-            group = groups.setdefault(id(program), Wanted(program))
-            entry = (item.name, item.tensor, slot, ref)
-            group.tensors.setdefault(ref.storage, []).append(entry)
-    yield from groups.values()
+    with torch._C.DisableTorchFunctionSubclass():
+        for item, slot in pairs:
+            if slot is None or slot is ON_META:
+                continue
+            tensor = item.tensor
+            if tensor.is_leaf and tensor.grad is not None:
+                raise DeferredTensorError(
+                    f"{item.name!r} has a gradient that was computed in a deferred constructor, "
+                    "which cannot be carried over: call zero_grad() on the module first"
+                )
+            program, number = slot.resolve()
+            group = groups.get(id(program))
+            if group is None:
+                group = groups[id(program)] = Wanted(program)
+            entry = (item.name, tensor, slot, TensorRef.of(tensor, number))
+            group.tensors.setdefault(number, []).append(entry)
+    return list(groups.values())
 
 
 def select(found: list[Found], only: Only | None) -> list[Found]:

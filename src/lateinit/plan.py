@@ -121,7 +121,7 @@ def _steps(program: Program, needed: list[int], targets: dict[int, None]) -> lis
 
     first: list[int] = []
     for number in needed:
-        touched = list(_touched(program, number))
+        touched = _touched(program, number)
         for other in touched[1:]:
             parent[find(other)] = find(touched[0])
         first.append(touched[0])
@@ -135,9 +135,6 @@ def _steps(program: Program, needed: list[int], targets: dict[int, None]) -> lis
     return [Step(tuple(n), tuple(gives.get(root, ()))) for root, n in ops.items()] + bare
 
 
-def _touched(program: Program, number: int) -> Iterator[int]:
+def _touched(program: Program, number: int) -> list[int]:
     op = program.ops[number]
-    for ref in op.written():
-        yield ref.storage
-    for ref in op.read():
-        yield ref.storage
+    return [ref.storage for ref in (*op.written(), *op.read())]

@@ -9,7 +9,7 @@ they look at is always known.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,14 +37,8 @@ class TensorRef(NamedTuple):
     def of(cls, tensor: Tensor, storage: int) -> TensorRef:
         """The window that a tensor is on a storage of this number."""
         bits = (CONJUGATE if tensor.is_conj() else 0) | (NEGATIVE if tensor.is_neg() else 0)
-        return cls(
-            storage,
-            tensor.dtype,
-            tuple(tensor.size()),
-            tuple(tensor.stride()),
-            int(tensor.storage_offset()),
-            bits,
-        )
+        size, stride, offset = tuple(tensor.size()), tensor.stride(), tensor.storage_offset()
+        return cls(storage, tensor.dtype, size, stride, int(offset), bits)
 
     @property
     def numel(self) -> int:
@@ -110,28 +104,30 @@ class Op(NamedTuple):
     ambient: int
     label: str | None
 
-    def written(self) -> Iterator[TensorRef]:
+    def written(self) -> list[TensorRef]:
         """The windows that this op writes."""
+        found: list[TensorRef] = []
         if self.name != ops.CONSTANT:
             info = ops.by_name(self.name)
             for position in info.mutates:
                 if position < len(self.args):
-                    yield from tensor_refs(self.args[position])
+                    found += tensor_refs(self.args[position])
             for key in info.mutates_kw:
-                yield from tensor_refs(self.kwargs.get(key))
-        for out in self.outs:
-            if out is not None:
-                yield out
+                found += tensor_refs(self.kwargs.get(key))
+        if self.outs:
+            found += [out for out in self.outs if out is not None]
+        return found
 
-    def read(self) -> Iterator[TensorRef]:
+    def read(self) -> list[TensorRef]:
         """The windows that this op reads."""
-        skip = 0
-        if self.name != ops.CONSTANT and ops.by_name(self.name).overwrites:
-            skip = 1
-        for value in self.args[skip:]:
-            yield from tensor_refs(value)
-        for value in self.kwargs.values():
-            yield from tensor_refs(value)
+        own = self.name != ops.CONSTANT and ops.by_name(self.name).overwrites
+        found: list[TensorRef] = []
+        for value in self.args[1:] if own else self.args:
+            found += tensor_refs(value)
+        if self.kwargs:
+            for value in self.kwargs.values():
+                found += tensor_refs(value)
+        return found
 
     def __str__(self) -> str:
         shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
@@ -141,13 +137,14 @@ class Op(NamedTuple):
         return (f"{outs} = {call}" if outs else call) + draw
 
 
-def tensor_refs(value: Any) -> Iterator[TensorRef]:
+def tensor_refs(value: Any) -> Sequence[TensorRef]:
     """Every ``TensorRef`` in an argument, lists of them included."""
-    if type(value) is TensorRef:
-        yield value
-    elif type(value) in (tuple, list):
-        for item in value:
-            yield from tensor_refs(item)
+    kind = type(value)
+    if kind is TensorRef:
+        return (value,)
+    if kind is tuple or kind is list:
+        return [ref for item in value for ref in tensor_refs(item)]
+    return ()
 
 
 def _show(value: Any) -> str:

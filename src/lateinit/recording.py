@@ -18,7 +18,7 @@ from lateinit.masquerade import Masquerade
 from lateinit.patches import Patches
 from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
-from lateinit.tensors import ON_META, guard, is_deferred_tensor, slot_of
+from lateinit.tensors import ON_META, DeferredTensor, guard, is_deferred_tensor, slot_of
 from lateinit.walk import own_tensors
 
 T = TypeVar("T")
@@ -152,6 +152,8 @@ class _Modules:
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
         self._found[id(module)] = module
+        if type(value) is nn.Parameter:
+            return
         # PPE's placeholders are no subclasses of torch's.
         ppe = type(value).__name__ == "UninitializedParameter"
         if ppe or isinstance(value, UninitializedTensorMixin):
@@ -178,11 +180,6 @@ class _Modules:
 
 def _guard_all(recorder: Recorder, modules: _Modules) -> None:
     """Guard what the block made: all tensors on its modules, and those made that still live."""
-    for reference in recorder.born:
-        tensor = reference()
-        if tensor is not None and is_deferred_tensor(tensor):
-            guard(tensor)
-    recorder.born.clear()
     seen: set[int] = set()
     for module in modules.all():
         path = None
@@ -193,3 +190,10 @@ def _guard_all(recorder: Recorder, modules: _Modules) -> None:
                 if slot.name is None:
                     path = modules.path(module) if path is None else path
                     slot.name = path + name
+    for reference in recorder.born:
+        made = reference()
+        if made is None or isinstance(made, DeferredTensor):
+            continue
+        if is_deferred_tensor(made):
+            guard(made)
+    recorder.born.clear()

@@ -127,7 +127,7 @@ class Replay:
 
     def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
         """Call an op with real arguments; gives what it returns, as a flat tuple."""
-        args = tuple(self._real(value, storages) for value in op.args)
+        args = [self._real(value, storages) for value in op.args]
         if op.name == ops.CONSTANT:
             return (args[0].clone(memory_format=torch.preserve_format),)
         kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}

@@ -113,11 +113,12 @@ class _InSequence:
 
 def consumption(op: Op) -> rng.Draw | None:
     """What a random op draws, in terms of ``rng``, or None if that depends on values."""
-    filled = next(op.written(), None)
+    written = op.written()
     rest = op.args[1:] if by_name(op.name).mutates else op.args
-    if filled is None or any(True for a in rest for _ in tensor_refs(a)):
+    if not written or any(tensor_refs(a) for a in rest):
         return None
-    numbers = tuple(a for a in rest if a is None or isinstance(a, (int, float)))
+    filled = written[0]
+    numbers = tuple([a for a in rest if a is None or isinstance(a, (int, float))])
     return rng.Draw(op.name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
 
 
