@@ -13,7 +13,8 @@ from rich.console import Console
 
 from benchmarks import materialize
 from benchmarks.construction import construction
-from benchmarks.harness import ROOT, Row, Run, machine
+from benchmarks.harness import ROOT, Goal, Row, Run, machine
+from benchmarks.lazy import inference
 from benchmarks.materialize import against_eager
 from benchmarks.report import as_json, cells, table, write
 
@@ -25,6 +26,8 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "construct-llama-70b": construction("llama_70b"),
     "construct-linears": construction("linears"),
     "construct-resnet-152": construction("resnet_152"),
+    "infer-resnet-50": inference("resnet-50", None),
+    "infer-gpt-1.6b": inference("gpt-1.6b", Goal(20, faster=True)),
     "linears": against_eager("linears", 1.8),
     "gpt2-medium": against_eager("gpt2_medium", 3.0),
     "llama-300m": against_eager("llama_300m", 3.0),

@@ -61,7 +61,6 @@ ROOMS = """
     skip
 
     lazy
-    lazy.errors
     lazy.signature
     lazy.rules
     lazy.shortcuts

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
-from lateinit.lazy.errors import NeedsValuesError, ShapeError, UnreachedError
+from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError
 from tests.lazy_models import GPT, ResNet50, gpt2_xl
 from tests.snapshots import assert_same, snapshot
 

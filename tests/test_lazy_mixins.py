@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
-from lateinit.lazy.errors import RuleError, ShapeError, UninitializedError
+from lateinit.errors import RuleError, ShapeError, UninitializedError
 from tests.snapshots import assert_same
 
 size = lateinit.size

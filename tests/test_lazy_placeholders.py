@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
-from lateinit.lazy.errors import UninitializedError
+from lateinit.errors import UninitializedError
 
 BOTH = pytest.mark.parametrize(
     "cls", [lateinit.nn.UninitializedParameter, lateinit.nn.UninitializedBuffer]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
-from lateinit.lazy.errors import ShapeError
+from lateinit.errors import ShapeError
 from lateinit.lazy.shapes import ShapeMode
 from tests.snapshots import assert_same
 

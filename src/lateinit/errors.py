@@ -1,18 +1,23 @@
 """What lateinit raises.
 
 LateinitError
- +-- RecordingError        (RuntimeError)      the construction did what cannot be recorded
- +-- DeferredTensorError   (RuntimeError)      a deferred tensor was used as if it had values
- +-- NotRecordedError      (RuntimeError)      a meta tensor whose construction was never recorded
- +-- ConstantChangedError  (RuntimeError)      real data that a program refers to has changed
- +-- SeedError             (ValueError)        another seed would have built another model
- +-- PatternError          (ValueError)        `only=` matches nothing
- +-- MaterializeError      (RuntimeError)      a recorded op failed when it was replayed
- +-- OutOfMemoryError      (MemoryError)       materialising ran out of memory
- +-- SpecError             (ValueError)        a model specification that names no model
- +-- OutputExistsError     (FileExistsError)   an output that would be overwritten
- +-- OutputError           (OSError)           an output that cannot be written
- +-- CheckpointError       (ValueError)        a model that a checkpoint cannot hold
+ +-- RecordingError        (RuntimeError)             the construction did what cannot be recorded
+ +-- DeferredTensorError   (RuntimeError)             a deferred tensor was used as if it had values
+ +-- NotRecordedError      (RuntimeError)             a meta tensor that was never recorded
+ +-- ConstantChangedError  (RuntimeError)             real data that a program refers to has changed
+ +-- SeedError             (ValueError)               another seed would have built another model
+ +-- PatternError          (ValueError)               `only=` matches nothing
+ +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
+ +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
+ +-- SpecError             (ValueError)               a model specification that names no model
+ +-- OutputExistsError     (FileExistsError)          an output that would be overwritten
+ +-- OutputError           (OSError)                  an output that cannot be written
+ +-- CheckpointError       (ValueError)               a model that a checkpoint cannot hold
+ +-- ShapeError            (ValueError, RuntimeError) a shape that disagrees with what is known
+ +-- RuleError             (TypeError)                a rule that does not fit its class
+ +-- UninitializedError    (RuntimeError, ValueError) a placeholder was used as a tensor
+ +-- UnreachedError        (RuntimeError)             the forward never met some lazy modules
+ +-- NeedsValuesError      (RuntimeError)             the forward depends on values, not shapes
 """
 
 from __future__ import annotations
@@ -74,6 +79,26 @@ class OutputError(LateinitError, OSError):
 
 class CheckpointError(LateinitError, ValueError):
     """A model that a checkpoint cannot hold, or an unfinished checkpoint of another model."""
+
+
+class ShapeError(LateinitError, ValueError, RuntimeError):
+    """An input or a checkpoint has a shape that disagrees with what is known."""
+
+
+class RuleError(LateinitError, TypeError):
+    """A rule names no argument of its class, or its class cannot be constructed with it."""
+
+
+class UninitializedError(LateinitError, RuntimeError, ValueError):
+    """A tensor whose shape is not known yet was used."""
+
+
+class UnreachedError(LateinitError, RuntimeError):
+    """A forward pass ended and some lazy modules were never called."""
+
+
+class NeedsValuesError(LateinitError, RuntimeError):
+    """A forward pass needs the values of a tensor of which only the shape is known."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from lateinit.errors import (
     OutOfMemoryError,
     PatternError,
     SeedError,
+    UninitializedError,
     candidates,
     is_out_of_memory,
     listing,
@@ -82,6 +83,7 @@ def materialize(
 
     Raises:
         NotRecordedError: a wanted tensor is on ``meta`` and was never recorded.
+        UninitializedError: a wanted tensor is lazy: its shape is not known yet.
         PatternError: a pattern of ``only`` matches no tensor.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
@@ -150,6 +152,12 @@ def is_deferred(target: Any) -> bool:
 def _wanted(target: Any, only: Only | None) -> list[Wanted]:
     """The deferred tensors that are asked for, by program; all checked before any is touched."""
     found = select(list(find_tensors(target)), only)
+    lazy = [f.name for f in found if f.lazy]
+    if lazy:
+        raise UninitializedError(
+            f"the shape is not known yet of {listing(lazy)}: call lateinit.infer_shapes(model, "
+            "...) first, or materialise the rest with only="
+        )
     slots = [slot_of(f.tensor) for f in found]
     pairs = list(zip(found, slots, strict=True))
     unknown = [f.name for f, slot in pairs if slot is None and f.tensor.is_meta]

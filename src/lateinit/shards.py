@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 from lateinit.program import Program, TensorRef
 from lateinit.safetensors_file import DTYPES, Entry
 from lateinit.tensors import Slot, is_deferred_tensor, locate
+from lateinit.walk import is_placeholder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
         CheckpointError: there is what safetensors cannot hold.
         NotRecordedError: there is a tensor on ``meta`` that was never recorded.
     """
+    # A state dict may leave out what is lazy, or fail over it, as in pytorch-pfn-extras.
+    _check({n: p for n, p in module.named_parameters() if is_placeholder(p)}, dtype)
     state = module.state_dict(keep_vars=True)
     _check(state, dtype)
     tied: dict[Any, list[str]] = {}
@@ -82,7 +84,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             wrong.append(f"{name} is a {type(value).__name__}, no tensor")
-        elif is_lazy(value):
+        elif is_placeholder(value):
             wrong.append(f"{name} is lazy: lateinit.infer_shapes() first")
         elif _is_wrapper(value):
             wrong.append(f"{name} is a {type(value).__name__}")

@@ -16,7 +16,6 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from lateinit.errors import listing
 from lateinit.folding import fold
@@ -25,7 +24,7 @@ from lateinit.lazy.placeholders import known_shape, show
 from lateinit.materialize import Only, select
 from lateinit.tensors import locate
 from lateinit.units import format_bytes
-from lateinit.walk import Found, Kind, find_tensors
+from lateinit.walk import Found, Kind, find_tensors, is_placeholder
 
 State = Literal["deferred", "lazy", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
@@ -247,7 +246,7 @@ def _numel(shape: tuple[int | None, ...] | None) -> int:
 def _state(found: Found) -> tuple[State, str, str | None]:
     """The state of a tensor, the device that it is on or meant for, and its initialisation."""
     tensor = found.tensor
-    if is_lazy(tensor):
+    if is_placeholder(tensor):
         return "lazy", str(tensor.device), None
     if not found.deferred:
         return "meta" if tensor.is_meta else "real", str(tensor.device), None
@@ -267,7 +266,7 @@ def _storage_bytes(tensor: Tensor) -> int:
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    if is_lazy(tensor):
+    if is_placeholder(tensor):
         return None
     with torch._C.DisableTorchFunctionSubclass():
         try:

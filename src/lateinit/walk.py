@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lateinit.tensors import is_deferred_tensor, slot_of
 
@@ -31,12 +32,25 @@ class Found:
 
     @property
     def deferred(self) -> bool:
-        return is_deferred_tensor(self.tensor)
+        return is_deferred_tensor(self.tensor) and not self.lazy
+
+    @property
+    def lazy(self) -> bool:
+        return is_placeholder(self.tensor)
 
     @property
     def unrecorded(self) -> bool:
         """Whether it is on meta, without the constructor having asked for that."""
         return self.tensor.is_meta and slot_of(self.tensor) is None
+
+
+def is_placeholder(tensor: Any) -> bool:
+    """Whether a tensor has no shape yet, by torch's protocol or that of pytorch-pfn-extras."""
+    if is_lazy(tensor):
+        return True
+    # Theirs is a parameter of its own class, which must not be imported to be recognised.
+    named = type(tensor).__name__.endswith("UninitializedParameter")
+    return named and isinstance(tensor, nn.Parameter)
 
 
 def find_tensors(target: Any) -> Iterator[Found]:

@@ -12,9 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lateinit.errors import listing
+from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 from lateinit.lazy.aside import outside
-from lateinit.lazy.errors import NeedsValuesError, ShapeError, UnreachedError
 from lateinit.lazy.foreign import initialise, is_lazy_module
 from lateinit.lazy.layers import LAYERS
 from lateinit.lazy.mixin import trying

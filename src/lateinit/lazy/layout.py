@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lateinit.errors import RuleError
 from lateinit.lazy.aside import Settings, aside
-from lateinit.lazy.errors import RuleError
 from lateinit.lazy.placeholders import Shape, known_shape
 from lateinit.lazy.rules import Rule, size
 

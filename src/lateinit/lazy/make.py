@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lateinit.errors import ShapeError
 from lateinit.lazy.aside import Settings
 from lateinit.lazy.declare import declare, layout_of
-from lateinit.lazy.errors import ShapeError
 from lateinit.lazy.layout import Spec
 from lateinit.lazy.loading import load_sizes
 from lateinit.lazy.mixin import LazyModuleMixin, finish, initialising

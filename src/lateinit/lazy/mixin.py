@@ -14,8 +14,8 @@ from torch.nn.modules import lazy as torch_lazy
 from torch.nn.parameter import is_lazy
 
 from lateinit import holes
+from lateinit.errors import UninitializedError
 from lateinit.lazy.aside import aside, outside
-from lateinit.lazy.errors import UninitializedError
 from lateinit.lazy.placeholders import mismatch, show
 from lateinit.recording import fill
 from lateinit.tensors import guard, is_deferred_tensor

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit.errors import UninitializedError
 from lateinit.lazy import placeholders
-from lateinit.lazy.errors import UninitializedError
 from lateinit.lazy.make import Lazy
 from lateinit.lazy.mixin import check_known
 from lateinit.lazy.placeholders import become

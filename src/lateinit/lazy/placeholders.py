@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit.lazy.errors import ShapeError, UninitializedError
+from lateinit.errors import ShapeError, UninitializedError
 from lateinit.recorder import current
 from lateinit.replay import without_modes
 from lateinit.tensors import guard, is_deferred_tensor
+from lateinit.walk import is_placeholder
 
 Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
@@ -51,7 +52,7 @@ def known_shape(tensor: Tensor) -> Shape | None:
         >>> known_shape(lateinit.nn.LazyLinear(10).weight)
         (10, None)
     """
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_placeholder(tensor):
         shape: Shape | None = tensor.__dict__.get("_known")
         return shape
     return tuple(tensor.shape)

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lateinit.errors import candidates
-from lateinit.lazy.errors import RuleError, ShapeError
+from lateinit.errors import RuleError, ShapeError, candidates
 
 Size = int | tuple[int, ...]
 

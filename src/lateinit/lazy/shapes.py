@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lateinit.arguments import kwargs_to_meta, tensors_in, to_meta
-from lateinit.lazy.errors import NeedsValuesError
+from lateinit.errors import NeedsValuesError
 from lateinit.lazy.shortcuts import numel_of_factory, range_on_meta, shortcut
 from lateinit.ops import OpInfo, describe
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit.lazy.placeholders import Placeholder
 from lateinit.tensors import is_deferred_tensor, original_class
+from lateinit.walk import is_placeholder
 
 _CONTAINERS = (dict, list, set)
 StandIn = Callable[[Tensor], Tensor]
@@ -68,8 +69,7 @@ class Lending:
             return tensor
         known = self._made.get(id(tensor))
         if known is None:
-            is_lazy = isinstance(tensor, UninitializedTensorMixin) or _is_foreign(tensor)
-            made = clone_placeholder(tensor) if is_lazy else self._stand_in(tensor)
+            made = clone_placeholder(tensor) if is_placeholder(tensor) else self._stand_in(tensor)
             known = self._made[id(tensor)] = tensor, made
             self._ours.add(id(made))
         return known[1]
@@ -91,11 +91,6 @@ class Lending:
                 )
             elif isinstance(value, (dict, list)) and value and id(value) not in seen:
                 self._replace(value, seen)
-
-
-def _is_foreign(tensor: Tensor) -> bool:
-    """Whether a tensor is a placeholder of pytorch-pfn-extras, which is not one of torch's."""
-    return type(tensor).__name__.endswith("UninitializedParameter")
 
 
 def clone_placeholder(placeholder: Any) -> Any:

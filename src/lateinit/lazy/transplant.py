@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit.lazy.errors import ShapeError
+from lateinit.errors import ShapeError
 from lateinit.lazy.layout import Name
 from lateinit.lazy.placeholders import become, converted, show
 
