@@ -426,3 +426,61 @@ def test_functions_of_a_forward_see_meta_everywhere() -> None:
     lateinit.infer_shapes(model, torch.ones(2, 3))
     assert model.lazy.in_features == 4
     assert not model.table.is_meta
+
+
+def test_a_forward_may_take_gradients_itself_and_leaves_none() -> None:
+    class Sensitive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(lateinit.nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 1))
+            self.head = lateinit.nn.LazyLinear(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.requires_grad_()
+            (slope,) = torch.autograd.grad(self.body(x).sum(), x, create_graph=True)
+            slope.sum().backward()
+            return self.head(slope)
+
+    for real in (False, True):
+        model, x = Sensitive(), torch.ones(4, 3)
+        lateinit.infer_shapes(model, x, real=real)
+        assert model.head.in_features == 3
+        assert all(p.grad is None for p in model.parameters())
+        assert not x.requires_grad
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_a_counter_is_read_as_it_is_and_does_not_count(block: bool) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(3))
+            self.register_buffer("ready", torch.tensor(data=False))
+            self.norm = lateinit.nn.LazyBatchNorm1d(momentum=None)  # reads how many batches
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.ready:
+                self.ready.fill_(value=True)
+            self.calls += 1
+            return self.norm(x[:, : int(self.calls)])
+
+    model = deferred(Counts) if block else Counts()
+    lateinit.infer_shapes(model, torch.empty(2, 9, device=META))
+    assert model.norm.num_features == 4
+    lateinit.materialize(model)
+    assert (model.calls, model.ready, model.norm.num_batches_tracked) == (3, False, 0)
+
+
+def test_a_counter_that_was_written_from_the_input_is_not_read() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(3))
+            self.lazy = lateinit.nn.LazyLinear(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.copy_(x.sum())
+            return self.lazy(x[:, : int(self.calls)])
+
+    with pytest.raises(NeedsValuesError, match="needs the values"):
+        lateinit.infer_shapes(Counts(), torch.ones(2, 9))

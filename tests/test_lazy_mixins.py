@@ -288,3 +288,49 @@ def test_only_modules_can_be_made_lazy() -> None:
 def test_wrong_arguments_are_refused_as_by_the_class() -> None:
     with pytest.raises(TypeError, match=r"LazyLinear.*missing a required argument: 'out_features'"):
         lateinit.nn.LazyLinear()
+
+
+class Awkward(nn.Module):
+    """Arguments by place only, by name only, and more of both."""
+
+    def __init__(self, out: int, dim: int, /, *more: int, flag: bool = False, **other: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(dim, out)
+        self.more, self.flag, self.other = more, flag, other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_arguments_may_be_by_place_only_and_of_any_number() -> None:
+    layer = lateinit.lazy(Awkward, dim=size(-1))(4, 7, 8, flag=True, note=9)
+    assert layer.layer.weight.known_shape == (4, None)
+    layer(torch.ones(2, 3))
+    assert layer.layer.in_features == 3
+    assert (layer.more, layer.flag, layer.other) == ((7, 8), True, {"note": 9})
+
+
+def test_a_rule_may_be_for_an_argument_that_is_taken_out_of_any_others() -> None:
+    class Open(nn.Module):
+        def __init__(self, out: int, **other: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(other["dim"], out)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    assert lateinit.lazy(Open, dim=size(-1))(4)(torch.ones(2, 3)).shape == (2, 4)
+    with pytest.raises(RuleError, match=r"Open cannot be made lazy in dimm: .*KeyError: 'dim'"):
+        lateinit.lazy(Open, dimm=size(-1))(4)
+
+
+def test_a_class_that_forwards_all_to_a_plain_layer_has_its_arguments() -> None:
+    class Forwards(nn.Linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.note = 1
+
+    layer = lateinit.lazy(Forwards, in_features=size(-1))(4, bias=False)
+    assert layer(torch.ones(2, 3)).shape == (2, 4)
+    with pytest.raises(RuleError, match="no argument 'in_feature'; there are: in_features"):
+        lateinit.lazy(Forwards, in_feature=size(-1))

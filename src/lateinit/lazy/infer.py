@@ -19,7 +19,7 @@ from lateinit.lazy.layers import LAYERS
 from lateinit.lazy.mixin import trying
 from lateinit.lazy.rules import evaluate
 from lateinit.lazy.shapes import ShapeMode, needs_values
-from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta
+from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta, on_shapes
 from lateinit.lazy.values import real_stand_in
 from lateinit.replay import without_modes
 
@@ -88,14 +88,14 @@ class _Run:
         self.names = names
         self.real = real
         self.met: dict[int, tuple[nn.Module, Any, Any]] = {}
-        self.lending = Lending(real_stand_in if real else on_meta)
+        self.lending = Lending(real_stand_in if real else on_shapes)
         self._sizes: dict[int, dict[str, Any]] = {}
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the forward pass, and leave the model as it was."""
-        snapshot, states = Snapshot(module), RandomStates()
+        snapshot, states, grad = Snapshot(module), RandomStates(), torch.is_grad_enabled()
         try:
-            with outside(), torch.no_grad(), trying(self.real):
+            with outside(), torch.set_grad_enabled(grad), trying(self.real):
                 args, kwargs = self._inputs((args, kwargs))
                 self._prepare(module)
                 with self._mode(), _said_where(self.real):

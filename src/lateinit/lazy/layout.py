@@ -18,6 +18,7 @@ from lateinit.errors import RuleError
 from lateinit.lazy.aside import Settings, aside
 from lateinit.lazy.placeholders import Shape, known_shape
 from lateinit.lazy.rules import Rule, size
+from lateinit.lazy.signature import call_with
 
 Name = tuple[str, str]  # the path of a module, and the name of something on it
 _OWN = frozenset(nn.Module().__dict__)
@@ -35,13 +36,15 @@ class Spec:
 
     def construct(self, sizes: Mapping[str, Any]) -> nn.Module:
         """The plain module."""
+        args, kwargs = call_with(self.cls, {**self.arguments, **sizes})
         with self.settings.in_force():
-            return self.cls(**self.arguments, **sizes)
+            return self.cls(*args, **kwargs)
 
     def construct_on(self, module: nn.Module, sizes: Mapping[str, Any]) -> None:
         """Run the constructor of the plain class on a module that exists."""
+        args, kwargs = call_with(self.cls, {**self.arguments, **sizes})
         with self.settings.in_force():
-            self.cls.__init__(module, **self.arguments, **sizes)
+            self.cls.__init__(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)

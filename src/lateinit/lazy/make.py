@@ -163,8 +163,7 @@ def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
     if not issubclass(cls, nn.Module):
         raise TypeError(f"lazy() needs a subclass of torch.nn.Module, not {cls!r}")
     names = parameters_of(cls)
-    if not (accepts_any(cls) and not names):
-        check_rules(cls, rules, list(names))
+    check_rules(cls, rules, [*names, *rules] if accepts_any(cls) else list(names))
     return lazy_class(cls, tuple(rules.items()), True)
 
 

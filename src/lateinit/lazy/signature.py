@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+Parameters = dict[str, inspect.Parameter]
 
 
-def parameters_of(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+def parameters_of(cls: type[nn.Module]) -> Parameters:
     """The arguments of a constructor by name; where it forwards all, those of the class above."""
-    found: dict[str, inspect.Parameter] = {}
-    forwards = False
+    return _own_and_rest(cls)[0]
+
+
+def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
+    """The arguments of a constructor, and its ``*args`` and ``**kwargs`` that no class names."""
+    found: Parameters = {}
+    rest: Parameters = {}
     for base in cls.__mro__:
         init = base.__dict__.get("__init__")
         if init is None or base is nn.Module:
             continue
         own = list(inspect.signature(init).parameters.values())[1:]
-        named = [p for p in own if p.kind not in _VARIADIC]
-        found |= {p.name: p for p in named if p.name not in found}
-        forwards = any(p.kind in _VARIADIC for p in own)
-        if not forwards:
+        found |= {p.name: p for p in own if p.kind not in _VARIADIC and p.name not in found}
+        rest = {p.name: p for p in own if p.kind in _VARIADIC}
+        if not rest:
             break
     if issubclass(cls, nn.RNNBase) and cls is not nn.RNNBase:
         found = {name: p for name, p in found.items() if name != "mode"}
         if cls is nn.RNN:
             found = _with_nonlinearity(found)
-    return found
+    return found, rest
 
 
 def _with_nonlinearity(found: dict[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
@@ -41,24 +46,40 @@ def _with_nonlinearity(found: dict[str, inspect.Parameter]) -> dict[str, inspect
 
 
 def accepts_any(cls: type[nn.Module]) -> bool:
-    """Whether a constructor takes arguments that its signature does not name."""
-    signature = inspect.signature(cls.__init__)
-    return any(p.kind in _VARIADIC for p in signature.parameters.values())
+    """Whether a constructor takes keyword arguments that no signature names."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _own_and_rest(cls)[1].values())
 
 
 def without(cls: type[nn.Module], names: Iterable[str]) -> inspect.Signature:
     """The signature of a class without some of its arguments."""
     left = set(names)
-    kept = [p for name, p in parameters_of(cls).items() if name not in left]
+    found, rest = _own_and_rest(cls)
+    kept = [p for name, p in (found | rest).items() if name not in left]
     seen_default = False
     ordered = []
     for p in kept:
         has_default = p.default is not inspect.Parameter.empty
-        late = seen_default and not has_default
+        late = seen_default and not has_default and p.kind not in _VARIADIC
         ordered.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if late else p)
         seen_default = seen_default or has_default
     ordered.sort(key=lambda p: p.kind)
     return inspect.Signature(ordered)
+
+
+def call_with(cls: type[nn.Module], values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """How a constructor is called with arguments by name, some of which it takes by place only."""
+    found, rest = _own_and_rest(cls)
+    kinds = {name: p.kind for name, p in (found | rest).items()}
+    more = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL]
+    by_place = values.get(more[0], ()) if more else ()
+    last = (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.POSITIONAL_ONLY
+    )
+    placed = [n for n, kind in kinds.items() if kind <= last and n in values]
+    named = {n: v for n, v in values.items() if n not in placed and n not in more}
+    for name in [n for n in named if kinds.get(n) is inspect.Parameter.VAR_KEYWORD]:
+        named |= named.pop(name)
+    return [*(values[name] for name in placed), *by_place], named
 
 
 def bind(cls: type[nn.Module], lazy: Iterable[str], args: Any, kwargs: Any) -> dict[str, Any]:

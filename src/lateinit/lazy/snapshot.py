@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit.errors import RecordingError
 from lateinit.lazy.placeholders import Placeholder
+from lateinit.lazy.shapes import readable
+from lateinit.lazy.values import real_stand_in
 from lateinit.tensors import is_deferred_tensor, original_class
 from lateinit.walk import is_placeholder
 
@@ -113,6 +116,21 @@ def on_meta(tensor: Tensor) -> Tensor:
             made = torch.empty(shape, dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         return nn.Parameter(made, grad) if is_parameter else made.requires_grad_(grad)
+
+
+def on_shapes(tensor: Tensor) -> Tensor:
+    """A stand-in without memory; of a counter one with its value, which steers a forward pass.
+
+    A batch norm that averages over all batches reads how many there were.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        counts = tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex())
+    if not counts or (tensor.is_meta and not is_deferred_tensor(tensor)):
+        return on_meta(tensor)
+    try:
+        return readable(real_stand_in(tensor, past_holes=False))
+    except RecordingError:  # it depends on what lazy modules will draw
+        return on_meta(tensor)
 
 
 class RandomStates:
