@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
-from lateinit.errors import ShapeError
+from lateinit.errors import NeedsValuesError, ShapeError, UninitializedError
 from lateinit.lazy.shapes import ShapeMode
+from lateinit.walk import is_placeholder
 from tests.snapshots import assert_same
 
 
@@ -208,6 +209,7 @@ def test_the_short_ways_to_shapes_agree_with_computing(name: str, data: st.DataO
         lambda x: x @ x,
         lambda x: x + torch.ones(7, device=x.device),
         lambda x: F.layer_norm(x, (9,)),
+        lambda x: F.embedding(x, torch.ones(4, 3, device=x.device)),
         lambda x: F.conv1d(x[None], torch.ones(4, 9, 1, device=x.device)),
         lambda x: F.linear(x, torch.ones(5, 9, device=x.device), torch.ones(5, device=x.device)),
     ],
@@ -215,3 +217,109 @@ def test_the_short_ways_to_shapes_agree_with_computing(name: str, data: st.DataO
 def test_what_does_not_fit_is_refused_by_torch_itself(wrong: Any) -> None:
     with torch.no_grad(), ShapeMode(), pytest.raises(RuntimeError, match=r"."):
         wrong(torch.empty(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda: lateinit.infer_shapes(torch.ones(2)), TypeError, "takes a module"),
+        (
+            lambda: lateinit.lazy(nn.Linear(2, 3), in_features=lateinit.size()),
+            TypeError,
+            "subclass",
+        ),
+        (lambda: lateinit.size("last"), TypeError, "numbers of dims"),
+        (
+            lambda: lateinit.infer_shapes(
+                lateinit.nn.LazyLinear(3), torch.empty(2, 3, device="meta"), real=True
+            ),
+            NeedsValuesError,
+            r"shape \(2, 3\) is on meta: give real",
+        ),
+        (
+            lambda: lateinit.lazy(nn.Linear, in_features=lambda x: "many")(3)(torch.ones(2, 3)),
+            ShapeError,
+            "Linear refuses the inferred in_features=many",
+        ),
+        (
+            lambda: nn.Sequential(lateinit.nn.LazyLinear(3)).apply(zeroed),
+            UninitializedError,
+            r"was given LazyLinear\.weight \(3, \?\).*infer_shapes",
+        ),
+    ],
+)
+def test_what_is_plainly_wrong_is_refused_at_once(wrong: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+def zeroed(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.weight)
+
+
+def test_an_initialiser_that_meets_a_placeholder_in_a_block_names_it() -> None:
+    def drawn(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+
+    with (
+        lateinit.deferred(),
+        pytest.raises(UninitializedError, match=r"normal_ was given LazyLinear\.weight \(3, \?\)"),
+    ):
+        nn.Sequential(lateinit.nn.LazyLinear(3)).apply(drawn)
+
+
+def test_initialisers_applied_in_a_second_block_are_those_of_the_twin() -> None:
+    def drawn(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    torch.manual_seed(0)
+    with lateinit.deferred():
+        model = nn.Sequential(lateinit.nn.LazyLinear(3), nn.Linear(3, 2))
+    lateinit.infer_shapes(model, torch.empty(1, 4, device="meta"))
+    torch.manual_seed(1)
+    with lateinit.deferred():
+        model.apply(drawn)
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    torch.manual_seed(1)
+    assert_same(twin.apply(drawn), lateinit.materialize(model))
+
+
+class Again(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("kind", ["ours", "torch", "pfn_extras", "pfn_extras itself", "lazy()"])
+@pytest.mark.parametrize("real", [False, True])
+def test_two_sizes_of_one_module_of_any_kind_are_named(kind: str, real: bool) -> None:
+    make = {
+        "ours": lambda: lateinit.nn.LazyLinear(4),
+        "torch": lambda: nn.LazyLinear(4),
+        "pfn_extras": lambda: lateinit.pfn_extras.LazyLinear(None, 4),
+        "pfn_extras itself": lambda: pytest.importorskip("pytorch_pfn_extras").nn.LazyLinear(
+            None, 4
+        ),
+        "lazy()": lambda: lateinit.lazy(nn.Linear, in_features=lateinit.size(-1))(4),
+    }
+    model = Again(make[kind]())
+    with pytest.raises(ShapeError, match=r"layer is called with in_features=3 and again with .*=4"):
+        lateinit.infer_shapes(model, torch.ones(2, 3), real=real)
+    assert is_placeholder(model.layer.weight)
+
+
+def test_an_input_that_disagrees_with_what_the_first_inferred_is_refused() -> None:
+    layer = lateinit.nn.LazyBilinear(3)
+    layer(torch.ones(2, 3), torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="got 5 but expected 4"):
+        layer(torch.ones(2, 3), torch.ones(2, 5))
+    assert (layer.in1_features, layer.in2_features) == (3, 4)

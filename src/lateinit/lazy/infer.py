@@ -55,6 +55,7 @@ def infer_shapes(
         UnreachedError: the forward pass did not reach some lazy modules.
         NeedsValuesError: the forward pass depends on values; the message says where.
         ShapeError: the inputs do not suit a lazy module, or two calls of one disagree.
+        TypeError: ``module`` is no module.
 
     Example:
         >>> with lateinit.deferred():
@@ -65,6 +66,8 @@ def infer_shapes(
         >>> net[2]
         Linear(in_features=394272, out_features=10, bias=True)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"infer_shapes takes a module and its example inputs, not {type(module)}")
     names = {id(part): name for name, part in module.named_modules()}
     waiting = [part for part in module.modules() if is_lazy_module(part)]
     run = _Run(names, real)
@@ -113,7 +116,7 @@ class _Run:
         return contextlib.nullcontext() if self.real else ShapeMode()  # type: ignore[no-untyped-call]
 
     def _inputs(self, inputs: Any) -> Any:
-        make = (lambda t: t.detach().clone()) if self.real else on_meta
+        make = _real_input if self.real else on_meta
         return pytree.tree_map(
             lambda leaf: _with_tensors(leaf, make),
             inputs,
@@ -148,7 +151,7 @@ class _Run:
         with outside():
             self.lending.lend(module)
         self.met[id(module)] = module, *shapes
-        rules = _RULES.get(type(module)) or getattr(module, "_rules", None)
+        rules = _rules_of(module)
         if rules is not None:
             module.register_forward_pre_hook(self._check(rules), with_kwargs=True)
             self._check(rules)(module, args, kwargs)
@@ -166,6 +169,23 @@ class _Run:
                 )
 
         return check
+
+
+def _real_input(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise NeedsValuesError(
+            f"real=True runs the forward pass with values, and an input of shape "
+            f"{tuple(tensor.shape)} is on meta: give real example inputs"
+        )
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _rules_of(module: nn.Module) -> Any:
+    """The rules for a lazy module, ours or another's, that is initialised."""
+    cls = type(module)
+    if cls.__module__.startswith("pytorch_pfn_extras."):  # their layers do not become plain ones
+        cls = next((base for base in cls.__mro__ if base in _RULES), cls)
+    return _RULES.get(cls) or getattr(module, "_rules", None)
 
 
 def _said(sizes: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from lateinit.lazy.rules import Rule, check_rules, evaluate
 from lateinit.lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit.lazy.transplant import Transplant
 
+_REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
+
 
 class Lazy(LazyModuleMixin):
     """The base of lazy versions of classes: constructed without the sizes that rules give.
@@ -80,7 +82,7 @@ class Lazy(LazyModuleMixin):
         with initialising(self):
             try:
                 plain = spec.construct(sizes)
-            except (ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+            except _REFUSALS as error:
                 shown = ", ".join(f"{name}={value}" for name, value in sizes.items())
                 raise ShapeError(
                     f"{self._get_name()}: {spec.cls.__name__} refuses the inferred {shown}: {error}"
@@ -160,7 +162,8 @@ def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
         >>> layer(torch.zeros(2, 3)).shape, type(layer).__name__
         (torch.Size([2, 4]), 'Linear')
     """
-    if not issubclass(cls, nn.Module):
+    given: object = cls
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise TypeError(f"lazy() needs a subclass of torch.nn.Module, not {cls!r}")
     names = parameters_of(cls)
     check_rules(cls, rules, [*names, *rules] if accepts_any(cls) else list(names))

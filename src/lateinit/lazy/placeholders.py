@@ -173,7 +173,8 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **(kwargs or {}))
             return _converted(args[0], result) if func in _CONVERSIONS else result
-        found = next((a for a in args if isinstance(a, Placeholder)), None)
+        given = (*args, *(kwargs or {}).values())
+        found = next((a for a in given if isinstance(a, Placeholder)), None)
         named = found._describe() if found is not None else cls.__name__
         raise UninitializedError(
             f"{getattr(func, '__name__', func)} was given {named}, an uninitialized parameter or "

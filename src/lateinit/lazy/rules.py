@@ -46,6 +46,8 @@ class size:  # noqa: N801 - reads as a function in a rule
         ndim: int | tuple[int, ...] = (),
         default: int | None = None,
     ) -> None:
+        if not all(isinstance(dim, int) for dim in dims):
+            raise TypeError(f"size() takes the numbers of dims, not {dims}")
         ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
         values = {"dims": dims or (-1,), "of": of, "ndim": ranks, "default": default}
         self.__dict__.update(values)

@@ -176,7 +176,8 @@ def _sides(sides: Any, *window: Any) -> list[int]:
 
 
 def _embedding(weight: Tensor, indices: Tensor, *rest: Any, **kwargs: Any) -> Any:
-    return weight.new_empty((*indices.shape, weight.shape[1])) if weight.dim() == 2 else None
+    fits = weight.dim() == 2 and indices.dtype in (torch.int32, torch.int64)
+    return weight.new_empty((*indices.shape, weight.shape[1])) if fits else None
 
 
 def _layer_norm(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
