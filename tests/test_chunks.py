@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut what is tiny: otherwise only tensors of millions of elements are cut."""
     monkeypatch.setattr(chunks, "_SMALLEST", 16)
-    monkeypatch.setattr(chunks, "_PIECE", 64)
+    monkeypatch.setattr(chunks, "PIECE", 64)
     monkeypatch.setattr(chunks, "_IN_CACHE", 32)
 
 
@@ -71,7 +71,7 @@ def test_any_cut_gives_the_bits_of_one_call(
     assert torch.equal(ended, torch.get_rng_state())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "_SMALLEST", 16)
-        patch.setattr(chunks, "_PIECE", piece)
+        patch.setattr(chunks, "PIECE", piece)
         patch.setattr(chunks, "_IN_CACHE", in_cache)
         lateinit.materialize(model, threads=threads)
     for name, buffer in expected.named_buffers():

@@ -41,8 +41,10 @@ ROOMS = """
     plan
     replay
     chunks
+    sharding
     execute
     values
+    ranks
     labels
 
     tensors

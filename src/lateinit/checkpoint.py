@@ -15,12 +15,11 @@ from torch import nn
 
 from lateinit.fingerprint import fingerprint
 from lateinit.materialize import check_seed
-from lateinit.program import Program
 from lateinit.progress import Progress
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged
 from lateinit.streaming import write_shards
-from lateinit.streams import state_of
+from lateinit.streams import recorded_seed
 from lateinit.units import format_bytes, parse_bytes
 from lateinit.version import __version__
 
@@ -116,23 +115,13 @@ def save_checkpoint(
 def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:
     """The seed that the recorded construction started from, and the one to replace it."""
     programs = {id(item.place[1]): item.place[1] for item in items if item.place is not None}
-    recorded = {_recorded_seed(program) for program in programs.values()}
+    recorded = {recorded_seed(program) for program in programs.values()}
     known = recorded.pop() if len(recorded) == 1 else None
     if seed is not None and seed == known:
         return known, None
     for program in programs.values():
         check_seed(program, seed)
     return known, seed
-
-
-def _recorded_seed(program: Program) -> int | None:
-    """The seed just set when recording began, if one was."""
-    for stream in program.streams:
-        if stream.root and isinstance(stream.start, bytes) and stream.device.type == "cpu":
-            seed = int.from_bytes(stream.start[:8], "little")
-            fresh = state_of(torch.Generator().manual_seed(seed)) == stream.start
-            return seed if fresh else None
-    return None
 
 
 def _metadata(seed: int | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from lateinit.program import Op, Program, TensorRef, tensor_refs
 
 UNIT = 16
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
-_PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
+PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
 _IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time
 
 _FIRST = frozenset(
@@ -105,8 +105,8 @@ def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
     numel = fill.ref.numel
     if fill.ops[0].name == TRUNCATED:
         return [(0, numel)]
-    count = max(1, -(-numel // _PIECE))
-    if threads > 1 and count < threads and numel > _PIECE:
+    count = max(1, -(-numel // PIECE))
+    if threads > 1 and count < threads and numel > PIECE:
         count = threads
     length = -(-numel // count // UNIT) * UNIT
     starts = [start for start in range(0, numel, length) if numel - start >= UNIT]
@@ -115,10 +115,13 @@ def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
 
 def state_at(fill: Fill, start: int, state: bytes) -> bytes:
     """Where the generator of a piece stands, if that of the whole stands at ``state``."""
+    return mt19937.jump(state, words_of(fill, start)) if start else state
+
+
+def words_of(fill: Fill, numel: int) -> int:
+    """How many words a fill draws for its first so many elements, a multiple of 16."""
     op = fill.draws
-    if op is None or start == 0:
-        return state
-    return mt19937.jump(state, _words(op.name, fill.ref.dtype, start))
+    return 0 if op is None else _words(op.name, fill.ref.dtype, numel)
 
 
 def _words(name: str, dtype: torch.dtype, numel: int) -> int:
@@ -133,7 +136,7 @@ def run_piece(
     """Fill one piece; with several kernels, in parts that stay in cache."""
     with torch.no_grad():
         flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
-        calls = [_call(op, state) for op in fill.ops]
+        calls = calls_of(fill, None if state is None else mt19937.generator_at(state))
         start, end = piece
         length = end - start if len(calls) == 1 else _IN_CACHE
         while start < end:
@@ -144,11 +147,15 @@ def run_piece(
             start = stop
 
 
-def _call(op: Op, state: bytes | None) -> Callable[[Tensor], Any]:
+def calls_of(fill: Fill, generator: torch.Generator | None) -> list[Callable[[Tensor], Any]]:
+    """The kernels of a fill, each to be called with a part; what draws, draws from a generator."""
+    return [_call(op, generator) for op in fill.ops]
+
+
+def _call(op: Op, generator: torch.Generator | None) -> Callable[[Tensor], Any]:
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
     if op.draw is not None:
-        assert state is not None
-        kwargs["generator"] = mt19937.generator_at(state)
+        kwargs["generator"] = generator
     return lambda part: func(part, *args, **kwargs)
 
 

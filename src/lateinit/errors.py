@@ -8,6 +8,7 @@ LateinitError
  +-- SeedError             (ValueError)               another seed would have built another model
  +-- PatternError          (ValueError)               `only=` matches nothing
  +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
+ +-- ShardingError         (RuntimeError)             shards that cannot be computed, or do not fit
  +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
  +-- SpecError             (ValueError)               a model specification that names no model
  +-- OutputExistsError     (FileExistsError)          an output that would be overwritten
@@ -56,6 +57,10 @@ class PatternError(LateinitError, ValueError):
 
 class MaterializeError(LateinitError, RuntimeError):
     """A recorded op failed when it was replayed."""
+
+
+class ShardingError(LateinitError, RuntimeError):
+    """A shard cannot be computed on its own, or the ranks would fill shards of other models."""
 
 
 class OutOfMemoryError(LateinitError, MemoryError):

@@ -22,6 +22,7 @@ from lateinit.errors import (
     OutOfMemoryError,
     PatternError,
     SeedError,
+    ShardingError,
     UninitializedError,
     candidates,
     is_out_of_memory,
@@ -32,8 +33,19 @@ from lateinit.memory import allocate
 from lateinit.plan import Plan, Step, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
+from lateinit.ranks import agree
 from lateinit.replay import Replay, without_modes
-from lateinit.tensors import ON_META, DeferredTensor, Slot, locate, slot_of, unguard
+from lateinit.sharding import reads_nothing
+from lateinit.tensors import (
+    ON_META,
+    DeferredTensor,
+    Slot,
+    held,
+    is_dtensor,
+    locate,
+    slot_of,
+    unguard,
+)
 from lateinit.values import digest
 from lateinit.walk import Found, find_tensors
 
@@ -58,11 +70,15 @@ def materialize(
     seed: int | None = None,
     threads: int | None = None,
     progress: bool = False,
+    check: bool = True,
 ) -> T:
     """Give deferred tensors their storage and their values, in place.
 
     Bit for bit what eager construction gives, whatever is materialised first. The global random
     state is neither read nor moved. Tensors that are real already are left alone.
+
+    Of a model that was sharded while it was deferred (``fully_shard``, ``parallelize_module``,
+    ``distribute_tensor``) each rank computes its own shards, and nothing is sent but one digest.
 
     Args:
         target: a module, a tensor, or a list, tuple or dict of them.
@@ -77,6 +93,9 @@ def materialize(
         threads: how many threads fill large tensors, by default ``torch.get_num_threads()``; the
             bits are the same for any number.
         progress: show a progress bar on stderr.
+        check: before shards are filled, ask the other ranks of their mesh whether they recorded
+            the same construction from the same random state: one all-gather of a few bytes along
+            each axis, for which all of them must call this. False asks nobody.
 
     Returns:
         ``target`` itself.
@@ -87,6 +106,8 @@ def materialize(
         PatternError: a pattern of ``only`` matches no tensor.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
+        ShardingError: ranks disagree on what they recorded, or a shard's placement is one that
+            no part of a tensor can be computed for.
         OutOfMemoryError: memory ran out; what was materialised stands, and calling again
             continues.
 
@@ -107,6 +128,7 @@ def materialize(
         )
     wanted = _wanted(target, only)
     for group in wanted:
+        _check_shards(group, seed, ask=check)
         check_seed(group.program, seed)
         _check_shared(group, cast)
     total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
@@ -164,7 +186,8 @@ def _wanted(target: Any, only: Only | None) -> list[Wanted]:
     if unknown:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
-            "`with lateinit.deferred():` instead of on torch.device('meta')"
+            "`with lateinit.deferred():` instead of on torch.device('meta'); cast it before it is "
+            "sharded, or by materialize(dtype=)"
         )
     groups: dict[int, Wanted] = {}
     with torch._C.DisableTorchFunctionSubclass():
@@ -181,7 +204,7 @@ def _wanted(target: Any, only: Only | None) -> list[Wanted]:
             group = groups.get(id(program))
             if group is None:
                 group = groups[id(program)] = Wanted(program)
-            entry = (item.name, tensor, slot, TensorRef.of(tensor, number))
+            entry = (item.name, tensor, slot, TensorRef.of(held(tensor), number))
             group.tensors.setdefault(number, []).append(entry)
     return list(groups.values())
 
@@ -219,6 +242,32 @@ def check_seed(program: Program, seed: int | None) -> None:
                 f"seed={seed} cannot be honoured: the constructor read a random value "
                 f"({read.ref}) and seed {seed} gives another one; record again under that seed"
             )
+
+
+def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
+    """Raise where shards hold no part of a recorded tensor, or other ranks recorded another one."""
+    found = [(n, t, ref) for tensors in group.tensors.values() for n, t, _, ref in tensors]
+    shards = {name: (tensor, ref) for name, tensor, ref in found if is_dtensor(tensor)}
+    if not shards:
+        return
+    partial = [name for name, (tensor, _) in shards.items() if _is_partial(tensor)]
+    if partial:
+        raise ShardingError(
+            f"{listing(partial)}: a Partial placement holds terms of a sum, not parts of a tensor, "
+            "so it has no initial values of its own: use Shard or Replicate"
+        )
+    empty = [n for n, (_, ref) in shards.items() if reads_nothing(group.program, ref.storage)]
+    if empty:
+        raise ShardingError(
+            f"{listing(empty)}: sharded by a means that cannot be followed on deferred tensors: "
+            "use distribute_tensor, parallelize_module or fully_shard"
+        )
+    if ask:
+        agree({name: tensor for name, (tensor, _) in shards.items()}, group.program, seed)
+
+
+def _is_partial(tensor: Any) -> bool:
+    return any(placement.is_partial() for placement in tensor.placements)
 
 
 def _check_shared(group: Wanted, cast: _Cast) -> None:
@@ -319,6 +368,10 @@ def _place(
 
 def give(tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage) -> None:
     """Make a deferred tensor object a window on a real storage."""
+    if is_dtensor(tensor):
+        give(held(tensor), ref, storage)
+        _rewrap(tensor)
+        return
     inference = tensor.is_inference()
     if inference == torch.is_inference_mode_enabled():
         _swap(tensor, ref.on(storage))
@@ -339,6 +392,13 @@ def _swap(tensor: Tensor, real: Tensor) -> None:
     # Autograd keeps hooks in the implementation that was swapped out: hang them on the new one.
     tensor._backward_hooks = hooks
     tensor._post_accumulate_grad_hooks = grad_hooks
+
+
+def _rewrap(tensor: Any) -> None:
+    """Let a ``DTensor`` object know that its local shard is on another device now."""
+    local = tensor._local_tensor
+    _swap(tensor, type(tensor)(local, tensor._spec, requires_grad=tensor.requires_grad))
+    tensor._local_tensor = local
 
 
 def _cast(device: torch.device | str | None, dtype: torch.dtype | None) -> _Cast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -18,7 +19,14 @@ from lateinit.masquerade import Masquerade
 from lateinit.patches import Patches
 from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
-from lateinit.tensors import ON_META, DeferredTensor, guard, is_deferred_tensor, slot_of
+from lateinit.tensors import (
+    ON_META,
+    DeferredTensor,
+    guard,
+    guard_shard,
+    is_deferred_tensor,
+    slot_of,
+)
 from lateinit.walk import own_tensors
 
 T = TypeVar("T")
@@ -99,6 +107,13 @@ def block(recorder: Recorder) -> Iterator[None]:
     finally:
         _guard_all(recorder, modules)
     recorder.finish()
+    _guard_shards()
+
+
+@functools.cache
+def _guard_shards() -> None:
+    """From now on, guard what is distributed when it is registered on a module."""
+    hooks.register_module_parameter_registration_hook(guard_shard)
 
 
 @contextlib.contextmanager

@@ -122,6 +122,16 @@ def consumption(op: Op) -> rng.Draw | None:
     return rng.Draw(op.name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
 
 
+def recorded_seed(program: Program) -> int | None:
+    """The seed that was just set when recording began, if one was."""
+    for stream in program.streams:
+        if stream.root and isinstance(stream.start, bytes) and stream.device.type == "cpu":
+            seed = int.from_bytes(stream.start[:8], "little")
+            fresh = state_of(torch.Generator().manual_seed(seed)) == stream.start
+            return seed if fresh else None
+    return None
+
+
 def state_of(generator: torch.Generator) -> bytes:
     """The state of a generator as bytes."""
     return bytes(generator.get_state().numpy())

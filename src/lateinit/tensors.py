@@ -82,6 +82,7 @@ def _nothing() -> None:
     return None
 
 
+_PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
 ON_META = Slot(Program(), 0)
 """The slot of storages that a recorded constructor itself asked to be on ``meta``."""
 
@@ -101,10 +102,36 @@ def slot_of(tensor: Tensor) -> Slot | None:
 
 
 def _slot_of(tensor: Tensor) -> Slot | None:
+    if not tensor.is_meta:
+        return None
+    tensor = held(tensor)
     try:
-        return getattr(tensor.untyped_storage(), _ATTRIBUTE, None) if tensor.is_meta else None
+        return getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
     except (NotImplementedError, RuntimeError):  # layouts that have no storage
         return None
+
+
+def held(tensor: Tensor) -> Tensor:
+    """The tensor that has the memory: of a ``DTensor`` its local shard."""
+    if type(tensor) in _PLAIN_CLASSES or not is_dtensor(tensor):
+        return tensor
+    local: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return local
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a ``DTensor``, without importing what defines it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def guard_shard(module: nn.Module, name: str, parameter: Tensor) -> None:
+    """Guard the local shard of a parameter as it is registered.
+
+    ``nn.Parameter(dtensor)`` makes a new local tensor below the level that guards are heard at.
+    """
+    if is_dtensor(parameter) and is_deferred_tensor(parameter):
+        guard(held(parameter))
 
 
 def is_deferred_tensor(tensor: Tensor) -> bool:
@@ -123,7 +150,7 @@ def locate(tensor: Tensor) -> tuple[Slot, Program, TensorRef]:
         )
     program, number = slot.resolve()
     with torch._C.DisableTorchFunctionSubclass():
-        ref = TensorRef.of(tensor, number)
+        ref = TensorRef.of(held(tensor), number)
     return slot, program, ref
 
 
@@ -198,7 +225,21 @@ class DeferredTensor(torch.Tensor):
 def _asked_is_meta(tensor: Tensor, caller: Any) -> bool:
     # load_state_dict asks only in order to warn that its copy into meta will do nothing; into a
     # deferred tensor it does something.
-    return caller.f_code is not nn.Module._load_from_state_dict.__code__
+    if caller.f_code is nn.Module._load_from_state_dict.__code__:
+        return False
+    if caller.f_code.co_name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
+        _scatter(caller.f_locals)
+    return True
+
+
+def _scatter(asked: dict[str, Any]) -> None:
+    """Record what torch leaves out on meta when it distributes a tensor: the copy of a part.
+
+    Every rank holds the same deferred tensor: each takes its own part, and nothing is sent.
+    """
+    part = asked["scatter_list"][asked["mesh"].get_local_rank(asked["mesh_dim"])]
+    with torch.no_grad():
+        DeferredTensor.follow(torch.Tensor.copy_, (asked["output"], part), {})
 
 
 def is_whole_load(target: Any, source: Any = None) -> bool:
@@ -219,7 +260,7 @@ def is_parameter(tensor: Tensor) -> bool:
 @functools.cache
 def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     """The class that guards tensors of a class: itself also a subclass of that class."""
-    if cls in (torch.Tensor, nn.Parameter):
+    if cls in _PLAIN_CLASSES:
         return DeferredTensor
     own_guards = (DeferredTensor, UninitializedTensorMixin)
     if issubclass(cls, own_guards) or hasattr(cls, "__tensor_flatten__"):

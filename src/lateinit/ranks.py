@@ -1,0 +1,176 @@
+"""Whether the ranks of a mesh would fill their shards from one and the same construction.
+
+Each rank computes its shards alone. That they are parts of one model holds only if all of them
+recorded the same ops from the same random state: a digest of both is compared, once, along every
+axis of the meshes that the shards are on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lateinit.errors import ShardingError, listing
+from lateinit.program import Const, Op, Program, TensorRef
+from lateinit.streams import recorded_seed
+from lateinit.values import digest
+
+T = TypeVar("T")
+_HASH = 8  # bytes of each op's digest
+
+
+def agree(shards: dict[str, Any], program: Program, seed: int | None) -> None:
+    """Raise on every rank unless all ranks of the shards' meshes tell the same.
+
+    Args:
+        shards: the ``DTensor`` of each fully qualified name.
+        program: what they were recorded in.
+        seed: what replaces the recorded random state.
+
+    Raises:
+        ShardingError: another rank recorded another construction, started from another random
+            state, or sharded otherwise; or it did not answer.
+    """
+    account, groups = _account(shards, program, seed), list(_groups(shards.values()))
+    told = _spread(frozenset({account.summary}), groups, lambda a: frozenset().union(*a))
+    if len(told) > 1:
+        raise ShardingError(_difference(account, groups))
+
+
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """What a rank says of itself."""
+
+    start: str
+    placed: dict[str, str]
+    ops: list[Op]
+    hashes: bytes
+
+    @property
+    def summary(self) -> tuple[str, bytes, bytes]:
+        placed = hashlib.sha256(repr(self.placed).encode()).digest()
+        return self.start, placed, hashlib.sha256(self.hashes).digest()
+
+
+def _account(shards: dict[str, Any], program: Program, seed: int | None) -> _Account:
+    ops = [op for op in program.ops if _in_block(op, program)]
+    names: dict[int, int] = {}
+    hashes = (hashlib.sha256(repr(_plain(op, program, names)).encode()).digest() for op in ops)
+    placed = {name: _placed(tensor) for name, tensor in shards.items()}
+    return _Account(_start(program, seed), placed, ops, b"".join(h[:_HASH] for h in hashes))
+
+
+def _in_block(op: Op, program: Program) -> bool:
+    """Whether an op belongs to the construction, and not to the sharding, which may differ."""
+    return all(program.storages[ref.storage].closed for ref in op.written())
+
+
+def _plain(value: Any, program: Program, names: dict[int, int]) -> Any:
+    """An op's argument in a form that is the same in every process."""
+    if type(value) is Op:
+        parts = (value.args, sorted(value.kwargs.items()), value.outs, value.draw)
+        ambient = program.ambients[value.ambient]
+        return value.name, ambient, [_plain(part, program, names) for part in parts]
+    if type(value) is TensorRef:
+        number = names.setdefault(value.storage, len(names))
+        return tuple(value._replace(storage=number))
+    if type(value) is Const:
+        return digest(program.constants[value.number].tensor)
+    if type(value) in (tuple, list):
+        return [_plain(item, program, names) for item in value]
+    return value
+
+
+def _start(program: Program, seed: int | None) -> str:
+    """The random state that a construction starts from, in words."""
+    if seed is not None:
+        return f"seed={seed}"
+    states = [s.start for s in program.streams if isinstance(s.start, bytes)]
+    known = recorded_seed(program)
+    if known is not None and len(states) == 1:
+        return f"seed {known}"
+    return f"the random state {hashlib.sha256(b''.join(states)).hexdigest()[:12]}"
+
+
+def _placed(tensor: Any) -> str:
+    mesh, sizes = tensor.device_mesh, tuple(tensor.shape)
+    names = mesh.mesh_dim_names or ()
+    return f"{sizes} as {tensor.placements} on a mesh {tuple(mesh.shape)} {tuple(names)}"
+
+
+def _groups(shards: Iterable[Any]) -> Iterator[dist.ProcessGroup]:
+    """The process groups along the axes of all meshes, each once, in an order all ranks share."""
+    seen: set[str] = set()
+    for tensor in shards:
+        for group in tensor.device_mesh.get_all_groups():
+            if group.group_name not in seen and dist.get_backend(group) != "fake":
+                seen.add(group.group_name)
+                yield group
+
+
+def _spread(value: T, groups: list[dist.ProcessGroup], merge: Callable[[list[T]], T]) -> T:
+    """What all ranks say, merged along one axis after the other."""
+    for group in groups:
+        answers: list[Any] = [None] * dist.get_world_size(group)
+        try:
+            dist.all_gather_object(answers, value, group=group)
+        except RuntimeError as error:
+            ranks = listing(map(str, dist.get_process_group_ranks(group)))
+            raise ShardingError(
+                f"not all of the ranks {ranks} answered when they were asked what they recorded: "
+                "one of them failed, or did not call materialize() on the same shards "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        value = merge(answers)
+    return value
+
+
+def _difference(account: _Account, groups: list[dist.ProcessGroup]) -> str:
+    """In what the ranks differ; all of them ask at the same time."""
+
+    def by_rank(value: T) -> dict[int, T]:
+        spread = _spread({dist.get_rank(): value}, groups, lambda a: dict(ChainMap(*a)))
+        return dict(sorted(spread.items()))
+
+    hashes = by_rank(account.hashes)
+    place = _first_difference(list(hashes.values()))
+    ops = by_rank(str(account.ops[place]) if place < len(account.ops) else "nothing more")
+    starts, placed = by_rank(account.start), by_rank(account.placed)
+    if len(set(hashes.values())) > 1:
+        return (
+            f"the ranks recorded different constructions, first at op {place}: {_told(ops)}. Build "
+            "the same model, by the same code and configuration, on every rank"
+        )
+    if len(set(starts.values())) > 1:
+        return (
+            f"the ranks recorded the construction from different random states: {_told(starts)}. "
+            "Call torch.manual_seed() with the same seed on every rank, before "
+            "`with lateinit.deferred():`"
+        )
+    for name in dict.fromkeys(name for each in placed.values() for name in each):
+        found = {rank: each.get(name, "not sharded") for rank, each in placed.items()}
+        if len(set(found.values())) > 1:
+            return f"the ranks shard the model differently: {name!r} is {_told(found)}"
+    return "the ranks shard the model differently: their parameters come in another order"
+
+
+def _told(found: dict[int, str]) -> str:
+    """What each rank says, those that say the same together."""
+    ranks: dict[str, list[str]] = {}
+    for rank, words in found.items():
+        ranks.setdefault(words, []).append(str(rank))
+    return "; ".join(f"{words} on rank {listing(who)}" for words, who in ranks.items())
+
+
+def _first_difference(hashes: list[bytes]) -> int:
+    """The number of the first op that is not the same everywhere."""
+    shortest = min(map(len, hashes)) // _HASH
+    for place in range(shortest):
+        if len({h[place * _HASH : (place + 1) * _HASH] for h in hashes}) > 1:
+            return place
+    return shortest

@@ -1,0 +1,316 @@
+"""From a shard to flat ranges: computing only the part of a tensor that is wanted.
+
+Sharding a deferred tensor records copies: of a chunk into a padded buffer (FSDP2), or into
+chunks to be scattered (``distribute_tensor``). Followed back, they lead to a box of the whole
+tensor. Where that one is filled element by element in flat order, only the ranges that the box
+lies in are drawn, a bounded number of elements at a time, each at its place in the random stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lateinit import mt19937
+from lateinit.chunks import PIECE, UNIT, Fill, calls_of, state_at, words_of
+from lateinit.plan import Step, needed_ops
+from lateinit.program import Op, Program, TensorRef
+from lateinit.streams import set_state, state_of
+
+_ROWS = 1 << 19  # elements that are drawn at a time
+_APART = 1 << 22  # elements from which on one shard is given to several threads
+_GAP = 1 << 16  # elements between rows from which on each is drawn on its own
+
+
+class Box(NamedTuple):
+    """A block of a tensor: where it starts and how long it is in each dim."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def within(self, other: Box) -> Box:
+        """What two boxes have in common."""
+        start = tuple(map(max, self.start, other.start))
+        ends = map(min, self._ends(), other._ends())
+        return Box(start, tuple(max(0, e - s) for s, e in zip(start, ends, strict=True)))
+
+    def moved(self, origin: Box, target: Box) -> Box:
+        """This box, which lies in ``origin``, as it lies in ``target``."""
+        start = zip(self.start, origin.start, target.start, strict=True)
+        return Box(tuple(s - o + t for s, o, t in start), self.size)
+
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(s + n for s, n in zip(self.start, self.size, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A contiguous tensor, ``box`` of which holds ``source`` of a whole one, the rest zeros."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    box: Box
+    source: Box
+    casts: tuple[torch.dtype, ...] = ()
+
+    def read(self, ref: TensorRef) -> Copied | None:
+        """What a window on this tensor shows."""
+        seen = box_of(ref, self.shape)
+        if seen is None or ref.dtype != self.dtype:
+            return None
+        held = seen.within(self.box)
+        origin = Box((0,) * len(ref.size), ref.size)
+        return replace(
+            self,
+            shape=ref.size,
+            box=held.moved(seen, origin),
+            source=held.moved(self.box, self.source),
+        )
+
+    def written(self, ref: TensorRef, value: Copied) -> Copied | None:
+        """This tensor after ``value`` was copied to a window on it."""
+        target = box_of(ref, self.shape)
+        whole = ref.size == self.shape
+        # One box is all that is followed: what is written must be all that is there.
+        if target is None or value.shape != ref.size or not (whole or 0 in self.box.size):
+            return None
+        origin = Box((0,) * len(ref.size), ref.size)
+        box = value.box.moved(origin, target)
+        return replace(value.cast(self.dtype), shape=self.shape, box=box)
+
+    def cast(self, dtype: torch.dtype) -> Copied:
+        """The same in another dtype."""
+        if dtype == self.dtype:
+            return self
+        return replace(self, dtype=dtype, casts=(*self.casts, dtype))
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def box_of(ref: TensorRef, shape: tuple[int, ...]) -> Box | None:
+    """The block of a contiguous tensor that a window shows, if it is one."""
+    if len(ref.size) != len(shape) or ref.bits:
+        return None
+    if ref.numel == 0:
+        return Box((0,) * len(shape), ref.size)
+    left, start = ref.offset, []
+    for size, stride, natural in zip(ref.size, ref.stride, _strides(shape), strict=True):
+        if size != 1 and stride != natural:
+            return None
+        start.append(left // natural)
+        left -= start[-1] * natural
+    ends = (s + size for s, size in zip(start, ref.size, strict=True))
+    fits = all(end <= length for end, length in zip(ends, shape, strict=True))
+    return Box(tuple(start), ref.size) if fits else None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A storage that holds a block of a tensor which a fill computes."""
+
+    storage: int
+    copied: Copied
+    fill: Fill
+
+
+def shards_of(program: Program, step: Step, fill: Fill) -> list[Shard] | None:
+    """The shards that a step gives, if they are blocks of what its fill computes, copied."""
+    ref = fill.ref
+    if ref.storage in step.gives:
+        return None
+    whole = _whole(ref.size)
+    known = {ref.storage: Copied(ref.size, ref.dtype, whole, whole)}
+    for number in step.ops[len(fill.ops) :]:
+        if not _follow(program, program.ops[number], known):
+            return None
+    if not all(number in known and _fills(program, number, known) for number in step.gives):
+        return None
+    return [Shard(number, known[number], fill) for number in step.gives]
+
+
+def _fills(program: Program, number: int, known: dict[int, Copied]) -> bool:
+    copied, storage = known[number], program.storages[number]
+    nbytes = math.prod(copied.shape) * copied.dtype.itemsize
+    return storage.nbytes == nbytes and storage.device.type == "cpu"
+
+
+def _follow(program: Program, op: Op, known: dict[int, Copied]) -> bool:
+    """Take note of what an op copies; False if it does anything else."""
+    name = op.name.removeprefix("aten::")
+    out = op.args[0] if name in ("copy_", "zero_") else next(iter(op.outs), None)
+    if out is None or len(op.outs) > 1:
+        return False
+    if name == "copy_":
+        value = _read(known, op.args[1])
+        into = known.get(out.storage) or _blank(program, out)
+        made = into.written(out, value) if into is not None and value is not None else None
+    elif name == "zero_" or name in _BLANK:
+        made = _blank(program, out)
+    else:
+        made = _made(name, op, out, known) if _blank(program, out) else None
+    if made is None:
+        return False
+    known[out.storage] = made
+    return True
+
+
+def _blank(program: Program, ref: TensorRef) -> Copied | None:
+    """A tensor that takes all of its storage, with nothing in it yet."""
+    if ref.bits or not ref.is_contiguous() or not program.covers(ref):
+        return None
+    nothing = Box((0,) * len(ref.size), (0,) * len(ref.size))
+    return Copied(ref.size, ref.dtype, nothing, nothing)
+
+
+def _made(name: str, op: Op, out: TensorRef, known: dict[int, Copied]) -> Copied | None:
+    """The tensor that an op makes by copying another."""
+    value = _read(known, op.args[0]) if name in _COPIES and op.args else None
+    if value is None:
+        return None
+    if name == "constant_pad_nd":
+        if any(op.args[1][::2]) or min(op.args[1]) < 0 or any(op.args[2:]) or op.kwargs:
+            return None
+        return replace(value, shape=out.size)
+    return value.cast(out.dtype) if value.shape == out.size else None
+
+
+_BLANK = frozenset(
+    {"new_zeros", "zeros", "zeros_like", "new_empty", "empty_like", "empty.memory_format"}
+)
+_COPIES = frozenset({"clone", "_to_copy", "constant_pad_nd"})
+
+
+def _read(known: dict[int, Copied], ref: object) -> Copied | None:
+    if type(ref) is not TensorRef:
+        return None
+    holder = known.get(ref.storage)
+    return holder.read(ref) if holder is not None else None
+
+
+def reads_nothing(program: Program, storage: int) -> bool:
+    """Whether a shard was made of memory that nothing was ever written to, after the block."""
+    read = {
+        ref.storage
+        for number in needed_ops(program, [storage])
+        for ref in program.ops[number].read()
+    }
+    return any(
+        not program.storages[number].closed
+        and all(program.ops[w].name in _UNWRITTEN for w in program.writers(number))
+        for number in {storage, *read}
+    )
+
+
+_UNWRITTEN = frozenset({"aten::new_empty", "aten::empty_like", "aten::empty.memory_format"})
+
+
+class Leaf(NamedTuple):
+    """Rows that are drawn at a time: a flat range, and the elements of it that go somewhere."""
+
+    start: int
+    end: int
+    target: tuple[int | slice, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def leaves(shard: Shard) -> list[Leaf]:
+    """The flat ranges of the whole tensor that a shard lies in, in order."""
+    start, size = shard.copied.source
+    if 0 in size:
+        return []
+    strides = _strides(shard.fill.ref.size)
+    dim = next(d for d, stride in enumerate(strides) if stride <= _ROWS)
+    inner = list(zip(start, size, strides, strict=True))[dim + 1 :]
+    before = sum(s * stride for s, _, stride in inner)
+    length = 1 + sum((n - 1) * stride for _, n, stride in inner)
+    wide = strides[dim] - length > _GAP
+    rows = 1 if wide else max(1, _ROWS // strides[dim])
+    found = []
+    for leading in itertools.product(*map(range, size[:dim])):
+        places = zip(start[:dim], leading, strides[:dim], strict=True)
+        base = sum((s + i) * stride for s, i, stride in places) + before
+        for row in range(0, size[dim], rows):
+            count = min(rows, size[dim] - row)
+            first = base + (start[dim] + row) * strides[dim]
+            last = first + (count - 1) * strides[dim] + length
+            target: tuple[int | slice, ...] = (*leading, slice(row, row + count))
+            found.append(Leaf(first, last, target, (count, *size[dim + 1 :]), strides[dim:]))
+    return found
+
+
+def groups(shard: Shard, threads: int) -> list[list[Leaf]]:
+    """The leaves of a shard, divided among threads."""
+    found = leaves(shard)
+    drawn = sum(leaf.end - leaf.start for leaf in found)
+    count = min(len(found), max(threads if drawn > _APART else 1, -(-drawn // PIECE)))
+    length = -(-len(found) // count) if count else 1
+    return [found[i : i + length] for i in range(0, len(found), length)]
+
+
+def run_leaves(
+    shard: Shard, storage: torch.UntypedStorage, part: list[Leaf], state: bytes | None
+) -> None:
+    """Draw some ranges, and put what is wanted of them into the shard.
+
+    ``state`` is where the generator stands at the beginning of the whole tensor.
+    """
+    copied = shard.copied
+    whole = torch.empty(0, dtype=copied.dtype)
+    whole.set_(storage, 0, copied.shape, _strides(copied.shape))
+    box = tuple(slice(s, s + n) for s, n in zip(*copied.box, strict=True))
+    with torch.no_grad():
+        target, reader = whole[box], _Reader(shard.fill, part[0].start // UNIT * UNIT, state)
+        for leaf in part:
+            drawn = reader.read(leaf.start, leaf.end).as_strided(leaf.size, leaf.stride)
+            for dtype in copied.casts[:-1]:
+                drawn = drawn.to(dtype)
+            target[leaf.target].copy_(drawn)
+
+
+class _Reader:
+    """The elements of a tensor that a fill would compute, read forward from one place on."""
+
+    def __init__(self, fill: Fill, start: int, state: bytes | None) -> None:
+        self._fill = fill
+        # A last piece of less than 16 elements would be drawn in another way.
+        self._last = (fill.ref.numel - UNIT) // UNIT * UNIT
+        self._drawn = min(start, self._last)
+        if state is not None:
+            state = state_at(fill, self._drawn, state)
+        self._generator = None if state is None else mt19937.generator_at(state)
+        self._calls = calls_of(fill, self._generator)
+        self._start = self._drawn
+        self._values = torch.empty(0, dtype=fill.ref.dtype)
+
+    def read(self, start: int, end: int) -> Tensor:
+        """Elements ``start`` to ``end``; neither may lie before that of the call before."""
+        first, last = start // UNIT * UNIT, -(-end // UNIT) * UNIT
+        if last > self._last:
+            first, last = min(first, self._last), self._fill.ref.numel
+        values = torch.empty(last - first, dtype=self._values.dtype)
+        kept = max(0, self._drawn - first)
+        values[:kept] = self._values[first - self._start :][:kept]
+        if kept < len(values):
+            self._draw(values[kept:], first + kept)
+        self._values, self._start = values, first
+        return values[start - first : end - first]
+
+    def _draw(self, values: Tensor, start: int) -> None:
+        if self._generator is not None and start > self._drawn:
+            words = words_of(self._fill, start - self._drawn)
+            set_state(self._generator, mt19937.jump(state_of(self._generator), words))
+        for call in self._calls:
+            call(values)
+        self._drawn = start + len(values)
