@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lateinit import mt19937
 from lateinit.chunks import PIECE, UNIT, Fill, calls_of, state_at, words_of
+from lateinit.ops import TRUNCATED
 from lateinit.plan import Step, needed_ops
 from lateinit.program import Op, Program, TensorRef
 from lateinit.streams import set_state, state_of
@@ -127,7 +128,7 @@ class Shard:
 def shards_of(program: Program, step: Step, fill: Fill) -> list[Shard] | None:
     """The shards that a step gives, if they are blocks of what its fill computes, copied."""
     ref = fill.ref
-    if ref.storage in step.gives:
+    if ref.storage in step.gives or fill.ops[0].name == TRUNCATED:
         return None
     whole = _whole(ref.size)
     known = {ref.storage: Copied(ref.size, ref.dtype, whole, whole)}

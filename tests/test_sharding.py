@@ -1,0 +1,252 @@
+"""Law 3 in one process: every rank in turn, with a process group that sends nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lateinit
+from lateinit import chunks, execute, sharding
+from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
+from tests.laws import deferred, eager
+from tests.models import MODELS
+from tests.sharding.compare import differences
+from tests.sharding.placements import ON_A_GRID, PLACEMENTS, grid, line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.cases import Case
+
+RANKS = {"fsdp": (1, 3), "rows": (8,), "columns": (3,)}
+UNSHARDABLE = (NotImplementedError, RuntimeError, ValueError, AssertionError, KeyError, TypeError)
+
+
+@contextlib.contextmanager
+def alone_as(rank: int, ranks: int) -> Iterator[None]:
+    """A process that takes itself for one of many."""
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small tensors cut into shards as large ones are."""
+    monkeypatch.setattr(chunks, "_SMALLEST", 32)
+    monkeypatch.setattr(sharding, "_ROWS", 48)
+    monkeypatch.setattr(sharding, "_GAP", 16)
+    monkeypatch.setattr(sharding, "_APART", 64)
+
+
+def ways() -> Iterator[tuple[str, int]]:
+    for name in PLACEMENTS:
+        yield from ((name, ranks) for ranks in RANKS.get(name, (2,)))
+    yield from ((name, 4) for name in ON_A_GRID)
+
+
+@pytest.mark.parametrize(("way", "ranks"), list(ways()))
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_shard_then_materialise_equals_materialise_then_shard(
+    case: Case, way: str, ranks: int
+) -> None:
+    place = (PLACEMENTS | ON_A_GRID)[way]
+    for rank in range(ranks):
+        with alone_as(rank, ranks):
+            mesh = grid(ranks) if way in ON_A_GRID else line(ranks)
+            expected = eager(case)
+            try:
+                place(expected, mesh, None)
+            except UNSHARDABLE as error:
+                pytest.skip(f"the eager twin cannot be sharded: {error}")
+            model = deferred(case)
+            # Real tensors would wait for the data of rank 0.
+            real = any(not lateinit.is_deferred(p) for p in model.parameters())
+            place(model, mesh, None if real else 0)
+            held = {name: id(p) for name, p in model.named_parameters()}
+            # Meshes are cached across process groups: there is nobody to ask.
+            assert lateinit.materialize(model, check=False) is model
+            assert not lateinit.is_deferred(model)
+            assert held == {name: id(p) for name, p in model.named_parameters()}
+            assert differences(expected, model) == []
+
+
+# What is computed, and what is not.
+
+
+def big(rows: int = 96, columns: int = 160) -> nn.Module:
+    return nn.Sequential(nn.Linear(columns, rows), nn.Linear(rows, columns, bias=False))
+
+
+class Drawn:
+    """How many elements are drawn for shards, and how many tensors as wholes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.elements = self.wholes = 0
+        draw, run = sharding._Reader._draw, execute.run_piece
+
+        def counted(reader: Any, values: torch.Tensor, start: int) -> None:
+            self.elements += values.numel()
+            draw(reader, values, start)
+
+        def whole(*arguments: Any) -> None:
+            self.wholes += 1
+            run(*arguments)
+
+        monkeypatch.setattr(sharding._Reader, "_draw", counted)
+        monkeypatch.setattr(execute, "run_piece", whole)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_rows_are_drawn_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+    with alone_as(rank, 4):
+        model = lateinit.deferred_init(big)
+        PLACEMENTS["fsdp"](model, line(4))
+        lateinit.materialize(model, check=False)
+    share = sum(p.numel() for p in big().parameters()) // 4
+    assert drawn.wholes == 0
+    assert share <= drawn.elements <= share + 3 * 2 * sharding.UNIT
+
+
+def test_columns_are_drawn_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    read = sharding._Reader.read
+
+    def measured(reader: Any, start: int, end: int) -> torch.Tensor:
+        nonlocal largest
+        values = read(reader, start, end)
+        largest = max(largest, reader._values.numel())
+        return values
+
+    monkeypatch.setattr(sharding, "_ROWS", 512)
+    monkeypatch.setattr(sharding._Reader, "read", measured)
+    with alone_as(2, 4):
+        model = lateinit.deferred_init(big)
+        PLACEMENTS["columns"](model, line(4), 0)
+        lateinit.materialize(model, check=False)
+    assert 0 < largest <= 512 + 160 + 3 * sharding.UNIT
+
+
+def test_what_is_not_flat_is_computed_whole_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+
+    def orthogonal() -> nn.Module:
+        model = big()
+        nn.init.orthogonal_(model[0].weight)
+        return model
+
+    torch.manual_seed(0)
+    expected = orthogonal()
+    with alone_as(1, 4):
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(orthogonal)
+        PLACEMENTS["fsdp"](model, line(4))
+        lateinit.materialize(model, check=False)
+        local = model[0].weight.to_local()
+    assert torch.equal(local, expected[0].weight[24:48])
+    assert local.untyped_storage().nbytes() == local.numel() * 4
+    assert drawn.elements < expected[1].weight.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_before_sharding_is_made_of_the_shard_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Drawn(monkeypatch)
+    torch.manual_seed(0)
+    expected = big().to(dtype)
+    with alone_as(1, 4):
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(big).to(dtype)
+        PLACEMENTS["fsdp"](model, line(4))
+        lateinit.materialize(model, check=False)
+        assert torch.equal(model[0].weight.to_local(), expected[0].weight[24:48])
+    assert drawn.wholes == 0
+
+
+def test_parts_in_any_order_and_other_seeds() -> None:
+    with alone_as(1, 2):
+        torch.manual_seed(7)
+        expected = big()
+        PLACEMENTS["fsdp"](expected, line(2))
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(big)
+        PLACEMENTS["fsdp"](model, line(2))
+        for pattern in ("1.*", "0.bias", "0.weight"):
+            lateinit.materialize(model, only=pattern, seed=7, check=False)
+        assert differences(expected, model) == []
+
+
+def test_a_lazy_model_is_inferred_sharded_and_materialised() -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(lateinit.nn.LazyLinear(96), lateinit.nn.LazyLinear(160, bias=False))
+
+    with alone_as(1, 2):
+        torch.manual_seed(0)
+        expected = big()
+        PLACEMENTS["fsdp"](expected, line(2))
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(lazy)
+        lateinit.infer_shapes(model, torch.empty(3, 160, device="meta"))
+        PLACEMENTS["fsdp"](model, line(2))
+        lateinit.materialize(model, check=False)
+        assert differences(expected, model) == []
+
+
+def test_optimizers_hooks_and_names_stay() -> None:
+    with alone_as(0, 2):
+        model = lateinit.deferred_init(big)
+        PLACEMENTS["fsdp"](model, line(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        assert lateinit.is_deferred(model)
+        assert "0.weight" in str(lateinit.plan(model))
+        assert lateinit.summary(model).parameters == sum(p.numel() for p in big().parameters())
+        lateinit.materialize(model, check=False)
+        assert optimizer.param_groups[0]["params"][0] is model[0].weight
+        assert model[0].weight.device.type == "cpu"
+
+
+# What cannot be honoured.
+
+
+def test_a_partial_placement_is_refused() -> None:
+    with alone_as(0, 2):
+        layer = lateinit.deferred_init(nn.Linear, 4, 4)
+        local = DTensor.from_local(layer.weight.detach(), line(2), [Partial()], run_check=False)
+        layer.weight = nn.Parameter(local)
+        with pytest.raises(ShardingError, match=r"weight: a Partial placement"):
+            lateinit.materialize(layer, check=False)
+        assert lateinit.is_deferred(layer)
+
+
+def test_a_shard_of_unwritten_memory_is_refused() -> None:
+    with alone_as(0, 2):
+        layer = lateinit.deferred_init(nn.Linear, 4, 4)
+        local = torch.empty_like(layer.weight[:2])
+        layer.weight = nn.Parameter(DTensor.from_local(local, line(2), [Shard(0)]))
+        with pytest.raises(ShardingError, match=r"weight: sharded by a means"):
+            lateinit.materialize(layer, check=False)
+
+
+def test_a_cast_after_sharding_says_what_to_do() -> None:
+    with alone_as(0, 2):
+        model = lateinit.deferred_init(big)
+        PLACEMENTS["fsdp"](model, line(2))
+        with pytest.raises(NotRecordedError, match="before it is sharded"):
+            lateinit.materialize(model.bfloat16(), check=False)
+
+
+def test_saving_shards_as_wholes_is_refused(tmp_path: Path) -> None:
+    with alone_as(0, 2):
+        model = lateinit.deferred_init(big)
+        PLACEMENTS["fsdp"](model, line(2))
+        with pytest.raises(CheckpointError, match="DTensor"):
+            lateinit.save_checkpoint(model, tmp_path / "model.safetensors")
