@@ -6,7 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
