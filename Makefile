@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 QUIET_CORES := OMP_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format zoo bench clean
+.PHONY: help demo test lint format zoo shards bench clean
 
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint    ruff and mypy alone"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
+	@echo "make shards  every model sharded in every way, by real processes (long)"
 	@echo "make bench   construction time and memory against the alternatives"
 
 # A half-made environment leaves no stamp, so the next call makes it again.
@@ -43,6 +44,9 @@ test: lint
 
 zoo: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.zoo --table docs/zoo.md
+
+shards: $(STAMP)
+	$(QUIET_CORES) $(BIN)/python -m tests.sharding
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

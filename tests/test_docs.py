@@ -20,7 +20,10 @@ import lateinit
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Those for torchrun are run with it, by tests/test_ranks.py.
+EXAMPLES = [
+    path for path in sorted((ROOT / "examples").glob("*.py")) if "torchrun" not in path.read_text()
+]
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(lateinit.__path__, "lateinit.")

@@ -42,6 +42,7 @@ ERRORS = {
     "NeedsValuesError": RuntimeError,
     "NotRecordedError": RuntimeError,
     "OutOfMemoryError": MemoryError,
+    "ShardingError": RuntimeError,
     "OutputError": OSError,
     "OutputExistsError": FileExistsError,
     "PatternError": ValueError,

@@ -211,7 +211,9 @@ def test_optimizers_hooks_and_names_stay() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         assert lateinit.is_deferred(model)
         assert "0.weight" in str(lateinit.plan(model))
-        assert lateinit.summary(model).parameters == sum(p.numel() for p in big().parameters())
+        assert lateinit.summary(model).totals.parameters == sum(
+            p.numel() for p in big().parameters()
+        )
         lateinit.materialize(model, check=False)
         assert optimizer.param_groups[0]["params"][0] is model[0].weight
         assert model[0].weight.device.type == "cpu"

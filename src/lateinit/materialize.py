@@ -50,6 +50,7 @@ from lateinit.values import digest
 from lateinit.walk import Found, find_tensors
 
 T = TypeVar("T")
+_CAST_FIRST = "; cast it before it is sharded, or by materialize(dtype=)"
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
@@ -186,8 +187,8 @@ def _wanted(target: Any, only: Only | None) -> list[Wanted]:
     if unknown:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
-            "`with lateinit.deferred():` instead of on torch.device('meta'); cast it before it is "
-            "sharded, or by materialize(dtype=)"
+            "`with lateinit.deferred():` instead of on torch.device('meta')"
+            + (_CAST_FIRST if any(is_dtensor(f.tensor) for f in found) else "")
         )
     groups: dict[int, Wanted] = {}
     with torch._C.DisableTorchFunctionSubclass():

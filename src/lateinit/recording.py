@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -23,7 +22,6 @@ from lateinit.tensors import (
     ON_META,
     DeferredTensor,
     guard,
-    guard_shard,
     is_deferred_tensor,
     slot_of,
 )
@@ -107,13 +105,6 @@ def block(recorder: Recorder) -> Iterator[None]:
     finally:
         _guard_all(recorder, modules)
     recorder.finish()
-    _guard_shards()
-
-
-@functools.cache
-def _guard_shards() -> None:
-    """From now on, guard what is distributed when it is registered on a module."""
-    hooks.register_module_parameter_registration_hook(guard_shard)
 
 
 @contextlib.contextmanager

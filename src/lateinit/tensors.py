@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit.errors import DeferredTensorError, NotRecordedError
@@ -125,15 +126,6 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def guard_shard(module: nn.Module, name: str, parameter: Tensor) -> None:
-    """Guard the local shard of a parameter as it is registered.
-
-    ``nn.Parameter(dtensor)`` makes a new local tensor below the level that guards are heard at.
-    """
-    if is_dtensor(parameter) and is_deferred_tensor(parameter):
-        guard(held(parameter))
-
-
 def is_deferred_tensor(tensor: Tensor) -> bool:
     """Whether a tensor's construction is recorded and not yet run."""
     slot = slot_of(tensor)
@@ -227,9 +219,25 @@ def _asked_is_meta(tensor: Tensor, caller: Any) -> bool:
     # deferred tensor it does something.
     if caller.f_code is nn.Module._load_from_state_dict.__code__:
         return False
-    if caller.f_code.co_name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
+    if caller.f_code.co_name in ("distribute_tensor", "from_local"):
+        _guard_shards()
+    elif caller.f_code.co_name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
         _scatter(caller.f_locals)
     return True
+
+
+@functools.cache
+def _guard_shards() -> None:
+    """From now on, guard the local shards of parameters as they are registered.
+
+    ``nn.Parameter(dtensor)`` makes a new local tensor below the level that guards are heard at.
+    """
+    hooks.register_module_parameter_registration_hook(_guard_shard)
+
+
+def _guard_shard(module: nn.Module, name: str, parameter: Any) -> None:
+    if is_dtensor(parameter) and is_deferred_tensor(parameter):
+        guard(held(parameter))
 
 
 def _scatter(asked: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 import lateinit
 from tests.laws import SEED
 from tests.models import MODELS
-from tests.sharding.architectures import architectures
 from tests.sharding.compare import differences
 from tests.sharding.placements import (
     EVEN,
@@ -79,7 +78,10 @@ def checks(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list
     ways = [(name, place, axis) for name, place in PLACEMENTS.items()]
     ways += [(name, place, axes) for name, place in ON_A_GRID.items() if axes is not None]
     models: list[tuple[str, Callable[[], nn.Module]]] = [(str(c), c.build) for c in MODELS]
-    models += architectures(options.architectures)
+    if options.architectures:
+        from tests.sharding.architectures import architectures  # needs transformers
+
+        models += architectures(options.architectures)
     for number, (name, make) in enumerate(models):
         # A subset meets every model and every way, but not each with each.
         for way, place, mesh in ways[number % options.every :: options.every]:
