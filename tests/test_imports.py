@@ -91,6 +91,7 @@ ROOMS = """
     streaming
     checkpoint
     summary
+    sizing
     parity
     hf_models
     specs

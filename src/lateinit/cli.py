@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from lateinit import parity, specs
+from lateinit import parity, sizing, specs
 from lateinit.checkpoint import save_checkpoint
 from lateinit.errors import LateinitError
 from lateinit.recording import deferred_init
@@ -81,11 +81,28 @@ def inspect(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option("--mesh", metavar="AXES", help="What a rank of it would hold: fsdp=64,tp=8"),
+    ] = None,
+    tp_plan: Annotated[
+        str | None,
+        typer.Option("--tp-plan", metavar="JSON", help='How tp cuts: \'{"*.up": "colwise"}\''),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a model and how it is initialised, without allocating the model."""
     with _errors():
+        axes = None if mesh is None else sizing.parse_mesh(mesh)
+        plan = specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
         model = deferred_init(_building(specs.load(spec, specs.parse_kwargs(kwargs))))
+        if axes is not None:
+            share = sizing.share(model, axes, plan)
+            if as_json:
+                _print_json({"spec": spec, **share.to_dict()})
+            else:
+                typer.echo(f"{spec} on {share}")
+            return
         table = summary(model, only=only)
         if as_json:
             _print_json({"spec": spec, **table.to_dict()})

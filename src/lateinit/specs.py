@@ -63,7 +63,7 @@ def load(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
     return _calling(_attribute(module, what, spec), given, spec)
 
 
-def parse_kwargs(text: str | None) -> dict[str, Any]:
+def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
     """The keyword arguments that a JSON object on the command line stands for."""
     if text is None:
         return {}
@@ -71,11 +71,11 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise SpecError(
-            f"--kwargs is no JSON: {error}. Write an object in quotes, as in "
+            f"{option} is no JSON: {error}. Write an object in quotes, as in "
             """'{"hidden_size": 64}'"""
         ) from error
     if not isinstance(found, dict):
-        raise SpecError(f"--kwargs must be a JSON object of names and values, not {text}")
+        raise SpecError(f"{option} must be a JSON object of names and values, not {text}")
     return found
 
 
