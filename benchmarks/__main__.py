@@ -17,6 +17,7 @@ from benchmarks.harness import ROOT, Goal, Row, Run, machine
 from benchmarks.lazy import inference
 from benchmarks.materialize import against_eager
 from benchmarks.report import as_json, cells, table, write
+from benchmarks.sharding import sharding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "fill-rate": materialize.fill_rate,
     "peak-memory": materialize.peak_memory,
     "tiny-model": materialize.tiny_model,
+    "sharding": sharding,
 }
 
 

@@ -1,8 +1,8 @@
 """How much of a deferred model one rank of a mesh would hold and draw, worked out on paper.
 
-The axes are ``replicate`` (a copy of all on each), ``fsdp`` (parameters cut along their first dim, as
-``fully_shard`` does) and ``tp`` (cut by the model's own plan of tensor parallelism, or by one that
-is given). Reckoned is rank 0, which of uneven shards has the largest.
+The axes are ``replicate`` (a copy of all on each), ``fsdp`` (parameters cut along their first dim,
+as ``fully_shard`` does) and ``tp`` (cut by the model's own plan of tensor parallelism, or by one
+that is given). Reckoned is rank 0, which of uneven shards has the largest.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Share:
         return (
             f"{axes}: {ranks:,} rank{'s' * (ranks != 1)}\n"
             f"the model    {self.parameters:,} parameters, {format_bytes(self.model_bytes)}\n"
-            f"each rank    {self.rank_parameters:,} parameters, {format_bytes(self.rank_bytes)}, of "
-            f"which {format_bytes(self.buffer_bytes)} are buffers and other tensors\n"
-            f"at once      {format_bytes(self.rank_bytes + self.whole_bytes)} at most; computed whole "
-            f"on the way to a shard: {whole}\n"
+            f"each rank    {self.rank_parameters:,} parameters, {format_bytes(self.rank_bytes)}, "
+            f"of which {format_bytes(self.buffer_bytes)} are buffers and other tensors\n"
+            f"at once      {format_bytes(self.rank_bytes + self.whole_bytes)} at most; computed "
+            f"whole on the way to a shard: {whole}\n"
             f"time         about {self.seconds:.2g} s to draw {self.drawn:,} elements, by "
             f"{self.threads} thread{'s' * (self.threads != 1)} of this machine"
         )
