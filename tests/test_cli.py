@@ -321,3 +321,49 @@ def test_the_example_of_parity_runs() -> None:
     found = doctest.testmod(parity, extraglobs={"torch": torch})
     assert found.attempted > 0
     assert found.failed == 0
+
+
+# -- check --checkpoint ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_check_says_that_a_checkpoint_is_what_the_seed_gives(name: str, tmp_path: Path) -> None:
+    model = ("transformers:gpt2", "--kwargs", TINY, "--seed", 3)
+    lateinit_command("init", *model, "--dtype", "bfloat16", "-o", tmp_path / name)
+    arguments = ("check", *model, "--checkpoint", tmp_path / name)
+    done = lateinit_command(*arguments, "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    assert "equal, bit for bit, to what seed 3 gives" in done.stdout
+    done = lateinit_command(*arguments)
+    assert done.exit_code == 1
+    assert "has the dtype torch.bfloat16, the model torch.float32: give the --dtype" in done.stdout
+
+
+def test_check_names_every_difference_of_a_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = nn.Linear(4, 3).state_dict()
+    state["weight"][1, 2] = 7.0
+    state["bias"] = torch.ones(2)
+    state["extra"] = torch.ones(1)
+    torch.save(state, tmp_path / "a.pt")
+    linear = ("torch.nn:Linear", "--kwargs", '{"in_features": 4, "out_features": 3}')
+    arguments = ("check", *linear, "--checkpoint", tmp_path / "a.pt")
+    done = lateinit_command(*arguments)
+    assert done.exit_code == 1
+    assert "extra: not in the model" in done.stdout
+    assert "bias: the checkpoint has the shape (2,), the model (3,)" in done.stdout
+    assert "weight: values differ: 1 of 12, the first at 6: seed " in done.stdout
+    assert "checkpoint 7.0" in done.stdout
+    found = json.loads(lateinit_command(*arguments, "--json").stdout)
+    assert {d["name"] for d in found["differences"]} == {"extra", "bias", "weight"}
+    torch.save({"weight": state["weight"]}, tmp_path / "a.pt")
+    assert "bias: not in the checkpoint" in lateinit_command(*arguments).stdout
+
+
+def test_check_of_what_is_no_checkpoint_is_one_message(tmp_path: Path) -> None:
+    done = lateinit_command("check", *LINEAR, "--checkpoint", tmp_path / "nothing")
+    assert done.exit_code == 2
+    assert "nothing does not exist" in done.stderr
+    done = lateinit_command("check", *LINEAR, "--dtype", "bfloat16")
+    assert done.exit_code == 2
+    assert "--dtype is for --checkpoint" in done.stderr

@@ -89,10 +89,22 @@ ROOMS = """
     shards
     fingerprint
     streaming
+    reader
+    safetensors_reader
+    zip_records
+    torch_reader
+    zip_block
+    dcp_reader
+    readers
+    rehearsal
+    fitting
+    placing
+    loading
     checkpoint
     summary
     sizing
     parity
+    verify
     hf_models
     specs
     cli

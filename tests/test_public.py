@@ -22,6 +22,7 @@ PUBLIC = [
     "infer_shapes",
     "is_deferred",
     "lazy",
+    "load_checkpoint",
     "materialize",
     "nn",
     "pfn_extras",
@@ -37,8 +38,10 @@ OBJECTS = [name for name in PUBLIC if name not in MODULES]
 ERRORS = {
     "CheckpointError": ValueError,
     "ConstantChangedError": RuntimeError,
+    "CorruptCheckpointError": ValueError,
     "DeferredTensorError": RuntimeError,
     "MaterializeError": RuntimeError,
+    "MismatchError": ValueError,
     "NeedsValuesError": RuntimeError,
     "NotRecordedError": RuntimeError,
     "OutOfMemoryError": MemoryError,

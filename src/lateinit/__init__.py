@@ -6,7 +6,7 @@ exactly the model that eager construction would have given.
 
 from lateinit import errors, nn, pfn_extras
 from lateinit import following as _following  # noqa: F401 - installs what guards deferred tensors
-from lateinit.checkpoint import save_checkpoint
+from lateinit.checkpoint import load_checkpoint, save_checkpoint
 from lateinit.lazy.infer import infer_shapes
 from lateinit.lazy.make import lazy
 from lateinit.lazy.rules import size
@@ -23,6 +23,7 @@ __all__ = [
     "infer_shapes",
     "is_deferred",
     "lazy",
+    "load_checkpoint",
     "materialize",
     "nn",
     "pfn_extras",

@@ -1,4 +1,4 @@
-"""Checkpoints. ``save_checkpoint`` writes a model that need not fit into memory."""
+"""Checkpoints: written of models that need not fit into memory, loaded into deferred ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lateinit.errors import DeferredTensorError
 from lateinit.fingerprint import fingerprint
-from lateinit.materialize import check_seed
+from lateinit.lazy.aside import outside
+from lateinit.loading import Loaded, load
+from lateinit.materialize import cast_to, check_seed
 from lateinit.progress import Progress
+from lateinit.recorder import current
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged
 from lateinit.streaming import write_shards
@@ -110,6 +114,73 @@ def save_checkpoint(
             _describe(stage, module, shards)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     return Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+
+
+def load_checkpoint(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Loaded:
+    """Give a module the values of a checkpoint, without initialising what it holds.
+
+    What goes where is decided by torch's own ``module.load_state_dict``, so that hooks, overrides,
+    versions and extra state count, and the result is what loading into the eager twin gives. It is
+    run twice: as a rehearsal on ``meta``, from which all problems are known before anything
+    changes, and then for real, one tensor at a time. Parameters stay the objects they are.
+
+    On the CPU, a deferred tensor that has the dtype of the file is not copied: it takes the file's
+    memory, mapped privately, so that pages are read when they are touched and training never
+    writes to the file. The file must not be overwritten in place or cut off while the model lives;
+    to replace it by renaming another one, as ``save_checkpoint`` does, is safe.
+
+    Deferred tensors that the checkpoint does not hold are materialised: non-persistent buffers
+    always, others as their recorded construction says if ``strict=False``. The global random state
+    is neither read nor moved by this.
+
+    Args:
+        module: any module, deferred, lazy, real, or a mixture. Real tensors are copied into.
+        path: a ``.safetensors`` file, a folder of them with their index, a ``.pt``, ``.pth`` or
+            ``.bin`` file of ``torch.save`` (read with ``weights_only=True``), or a folder of
+            ``torch.distributed.checkpoint``.
+        strict: whether both sides must have the same names. If not, there must still be one that
+            both have.
+        device: where to put deferred tensors; by default the device each was recorded for. Real
+            tensors stay where they are.
+        dtype: cast deferred floating-point tensors to this; by default each keeps its own.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What was loaded, initialised, computed, and unexpected, with sizes; ``print`` it.
+
+    Raises:
+        MismatchError: names, shapes or dtypes do not fit. All of them are told, and nothing has
+            changed.
+        CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
+            corrupt, outside of its folder, or a pickle that could run code. Nothing has changed.
+        NotRecordedError: a tensor is on ``meta`` and was never recorded.
+        ShardingError: a tensor is sharded already: load before sharding.
+        OutOfMemoryError: memory ran out; what was done stands, and calling again continues.
+
+    Example:
+        >>> _ = lateinit.save_checkpoint(torch.nn.Linear(4, 2), tmp_path / "saved.safetensors")
+        >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2)
+        >>> report = lateinit.load_checkpoint(layer, tmp_path / "saved.safetensors")
+        >>> [entry.name for entry in report.loaded], lateinit.is_deferred(layer)
+        (['weight', 'bias'], False)
+    """
+    cast = cast_to(device, dtype)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"load_checkpoint takes a module, not {type(module)}")
+    if current() is not None:
+        raise DeferredTensorError(
+            "load_checkpoint was called in a `with lateinit.deferred():` block: call it after it"
+        )
+    with outside():
+        return load(module, Path(path), cast, strict=strict, progress=progress)
 
 
 def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:

@@ -24,6 +24,7 @@ from lateinit.recording import deferred_init
 from lateinit.safetensors_file import DTYPES
 from lateinit.summary import summary
 from lateinit.units import parse_bytes
+from lateinit.verify import Verification, verify
 from lateinit.version import __version__
 
 app = typer.Typer(
@@ -113,11 +114,33 @@ def inspect(
 
 
 @app.command()
-def check(spec: Spec, seed: Seed = 0, kwargs: Kwargs = None, as_json: Json = False) -> None:
-    """Build a model eagerly and deferred from one seed, and compare every bit."""
+def check(
+    spec: Spec,
+    seed: Seed = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Compare this with what the seed gives")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="With --checkpoint: cast, as init --dtype does")
+    ] = None,
+    kwargs: Kwargs = None,
+    as_json: Json = False,
+) -> None:
+    """Build a model eagerly and deferred from one seed, and compare every bit.
+
+    With --checkpoint, compare that with what the seed gives, one tensor at a time.
+    """
+    cast = _dtype(dtype)
+    if cast is not None and checkpoint is None:
+        raise typer.BadParameter("--dtype is for --checkpoint")
     with _errors():
         build = _building(specs.load(spec, specs.parse_kwargs(kwargs)))
-        found = parity.check(build, seed=seed)
+        found: parity.Parity | Verification
+        if checkpoint is None:
+            found = parity.check(build, seed=seed)
+        else:
+            parity.seed_all(seed)
+            found = verify(deferred_init(build), checkpoint, seed=seed, dtype=cast)
         if as_json:
             _print_json({"spec": spec, **found.to_dict()})
         else:

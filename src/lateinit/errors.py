@@ -14,6 +14,8 @@ LateinitError
  +-- OutputExistsError     (FileExistsError)          an output that would be overwritten
  +-- OutputError           (OSError)                  an output that cannot be written
  +-- CheckpointError       (ValueError)               a model that a checkpoint cannot hold
+ |    +-- MismatchError         (ValueError)          a checkpoint that does not fit the model
+ |    +-- CorruptCheckpointError (ValueError)         no checkpoint, or not a whole or a safe one
  +-- ShapeError            (ValueError, RuntimeError) a shape that disagrees with what is known
  +-- RuleError             (TypeError)                a rule that does not fit its class
  +-- UninitializedError    (RuntimeError, ValueError) a placeholder was used as a tensor
@@ -84,6 +86,14 @@ class OutputError(LateinitError, OSError):
 
 class CheckpointError(LateinitError, ValueError):
     """A model that a checkpoint cannot hold, or an unfinished checkpoint of another model."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint whose names, shapes or dtypes are not those of the model."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """What is no checkpoint, or a truncated or corrupt one, or one that could run code."""
 
 
 class ShapeError(LateinitError, ValueError, RuntimeError):

@@ -120,18 +120,18 @@ def materialize(
         >>> lateinit.is_deferred(layer.bias)
         True
     """
-    cast = _cast(device, dtype)
+    cast = cast_to(device, dtype)
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one thread has to fill tensors")
     if not isinstance(target, (nn.Module, Tensor, dict, list, tuple, set, frozenset)):
         raise TypeError(
             f"materialize takes a module, a tensor, or a container of them, not {type(target)}"
         )
-    wanted = _wanted(target, only)
+    wanted = wanted_in(target, only)
     for group in wanted:
         _check_shards(group, seed, ask=check)
         check_seed(group.program, seed)
-        _check_shared(group, cast)
+        check_shared(group, cast)
     total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
     with Progress("materialise", total, shown=progress) as bar:
         for group in wanted:
@@ -152,7 +152,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         1 step, 1 of 1 recorded ops, 32 bytes
         ...
     """
-    groups = _wanted(target, only)
+    groups = wanted_in(target, only)
     if len(groups) > 1:
         raise ValueError("the target was recorded in several blocks: plan one part at a time")
     if not groups:
@@ -172,7 +172,7 @@ def is_deferred(target: Any) -> bool:
     return any(found.deferred for found in find_tensors(target))
 
 
-def _wanted(target: Any, only: Only | None) -> list[Wanted]:
+def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
     """The deferred tensors that are asked for, by program; all checked before any is touched."""
     found = select(list(find_tensors(target)), only)
     lazy = [f.name for f in found if f.lazy]
@@ -271,7 +271,7 @@ def _is_partial(tensor: Any) -> bool:
     return any(placement.is_partial() for placement in tensor.placements)
 
 
-def _check_shared(group: Wanted, cast: _Cast) -> None:
+def check_shared(group: Wanted, cast: Cast) -> None:
     """Raise where a storage that is real already was asked for in another dtype or place."""
     for tensors in group.tensors.values():
         name, _, slot, shown = tensors[0]
@@ -282,7 +282,7 @@ def _check_shared(group: Wanted, cast: _Cast) -> None:
                 f"dtype={cast.dtype} cannot be honoured for them"
             )
         own = group.program.storages[shown.storage].device
-        before = _Cast(*slot.cast)
+        before = Cast(*slot.cast)
         same_place = (before.device or own) == (cast.device or own)
         same_dtype = before.dtype_of(shown) == cast.dtype_of(shown)
         if slot.real is not None and not (same_place and same_dtype):
@@ -293,13 +293,13 @@ def _check_shared(group: Wanted, cast: _Cast) -> None:
 
 
 def _materialize(
-    group: Wanted, cast: _Cast, seed: int | None, threads: int | None, bar: Progress
+    group: Wanted, cast: Cast, seed: int | None, threads: int | None, bar: Progress
 ) -> None:
     replay = Replay(group.program, seed)
     done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
     with without_modes():
         for number in done:
-            _place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
+            place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
     steps = plan_storages(group.program, (n for n in group.tensors if n not in done))
     left = dict.fromkeys(number for step in steps for number in step.gives)
     running: Step | None = None
@@ -309,7 +309,7 @@ def _materialize(
                 running = step
                 storages = run()
                 for number in step.gives:
-                    _place(group.tensors[number], storages.pop(number), cast, replay.strides)
+                    place(group.tensors[number], storages.pop(number), cast, replay.strides)
                     bar.advance(group.program.storages[number].nbytes)
                     del left[number]
                 running = None
@@ -327,7 +327,7 @@ def _materialize(
 
 
 @dataclass(frozen=True, slots=True)
-class _Cast:
+class Cast:
     """Where values go after they are computed."""
 
     device: torch.device | None
@@ -351,10 +351,10 @@ class _Cast:
         return whole.to(device=self.device, dtype=new.pop()).untyped_storage()
 
 
-def _place(
+def place(
     tensors: list[tuple[str, Tensor, Slot, TensorRef]],
     storage: Any,
-    cast: _Cast,
+    cast: Cast,
     strides: dict[TensorRef, tuple[int, ...]],
 ) -> None:
     """Let the tensors that share a storage have it, now that it is real."""
@@ -402,7 +402,7 @@ def _rewrap(tensor: Any) -> None:
     tensor._local_tensor = local
 
 
-def _cast(device: torch.device | str | None, dtype: torch.dtype | None) -> _Cast:
+def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
     """Where values are to go, checked before anything is touched."""
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
@@ -411,7 +411,7 @@ def _cast(device: torch.device | str | None, dtype: torch.dtype | None) -> _Cast
         raise ValueError("device='meta': materialised tensors need a device that has memory")
     if where is not None:
         torch.empty(0, device=where)  # raises torch's own error if the device is not there
-    return _Cast(where, dtype)
+    return Cast(where, dtype)
 
 
 class _Detached(torch.autograd.Function):

@@ -257,7 +257,9 @@ def _with_values(
     ]
 
 
-def values_differ(expected: Tensor, found: Tensor) -> str:
+def values_differ(
+    expected: Tensor, found: Tensor, sides: tuple[str, str] = ("eager", "deferred")
+) -> str:
     """How many elements differ in their bits, and the first of them."""
     if found.is_meta or expected.is_meta or expected.shape != found.shape:
         return "they cannot be compared"
@@ -271,5 +273,5 @@ def values_differ(expected: Tensor, found: Tensor) -> str:
     first = int(wrong[0])
     return (
         f"{wrong.numel():,} of {ours.numel():,}, the first at {first}: "
-        f"eager {ours[first].item()!r}, deferred {theirs[first].item()!r}"
+        f"{sides[0]} {ours[first].item()!r}, {sides[1]} {theirs[first].item()!r}"
     )

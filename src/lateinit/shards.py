@@ -54,7 +54,7 @@ def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
     _check(state, dtype)
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
-        tied.setdefault(_window(tensor), []).append(name)
+        tied.setdefault(window(tensor), []).append(name)
     targets = _tied_targets(module)
     return [_item(_preferred(names, targets), names, state, dtype) for names in tied.values()]
 
@@ -110,7 +110,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def _window(tensor: Tensor) -> tuple[Any, ...]:
+def window(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common that show the same memory in the same way."""
     with torch._C.DisableTorchFunctionSubclass():
         return (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit.errors import listing
+from lateinit.lazy.declare import layout_of
 from lateinit.lazy.layout import Layout, Name, solve
 from lateinit.lazy.mixin import check_known, named_tensors
 from lateinit.lazy.placeholders import show
@@ -59,3 +60,15 @@ def _shape(state_dict: dict[str, Any], prefix: str, name: Name) -> tuple[int, ..
     path, tensor = name
     value = state_dict.get(prefix + (f"{path}.{tensor}" if path else tensor))
     return tuple(value.shape) if _is_value(value) and isinstance(value, Tensor) else None
+
+
+def wrong_sizes(module: nn.Module, state_dict: dict[str, Any]) -> list[str]:
+    """What loading would find wrong with the sizes of lazy modules; nothing changes."""
+    wrong: dict[str, str] = dict(check_known(module, state_dict, ""))
+    messages: list[str] = []
+    for path, part in module.named_modules():
+        spec = part.__dict__.get("_spec")
+        prefix = f"{path}." if path else ""
+        if spec is not None and not check_known(part, state_dict, prefix):
+            load_sizes(part, layout_of(spec), dict(state_dict), prefix, messages)
+    return [*wrong.values(), *messages]

@@ -1,0 +1,233 @@
+"""Reading a folder of ``torch.distributed.checkpoint``, without a process group.
+
+The ``.metadata`` of such a folder is a pickle. It is read by an unpickler that knows the few
+classes which belong there and no other. Of a block, only the part that is asked for is read.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit.errors import CorruptCheckpointError, listing
+from lateinit.reader import Reader, block, inside, mapped, size_of, tensor_at
+from lateinit.safetensors_file import Entry
+from lateinit.zip_block import Layout, Part, layout_of
+
+METADATA = ".metadata"
+_DCP = "torch.distributed.checkpoint"
+_PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
+_KNOWN = {
+    f"{_DCP}.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_DCP}.filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """A range of a file."""
+
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block of a tensor, where it is in that tensor, and how it lies in its file."""
+
+    at: _Bytes
+    offsets: tuple[int, ...]
+    layout: Layout
+
+
+class DcpReader(Reader):
+    """A folder that ``torch.distributed.checkpoint`` wrote with its ``FileSystemWriter``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._files: dict[Path, mmap.mmap] = {}
+        self._blocks: dict[str, list[_Block]] = {}
+        metadata = _metadata(path / METADATA)
+        try:
+            self._describe(metadata)
+        except CorruptCheckpointError:
+            raise
+        except Exception as error:  # what a corrupt pickle gives is of any kind
+            raise CorruptCheckpointError(
+                f"{path / METADATA} describes no checkpoint: {type(error).__name__}: {error}"
+            ) from error
+
+    def _describe(self, metadata: Any) -> None:
+        stored = metadata.storage_data.items()
+        places = {(i.fqn, None if i.offset is None else tuple(i.offset)): at for i, at in stored}
+        for name, about in metadata.state_dict_metadata.items():
+            if not hasattr(about, "chunks"):
+                self.objects[name] = self._object(self._place(name, places.get((name, None))))
+                continue
+            self.entries[name] = Entry(name, about.properties.dtype, tuple(about.size))
+            self._blocks[name] = [
+                self._block(name, places.get((name, tuple(chunk.offsets))), chunk)
+                for chunk in about.chunks
+            ]
+            self._check_cover(name)
+        self._join(metadata.planner_data or {})
+
+    def _place(self, name: str, place: Any) -> _Bytes:
+        """Check where a block is said to be."""
+        if place is None:
+            raise CorruptCheckpointError(f"{self.path} does not say where {name!r} is")
+        if getattr(place, "transform_descriptors", None):
+            raise CorruptCheckpointError(
+                f"{self.path}: {name!r} was written with {listing(place.transform_descriptors)}; "
+                "only plain blocks are read: write it without extensions"
+            )
+        file = inside(self.path, place.relative_path, METADATA)
+        start, length, size = int(place.offset), int(place.length), size_of(file)
+        if start < 0 or length <= 0 or start + length > size:
+            raise CorruptCheckpointError(
+                f"{file} has {size:,} bytes, but {name!r} is at {start:,} to {start + length:,}: "
+                "it is truncated; fetch or write it again"
+            )
+        if file not in self._files:
+            self._files[file] = mapped(file)
+        return _Bytes(file, start, length)
+
+    def _block(self, name: str, place: Any, chunk: Any) -> _Block:
+        """Check one block of a tensor, but for its data."""
+        at, entry = self._place(name, place), self.entries[name]
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        fits = len(sizes) == len(offsets) == len(entry.shape) and all(
+            o >= 0 and s >= 0 and o + s <= n
+            for o, s, n in zip(offsets, sizes, entry.shape, strict=True)
+        )
+        if not fits:
+            raise CorruptCheckpointError(
+                f"{self.path}: the block {sizes} at {offsets} of {name!r} is not in {entry.shape}"
+            )
+        try:
+            layout = layout_of(self._part(at))
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"{at.file}: the block of {name!r} at byte {at.start:,} is corrupt: {error}"
+            ) from error
+        if (layout.dtype, layout.size) != (entry.dtype, sizes):
+            raise CorruptCheckpointError(
+                f"{at.file}: the block of {name!r} at byte {at.start:,} is {layout.dtype} "
+                f"{layout.size}, not {entry.dtype} {sizes}"
+            )
+        return _Block(at, offsets, layout)
+
+    def _part(self, at: _Bytes) -> Part:
+        return Part(self._files[at.file], at.start, at.length)
+
+    def _check_cover(self, name: str) -> None:
+        """Check that the blocks fill the tensor."""
+        wanted = torch.Size(self.entries[name].shape).numel()
+        found = sum(torch.Size(b.layout.size).numel() for b in self._blocks[name])
+        if found < wanted:
+            raise CorruptCheckpointError(
+                f"{self.path} has {found:,} of the {wanted:,} elements of {name!r}"
+            )
+
+    def _object(self, at: _Bytes) -> Any:
+        try:
+            return torch.load(
+                io.BytesIO(self._part(at).read()), map_location="cpu", weights_only=True
+            )
+        except Exception as error:
+            raise CorruptCheckpointError(
+                f"{at.file}: at byte {at.start:,} is more than tensors and plain data, so "
+                f"it is not unpickled, or it is corrupt: {str(error).partition(chr(10))[0]}"
+            ) from error
+
+    def _join(self, paths: dict[str, Any]) -> None:
+        """Let the extra state of a module be whole: a dict was taken apart when it was written."""
+        for name, path in paths.items():
+            if isinstance(path, tuple) and len(path) > 1 and str(path[0]).endswith("_extra_state"):
+                value = self.objects.pop(name) if name in self.objects else self.read(name).clone()
+                self.entries.pop(name, None)
+                _put(self.objects, path, value)
+        for name in [name for name in self.objects if name.endswith("_extra_state")]:
+            self.objects[name] = _with_lists(self.objects[name])
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        blocks = self._blocks[name]
+        if len(blocks) == 1:
+            return block(self._open(blocks[0]), offsets, sizes)
+        result = torch.empty(sizes, dtype=self.entries[name].dtype, device="cpu")
+        for part in blocks:
+            start = [max(a, b) for a, b in zip(offsets, part.offsets, strict=True)]
+            ends = [
+                min(a + n, b + m) - s
+                for a, n, b, m, s in zip(
+                    offsets, sizes, part.offsets, part.layout.size, start, strict=True
+                )
+            ]
+            if min(ends, default=1) > 0:
+                there = [s - o for s, o in zip(start, part.offsets, strict=True)]
+                here = [s - o for s, o in zip(start, offsets, strict=True)]
+                block(result, here, ends).copy_(block(self._open(part), there, ends))
+        return result
+
+    def _open(self, part: _Block) -> Tensor:
+        layout = part.layout
+        whole = Entry("", layout.dtype, (layout.numel,))
+        data = tensor_at(self._files[part.at.file], part.at.start + layout.start, whole)
+        return data.as_strided(layout.size, layout.stride, layout.offset)
+
+
+def _metadata(path: Path) -> Any:
+    size_of(path)
+    try:
+        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a corrupt pickle fails in any way
+        raise CorruptCheckpointError(
+            f"{path} is not what torch.distributed.checkpoint writes, so it is not unpickled: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+
+
+def _put(target: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        target = target.setdefault(key, {})
+    target[path[-1]] = value
+
+
+def _with_lists(value: Any) -> Any:
+    """Dicts whose keys are places were lists."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _with_lists(item) for key, item in value.items()}
+    if inner and list(inner) == list(range(len(inner))):
+        return list(inner.values())
+    return inner

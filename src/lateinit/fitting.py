@@ -1,0 +1,205 @@
+"""Whether a checkpoint fits a module: every problem of it, in one error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit.errors import MismatchError
+from lateinit.lazy.placeholders import known_shape, show
+from lateinit.reader import Reader
+from lateinit.rehearsal import Rehearsal
+from lateinit.shards import window
+from lateinit.walk import Found, find_tensors
+
+_SIZES = re.compile(
+    r"size mismatch for (.+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
+    r"the shape in current model is torch\.Size\(\[(.*?)\]\)\."
+)
+_NEAR = 0.75
+_MOST_SEARCHED = 20  # names that near ones are looked for; each is compared with every other
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What is loaded from where, and what is not."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    repeated: frozenset[int]  # the places among the copies that bring a tied tensor's value again
+
+
+class Names:
+    """The tensors of a module by name, and which of them are one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.found: dict[str, Found] = {n: f for f in find_tensors(module) for n in f.names}
+        self._keys: dict[int, Any] = {}
+        self._together: dict[Any, list[str]] = {}
+        for name, found in self.found.items():
+            self._together.setdefault(self.key(found.tensor), []).append(name)
+
+    def key(self, tensor: Tensor) -> Any:
+        """The same for tensors that show the same memory in the same way."""
+        if id(tensor) not in self._keys:
+            whole = not is_lazy(tensor) and tensor.layout is torch.strided
+            self._keys[id(tensor)] = window(tensor) if whole else id(tensor)
+        return self._keys[id(tensor)]
+
+    def of(self, tensor: Tensor) -> list[str]:
+        """All names of a tensor, those that it is tied to included."""
+        return self._together.get(self.key(tensor), [])
+
+    def saved(self) -> list[str]:
+        """The names that a state dict has."""
+        return [n for n, f in self.found.items() if f.kind != "attribute" and f.persistent]
+
+
+def fit(
+    module: nn.Module,
+    reader: Reader,
+    rehearsal: Rehearsal,
+    wanted: Callable[[Tensor], torch.dtype],
+    *,
+    strict: bool,
+) -> Fit:
+    """Check all that a rehearsal found; ``wanted`` gives the dtype that a tensor is to have.
+
+    Raises:
+        MismatchError: anything at all does not fit.
+    """
+    names = Names(module)
+    problems = [*map(_as_told, rehearsal.wrong), *_kinds(names, reader, rehearsal, wanted)]
+    keys = {names.key(target) for target, source in rehearsal.copies if source is not None}
+    keys |= {names.key(target) for target in rehearsal.replaced}
+    repeated, differing = _tied(names, reader, rehearsal)
+    problems += differing
+    loaded = [n for n, f in names.found.items() if names.key(f.tensor) in keys]
+    missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in set(loaded)]
+    unexpected = list(dict.fromkeys(rehearsal.unexpected))
+    lost = strict or not loaded
+    if lost and (missing or unexpected):
+        problems += _strangers(names, reader, missing, unexpected)
+    if problems:
+        count = len(problems)
+        raise MismatchError(
+            f"{reader.path} does not fit {type(module).__name__}, which is left as it was; "
+            f"{count} problem{'s' * (count != 1)}:\n  " + "\n  ".join(problems)
+        )
+    absent = {n for n in names.saved() if n not in set(loaded)}
+    missing += [n for n in names.saved() if n in absent and n not in missing]
+    return Fit(tuple(loaded), tuple(missing), tuple(unexpected), repeated)
+
+
+def _as_told(message: str) -> str:
+    """What torch says of a size, in our words."""
+    found = _SIZES.fullmatch(message)
+    if found is None:
+        return message
+    name, theirs, ours = found.groups()
+    return f"{name}: the checkpoint has the shape ({theirs}), the model ({ours})"
+
+
+def _kinds(
+    names: Names, reader: Reader, rehearsal: Rehearsal, wanted: Callable[[Tensor], torch.dtype]
+) -> Iterable[str]:
+    """Casts that would lose more than precision: a float to an integer, a complex to a real."""
+    for target, source in rehearsal.copies:
+        if source is not None:
+            dtype = reader.entries[source].dtype if isinstance(source, str) else source.dtype
+            if not torch.can_cast(dtype, wanted(target)):
+                name = next(iter(names.of(target)), source if isinstance(source, str) else "?")
+                yield f"{name}: the checkpoint has the dtype {dtype}, the model {wanted(target)}"
+
+
+def _tied(names: Names, reader: Reader, rehearsal: Rehearsal) -> tuple[frozenset[int], list[str]]:
+    """Copies that bring what a tied tensor has already; and those that bring something else."""
+    first: dict[Any, str] = {}
+    repeated, problems = set(), []
+    for number, (target, source) in enumerate(rehearsal.copies):
+        if isinstance(source, str):
+            key = names.key(target)
+            if key not in first:
+                first[key] = source
+            elif same_bits(reader, first[key], source):
+                repeated.add(number)
+            else:
+                problems.append(
+                    f"{first[key]} and {source} are one tensor in the model, but two in the "
+                    "checkpoint, which differ"
+                )
+    return frozenset(repeated), problems
+
+
+def same_bits(reader: Reader, first: str, second: str) -> bool:
+    """Whether a checkpoint has the same bits under two names."""
+    ours, theirs = reader.entries[first], reader.entries[second]
+    if first == second:
+        return True
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return torch.equal(raw(reader.read(first)), raw(reader.read(second)))
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, in a row."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    return plain.view(torch.uint8) if plain.numel() else plain.new_empty(0, dtype=torch.uint8)
+
+
+def _strangers(
+    names: Names, reader: Reader, missing: list[str], unexpected: list[str]
+) -> Iterable[str]:
+    """Names that only one side has."""
+    hint = _prefix(names.saved(), list(reader.entries))
+    for name in missing:
+        found = names.found.get(name)
+        shape = f", {show(known_shape(found.tensor))}," if found is not None else ""
+        yield f"{name}{shape} is not in the checkpoint{_near(name, unexpected, missing)}"
+    for name in unexpected:
+        yield f"{name} is not in the model{_near(name, missing, unexpected)}"
+    if hint:
+        yield hint
+    elif missing and not unexpected:
+        yield "(strict=False initialises what is missing as its construction says)"
+
+
+def _near(name: str, others: Collection[str], mine: list[str]) -> str:
+    if mine.index(name) >= _MOST_SEARCHED:
+        return ""
+    near = difflib.get_close_matches(name, others, n=1, cutoff=_NEAR)
+    return f"; near: {near[0]}" if near else ""
+
+
+def _prefix(ours: list[str], theirs: list[str]) -> str | None:
+    """What to do where names would fit, were it not for how all of one side start."""
+    if set(ours) & set(theirs):
+        return None
+    for prefix in _prefixes(theirs):
+        if {name.removeprefix(prefix) for name in theirs} & set(ours):
+            return (
+                f"all names of the checkpoint start with {prefix!r}, and those of the model do "
+                "not: it was saved from a module that had this one inside; save that part alone"
+            )
+    for prefix in _prefixes(ours):
+        if {name.removeprefix(prefix) for name in ours} & set(theirs):
+            return (
+                f"all names of the model start with {prefix!r}, and those of the checkpoint do "
+                f"not: load it into that part, load_checkpoint(model.{prefix[:-1]}, ...)"
+            )
+    return None
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """What all names start with, up to each dot."""
+    first, last = min(names, default=""), max(names, default="")
+    ends = [i + 1 for i, letter in enumerate(first) if letter == "."]
+    return [first[:end] for end in ends if last.startswith(first[:end])]

@@ -1,0 +1,165 @@
+"""Loading: find out what would happen, check it, then put one tensor after another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit.errors import CheckpointError, ShardingError, listing
+from lateinit.fitting import Fit, Names, fit
+from lateinit.lazy.loading import wrong_sizes
+from lateinit.lazy.placeholders import known_shape
+from lateinit.materialize import Cast, check_shared, materialize, wanted_in
+from lateinit.placing import Placer
+from lateinit.progress import Progress
+from lateinit.reader import Reader
+from lateinit.readers import open_checkpoint
+from lateinit.rehearsal import Loading, Rehearsal, Stands, caught, rehearse
+from lateinit.safetensors_file import Entry
+from lateinit.tensors import is_deferred_tensor, is_dtensor, locate
+from lateinit.units import format_bytes
+from lateinit.walk import Found, find_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What ``load_checkpoint`` did: tensors by name, with dtype, shape and bytes.
+
+    Attributes:
+        path: the checkpoint.
+        loaded: names that have their values from the checkpoint, tied ones included.
+        initialised: names that it lacks: initialised as their construction says, or, in a model
+            that was real already, left as they were.
+        computed: deferred tensors that no checkpoint holds, such as non-persistent buffers.
+        unexpected: what the checkpoint has and the model has not.
+        nbytes: the bytes that were loaded, tied tensors counted once.
+    """
+
+    path: Path
+    loaded: tuple[Entry, ...]
+    initialised: tuple[Entry, ...]
+    computed: tuple[Entry, ...]
+    unexpected: tuple[Entry, ...]
+    nbytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.loaded)} tensors loaded, {format_bytes(self.nbytes)}"]
+        for what, entries in (
+            ("initialised", self.initialised),
+            ("computed", self.computed),
+            ("unexpected", self.unexpected),
+        ):
+            if entries:
+                size = format_bytes(sum(entry.nbytes for entry in entries))
+                lines.append(f"  {what}: {len(entries)}, {size}")
+                lines += [
+                    f"    {entry.name} {entry.shape} {str(entry.dtype).removeprefix('torch.')}"
+                    for entry in entries
+                ]
+        return "\n".join(lines)
+
+
+def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
+    """See ``load_checkpoint``."""
+    reader = open_checkpoint(path)
+    groups = list(wanted_in(module, _is_known))
+    sharded = [found.name for found in find_tensors(module) if is_dtensor(found.tensor)]
+    if sharded:
+        raise ShardingError(
+            f"sharded already: {listing(sharded)}. load_checkpoint puts whole tensors: load before "
+            "sharding, or use torch.distributed.checkpoint after materialize()"
+        )
+    for group in groups:
+        check_shared(group, cast)
+    rehearsal = rehearse(module, reader)
+    names = Names(module)
+    sizes = wrong_sizes(module, Stands(reader, names.found, ()).state)
+    rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
+    fitting = fit(module, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
+    computed = _computed(names, fitting)
+    nbytes = sum(reader.entries[s].nbytes for _, s in rehearsal.copies if isinstance(s, str))
+    with Progress("load", nbytes, shown=progress) as bar:
+        _put(module, reader, rehearsal, fitting, Placer(groups, cast), bar)
+    materialize(module, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
+    return _report(module, path, reader, fitting, computed)
+
+
+def _is_known(_: str, tensor: Tensor) -> bool:
+    """Whether a tensor's shape is known: what stays lazy can be loaded around."""
+    return not is_lazy(tensor)
+
+
+def _dtype_of(tensor: Tensor, cast: Cast) -> torch.dtype:
+    """The dtype that a tensor is to have: real ones keep theirs."""
+    return cast.dtype_of(locate(tensor)[2]) if is_deferred_tensor(tensor) else tensor.dtype
+
+
+def _put(
+    module: nn.Module,
+    reader: Reader,
+    rehearsal: Rehearsal,
+    fitting: Fit,
+    placer: Placer,
+    bar: Progress,
+) -> None:
+    """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
+    stands = Stands(
+        reader, {n for f in Names(module).found.values() for n in f.names}, rehearsal.real
+    )
+    count = iter(range(1 << 62))
+
+    def on_copy(target: Tensor, source: Tensor) -> None:
+        number = next(count)
+        name = stands.source(source)
+        if name is None:
+            placer.put(target, source)
+        elif number not in fitting.repeated:
+            placer.put(target, reader.read(name))
+            bar.advance(reader.entries[name].nbytes)
+
+    loading = Loading(stands, on_copy)
+    try:
+        with loading, caught(module):
+            module.load_state_dict(copy.copy(stands.state), strict=False)
+    except Exception as error:
+        raise loading.failure or error from error
+    leaked = loading.touched - rehearsal.real
+    if leaked:
+        raise CheckpointError(f"{sorted(leaked)} were computed with as no rehearsal had shown")
+
+
+def _computed(names: Names, fitting: Fit) -> list[Found]:
+    """Deferred tensors that no checkpoint would hold."""
+    known = {*fitting.loaded, *fitting.missing}
+    distinct = {id(found): found for found in names.found.values()}
+    return [f for f in distinct.values() if f.deferred and not known.intersection(f.names)]
+
+
+def _report(
+    module: nn.Module, path: Path, reader: Reader, fitting: Fit, computed: list[Found]
+) -> Loaded:
+    names = Names(module)
+    loaded = _entries(names, fitting.loaded)
+    distinct = {names.key(names.found[entry.name].tensor): entry.nbytes for entry in loaded}
+    return Loaded(
+        path=path,
+        loaded=loaded,
+        initialised=_entries(names, fitting.missing),
+        computed=_entries(names, [found.name for found in computed]),
+        unexpected=tuple(reader.entries[n] for n in fitting.unexpected if n in reader.entries),
+        nbytes=sum(distinct.values()),
+    )
+
+
+def _entries(names: Names, wanted: Iterable[str]) -> tuple[Entry, ...]:
+    return tuple(
+        Entry(name, tensor.dtype, tuple(size or 0 for size in known_shape(tensor) or ()))
+        for name in wanted
+        if name in names.found and (tensor := names.found[name].tensor) is not None
+    )

@@ -1,0 +1,78 @@
+"""Giving tensors of a module the values that a checkpoint has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lateinit.materialize import Cast, Wanted, place
+from lateinit.memory import allocate
+from lateinit.program import Program, TensorRef
+from lateinit.replay import Replay, without_modes
+from lateinit.tensors import Slot, is_deferred_tensor, locate
+
+_Entry = tuple[str, Tensor, Slot, TensorRef]
+
+
+class Placer:
+    """Puts values into tensors, each as cheaply as it can be.
+
+    A deferred tensor on the CPU that is to have the values' own dtype takes their very memory;
+    anything else is copied into. All tensors on one storage become real together.
+    """
+
+    def __init__(self, groups: Iterable[Wanted], cast: Cast) -> None:
+        self._cast = cast
+        self._sharing: dict[int, list[_Entry]] = {
+            id(tensors[0][2]): tensors for group in groups for tensors in group.tensors.values()
+        }
+        self._taken: set[int] = set()
+
+    def put(self, target: Tensor, source: Tensor) -> None:
+        """``target.copy_(source)``, for a target that may be deferred."""
+        source = source.detach()
+        if is_deferred_tensor(target) and self._given_memory_of(target, source):
+            return
+        with torch.no_grad():
+            target.copy_(source)
+
+    def _given_memory_of(self, target: Tensor, source: Tensor) -> bool:
+        """Make a deferred tensor real; whether the values are in it already."""
+        slot, program, ref = locate(target)
+        tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
+        taken = slot.real is None and self._may_take(source, program, ref)
+        if taken:
+            self._taken.add(source.data_ptr())
+            slot.real = source.untyped_storage()
+        elif slot.real is None and program.covers(ref):
+            dtype = self._cast.dtype_of(ref)
+            slot.real = allocate(ref.numel * dtype.itemsize, self._device(program, ref))
+        with without_modes():
+            replay, storage = Replay(program), slot.real
+            if storage is None:  # what the checkpoint has is a part of it: the rest is computed
+                storage = replay.values([ref.storage])[ref.storage]
+            place(tensors, storage, self._cast, replay.strides)
+        return taken
+
+    def _may_take(self, source: Tensor, program: Program, ref: TensorRef) -> bool:
+        """Whether a storage can be the values' own, which no other tensor must have."""
+        nbytes = ref.numel * ref.dtype.itemsize
+        return (
+            nbytes > 0
+            and ref.bits == 0
+            and source.device.type == self._device(program, ref).type == "cpu"
+            and source.dtype == self._cast.dtype_of(ref)
+            and program.covers(ref)
+            and ref.is_contiguous()
+            and source.is_contiguous()
+            and not (source.is_conj() or source.is_neg())
+            and not source.is_inference()
+            and source.storage_offset() == 0
+            and source.untyped_storage().nbytes() == ref.numel * source.dtype.itemsize
+            and source.data_ptr() not in self._taken
+        )
+
+    def _device(self, program: Program, ref: TensorRef) -> torch.device:
+        return self._cast.device or program.storages[ref.storage].device

@@ -1,0 +1,118 @@
+"""Opening a checkpoint of any format: one file, or a folder of shards with their index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from lateinit.dcp_reader import METADATA, DcpReader
+from lateinit.errors import CorruptCheckpointError, listing
+from lateinit.reader import Reader, inside, size_of
+from lateinit.safetensors_reader import SafetensorsReader
+from lateinit.torch_reader import TorchReader, starts_as_zip
+
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_INDEX = ".index.json"
+
+
+def open_checkpoint(path: Path) -> Reader:
+    """Open a checkpoint and check the structure of all of its files.
+
+    Raises:
+        CorruptCheckpointError: it is none, or a part of it is missing, truncated or corrupt.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise CorruptCheckpointError(f"{path} does not exist: a file or folder of weights is meant")
+    if path.name.endswith(_INDEX):
+        return _Sharded(path)
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Reader:
+    size_of(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsReader(path)
+    if path.suffix in _TORCH or starts_as_zip(path):
+        return TorchReader(path)
+    raise CorruptCheckpointError(
+        f"{path} is no checkpoint: a .safetensors, .pt, .pth or .bin file is meant, or a folder"
+    )
+
+
+def _open_folder(path: Path) -> Reader:
+    if (path / METADATA).is_file():
+        return DcpReader(path)
+    for pattern, opened in _KINDS:
+        found = sorted(path.glob(pattern))
+        if len(found) > 1:
+            names = listing(file.name for file in found)
+            raise CorruptCheckpointError(f"{path} has several checkpoints: name one of {names}")
+        if found:
+            return opened(found[0])
+    names = listing(sorted(file.name for file in path.iterdir())) or "nothing"
+    raise CorruptCheckpointError(
+        f"{path} is no checkpoint: it has no index, no .safetensors, no pytorch_model.bin and no "
+        f"{METADATA}, but {names}"
+    )
+
+
+class _Sharded(Reader):
+    """Shards with an index that says which tensor is in which."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        places = _weight_map(path)
+        names = sorted(set(places.values()))
+        files = {name: inside(path.parent, name, str(path)) for name in names}
+        gone = [name for name, file in files.items() if not file.is_file()]
+        if gone:
+            raise CorruptCheckpointError(
+                f"{path} names {listing(gone)}: missing; fetch what is missing"
+            )
+        shards = {name: _open_file(file) for name, file in files.items()}
+        lacking = [name for name, file in places.items() if name not in shards[file].entries]
+        if lacking:
+            wrong = listing(sorted({places[name] for name in lacking}))
+            raise CorruptCheckpointError(
+                f"{path} says that {listing(lacking)} would be in {wrong}, which it is not"
+            )
+        self._shards = {name: shards[file] for name, file in places.items()}
+        for shard in shards.values():
+            self._shards = dict.fromkeys(shard.entries, shard) | self._shards
+            self.aliases |= shard.aliases
+            self.objects |= shard.objects
+        self.entries = {name: shard.entries[name] for name, shard in self._shards.items()}
+        self.aliases = {k: v for k, v in self.aliases.items() if k not in self.entries}
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        return self._shards[name].read(name, offsets, sizes)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    size_of(path)
+    try:
+        index = json.loads(path.read_bytes())
+        places = index["weight_map"]
+        if not all(isinstance(item, str) for pair in places.items() for item in pair):
+            raise ValueError("its weight_map holds something else than strings")  # noqa: TRY301
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(
+            f"{path} is no index of shards: {type(error).__name__}: {error}"
+        ) from error
+    found: dict[str, str] = places
+    return found
+
+
+_KINDS: tuple[tuple[str, Callable[[Path], Reader]], ...] = (
+    (f"*.safetensors{_INDEX}", _Sharded),
+    ("*.safetensors", SafetensorsReader),
+    (f"*.bin{_INDEX}", _Sharded),
+    ("pytorch_model.bin", TorchReader),
+    ("*.pt", TorchReader),
+    ("*.pth", TorchReader),
+)

@@ -1,0 +1,122 @@
+"""Reading a safetensors file: header and lengths checked, data mapped."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lateinit.errors import CorruptCheckpointError
+from lateinit.reader import Reader, block, mapped, size_of, tensor_at
+from lateinit.safetensors_file import DTYPES, Entry
+
+_LONGEST_HEADER = 100_000_000
+_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
+
+
+class SafetensorsReader(Reader):
+    """One safetensors file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        size = size_of(path)
+        self._starts: dict[str, int] = {}
+        try:
+            base, described = _header(path, size)
+            self.metadata = _metadata(described)
+            self._place(base, size, described)
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"{path} is no whole safetensors file: {error}; fetch or write it again"
+            ) from error
+        self.aliases = {
+            name: kept
+            for name, kept in self.metadata.items()
+            if kept in self.entries and name not in self.entries
+        }
+        self._data = mapped(path)
+
+    def _place(self, base: int, size: int, described: dict[str, Any]) -> None:
+        """Check that the tensors fill the file exactly."""
+        spans = []
+        for name, value in described.items():
+            entry, start, end = _entry(name, value)
+            spans.append((start, end, name))
+            self.entries[name] = entry
+            self._starts[name] = base + start
+        spans.sort()
+        for (_, end, name), (start, _, other) in pairwise([(0, 0, "the header"), *spans]):
+            if start != end:
+                raise ValueError(f"{other!r} starts at byte {start}, but {name!r} ends at {end}")
+        end = spans[-1][1] if spans else 0
+        if base + end != size:
+            raise ValueError(f"it has {size:,} bytes, but its header describes {base + end:,}")
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        return block(tensor_at(self._data, self._starts[name], self.entries[name]), offsets, sizes)
+
+
+def _header(path: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """Where the data start, and what the header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8:
+            raise ValueError(f"it has {size} bytes")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"its header would take {length:,} bytes of {size:,}")
+        text = file.read(length)
+    try:
+        described = json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("its header is nested without end") from error
+    if not isinstance(described, dict):
+        raise ValueError("its header is no JSON object")  # noqa: TRY004 - of the file's
+    return 8 + length, described
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has a name twice")
+    return found
+
+
+def _metadata(described: dict[str, Any]) -> dict[str, str]:
+    found = described.pop("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("its __metadata__ holds something else than strings")
+    return found
+
+
+def _entry(name: str, value: Any) -> tuple[Entry, int, int]:
+    """What the header says of one tensor."""
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"its header has no dtype, shape and place of {name!r}")
+    code, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in _BY_CODE:
+        raise ValueError(f"{name!r} has the dtype {code!r}, which torch has not")
+    if not _sizes(shape) or not _sizes(place) or len(place) != 2:
+        raise ValueError(f"{name!r} has the shape {shape} and the place {place}")
+    entry = Entry(name, _BY_CODE[code], tuple(shape))
+    start, end = place
+    nbytes = _numel(shape) * entry.dtype.itemsize
+    if end - start != nbytes:
+        raise ValueError(f"{name!r} takes {end - start:,} bytes, but its shape asks for {nbytes:,}")
+    return entry, start, end
+
+
+def _sizes(value: Any) -> bool:
+    """Whether this is a list of sizes that torch can count."""
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in value
+    )
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

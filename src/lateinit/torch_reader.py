@@ -1,0 +1,90 @@
+"""Reading what ``torch.save`` wrote: mapped, and never anything but tensors and plain data."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lateinit.errors import CorruptCheckpointError, listing
+from lateinit.reader import Reader, block, size_of
+from lateinit.safetensors_file import Entry
+from lateinit.zip_records import Records
+
+
+class TorchReader(Reader):
+    """One file of ``torch.save`` that holds a state dict."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        size_of(path)
+        state = _load(path)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise CorruptCheckpointError(
+                f"{path} holds a {type(state).__name__}, no state dict: save model.state_dict()"
+            )
+        self._tensors = {name: value for name, value in state.items() if _plain(value)}
+        self.objects = {k: v for k, v in state.items() if k not in self._tensors}
+        nested = [k for k, v in self.objects.items() if _is_state(v)]
+        if nested and not self._tensors:
+            raise CorruptCheckpointError(
+                f"{path} holds a dict of {listing(self.objects)}, no state dict: save what is "
+                f"under {listing(map(repr, nested))} alone, or give it to module.load_state_dict()"
+            )
+        self.entries = {
+            name: Entry(name, value.dtype, tuple(value.shape))
+            for name, value in self._tensors.items()
+        }
+        self.versions = getattr(state, "_metadata", None)
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        return block(self._tensors[name].detach(), offsets, sizes)
+
+
+def _load(path: Path) -> Any:
+    is_zip = starts_as_zip(path)
+    try:
+        if is_zip:
+            with path.open("rb") as file:
+                Records(file)
+        # Only the zip format, torch's since 1.6, can be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise CorruptCheckpointError(
+            f"{path} is a pickle of more than tensors and plain data, or a corrupt one. It could "
+            "run any code, so it is not unpickled: save model.state_dict() in its place. "
+            f"({_first_line(error)})"
+        ) from error
+    except Exception as error:  # a corrupt pickle fails in any way
+        raise CorruptCheckpointError(
+            f"{path} is no whole file of torch.save: {_first_line(error)}; fetch or write it again"
+        ) from error
+
+
+def starts_as_zip(path: Path) -> bool:
+    """Whether a file starts as a zip does."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _plain(value: Any) -> bool:
+    """Whether this is a tensor that is described by dtype and shape."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+        and not is_traceable_wrapper_subclass(value)
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values())

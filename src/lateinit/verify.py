@@ -1,0 +1,112 @@
+"""Whether a checkpoint holds what a seed gives: compared bit for bit, a few tensors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lateinit.fitting import raw
+from lateinit.parity import values_differ
+from lateinit.reader import Reader
+from lateinit.readers import open_checkpoint
+from lateinit.shards import Item, collect
+from lateinit.streaming import Values, batches
+from lateinit.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared, and what differs, by name."""
+
+    path: Path
+    differences: tuple[tuple[str, str], ...]
+    tensors: int
+    nbytes: int
+    seed: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "equal": self.equal,
+            "path": str(self.path),
+            "differences": [{"name": name, "what": what} for name, what in self.differences],
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "seed": self.seed,
+        }
+
+    def __str__(self) -> str:
+        count = len(self.differences)
+        lines = [f"{self.path}: {self.tensors} tensors, {format_bytes(self.nbytes)}"]
+        lines += [f"  {name}: {what}" for name, what in self.differences]
+        differ = f"DIFFERENT: {count} difference{'s' * (count != 1)}"
+        told = f"equal, bit for bit, to what seed {self.seed} gives"
+        return "\n".join([*lines, told if self.equal else differ])
+
+
+def verify(
+    module: nn.Module, path: Path, *, seed: int, dtype: torch.dtype | None = None
+) -> Verification:
+    """Compare a checkpoint with the values of a deferred module, which stays deferred.
+
+    Args:
+        module: a module that was recorded from ``seed``.
+        path: any checkpoint that ``load_checkpoint`` reads.
+        seed: for the report.
+        dtype: cast floating-point tensors to this first, as ``save_checkpoint(dtype=)`` does.
+
+    Raises:
+        CorruptCheckpointError: this is no checkpoint, or not a whole one.
+
+    Example:
+        >>> from lateinit.verify import verify
+        >>> _ = torch.manual_seed(0)
+        >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2)
+        >>> _ = lateinit.save_checkpoint(layer, tmp_path / "verified.safetensors")
+        >>> verify(layer, tmp_path / "verified.safetensors", seed=0).equal
+        True
+    """
+    reader = open_checkpoint(path)
+    items = collect(module, dtype)
+    known = {name for item in items for name in (item.entry.name, *item.aliases)}
+    differences = [(name, "not in the model") for name in reader.entries if name not in known]
+    values = Values(None)
+    for batch in batches(items):
+        for item, value in zip(batch, values.of(batch), strict=True):
+            differences += _differences(reader, item, value)
+    return Verification(
+        path=path,
+        differences=tuple(differences),
+        tensors=len(items),
+        nbytes=sum(item.entry.nbytes for item in items),
+        seed=seed,
+    )
+
+
+def _differences(reader: Reader, item: Item, value: Tensor) -> Iterator[tuple[str, str]]:
+    """What is wrong with a tensor, under each of its names that the checkpoint has."""
+    names = [name for name in (item.entry.name, *item.aliases) if name in reader.entries]
+    if not names:
+        yield item.entry.name, "not in the checkpoint"
+    for name in names:
+        entry = reader.entries[name]
+        if entry.shape != item.entry.shape:
+            yield name, f"the checkpoint has the shape {entry.shape}, the model {item.entry.shape}"
+        elif entry.dtype != item.entry.dtype:
+            dtypes = f"the checkpoint has the dtype {entry.dtype}, the model {item.entry.dtype}"
+            yield name, f"{dtypes}: give the --dtype that it was written with"
+        else:
+            expected, found = value.to("cpu", item.entry.dtype), reader.read(name)
+            if not torch.equal(raw(expected), raw(found)):
+                told = values_differ(expected, found, ("seed", "checkpoint"))
+                yield name, f"values differ: {told}"

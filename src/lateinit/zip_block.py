@@ -1,0 +1,178 @@
+"""A tensor inside a file of ``torch.save`` that is itself a part of a larger file.
+
+What is needed to find its data is read, and checked; the data themselves are not.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lateinit.zip_records import Records
+
+
+class Part(io.RawIOBase):
+    """A range of a buffer as a file."""
+
+    def __init__(self, data: Any, start: int, length: int) -> None:
+        self._data = memoryview(data)[start : start + length]
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = (0, self._at, len(self._data))[whence]
+        if base + offset < 0:
+            raise OSError("seek before the start")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._data.release()
+        super().close()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a tensor's storage is in the part, in bytes, and how the tensor lies on it."""
+
+    start: int
+    numel: int
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def layout_of(part: Part) -> Layout:
+    """Find the one tensor of a file.
+
+    Raises:
+        ValueError: this is no whole file with a plain tensor and nothing else.
+    """
+    try:
+        return _layout_of(Records(io.BufferedReader(part)))
+    except pickle.UnpicklingError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # a corrupt pickle fails in any way
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _layout_of(records: Records) -> Layout:
+    found = _Unpickler(io.BytesIO(records.read("data.pkl"))).load()
+    if not isinstance(found, _Tensor):
+        raise pickle.UnpicklingError(f"a {type(found).__name__}, no tensor")
+    if "byteorder" in records and records.read("byteorder") != b"little":
+        raise pickle.UnpicklingError("big-endian data")
+    start, length = records.place(f"data/{found.storage.key}")
+    itemsize = found.storage.dtype.itemsize
+    if length != found.storage.numel * itemsize:
+        raise pickle.UnpicklingError("its data have another length")
+    layout = Layout(start, found.storage.numel, found.dtype, found.offset, found.size, found.stride)
+    _check(layout, itemsize)
+    return layout
+
+
+def _check(layout: Layout, itemsize: int) -> None:
+    """Check that a tensor lies on its storage."""
+    numbers = (layout.offset, *layout.size, *layout.stride)
+    last = layout.offset + sum((n - 1) * s for n, s in zip(layout.size, layout.stride, strict=True))
+    empty = 0 in layout.size
+    if any(n < 0 for n in numbers) or layout.dtype.itemsize != itemsize:
+        raise pickle.UnpicklingError("its tensor has a negative size")
+    if not empty and last >= layout.numel:
+        raise pickle.UnpicklingError("its tensor is larger than its data")
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors and nothing else; makes none."""
+
+    def persistent_load(self, saved: Any) -> _Storage:
+        kind, dtype, key, _, numel = saved
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"a {kind} in place of a storage")
+        return _Storage(dtype, str(key), int(numel))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _REBUILDERS:
+            return _REBUILDERS[module, name]
+        if module == "torch.storage" and name == "UntypedStorage":
+            return torch.uint8
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a tensor")
+
+
+def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, storage.dtype, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_with_dtype(
+    storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> _Tensor:
+    del grad, hooks
+    numel = storage.numel // dtype.itemsize
+    return _Tensor(_Storage(dtype, storage.key, numel), dtype, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
+    return data
+
+
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+_REBUILDERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_with_dtype,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}

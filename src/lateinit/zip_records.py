@@ -1,0 +1,69 @@
+"""The records of a zip file as ``torch.save`` writes it, checked without reading their data."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from typing import IO
+
+_HEADER = struct.Struct("<4s22xHH")  # what stands before a record, up to its name
+_SIGNATURE = b"PK\x03\x04"
+
+
+class Records:
+    """Where each record is; the few that are not tensor data are compared with their checksums.
+
+    Raises:
+        ValueError: this is no whole file of ``torch.save``.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        try:
+            found = zipfile.ZipFile(file).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, struct.error) as error:
+            raise ValueError(str(error) or "it has no directory of its records") from error
+        self._places: dict[str, tuple[int, int]] = {}
+        tops = {info.filename.partition("/")[0] for info in found}
+        for info in found:
+            name = info.filename.partition("/")[2]
+            start = self._start(info)
+            file.seek(start + info.file_size)
+            # What follows a record starts with this too: the next one, or the end of this one.
+            stored = info.compress_type == zipfile.ZIP_STORED and file.read(2) == b"PK"
+            if not stored or len(tops) != 1 or name in self._places:
+                raise ValueError(f"its record {info.filename!r} is damaged")
+            self._places[name] = start, info.file_size
+            # A checksum of zero was not computed: torch.serialization.set_crc32_options.
+            if (
+                info.CRC
+                and not name.startswith("data/")
+                and zlib.crc32(self.read(name)) != info.CRC
+            ):
+                raise ValueError(f"its record {info.filename!r} is damaged")
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """Where a record's data start, if its own header says what the directory says."""
+        self._file.seek(info.header_offset)
+        header = self._file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            raise ValueError(f"its record {info.filename!r} is cut off")
+        signature, name, extra = _HEADER.unpack(header)
+        if signature != _SIGNATURE or self._file.read(name) != info.filename.encode():
+            raise ValueError(f"its record {info.filename!r} is not where its directory says")
+        return info.header_offset + _HEADER.size + int(name) + int(extra)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def place(self, name: str) -> tuple[int, int]:
+        """The first byte of a record, and its length."""
+        if name not in self._places:
+            raise ValueError(f"it has no record {name!r}")
+        return self._places[name]
+
+    def read(self, name: str) -> bytes:
+        start, length = self.place(name)
+        self._file.seek(start)
+        return self._file.read(length)
