@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks import materialize
+from benchmarks import loading, materialize
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Goal, Row, Run, machine
 from benchmarks.lazy import inference
@@ -40,6 +40,8 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "threads": materialize.threads,
     "fill-rate": materialize.fill_rate,
     "peak-memory": materialize.peak_memory,
+    "load": loading.loading,
+    "write": loading.writing,
     "tiny-model": materialize.tiny_model,
     "sharding": sharding,
 }

@@ -75,6 +75,10 @@ def llama_300m(*, tiny: bool = False) -> nn.Module:
     return llama(1024, 2816, 18, 16, kv_heads=16, words=32_000, tiny=tiny)
 
 
+def llama_1b(*, tiny: bool = False) -> nn.Module:
+    return llama(2048, 5632, 22, 32, kv_heads=4, words=32_000, tiny=tiny)
+
+
 def llama_70b(*, tiny: bool = False) -> nn.Module:
     return llama(8192, 28_672, 80, 64, kv_heads=8, words=128_256, tiny=tiny)
 
@@ -197,6 +201,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         gpt2_medium,
         gpt2_xl,
         llama_300m,
+        llama_1b,
         llama_70b,
         resnet_152,
         vit_erfinv,
