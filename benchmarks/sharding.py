@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 RANKS = (1, 2, 4, 8)
+COMPARED = (2, 8)
+OTHERS = {"slice": "materialise, slice", "reset": "to_empty, reset"}
 WITHIN = 1.25
 WORKING_SET = 64 * MB
 SEED = 0
@@ -44,26 +46,36 @@ def sharding(run: Run) -> list[Row]:
     rows: list[Row] = []
     whole: dict[str, Any] = {}
     for ranks in RANKS[:2] if run.tiny else RANKS:
-        found = {way: played(way, ranks, run) for way in WAYS}
-        ours, theirs = found["ours"], found["slice"]
-        assert ours["digest"] == theirs["digest"], "a shard differs from that part of the whole"
-        others = found["reset"]["digest"] != ours["digest"]
+        ours = played("ours", ranks, run)
         whole = whole or ours
+        rows += against_share(ours, whole, ranks)
+        if ranks in COMPARED:
+            rows += against_others(ours, ranks, run)
+    return rows
+
+
+def against_share(ours: dict[str, Any], whole: dict[str, Any], ranks: int) -> list[Row]:
+    """What a rank takes, against its part of what one alone takes."""
+    case, goal = f"gpt2_xl, 1 of {ranks}", Goal(WITHIN)
+    share, limit = whole["seconds"] / ranks, ours["model"] / ranks * WITHIN + WORKING_SET
+    peak, wanted = [ours["peak"] / MB], "1.25 x its share + 64 MB"
+    memory = Row(case, "peak memory to fill", peak, wanted, [limit / MB], "MB", Goal(1.0))
+    return [Row(case, "fill", [ours["seconds"]], "its share", [share], "s", goal), memory]
+
+
+def against_others(ours: dict[str, Any], ranks: int, run: Run) -> list[Row]:
+    """The other ways; the part that each rank cuts from the whole tells what is right."""
+    theirs = {name: played(way, ranks, run) for way, name in OTHERS.items()}
+    equal = ours["digest"] == theirs[OTHERS["slice"]]["digest"]
+    assert equal, "a shard differs from that part of the whole"
+    rows = []
+    for name, other in theirs.items():
         case = f"gpt2_xl, 1 of {ranks}"
-        note = f"values of meta, to_empty and reset are {'other ones' if others else 'the same'}"
-        seconds, peak = [ours["seconds"]], [ours["peak"] / MB]
-        share, limit = whole["seconds"] / ranks, ours["model"] / ranks * WITHIN + WORKING_SET
-        if ranks > 1:
-            goal = Goal(WITHIN)
-            rows.append(Row(case, "fill", seconds, "its share", [share], "s", goal, equal=True))
-        against = {"materialise, slice": theirs, "to_empty, reset": found["reset"]}
-        for name, other in against.items():
-            rows.append(Row(case, "fill", seconds, name, [other["seconds"]], equal=True, note=note))
-            memory = [other["peak"] / MB]
-            rows.append(Row(case, "peak memory to fill", peak, name, memory, "MB"))
-        wanted = "1.25 x its share + 64 MB"
-        memory = [limit / MB]
-        rows.append(Row(case, "peak memory to fill", peak, wanted, memory, "MB", Goal(1.0)))
+        note = "" if other["digest"] == ours["digest"] else "its values are others"
+        peaks = [ours["peak"] / MB], name, [other["peak"] / MB]
+        seconds = [ours["seconds"]], name, [other["seconds"]]
+        rows.append(Row(case, "fill", *seconds, equal=equal, note=note))
+        rows.append(Row(case, "peak memory to fill", *peaks, "MB"))
     return rows
 
 
