@@ -17,6 +17,7 @@ from lateinit.lazy.placeholders import known_shape, show
 from lateinit.reader import Reader
 from lateinit.rehearsal import Rehearsal
 from lateinit.shards import window
+from lateinit.tensors import is_dtensor
 from lateinit.walk import Found, find_tensors
 
 _SIZES = re.compile(
@@ -50,7 +51,8 @@ class Names:
     def key(self, tensor: Tensor) -> Any:
         """The same for tensors that show the same memory in the same way."""
         if id(tensor) not in self._keys:
-            whole = not is_lazy(tensor) and tensor.layout is torch.strided
+            plain = not is_lazy(tensor) and not is_dtensor(tensor)
+            whole = plain and tensor.layout is torch.strided
             self._keys[id(tensor)] = window(tensor) if whole else id(tensor)
         return self._keys[id(tensor)]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit.errors import CheckpointError, ShardingError, listing
+from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
 from lateinit.lazy.loading import wrong_sizes
 from lateinit.lazy.placeholders import known_shape
 from lateinit.materialize import Cast, check_shared, materialize, wanted_in
-from lateinit.placing import Placer
+from lateinit.placing import Placer, place_of
 from lateinit.progress import Progress
 from lateinit.reader import Reader
 from lateinit.readers import open_checkpoint
@@ -69,12 +69,9 @@ def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: b
     """See ``load_checkpoint``."""
     reader = open_checkpoint(path)
     groups = list(wanted_in(module, _is_known))
-    sharded = [found.name for found in find_tensors(module) if is_dtensor(found.tensor)]
-    if sharded:
-        raise ShardingError(
-            f"sharded already: {listing(sharded)}. load_checkpoint puts whole tensors: load before "
-            "sharding, or use torch.distributed.checkpoint after materialize()"
-        )
+    for found in find_tensors(module):
+        if is_dtensor(found.tensor):
+            place_of(found.tensor)
     for group in groups:
         check_shared(group, cast)
     rehearsal = rehearse(module, reader)
@@ -120,7 +117,8 @@ def _put(
         if name is None:
             placer.put(target, source)
         elif number not in fitting.repeated:
-            placer.put(target, reader.read(name))
+            place = () if not is_dtensor(target) else place_of(target)
+            placer.put(target, reader.read(name, *place))
             bar.advance(reader.entries[name].nbytes)
 
     loading = Loading(stands, on_copy)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lateinit.errors import ShardingError
 from lateinit.materialize import Cast, Wanted, place
 from lateinit.memory import allocate
 from lateinit.program import Program, TensorRef
 from lateinit.replay import Replay, without_modes
-from lateinit.tensors import Slot, is_deferred_tensor, locate
+from lateinit.tensors import Slot, held, is_deferred_tensor, is_dtensor, locate
 
 _Entry = tuple[str, Tensor, Slot, TensorRef]
 
@@ -31,12 +33,12 @@ class Placer:
         self._taken: set[int] = set()
 
     def put(self, target: Tensor, source: Tensor) -> None:
-        """``target.copy_(source)``, for a target that may be deferred."""
+        """``target.copy_(source)``, for a target that may be deferred, or a shard of the source."""
         source = source.detach()
         if is_deferred_tensor(target) and self._given_memory_of(target, source):
             return
         with torch.no_grad():
-            target.copy_(source)
+            held(target).copy_(source)
 
     def _given_memory_of(self, target: Tensor, source: Tensor) -> bool:
         """Make a deferred tensor real; whether the values are in it already."""
@@ -46,6 +48,8 @@ class Placer:
         if taken:
             self._taken.add(source.data_ptr())
             slot.real = source.untyped_storage()
+        elif slot.real is None and is_dtensor(target):
+            slot.real = self._padded(program, ref)
         elif slot.real is None and program.covers(ref):
             dtype = self._cast.dtype_of(ref)
             slot.real = allocate(ref.numel * dtype.itemsize, self._device(program, ref))
@@ -55,6 +59,15 @@ class Placer:
                 storage = replay.values([ref.storage])[ref.storage]
             place(tensors, storage, self._cast, replay.strides)
         return taken
+
+    def _padded(self, program: Program, ref: TensorRef) -> torch.UntypedStorage:
+        """Memory for a shard, and for the zeros that follow it where shards are uneven."""
+        known, dtype = program.storages[ref.storage], self._cast.dtype_of(ref)
+        nbytes = known.nbytes // ref.dtype.itemsize * dtype.itemsize
+        storage = allocate(nbytes, self._device(program, ref))
+        if not program.covers(ref):
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+        return storage
 
     def _may_take(self, source: Tensor, program: Program, ref: TensorRef) -> bool:
         """Whether a storage can be the values' own, which no other tensor must have."""
@@ -76,3 +89,21 @@ class Placer:
 
     def _device(self, program: Program, ref: TensorRef) -> torch.device:
         return self._cast.device or program.storages[ref.storage].device
+
+
+def place_of(shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where in the whole tensor the local part of a ``DTensor`` starts, and its shape."""
+    # Imported by whoever made the shard, and long to import.
+    from torch.distributed.tensor._utils import (  # noqa: PLC0415
+        compute_local_shape_and_global_offset,
+    )
+
+    shape, start = compute_local_shape_and_global_offset(
+        shard.shape, shard.device_mesh, shard.placements
+    )
+    if tuple(shape) != tuple(held(shard).shape):
+        raise ShardingError(
+            f"a shard {tuple(held(shard).shape)} of a tensor {tuple(shard.shape)}, sharded as "
+            f"{shard.placements}, is no block of it: load before sharding"
+        )
+    return tuple(start), tuple(shape)

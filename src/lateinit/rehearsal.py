@@ -24,7 +24,7 @@ from lateinit.arguments import tensors_in
 from lateinit.errors import CheckpointError
 from lateinit.reader import Reader
 from lateinit.replay import flat
-from lateinit.tensors import is_deferred_tensor, is_parameter
+from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter
 from lateinit.walk import find_tensors
 
 _ASKS = frozenset(
@@ -279,6 +279,9 @@ def shadowed(module: nn.Module, state: dict[str, Any]) -> Iterator[Shadows]:
                     part.__dict__[key] = copy.copy(value)
             for key in ("_parameters", "_buffers"):
                 part.__dict__[key] = shadows.put(saved[-1][1][key], prefix)
+            if any(map(is_dtensor, saved[-1][1]["_parameters"].values())):
+                # FSDP2 looks at its shards again afterwards; here it would find none.
+                part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
             if type(part).set_extra_state is not nn.Module.set_extra_state:
                 part.__dict__["set_extra_state"] = _forget
         yield shadows

@@ -41,6 +41,7 @@ def seen(tensor: torch.Tensor) -> Iterator[Any]:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
+    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
 
