@@ -151,20 +151,28 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 model = torch.nn.Linear(2, 2)
 lateinit.save_checkpoint(model, sys.argv[1])
-model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-before = model.bias.detach().clone()
+other = lateinit.deferred_init(torch.nn.Linear, 2, 3)
+for part in (model, other):
+    weight = torch.nn.Parameter(distribute_tensor(part.weight.detach(), mesh, [Shard(0)]))
+    part.weight = weight
+saved = model.weight.full_tensor().clone()
 try:
-    lateinit.load_checkpoint(model, sys.argv[1])
-except lateinit.errors.ShardingError as error:
+    lateinit.load_checkpoint(other, sys.argv[1])
+except lateinit.errors.MismatchError as error:
     print(error)
-assert torch.equal(model.bias, before)
+assert lateinit.is_deferred(other.weight) and lateinit.is_deferred(other.bias)
+with torch.no_grad():
+    model.weight.zero_()
+print(lateinit.load_checkpoint(model, sys.argv[1]))
+assert torch.equal(model.weight.full_tensor(), saved)
 dist.destroy_process_group()
 """
 
 
-def test_a_model_that_is_sharded_already_is_refused(tmp_path: Path) -> None:
+def test_a_sharded_model_is_loaded_or_left_as_it_was(tmp_path: Path) -> None:
     said = run_alone(SHARDED, str(tmp_path / "a.safetensors"))
-    assert "sharded already: weight. load_checkpoint puts whole tensors" in said
+    assert "weight: the checkpoint has the shape (2, 2), the model (3, 2)" in said
+    assert "2 tensors loaded" in said
 
 
 def test_arguments_that_make_no_sense_are_refused(state: State, tmp_path: Path) -> None:

@@ -112,7 +112,10 @@ ROOMS = """
 """
 ORDER = ROOMS.split()
 
-OPTIONAL = {"timm", "torchvision", "transformers", "lateinit.hf_models"}
+OPTIONAL = {
+    *("timm", "torchvision", "transformers", "lateinit.hf_models"),
+    "torch.distributed.tensor._utils",  # takes long, and is there where it is needed
+}
 NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
 
 
