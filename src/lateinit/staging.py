@@ -15,10 +15,10 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Stage:
         self.target = target
         self.folder = target.parent / f".{target.name}.partial"
         self.files = self.folder / "files"
-        self.finished: dict[str, str] = {}  # file name: digest
+        self.finished: dict[str, str] = {}  # file name: checksum
         self._journal = self.folder / "journal"
         self._lock = -1
 
@@ -95,8 +95,8 @@ class Stage:
             )
         for entry in entries[1:]:
             path = self.files / entry["file"]
-            if path.is_file() and _digest(path) == entry["sha256"]:
-                self.finished[entry["file"]] = entry["sha256"]
+            if path.is_file() and _checksum(path) == entry["crc32"]:
+                self.finished[entry["file"]] = entry["crc32"]
 
     def release(self) -> None:
         """Let other processes have the folder."""
@@ -117,14 +117,14 @@ class Stage:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, name: str, digest: str) -> None:
+    def finish(self, name: str, checksum: str) -> None:
         """Note a file whose bytes are on the disk."""
         sync(self.files)
         with self._journal.open("a") as journal:
-            journal.write(json.dumps({"file": name, "sha256": digest}) + "\n")
+            journal.write(json.dumps({"file": name, "crc32": checksum}) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-        self.finished[name] = digest
+        self.finished[name] = checksum
 
     def publish(self) -> None:
         """Let the finished files take the output's place, in one step."""
@@ -229,12 +229,12 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
+        checksum = 0
         while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+            checksum = zlib.crc32(piece, checksum)
+    return f"{checksum:08x}"
 
 
 def _exchange(made: Path, target: Path) -> None:

@@ -49,7 +49,7 @@ def write_shards(
             for batch in batches(shard.items):
                 nbytes = sum(_working_bytes(batch))
                 pipe.make_room(nbytes)
-                pipe.put(_writing(writer, values.of(batch), bar), nbytes)
+                pipe.put(_writing(writer, file, values.of(batch), bar), nbytes)
             pipe.put(_finishing(writer, file, stage, shard.file), 0)
         pipe.wait()
 
@@ -119,23 +119,33 @@ def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
     return storages.values()
 
 
-def _writing(writer: Writer, tensors: list[Tensor], bar: Progress) -> Callable[[], None]:
+def _writing(
+    writer: Writer, file: BinaryIO, tensors: list[Tensor], bar: Progress
+) -> Callable[[], None]:
     def write() -> None:
         tensors.reverse()
         with without_modes():
             while tensors:
                 bar.advance(writer.write(tensors.pop()))
+        _to_disk(file)
 
     return write
 
 
+def _to_disk(file: BinaryIO) -> None:
+    """Have the system begin to write, rather than wait for memory to fill or for the sync."""
+    file.flush()
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _finishing(writer: Writer, file: BinaryIO, stage: Stage, name: str) -> Callable[[], None]:
     def finish() -> None:
-        digest = writer.finish()
+        checksum = writer.finish()
         file.flush()
         os.fsync(file.fileno())
         file.close()
-        stage.finish(name, digest)
+        stage.finish(name, checksum)
 
     return finish
 

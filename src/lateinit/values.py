@@ -59,5 +59,6 @@ class Values:
 def digest(value: Tensor) -> bytes:
     """A digest of the bits of a tensor, to compare what another seed would have shown."""
     with without_modes():
+        value = value if value.layout is torch.strided else value.to_dense()
         data = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         return hashlib.sha256(data.cpu().numpy().tobytes()).digest()
