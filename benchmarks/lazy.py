@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 RESIDENT_UNIT = 1e3  # Linux counts in kB, and this is a module for Linux
 
 
+LONG = ("gpt-1.6b",)  # a real dry run takes more than a minute
+
+
 class Layers:
     """Layers by name, without the size that comes first where they are lazy."""
 
@@ -160,7 +163,7 @@ def inference(model: str, goal: Goal | None) -> Callable[[Run], list[Row]]:
 
     def case(run: Run) -> list[Row]:
         measured: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-        for _ in range(run.times()):
+        for _ in range(run.times(1 if model in LONG else None)):
             for way, done in measured.items():
                 done.append(in_process("benchmarks.lazy", way, model, str(int(run.tiny))))
         seconds = {way: [d["seconds"] for d in done] for way, done in measured.items()}
