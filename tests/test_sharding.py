@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -200,6 +201,37 @@ def test_a_lazy_model_is_inferred_sharded_and_materialised() -> None:
         model = lateinit.deferred_init(lazy)
         lateinit.infer_shapes(model, torch.empty(3, 160, device="meta"))
         PLACEMENTS["fsdp"](model, line(2))
+        lateinit.materialize(model, check=False)
+        assert differences(expected, model) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_pipeline_stage_is_right_without_the_others(stage: int) -> None:
+    torch.manual_seed(0)
+    whole = big()
+    with alone_as(1, 2):
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(big)
+        del model[1 - stage]
+        PLACEMENTS["fsdp"](model, line(2))
+        lateinit.materialize(model, check=False)
+        expected = nn.Sequential(whole[stage])
+        PLACEMENTS["fsdp"](expected, line(2))
+        assert differences(expected, model) == []
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_fsdp_along_another_dim(rank: int) -> None:
+    def last(parameter: nn.Parameter) -> Shard:
+        return Shard(parameter.dim() - 1)
+
+    with alone_as(rank, 4):
+        torch.manual_seed(0)
+        expected = big()
+        fully_shard(expected, mesh=line(4), shard_placement_fn=last)
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(big)
+        fully_shard(model, mesh=line(4), shard_placement_fn=last)
         lateinit.materialize(model, check=False)
         assert differences(expected, model) == []
 
