@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
 from tests.snapshots import assert_same
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.cuda,
@@ -106,3 +115,24 @@ def test_autocast_on_the_gpu_inside_a_constructor() -> None:
     expected = build()
     torch.manual_seed(0)
     assert_same(expected, lateinit.materialize(lateinit.deferred_init(build)))
+
+
+def test_shards_go_to_the_devices_of_their_mesh(tmp_path: Path) -> None:
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cuda", (2,))
+        torch.manual_seed(0)
+        expected = nn.Linear(600, 800)
+        lateinit.save_checkpoint(expected, tmp_path / "linear.safetensors")
+        torch.manual_seed(0)
+        drawn = lateinit.deferred_init(nn.Linear, 600, 800)
+        loaded = lateinit.deferred_init(nn.Linear, 600, 800)
+        for late in (drawn, loaded):
+            fully_shard(late, mesh=mesh)
+        lateinit.materialize(drawn)
+        lateinit.load_checkpoint(loaded, tmp_path / "linear.safetensors")
+        for late in (drawn, loaded):
+            assert late.weight.device.type == late.weight.to_local().device.type == "cuda"
+            assert torch.equal(late.weight.to_local().cpu(), expected.weight[400:])
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
 from lateinit import chunks, execute, sharding
 from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
+from lateinit.materialize import home
 from tests.laws import deferred, eager
 from tests.models import MODELS
 from tests.sharding.compare import differences
@@ -249,6 +251,19 @@ def test_optimizers_hooks_and_names_stay() -> None:
         lateinit.materialize(model, check=False)
         assert optimizer.param_groups[0]["params"][0] is model[0].weight
         assert model[0].weight.device.type == "cpu"
+
+
+def test_home_of_a_shard_is_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, other = torch.device("cpu"), torch.device("meta", 3)
+    here = SimpleNamespace(current_device=lambda: 3)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: here)
+    with alone_as(0, 2):
+        shard = distribute_tensor(torch.zeros(4), line(2), [Shard(0)], src_data_rank=None)
+        assert home(shard, cpu) is None
+        monkeypatch.setattr(shard._spec.mesh, "_device_type", "meta")
+        assert home(shard, cpu) == other
+        assert home(shard, cpu, cpu) == cpu
+        assert home(torch.zeros(1), cpu) is None
 
 
 # What cannot be honoured.

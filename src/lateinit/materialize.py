@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -86,8 +86,9 @@ def materialize(
         only: which tensors: a glob on their fully qualified names (``"*.bias"``), several of
             them, or a predicate ``(fqn, tensor) -> bool``. A tensor with several names is taken
             if one of them matches.
-        device: where to put them; by default the device that each was recorded for. Values are
-            computed where they were recorded for, then copied.
+        device: where to put them; by default the device that each was recorded for, and of a
+            shard that of its mesh (``device="cpu"`` for FSDP2's CPU offloading). Values are
+            computed where they were recorded for, then copied while the next are computed.
         dtype: cast floating-point tensors to this; by default each keeps the dtype it has now.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction; by default the
             random state that really did.
@@ -360,11 +361,22 @@ def place(
     """Let the tensors that share a storage have it, now that it is real."""
     slot = tensors[0][2]
     if slot.real is None:
+        cast = replace(cast, device=home(tensors[0][1], storage.device, cast.device))
         storage = cast.storage(storage, [ref for *_, ref in tensors])
     for _, tensor, _, ref in tensors:
         shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
         give(tensor, shown, storage)
     slot.real, slot.cast = storage, (cast.device, cast.dtype)
+
+
+def home(
+    tensor: Any, recorded: torch.device, asked: torch.device | None = None
+) -> torch.device | None:
+    """Where a tensor is to be moved, if anywhere: a shard to the devices of its mesh."""
+    if asked is None and is_dtensor(tensor) and tensor.device_mesh.device_type != recorded.type:
+        kind = tensor.device_mesh.device_type
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return asked
 
 
 def give(tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage) -> None:

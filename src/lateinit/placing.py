@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lateinit.errors import ShardingError
-from lateinit.materialize import Cast, Wanted, place
+from lateinit.materialize import Cast, Wanted, home, place
 from lateinit.memory import allocate
 from lateinit.program import Program, TensorRef
 from lateinit.replay import Replay, without_modes
@@ -44,12 +44,13 @@ class Placer:
         """Make a deferred tensor real; whether the values are in it already."""
         slot, program, ref = locate(target)
         tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
-        taken = slot.real is None and self._may_take(source, program, ref)
+        own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
+        taken = own and slot.real is None and self._may_take(source, program, ref)
         if taken:
             self._taken.add(source.data_ptr())
             slot.real = source.untyped_storage()
         elif slot.real is None and is_dtensor(target):
-            slot.real = self._padded(program, ref)
+            slot.real = self._padded(target, program, ref)
         elif slot.real is None and program.covers(ref):
             dtype = self._cast.dtype_of(ref)
             slot.real = allocate(ref.numel * dtype.itemsize, self._device(program, ref))
@@ -60,11 +61,12 @@ class Placer:
             place(tensors, storage, self._cast, replay.strides)
         return taken
 
-    def _padded(self, program: Program, ref: TensorRef) -> torch.UntypedStorage:
+    def _padded(self, shard: Tensor, program: Program, ref: TensorRef) -> torch.UntypedStorage:
         """Memory for a shard, and for the zeros that follow it where shards are uneven."""
         known, dtype = program.storages[ref.storage], self._cast.dtype_of(ref)
         nbytes = known.nbytes // ref.dtype.itemsize * dtype.itemsize
-        storage = allocate(nbytes, self._device(program, ref))
+        device = self._device(program, ref)
+        storage = allocate(nbytes, home(shard, device, self._cast.device) or device)
         if not program.covers(ref):
             torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         return storage
