@@ -728,3 +728,13 @@ def test_the_example_runs(tmp_path: Path) -> None:
     found = doctest.testmod(module, extraglobs=names)
     assert found.attempted > 0
     assert found.failed == 0
+
+
+@pytest.mark.parametrize("size", [(1,), (1, 1), (0, 3)])
+def test_one_element_with_any_stride_is_written(size: tuple[int, ...], tmp_path: Path) -> None:
+    part = torch.arange(9.0).as_strided(size, (3,) * len(size), 3)
+    saved = nn.ParameterDict({"part": nn.Parameter(part)})
+    lateinit.save_checkpoint(saved, tmp_path / "a.safetensors")
+    found = nn.ParameterDict({"part": nn.Parameter(torch.zeros(size))})
+    lateinit.load_checkpoint(found, tmp_path / "a.safetensors")
+    assert torch.equal(found["part"], part)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from lateinit.memory import as_bytes
 from lateinit.program import Program
 from lateinit.shards import Shard
 
@@ -54,8 +55,7 @@ def _program_parts(program: Program, seed: int | None) -> Iterator[bytes | memor
 def _data_parts(tensor: Tensor) -> Iterator[bytes | memoryview]:
     yield repr((tensor.dtype, tensor.shape, tensor.layout)).encode()
     if tensor.layout is torch.strided and not tensor.is_quantized:
-        plain = tensor.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
-        yield plain.view(torch.uint8).numpy().data
+        yield as_bytes(tensor.cpu()).numpy().data
     else:
         saved = io.BytesIO()
         torch.save(tensor, saved)

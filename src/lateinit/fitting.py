@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lateinit.errors import MismatchError
 from lateinit.lazy.placeholders import known_shape, show
+from lateinit.memory import as_bytes
 from lateinit.reader import Reader
 from lateinit.rehearsal import Rehearsal
 from lateinit.shards import window
@@ -148,13 +149,7 @@ def same_bits(reader: Reader, first: str, second: str) -> bool:
         return True
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
-    return torch.equal(raw(reader.read(first)), raw(reader.read(second)))
-
-
-def raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, in a row."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-    return plain.view(torch.uint8) if plain.numel() else plain.new_empty(0, dtype=torch.uint8)
+    return torch.equal(as_bytes(reader.read(first)), as_bytes(reader.read(second)))
 
 
 def _strangers(

@@ -1,4 +1,4 @@
-"""Allocating storages, large ones on huge pages where the platform has them.
+"""Allocating storages, large ones on huge pages where the platform has them; raw bytes.
 
 Fresh memory is mapped in page by page as it is first touched, at a cost near that of drawing the
 values. Each storage is an allocation of its own: it is freed, shared and pickled as any other.
@@ -28,6 +28,22 @@ def allocate(nbytes: int, device: torch.device) -> torch.UntypedStorage:
         # Advice: where it is refused, the pages are small and all is well.
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return storage
+
+
+def in_a_row(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor in row-major order, one next to the other."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.contiguous().reshape(-1)
+    # One element is contiguous with whatever stride, and then cannot be seen as bytes.
+    if flat.numel() and flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, in a row."""
+    flat = in_a_row(tensor)
+    return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
 
 @functools.cache

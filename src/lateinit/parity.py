@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lateinit.errors import LateinitError
 from lateinit.materialize import materialize
+from lateinit.memory import as_bytes, in_a_row
 from lateinit.recording import deferred_init
 from lateinit.units import format_bytes
 from lateinit.walk import Found, find_tensors, is_placeholder
@@ -210,7 +211,7 @@ def _digest(tensor: Tensor) -> str:
         return "on meta"
     digest = hashlib.sha256()
     for part in [tensor] if tensor.layout is torch.strided else _components(tensor):
-        digest.update(_flat(part).view(torch.uint8).numpy().data)
+        digest.update(as_bytes(part.cpu()).numpy().data)
     return digest.hexdigest()
 
 
@@ -219,10 +220,6 @@ def _components(tensor: Tensor) -> list[Tensor]:
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     return [tensor.to_dense()]
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
 
 
 def compare(expected: dict[str, Facts], found: dict[str, Facts]) -> list[tuple[str, str]]:
@@ -263,7 +260,7 @@ def values_differ(
     """How many elements differ in their bits, and the first of them."""
     if found.is_meta or expected.is_meta or expected.shape != found.shape:
         return "they cannot be compared"
-    ours, theirs = _flat(expected), _flat(found)
+    ours, theirs = in_a_row(expected.cpu()), in_a_row(found.cpu())
     if ours.dtype != theirs.dtype or not ours.numel():
         return "they cannot be compared"
     rows = [t.view(torch.uint8).view(t.numel(), -1) for t in (ours, theirs)]

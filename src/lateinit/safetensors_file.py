@@ -15,6 +15,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lateinit.memory import in_a_row
+
 DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -83,7 +85,7 @@ class Writer:
         """Write the next tensor, cast to the dtype that the header says; gives its bytes."""
         entry = self._due.pop()
         assert tuple(tensor.shape) == entry.shape, entry.name
-        flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+        flat = in_a_row(tensor)
         step = max(1, _PIECE // max(flat.element_size(), entry.dtype.itemsize))
         for start in range(0, flat.numel(), step):
             piece = flat[start : start + step].to(device="cpu", dtype=entry.dtype)

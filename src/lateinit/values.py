@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lateinit.memory import as_bytes
 from lateinit.plan import needed_ops
 from lateinit.program import Program, Read, TensorRef
 from lateinit.replay import Replay, without_modes
@@ -60,5 +61,4 @@ def digest(value: Tensor) -> bytes:
     """A digest of the bits of a tensor, to compare what another seed would have shown."""
     with without_modes():
         value = value if value.layout is torch.strided else value.to_dense()
-        data = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        return hashlib.sha256(data.cpu().numpy().tobytes()).digest()
+        return hashlib.sha256(as_bytes(value).cpu().numpy().tobytes()).digest()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit.fitting import raw
+from lateinit.memory import as_bytes
 from lateinit.parity import values_differ
 from lateinit.reader import Reader
 from lateinit.readers import open_checkpoint
@@ -107,6 +107,6 @@ def _differences(reader: Reader, item: Item, value: Tensor) -> Iterator[tuple[st
             yield name, f"{dtypes}: give the --dtype that it was written with"
         else:
             expected, found = value.to("cpu", item.entry.dtype), reader.read(name)
-            if not torch.equal(raw(expected), raw(found)):
+            if not torch.equal(as_bytes(expected), as_bytes(found)):
                 told = values_differ(expected, found, ("seed", "checkpoint"))
                 yield name, f"values differ: {told}"

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from lateinit.memory import as_bytes
 from lateinit.walk import find_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
 
@@ -42,13 +43,4 @@ def seen(tensor: torch.Tensor) -> Iterator[Any]:
 
 def bits(tensor: torch.Tensor) -> bytes:
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
-def sharded(
-    make: Callable[[], nn.Module], place: Callable[..., None], *arguments: Any
-) -> nn.Module:
-    model = make()
-    place(model, *arguments)
-    return model
+    return as_bytes(tensor).numpy().tobytes()
