@@ -8,7 +8,6 @@ a module of its own, it runs one way in a fresh process and prints the time and 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lateinit
-from benchmarks.harness import Goal, Row, Run, assert_equal, in_process
+from benchmarks.harness import MB, Goal, Row, Run, assert_equal, in_process
+from benchmarks.memory import forget, highest, resident
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-RESIDENT_UNIT = 1e3  # Linux counts in kB, and this is a module for Linux
 
 
 LONG = ("gpt-1.6b",)  # a real dry run takes more than a minute
@@ -185,14 +183,12 @@ def same_as_eager(model: str) -> bool:
     return True
 
 
-def resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RESIDENT_UNIT
-
-
 def main(way: str, model: str, tiny: str) -> None:
+    forget()  # a new process starts with what was the most of the one that started it
     before = resident()
     _, seconds = WAYS[way](model, tiny=tiny == "1")
-    print(json.dumps({"seconds": seconds, "peak_mb": resident() - before}))
+    peak = (highest() - before) / MB
+    sys.stdout.write(json.dumps({"seconds": seconds, "peak_mb": peak}) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def loading(run: Run) -> list[Row]:
         torch.manual_seed(SAVED_SEED)
         model = lateinit.deferred_init(lambda: MODELS[MODEL](tiny=run.tiny))
         lateinit.save_checkpoint(model, path)
+        path.read_bytes()  # into the page cache, for all
         for _ in range(run.times(1)):
             for way, results in found.items():
                 results.append(in_process("benchmarks.load_once", way, MODEL, str(path), *size))
