@@ -83,11 +83,7 @@ def hub_model(name: str) -> tuple[Any, Any]:
     return (transformers.T5Model if name == "t5" else mapping[type(config)]), config
 
 
-# Its experts are kept under other names on the hub, which from_pretrained alone translates.
-TRANSLATED = {"mixtral"}
-
-
-@pytest.mark.parametrize("name", [name for name in HUB if name not in TRANSLATED])
+@pytest.mark.parametrize("name", HUB)
 @pytest.mark.parametrize("size", ["4kB", "5GB"])
 def test_what_transformers_wrote_is_read(name: str, size: str, tmp_path: Path) -> None:
     cls, config = hub_model(name)

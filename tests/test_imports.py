@@ -96,6 +96,8 @@ ROOMS = """
     zip_block
     dcp_reader
     readers
+    hf_names
+    translated
     rehearsal
     fitting
     placing

@@ -132,6 +132,9 @@ def load_checkpoint(
     run twice: as a rehearsal on ``meta``, from which all problems are known before anything
     changes, and then for real, one tensor at a time. Parameters stay the objects they are.
 
+    Of a ``transformers`` model the names count under which it is saved, too: what they are
+    renamed, joined and split to is what ``from_pretrained`` makes of them.
+
     On the CPU, a deferred tensor that has the dtype of the file is not copied: it takes the file's
     memory, mapped privately, so that pages are read when they are touched and training never
     writes to the file. The file must not be overwritten in place or cut off while the model lives;
@@ -146,8 +149,8 @@ def load_checkpoint(
         path: a ``.safetensors`` file, a folder of them with their index, a ``.pt``, ``.pth`` or
             ``.bin`` file of ``torch.save`` (read with ``weights_only=True``), or a folder of
             ``torch.distributed.checkpoint``.
-        strict: whether both sides must have the same names. If not, there must still be one that
-            both have.
+        strict: whether both sides must have the same names, but for those that a ``transformers``
+            model says do not matter. If not, there must still be one that both have.
         device: where to put deferred tensors; by default the device each was recorded for. Real
             tensors stay where they are.
         dtype: cast deferred floating-point tensors to this; by default each keeps its own.

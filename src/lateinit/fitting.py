@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit.errors import MismatchError
+from lateinit.errors import MismatchError, listing
+from lateinit.hf_names import left_out
 from lateinit.lazy.placeholders import known_shape, show
 from lateinit.memory import as_bytes
 from lateinit.reader import Reader
@@ -26,6 +27,7 @@ _SIZES = re.compile(
     r"the shape in current model is torch\.Size\(\[(.*?)\]\)\."
 )
 _NEAR = 0.75
+_MOST_SOURCES = 3
 _MOST_SEARCHED = 20  # names that near ones are looked for; each is compared with every other
 
 
@@ -80,7 +82,8 @@ def fit(
         MismatchError: anything at all does not fit.
     """
     names = Names(module)
-    problems = [*map(_as_told, rehearsal.wrong), *_kinds(names, reader, rehearsal, wanted)]
+    problems = [_as_told(message, reader) for message in rehearsal.wrong]
+    problems += _kinds(names, reader, rehearsal, wanted)
     keys = {names.key(target) for target, source in rehearsal.copies if source is not None}
     keys |= {names.key(target) for target in rehearsal.replaced}
     repeated, differing = _tied(names, reader, rehearsal)
@@ -88,9 +91,8 @@ def fit(
     loaded = [n for n, f in names.found.items() if names.key(f.tensor) in keys]
     missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in set(loaded)]
     unexpected = list(dict.fromkeys(rehearsal.unexpected))
-    lost = strict or not loaded
-    if lost and (missing or unexpected):
-        problems += _strangers(names, reader, missing, unexpected)
+    if strict or not loaded:
+        problems += _strangers(module, names, reader, missing, unexpected)
     if problems:
         count = len(problems)
         raise MismatchError(
@@ -102,13 +104,15 @@ def fit(
     return Fit(tuple(loaded), tuple(missing), tuple(unexpected), repeated)
 
 
-def _as_told(message: str) -> str:
+def _as_told(message: str, reader: Reader) -> str:
     """What torch says of a size, in our words."""
     found = _SIZES.fullmatch(message)
     if found is None:
         return message
     name, theirs, ours = found.groups()
-    return f"{name}: the checkpoint has the shape ({theirs}), the model ({ours})"
+    origins = reader.origins.get(name, [name])
+    source = "" if origins == [name] else f" (from {listing(origins, _MOST_SOURCES)})"
+    return f"{name}: the checkpoint has the shape ({theirs}){source}, the model ({ours})"
 
 
 def _kinds(
@@ -153,9 +157,14 @@ def same_bits(reader: Reader, first: str, second: str) -> bool:
 
 
 def _strangers(
-    names: Names, reader: Reader, missing: list[str], unexpected: list[str]
+    module: nn.Module, names: Names, reader: Reader, missing: list[str], unexpected: list[str]
 ) -> Iterable[str]:
-    """Names that only one side has."""
+    """Names that only one side has, but for those that the model's class says do not matter."""
+    no_need, no_use = left_out(module, missing, unexpected)
+    missing = [name for name in missing if name not in no_need]
+    unexpected = [name for name in unexpected if name not in no_use]
+    if not missing and not unexpected:
+        return
     hint = _prefix(names.saved(), list(reader.entries))
     for name in missing:
         found = names.found.get(name)
@@ -163,7 +172,9 @@ def _strangers(
         yield f"{name}{shape} is not in the checkpoint{_near(name, unexpected, missing)}"
     for name in unexpected:
         yield f"{name} is not in the model{_near(name, missing, unexpected)}"
-    if hint:
+    if reader.hint:
+        yield reader.hint
+    elif hint:
         yield hint
     elif missing and not unexpected:
         yield "(strict=False initialises what is missing as its construction says)"

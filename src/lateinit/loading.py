@@ -23,6 +23,7 @@ from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Loading, Rehearsal, Stands, caught, rehearse
 from lateinit.safetensors_file import Entry
 from lateinit.tensors import is_deferred_tensor, is_dtensor, locate
+from lateinit.translated import translated
 from lateinit.units import format_bytes
 from lateinit.walk import Found, find_tensors
 
@@ -67,7 +68,7 @@ class Loaded:
 
 def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
     """See ``load_checkpoint``."""
-    reader = open_checkpoint(path)
+    reader = translated(module, open_checkpoint(path))
     groups = list(wanted_in(module, _is_known))
     for found in find_tensors(module):
         if is_dtensor(found.tensor):

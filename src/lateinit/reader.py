@@ -27,6 +27,8 @@ class Reader(abc.ABC):
         objects: what is no plain tensor, by name, such as the extra state of a module.
         aliases: names of tied tensors that were left out, with the name that was kept.
         versions: the ``_metadata`` of a state dict, where a format keeps it.
+        origins: names in the files, by name, of what has another name there.
+        hint: what to say beside names that do not fit.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,6 +37,8 @@ class Reader(abc.ABC):
         self.objects: dict[str, Any] = {}
         self.aliases: dict[str, str] = {}
         self.versions: Mapping[str, Any] | None = None
+        self.origins: dict[str, list[str]] = {}
+        self.hint = ""
 
     def read(
         self,

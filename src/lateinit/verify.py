@@ -16,6 +16,7 @@ from lateinit.reader import Reader
 from lateinit.readers import open_checkpoint
 from lateinit.shards import Item, collect
 from lateinit.streaming import Values, batches
+from lateinit.translated import translated
 from lateinit.units import format_bytes
 
 
@@ -76,7 +77,7 @@ def verify(
         >>> verify(layer, tmp_path / "verified.safetensors", seed=0).equal
         True
     """
-    reader = open_checkpoint(path)
+    reader = translated(module, open_checkpoint(path))
     items = collect(module, dtype)
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
     differences = [(name, "not in the model") for name in reader.entries if name not in known]

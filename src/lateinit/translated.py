@@ -1,0 +1,142 @@
+"""A checkpoint seen under the names of a ``transformers`` model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lateinit import hf_names
+from lateinit.errors import MismatchError, listing
+from lateinit.hf_names import Conversion
+from lateinit.memory import as_bytes
+from lateinit.reader import Reader, block
+from lateinit.safetensors_file import Entry
+from lateinit.walk import is_placeholder
+
+_SHOWN = 3
+
+
+def translated(module: nn.Module, reader: Reader) -> Reader:
+    """A checkpoint under the names of a module, if that is a model which renames what it loads.
+
+    Nothing is read but headers: shapes and dtypes of what is joined or split are found on
+    ``meta``.
+
+    Raises:
+        MismatchError: something of the checkpoint cannot be brought into the form of the model.
+    """
+    if not hf_names.is_theirs(module):
+        return reader
+    state = module.state_dict(keep_vars=True)
+    if all(name in state and _fits(state[name], entry) for name, entry in reader.entries.items()):
+        return reader  # as load_state_dict would take it
+    try:
+        names = hf_names.translate(module, state, reader.entries)
+    except hf_names.UnknownTablesError as error:
+        reader.hint = (
+            f"(if it was written by save_pretrained: {hf_names.version()} renames weights in a way "
+            f"that lateinit cannot follow, {error}; {type(module).__name__}.from_pretrained can)"
+        )
+        return reader
+    if not names.conversions and all([k] == v for k, v in names.renamed.items()):
+        return reader
+    return Translated(module, reader, names)
+
+
+def _fits(tensor: Any, entry: Entry) -> bool:
+    return is_placeholder(tensor) or tuple(getattr(tensor, "shape", ())) == entry.shape
+
+
+class Translated(Reader):
+    """Tensors that have other names in a model, or that several of a checkpoint make up.
+
+    What is computed is computed when it is read. Of what belongs together, the results that were
+    not asked for are kept until others are computed.
+    """
+
+    def __init__(self, module: nn.Module, reader: Reader, names: hf_names.Names) -> None:
+        super().__init__(reader.path)
+        self._reader = reader
+        self.objects, self.versions = reader.objects, reader.versions
+        self._plain = {new: old[0] for new, old in names.renamed.items()}
+        self._plain |= {name: name for name in names.strangers}
+        self.entries = {
+            new: Entry(new, reader.entries[old].dtype, reader.entries[old].shape)
+            for new, old in self._plain.items()
+        }
+        self._computed: dict[str, Conversion] = {}
+        self._kept: dict[str, Tensor] = {}
+        problems = [*self._doubled(names), *self._add(names.conversions)]
+        if problems:
+            raise MismatchError(
+                f"{self.path} cannot be loaded into {type(module).__name__}, which is left as it "
+                "was:\n  " + "\n  ".join(problems)
+            )
+        self.origins = {new: [old] for new, old in self._plain.items()} | {
+            new: [name for name, _ in conversion.sources]
+            for new, conversion in self._computed.items()
+        }
+        forward = {old: new for new, old in self._plain.items()}
+        self.aliases = {
+            alias: forward[kept] for alias, kept in reader.aliases.items() if kept in forward
+        }
+
+    def _doubled(self, names: hf_names.Names) -> list[str]:
+        """Names that become one; that is well where they have the same bits."""
+        wrong = []
+        for new, (first, *others) in names.renamed.items():
+            wrong += [
+                f"{new}: the checkpoint has two tensors for it, {first} and {other}"
+                for other in others
+                if not self._same(first, other)
+            ]
+        return wrong
+
+    def _same(self, first: str, second: str) -> bool:
+        ours, theirs = self._reader.entries[first], self._reader.entries[second]
+        return (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and torch.equal(
+            as_bytes(self._reader.read(first)), as_bytes(self._reader.read(second))
+        )
+
+    def _add(self, conversions: list[Conversion]) -> list[str]:
+        """Find out what conversions give, on ``meta``."""
+        wrong = []
+        for conversion in conversions:
+            try:
+                found = conversion.run(self._stand)
+            except Exception as error:  # noqa: BLE001 - their code, on what any checkpoint holds
+                wrong.append(_failed(conversion, self._reader, error))
+                continue
+            for name, tensor in found.items():
+                if name in self.entries:
+                    others = listing((n for n, _ in conversion.sources), _SHOWN)
+                    wrong.append(f"{name}: the checkpoint has several tensors for it, {others}")
+                self.entries[name] = Entry(name, tensor.dtype, tuple(tensor.shape))
+                self._computed[name] = conversion
+        return wrong
+
+    def _stand(self, name: str) -> Tensor:
+        entry = self._reader.entries[name]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        if name in self._plain:
+            return self._reader.read(self._plain[name], offsets, sizes)
+        found = self._kept.pop(name, None)  # given away: it may become a parameter's memory
+        if found is None:
+            self._kept.clear()
+            self._kept = self._computed[name].run(self._reader.read)
+            found = self._kept.pop(name)
+        return block(found, offsets, sizes)
+
+
+def _failed(conversion: Conversion, reader: Reader, error: Exception) -> str:
+    sources = listing(
+        (f"{name} {tuple(reader.entries[name].shape)}" for name, _ in conversion.sources), _SHOWN
+    )
+    return (
+        f"{conversion.first}: {hf_names.version()} cannot make it of {sources}: "
+        f"{type(error).__name__}: {error}"
+    )
