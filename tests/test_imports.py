@@ -36,11 +36,13 @@ ROOMS = """
     realdata
     mt19937
     rng
+    cuts
+    redraw
     streams
 
     plan
-    replay
     chunks
+    replay
     sharding
     execute
     values

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import mt19937, rng
+from lateinit import mt19937, redraw, rng
+from lateinit.cuts import UNIT, cut
 from lateinit.ops import TRUNCATED, by_name
 from lateinit.plan import Step
 from lateinit.program import Op, Program, TensorRef, tensor_refs
 
-UNIT = 16
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
 _IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time
@@ -74,8 +74,6 @@ def fill_of(program: Program, step: Step) -> Fill | None:
     ref = first.args[0] if first.name in _FIRST else None
     if type(ref) is not TensorRef or ref.numel < _SMALLEST or not ref.is_contiguous():
         return None
-    if first.name == TRUNCATED:
-        return Fill(ref, (first,)) if _quiet(*first.args[1:]) and program.covers(ref) else None
     on_cpu = program.storages[ref.storage].device.type == "cpu"
     if not (on_cpu and program.covers(ref) and _in_pieces(first, ref)):
         return None
@@ -88,29 +86,22 @@ def fill_of(program: Program, step: Step) -> Fill | None:
     return Fill(ref, tuple(ops))
 
 
-def _quiet(mean: float, std: float, low: float, high: float) -> bool:
-    # Outside these bounds trunc_normal_ warns, which only the main thread can keep to itself.
-    return low - 2 * std <= mean <= high + 2 * std
-
-
 def _in_pieces(op: Op, ref: TensorRef) -> bool:
     others = (*op.args[1:], *op.kwargs.values())
     if any(tensor_refs(value) for value in others):
         return False
+    if op.name == TRUNCATED:
+        return redraw.is_exact(ref.dtype, redraw.Normal(*op.args[1:]))
     return ref.dtype.is_floating_point and is_exact(op.name, ref.dtype)
 
 
 def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
     """Flat ranges for the threads, each but the last a multiple of 16 elements long."""
     numel = fill.ref.numel
-    if fill.ops[0].name == TRUNCATED:
-        return [(0, numel)]
     count = max(1, -(-numel // PIECE))
     if threads > 1 and count < threads and numel > PIECE:
         count = threads
-    length = -(-numel // count // UNIT) * UNIT
-    starts = [start for start in range(0, numel, length) if numel - start >= UNIT]
-    return list(zip(starts, [*starts[1:], numel], strict=True))
+    return cut(numel, -(-numel // count))
 
 
 def state_at(fill: Fill, start: int, state: bytes) -> bytes:
@@ -125,9 +116,17 @@ def words_of(fill: Fill, numel: int) -> int:
 
 
 def _words(name: str, dtype: torch.dtype, numel: int) -> int:
+    if name == TRUNCATED:
+        return redraw.words(dtype, numel)
     cost = rng.consumption(rng.Draw(name, numel, dtype, contiguous=True))
     assert cost is not None
     return cost.words
+
+
+def after_redrawing(fill: Fill, state: bytes) -> bytes:
+    """Where the generator stands after a ``trunc_normal_`` that begins at ``state``."""
+    normal = redraw.Normal(*fill.ops[0].args[1:])
+    return redraw.after(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
 def run_piece(
@@ -138,7 +137,9 @@ def run_piece(
         flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
         calls = calls_of(fill, None if state is None else mt19937.generator_at(state))
         start, end = piece
-        length = end - start if len(calls) == 1 else _IN_CACHE
+        # What redraws moves back and forth in the random stream, so that it wants long parts.
+        whole = len(calls) == 1 or fill.ops[0].name == TRUNCATED
+        length = end - start if whole else _IN_CACHE
         while start < end:
             stop = start + length if end - start - length >= UNIT else end
             part = flat[start:stop]
@@ -149,10 +150,14 @@ def run_piece(
 
 def calls_of(fill: Fill, generator: torch.Generator | None) -> list[Callable[[Tensor], Any]]:
     """The kernels of a fill, each to be called with a part; what draws, draws from a generator."""
-    return [_call(op, generator) for op in fill.ops]
+    period = words_of(fill, fill.ref.numel)
+    return [_call(op, generator, period) for op in fill.ops]
 
 
-def _call(op: Op, generator: torch.Generator | None) -> Callable[[Tensor], Any]:
+def _call(op: Op, generator: torch.Generator | None, period: int) -> Callable[[Tensor], Any]:
+    if op.name == TRUNCATED and generator is not None:
+        normal = redraw.Normal(*op.args[1:])
+        return lambda part: redraw.draw(part, len(part), normal, generator, period)
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
     if op.draw is not None:
         kwargs["generator"] = generator

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit import ops
+from lateinit.chunks import after_redrawing, fill_of
 from lateinit.errors import (
     ConstantChangedError,
     LateinitError,
@@ -22,7 +23,7 @@ from lateinit.errors import (
 from lateinit.memory import allocate
 from lateinit.plan import Step, plan_storages
 from lateinit.program import Const, Draw, Op, Program, TensorRef
-from lateinit.streams import Streams
+from lateinit.streams import Streams, set_state, state_of
 
 Storages = dict[int, torch.UntypedStorage]
 
@@ -213,6 +214,11 @@ def draw_only(program: Program, number: int, generator: torch.Generator) -> None
     """Make the draw of one op, for the sake of where it leaves the generator."""
     op = program.ops[number]
     assert op.draw is not None
+    fill = fill_of(program, Step((number,), ())) if op.name == ops.TRUNCATED else None
+    if fill is not None:
+        with without_modes():
+            set_state(generator, after_redrawing(fill, state_of(generator)))
+        return
     replay = Replay(program)
     with replay.session():
         storages = replay.values((ref.storage for ref in op.read()), number)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937
-from lateinit.chunks import PIECE, UNIT, Fill, calls_of, state_at, words_of
-from lateinit.ops import TRUNCATED
+from lateinit.chunks import PIECE, Fill, calls_of, state_at, words_of
+from lateinit.cuts import UNIT
 from lateinit.plan import Step, needed_ops
 from lateinit.program import Op, Program, TensorRef
-from lateinit.streams import set_state, state_of
 
 _ROWS = 1 << 19  # elements that are drawn at a time
 _APART = 1 << 22  # elements from which on one shard is given to several threads
@@ -128,7 +127,7 @@ class Shard:
 def shards_of(program: Program, step: Step, fill: Fill) -> list[Shard] | None:
     """The shards that a step gives, if they are blocks of what its fill computes, copied."""
     ref = fill.ref
-    if ref.storage in step.gives or fill.ops[0].name == TRUNCATED:
+    if ref.storage in step.gives:
         return None
     whole = _whole(ref.size)
     known = {ref.storage: Copied(ref.size, ref.dtype, whole, whole)}
@@ -311,7 +310,7 @@ class _Reader:
     def _draw(self, values: Tensor, start: int) -> None:
         if self._generator is not None and start > self._drawn:
             words = words_of(self._fill, start - self._drawn)
-            set_state(self._generator, mt19937.jump(state_of(self._generator), words))
+            mt19937.move(self._generator, words)
         for call in self._calls:
             call(values)
         self._drawn = start + len(values)

@@ -19,7 +19,6 @@ from torch import nn
 
 from lateinit.chunks import fill_of
 from lateinit.errors import ShardingError, candidates, listing
-from lateinit.ops import TRUNCATED
 from lateinit.plan import Step, plan_storages
 from lateinit.program import Program
 from lateinit.tensors import locate
@@ -165,7 +164,7 @@ def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:
 def _in_ranges(program: Program, step: Step) -> bool:
     """Whether a step fills a tensor in flat order, so that a part of it can be computed alone."""
     fill = fill_of(program, step)
-    return fill is not None and fill.ops[0].name != TRUNCATED and len(fill.ops) == len(step.ops)
+    return fill is not None and len(fill.ops) == len(step.ops)
 
 
 def _cut_by_plan(

@@ -1,19 +1,20 @@
 """``nn.init.trunc_normal_`` as one op, where it may have to draw again.
 
-It redraws what falls outside its bounds until nothing does, and so reads what it drew. Recorded
-whole, nothing is read: the op runs as it is when its values, or a later place in the random stream,
-are wanted.
+From torch 2.13 on it redraws what falls outside its bounds until nothing does, and so reads what it
+drew. Recorded whole, nothing is read. Large ones are then drawn as ``redraw`` says, all others as
+they are, when their values, or a later place in the random stream, are wanted.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lateinit import ops
+from lateinit import mt19937, ops
 from lateinit.bounds import surely_within
 from lateinit.recorder import current
 from lateinit.replay import without_modes
@@ -35,13 +36,24 @@ def _run(
 _OP = ops.register(ops.TRUNCATED, _run)
 
 
+@functools.cache
+def may_redraw() -> bool:
+    """Whether the torch that runs rejects draws; older ones draw once and invert."""
+    generator = torch.Generator().manual_seed(0)
+    start = mt19937.state_of(generator)
+    with without_modes():
+        original(torch.empty(640, device="cpu"), 0.0, 1.0, -0.5, 0.5, generator=generator)
+    return mt19937.state_of(generator) != mt19937.jump(start, 640)
+
+
 def recorded(
     tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
 ) -> Tensor:
     """In place of ``nn.init._no_grad_trunc_normal_`` while a block runs."""
     recorder = current()
     floating = is_deferred_tensor(tensor) and tensor.is_floating_point()
-    if recorder is None or not floating or surely_within(tensor.dtype, mean, std, a, b):
+    certain = surely_within(tensor.dtype, mean, std, a, b)
+    if recorder is None or not floating or certain or not may_redraw():
         return original(tensor, mean, std, a, b, generator=generator)
     with without_modes():  # for its warnings and errors
         original(torch.empty(0, dtype=tensor.dtype), mean, std, a, b)

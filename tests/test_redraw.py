@@ -1,0 +1,157 @@
+"""A truncated normal that redraws, drawn in parts, has the bits and the end of one call."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lateinit
+from lateinit import chunks, redraw, truncated
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+BOUNDS = [
+    redraw.Normal(0.0, 0.02, -0.04, 0.04),
+    redraw.Normal(0.5, 1.0, -1.0, 1.7),
+    redraw.Normal(0.0, 1.0, -0.5, 0.5),
+    redraw.Normal(0.0, 1.0, 0.0, float("inf")),
+    redraw.Normal(0.0, 1.0, 1.0, 1.5),  # torch draws these by another method
+    redraw.Normal(0.0, 1.0, 4.0, 5.0),  # and warns here
+]
+
+redraws = pytest.mark.skipif(
+    not truncated.may_redraw(), reason="this torch draws truncated normals by inversion"
+)
+
+
+def filled(sizes: list[int], dtype: torch.dtype, normal: redraw.Normal, draws: int) -> nn.Module:
+    torch.manual_seed(5)
+    torch.randn(draws)  # any state, a cached sample of a small normal included
+    model = nn.Module()
+    for number, size in enumerate(sizes):
+        tensor = torch.empty(size, dtype=dtype)
+        model.register_buffer(f"b{number}", nn.init.trunc_normal_(tensor, *normal))
+    return model
+
+
+def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    for name, expected in theirs.named_buffers():
+        assert torch.equal(ours.get_buffer(name), expected), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(
+        st.one_of(st.sampled_from([15, 16, 17, 31, 32, 623, 624, 625]), st.integers(1, 3000)),
+        min_size=1,
+        max_size=3,
+    ),
+    dtype=st.sampled_from(DTYPES),
+    normal=st.sampled_from(BOUNDS),
+    draws=st.integers(0, 30),
+    threads=st.sampled_from([1, 2, 4]),
+    part=st.sampled_from([16, 48, 640]),
+    piece=st.sampled_from([64, 640]),
+)
+def test_any_cut_gives_the_bits_of_one_call(
+    sizes: list[int],
+    dtype: torch.dtype,
+    normal: redraw.Normal,
+    draws: int,
+    threads: int,
+    part: int,
+    piece: int,
+) -> None:
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        expected = filled(sizes, dtype, normal, draws)
+        ended = torch.get_rng_state()
+        patch.setattr(chunks, "_SMALLEST", 16)
+        patch.setattr(chunks, "PIECE", piece)
+        patch.setattr(redraw, "_PART", part)
+        patch.setattr(redraw, "_APART", 64)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        with lateinit.deferred():
+            model = filled(sizes, dtype, normal, draws)
+        assert torch.equal(ended, torch.get_rng_state())
+        assert_equal(lateinit.materialize(model), expected)
+
+
+@redraws
+def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, normal = [1_500_000, 300_007], redraw.Normal(0.0, 0.02, -0.04, 0.04)
+    expected = filled(sizes, torch.float32, normal, 0)
+    ended = torch.get_rng_state()
+    with lateinit.deferred():
+        model = filled(sizes, torch.float32, normal, 0)
+        monkeypatch.setattr("lateinit.replay.Replay.call", None)  # any use of it fails
+    assert torch.equal(ended, torch.get_rng_state())
+    assert_equal(lateinit.materialize(model, threads=2), expected)
+
+
+@redraws
+def test_another_seed_takes_another_number_of_rounds() -> None:
+    normal = redraw.Normal(0.0, 1.0, -2.0, 2.0)
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(init(nn.Linear(600, 500, bias=False), normal) for _ in range(3)))
+
+    with lateinit.deferred():
+        model = build()
+    torch.manual_seed(11)
+    expected = build()
+    lateinit.materialize(model, seed=11)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def init(layer: nn.Linear, normal: redraw.Normal) -> nn.Linear:
+    nn.init.trunc_normal_(layer.weight, *normal)
+    return layer
+
+
+@redraws
+@pytest.mark.parametrize("wrong", ["words", "_outside", "torch"])
+def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = redraw.Normal(0.0, 0.5, -1.1, 1.0)  # numbers that were not tried before
+    if wrong == "words":
+        words = redraw.words
+        monkeypatch.setattr(redraw, "words", lambda dtype, numel: words(dtype, numel) + 1)
+    elif wrong == "_outside":
+        outside = redraw._outside
+        monkeypatch.setattr(redraw, "_outside", lambda v, low, high: outside(v, low, high / 2))
+    else:  # a torch that redraws all where one lies outside
+        monkeypatch.setattr(redraw, "by_name", lambda name: truncated_otherwise)
+    assert not redraw.is_exact.__wrapped__(torch.float32, normal)
+    monkeypatch.undo()
+    assert redraw.is_exact.__wrapped__(torch.float32, normal)
+    expected = filled([5000], torch.float32, normal, 0)
+    ended = torch.get_rng_state()
+    monkeypatch.setattr(chunks, "_SMALLEST", 16)
+    monkeypatch.setattr(redraw, "is_exact", lambda dtype, normal: False)
+    monkeypatch.setattr(redraw, "draw", None)  # any use of it fails
+    with lateinit.deferred():
+        model = filled([5000], torch.float32, normal, 0)
+    assert torch.equal(ended, torch.get_rng_state())
+    assert_equal(lateinit.materialize(model), expected)
+
+
+class truncated_otherwise:  # noqa: N801 - stands for an OpInfo
+    @staticmethod
+    def func(tensor: torch.Tensor, *normal: float, generator: torch.Generator) -> torch.Tensor:
+        mean, std, low, high = normal
+        while ((tensor.normal_(mean, std, generator=generator) - low) > high - low).any():
+            tensor.clamp_(low, high)
+            break
+        return tensor
+
+
+@pytest.mark.skipif(truncated.may_redraw(), reason="this torch redraws")
+def test_inversion_is_recorded_op_by_op() -> None:
+    with lateinit.deferred() as program:
+        nn.init.trunc_normal_(torch.empty(300, 300), std=1.0, a=-1.0, b=1.0)
+    assert "aten::erfinv_" in [op.name for op in program.ops]
