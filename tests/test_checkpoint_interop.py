@@ -54,6 +54,7 @@ def smallest(model_type: str) -> Callable[[], nn.Module]:
 
 @pytest.mark.parametrize("model_type", SPREAD)
 def test_an_architecture_loads_as_its_eager_twin_does(model_type: str, tmp_path: Path) -> None:
+    """From every format, and from what its own ``save_pretrained`` makes of it."""
     build = smallest(model_type)
     check.seed(check.EAGER_POISON)
     eager = build()
@@ -61,20 +62,26 @@ def test_an_architecture_loads_as_its_eager_twin_does(model_type: str, tmp_path:
         for tensor in {id(t): t for t in eager.state_dict(keep_vars=True).values()}.values():
             if tensor.is_floating_point():
                 tensor.mul_(3).add_(1)
-    others = ("pt", "dcp", "old pt", "bin shards", "shards")
-    format_ = others[SPREAD.index(model_type) % len(others)]
-    lateinit.save_checkpoint(eager, tmp_path / "ours", max_shard_size="100kB")
-    theirs = FORMATS[format_](eager.state_dict(), tmp_path)
+    state = eager.state_dict()
     check.seed(check.EAGER_POISON)
-    expected = build()
-    expected.load_state_dict(eager.state_dict())
-    after = torch.get_rng_state()
-    for path in (tmp_path / "ours", theirs):
+    twin = build()
+    twin.load_state_dict(state)
+    after, expected = torch.get_rng_state(), snapshot(twin)
+    lateinit.save_checkpoint(eager, tmp_path / "ours", max_shard_size="1MB")
+    paths = [tmp_path / "ours", *(write(state, tmp_path) for write in FORMATS.values())]
+    if hasattr(eager, "save_pretrained") and model_type not in UNREADABLE:
+        eager.save_pretrained(tmp_path / "theirs")
+        paths.append(tmp_path / "theirs")
+    for path in paths:
         check.seed(check.LATE_POISON)
         model = lateinit.deferred_init(build)
         lateinit.load_checkpoint(model, path)
-        assert torch.equal(after, torch.get_rng_state())
-        assert first_difference(snapshot(expected), snapshot(model)) is None
+        assert torch.equal(after, torch.get_rng_state()), path
+        assert first_difference(expected, snapshot(model)) is None, path
+
+
+# What transformers cannot save where it is this small.
+UNREADABLE = {"kimi_k25"}
 
 
 def hub_model(name: str) -> tuple[Any, Any]:
