@@ -11,10 +11,10 @@ from __future__ import annotations
 import ctypes
 import itertools
 import secrets
+import struct
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from lateinit.errors import RecordingError
@@ -24,10 +24,14 @@ from lateinit.streams import set_state, state_of
 _MAGIC = 0x9A17E1A7
 _NONCES = itertools.count(secrets.randbits(24))
 
-# A CPU state holds `left` and `next` at bytes 8 to 24, then 624 words in 8 bytes each; any other
-# generator's (Philox) is a seed and an offset. A key is what tells two states apart.
+# A CPU state holds `left`, `seeded` and `next` at bytes 8 to 24, then 624 words in 8 bytes each;
+# any other generator's (Philox) is a seed and an offset. A key is what tells two states apart: in
+# a token those numbers, and magic, nonce, stream and index for words.
 _CPU_KEY = (8, 48)
+_CPU_TOKEN = struct.Struct("=iiQQQQQ")
 _PHILOX_KEY = (0, 16)
+_PHILOX_TOKEN = struct.Struct("=QQ")
+_UNUSED = (624, 1, 0)  # what `left`, `seeded` and `next` say where no word is drawn
 
 
 class Generators:
@@ -43,8 +47,8 @@ class Generators:
         """Note that op number ``op`` draws from a generator; where it stood before."""
         watch = self._watched.get(_address(generator))
         if watch is None:
-            watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
-            self._begin(watch, self._place(watch) or state_of(generator), root)
+            watch = self._follow(generator)
+            self._begin(watch, self._named(watch, watch.expected) or watch.first, root)
         elif watch.key() != watch.expected:
             self._moved(watch)
         ops = self.program.streams[watch.stream].ops
@@ -60,19 +64,20 @@ class Generators:
 
     def watch_from(self, generator: torch.Generator, place: Draw) -> int:
         """Follow a generator as if it stood at a place; gives the stream that begins there."""
-        watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
+        watch = self._follow(generator)
         self._begin(watch, place)
         return watch.stream
 
     def watch(self, generator: torch.Generator) -> None:
         """Follow the default generator from now on, whether or not it is drawn from."""
-        watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
-        self._begin(watch, state_of(generator), root=True)
+        watch = self._follow(generator)
+        self._begin(watch, watch.first, root=True)
 
     def reseeded(self, generator: torch.Generator) -> None:
         """Note that a generator was seeded: it stands in no stream that it stood in before."""
         watch = self._watched.get(_address(generator))
         if watch is not None:
+            watch.stand()
             self._begin(watch, state_of(generator))
 
     def settle(self, state: Callable[[Draw], bytes]) -> None:
@@ -93,28 +98,37 @@ class Generators:
         for watch in self._watched.values():
             set_state(watch.generator, watch.first)
 
+    def _follow(self, generator: torch.Generator) -> _Watch:
+        watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
+        return watch
+
     def _begin(self, watch: _Watch, start: bytes | Draw, root: bool = False) -> None:
         watch.stream = len(self.program.streams)
-        self.program.streams.append(Stream(start, watch.generator.device, root))
-        watch.expected = watch.key()
-        watch.has_token = False
+        self.program.streams.append(Stream(start, watch.device, root))
 
     def _moved(self, watch: _Watch) -> None:
         """Something else has set the generator since: continue a stream or begin one."""
         place = self._place(watch)
         if place is None:
             state = state_of(watch.generator)
+            watch.stand()
             self._begin(watch, self._settled.get(state, state))
         elif place.number == len(self.program.streams[place.stream].ops):
             watch.stream = place.stream
         else:
+            watch.stand()
             self._begin(watch, place)
 
     def _place(self, watch: _Watch) -> Draw | None:
-        """The place that a token in the generator names; None if there is no token in it."""
-        if watch.key() == watch.expected and not watch.has_token:
+        """The place that the generator is at; None if it is in no stream that is known."""
+        key = watch.key()
+        if key == watch.expected and not watch.has_token:
             return None  # nothing was drawn and nothing has moved it
-        place = watch.read_token(self._nonce)
+        return self._named(watch, key)
+
+    def _named(self, watch: _Watch, key: bytes) -> Draw | None:
+        """The place that a token in the generator names, or its state that was settled before."""
+        place = watch.read_token(key)
         if place is None:
             return self._settled.get(state_of(watch.generator))
         return place
@@ -146,58 +160,61 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 class _Watch:
-    """One generator, its first state, and the token that it should hold."""
+    """One generator, its first state, and the key of the state that it should be in."""
 
     def __init__(self, generator: torch.Generator, nonce: int) -> None:
         self.generator = generator
-        self.cpu = generator.device.type == "cpu"
+        self.device = generator.device
         self.first = state_of(generator)
         self.stream = -1
         self.has_token = False
-        self._token = generator.get_state().clone()
-        self._words = self._token.numpy()[: len(self.first) // 8 * 8].view(np.uint64)
-        self._start, self._length = _CPU_KEY if self.cpu else _PHILOX_KEY
+        self._cpu = self.device.type == "cpu"
         self._nonce = nonce
-        self.expected = b""
-        if self.cpu:
-            left = self._token.numpy()[8:16].view(np.int32)
-            left[:] = (624, 1)
-            self._words[2] = 0
-            self._words[3:5] = (_MAGIC, nonce)
+        self._start, length = _CPU_KEY if self._cpu else _PHILOX_KEY
+        self._key = ctypes.c_char * length
+        self.expected = self.first[self._start : self._start + length]
+        self._words = bytearray()
+        self._token: torch.Tensor | None = None  # the same memory
 
     def key(self) -> bytes:
         state = self.generator.get_state()
-        return ctypes.string_at(state.data_ptr() + self._start, self._length)
+        found: bytes = self._key.from_address(state.data_ptr() + self._start).raw
+        return found
+
+    def stand(self) -> None:
+        """Expect the generator where it stands now."""
+        self.expected = self.key()
+        self.has_token = False
 
     def leave_token(self, index: int) -> None:
-        words = self._words
-        if self.cpu:
-            words[5] = self.stream
-            words[6] = index
+        if self._token is None:
+            self._words[:] = self.first
+            self._token = torch.frombuffer(self._words, dtype=torch.uint8)
+        if self._cpu:
+            key = _CPU_TOKEN.pack(*_UNUSED, _MAGIC, self._nonce, self.stream, index)
         else:
-            words[0] = (_MAGIC << 32) | (self._nonce & 0xFFFF) << 16 | self.stream
-            words[1] = 4 * index
+            named = (_MAGIC << 32) | (self._nonce & 0xFFFF) << 16 | self.stream
+            key = _PHILOX_TOKEN.pack(named, 4 * index)
+        self._words[self._start : self._start + len(key)] = key
         self.generator.set_state(self._token)
-        self.expected = ctypes.string_at(self._token.data_ptr() + self._start, self._length)
+        self.expected = key
         self.has_token = True
 
-    def read_token(self, nonce: int) -> Draw | None:
-        words = np.frombuffer(self.key(), dtype=np.uint64)
-        if self.cpu:
-            position, left, found = words[1], int(words[0]) & 0xFFFFFFFF, words[2:4].tolist()
-            if found[0] != _MAGIC:
-                return None
-            place = Draw(int(words[4]), int(words[5]))
-            intact = found[1] == nonce and position == 0 and left == 624
+    def read_token(self, key: bytes) -> Draw | None:
+        """The place that a token's key names; None if it is of no token."""
+        if self._cpu:
+            *unused, magic, nonce, stream, index = _CPU_TOKEN.unpack(key)
+            intact = (*unused, nonce) == (*_UNUSED, self._nonce)
         else:
-            if int(words[0]) >> 32 != _MAGIC:
-                return None
-            place = Draw(int(words[0]) & 0xFFFF, int(words[1]) // 4)
-            intact = (int(words[0]) >> 16) & 0xFFFF == nonce & 0xFFFF
+            named, offset = _PHILOX_TOKEN.unpack(key)
+            magic, stream, index = named >> 32, named & 0xFFFF, offset // 4
+            intact = (named >> 16 ^ self._nonce) & 0xFFFF == 0
+        if magic != _MAGIC:
+            return None
         if not intact:
             raise RecordingError(
                 "a random generator was moved in a way that recording did not see: either a "
                 "kernel drew from it unseen, or it was set to a state taken in another block; "
                 "take states with torch.get_rng_state()"
             )
-        return place
+        return Draw(stream, index)

@@ -9,6 +9,7 @@ eager constructor computes). Ops that share storages form a ``Step``; steps are 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -55,8 +56,35 @@ class Plan:
 def plan_storages(program: Program, wanted: Iterable[int], before: int | None = None) -> list[Step]:
     """The steps that give ``wanted`` storages the values they have before op ``before``."""
     targets = dict.fromkeys(wanted)
-    needed = sorted(needed_ops(program, targets, before))
-    return _steps(program, needed, targets)
+    fills = _fills(program, targets, before)
+    rest = [storage for storage in targets if storage not in fills]
+    if rest:
+        # A fill is a step of its own, unless what else is needed has to do with its storage.
+        needed = needed_ops(program, rest, before)
+        touched = {storage for number in needed for storage in _touched(program, number)}
+        shared = [storage for storage in fills if storage in touched]
+        needed.update([fills.pop(storage) for storage in shared])
+        steps = _steps(program, sorted(needed), dict.fromkeys([*rest, *shared]))
+    else:
+        steps = []
+    steps += [Step((number,), (storage,)) for storage, number in fills.items()]
+    return sorted(steps, key=_first_op)
+
+
+def _first_op(step: Step) -> float:
+    return step.ops[0] if step.ops else math.inf
+
+
+def _fills(program: Program, wanted: Iterable[int], before: int | None) -> dict[int, int]:
+    """The op that writes a storage last, for those where it needs nothing that was there before."""
+    end = len(program.ops) if before is None else before
+    fills: dict[int, int] = {}
+    for storage in wanted:
+        number = _below(program.writers(storage), end)
+        filled = None if number is None else program.ops[number].fills()
+        if number is not None and filled is not None and program.covers(filled):
+            fills[storage] = number
+    return fills
 
 
 def needed_ops(program: Program, wanted: Iterable[int], before: int | None = None) -> set[int]:

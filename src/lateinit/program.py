@@ -80,6 +80,9 @@ class TensorRef(NamedTuple):
         return f"%{self.storage}:{str(self.dtype).removeprefix('torch.')}[{shape}]"
 
 
+_NUMBERS = frozenset({float, int, bool, type(None)})
+
+
 class Const(NamedTuple):
     """A reference to real data kept by the program."""
 
@@ -104,8 +107,22 @@ class Op(NamedTuple):
     ambient: int
     label: str | None
 
+    def fills(self) -> TensorRef | None:
+        """The window that this op overwrites, if that and nothing else is what it does."""
+        if self.outs or self.kwargs or self.name == ops.CONSTANT:
+            return None
+        if not ops.by_name(self.name).overwrites or type(self.args[0]) is not TensorRef:
+            return None
+        for value in self.args[1:]:
+            if type(value) not in _NUMBERS:
+                return None
+        return self.args[0]
+
     def written(self) -> list[TensorRef]:
         """The windows that this op writes."""
+        filled = self.fills()
+        if filled is not None:
+            return [filled]
         found: list[TensorRef] = []
         if self.name != ops.CONSTANT:
             info = ops.by_name(self.name)
@@ -290,7 +307,9 @@ class Program:
     def covers(self, ref: TensorRef) -> bool:
         """Whether a window shows every byte of its storage, once."""
         nbytes = ref.numel * ref.dtype.itemsize
-        return ref.offset == 0 and nbytes == self.storages[ref.storage].nbytes and ref.is_dense()
+        if ref.offset != 0 or nbytes != self.storages[ref.storage].nbytes:
+            return False
+        return ref.is_contiguous() or ref.is_dense()
 
     def absorb(self, other: Program) -> None:
         """Append another program to this one; ``other`` becomes a forwarding address."""

@@ -57,21 +57,25 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
 
     def __init__(self, *, advance_rng: bool = True) -> None:
         self._advance = advance_rng
-        self._exits: list[contextlib.ExitStack] = []
+        self._depth = 0
         self._recorder: Recorder | None = None
+        self._block: contextlib.AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Program:
-        outer = current()
-        stack = contextlib.ExitStack()
-        if outer is None:
-            with contextlib.ExitStack() as undone:
-                undone.enter_context(_one_thread)
-                outer = self._recorder = Recorder()
-                outer.generators.watch(torch.default_generator)
-                stack.enter_context(block(outer))
-                undone.pop_all()  # it is released on leaving, when the generators are settled
-        self._exits.append(stack)
-        return outer.program
+        recorder = current()
+        if recorder is None:
+            _one_thread.acquire()
+            try:
+                recorder = Recorder()
+                recorder.generators.watch(torch.default_generator)
+                block_ = block(recorder)
+                block_.__enter__()
+            except BaseException:
+                _one_thread.release()
+                raise
+            self._recorder, self._block = recorder, block_
+        self._depth += 1
+        return recorder.program
 
     def __exit__(
         self,
@@ -79,13 +83,14 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        stack = self._exits.pop()
-        if self._exits or self._recorder is None:
+        self._depth -= 1
+        if self._depth or self._recorder is None or self._block is None:
             return
-        recorder, self._recorder = self._recorder, None
+        recorder, block_ = self._recorder, self._block
+        self._recorder = self._block = None
         done = False
         try:
-            stack.__exit__(kind, error, trace)
+            block_.__exit__(kind, error, trace)
             if kind is None and self._advance:
                 recorder.settle()
                 done = True
@@ -139,21 +144,24 @@ def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         return make(*args, **kwargs)
 
 
+_REGISTRATION_HOOKS: tuple[dict[int, Any], ...] = (
+    hooks._global_parameter_registration_hooks,
+    hooks._global_buffer_registration_hooks,
+    hooks._global_module_registration_hooks,
+)
+
+
 class _Modules:
     """The modules that something is registered on while a block runs."""
 
     def __init__(self) -> None:
         self._found: dict[int, nn.Module] = {}
         self._parents: dict[int, tuple[nn.Module, str]] = {}
-        self._handles: list[Any] = []
 
     def __enter__(self) -> _Modules:
-        for register in (
-            hooks.register_module_parameter_registration_hook,
-            hooks.register_module_buffer_registration_hook,
-            hooks.register_module_module_registration_hook,
-        ):
-            self._handles.append(register(self._note))
+        # What register_module_parameter_registration_hook and its like do, without handles.
+        for registered in _REGISTRATION_HOOKS:
+            registered[id(self)] = self._note
         return self
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
@@ -169,8 +177,8 @@ class _Modules:
             self._parents[id(value)] = (module, name)
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        for registered in _REGISTRATION_HOOKS:
+            del registered[id(self)]
 
     def all(self) -> list[nn.Module]:
         return list(self._found.values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit import ops
@@ -28,11 +29,26 @@ from lateinit.streams import Streams, set_state, state_of
 Storages = dict[int, torch.UntypedStorage]
 
 
-@contextlib.contextmanager
-def without_modes() -> Iterator[None]:
-    """Run a block as if no recording, no other mode and no tensor subclass were there."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
-        yield
+class without_modes:  # noqa: N801 - reads as a statement
+    """A block that runs as if no recording, no other mode and no tensor subclass were there."""
+
+    __slots__ = ("_functions", "_grad", "_modes")
+
+    def __enter__(self) -> None:
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        self._modes: contextlib.AbstractContextManager[Any] | None = None
+        if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
+            self._modes = _disable_current_modes()
+            self._modes.__enter__()
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_grad_enabled(self._grad)
+        if self._modes is not None:
+            self._modes.__exit__(None, None, None)
+        self._functions.__exit__(None, None, None)
 
 
 class Replay:

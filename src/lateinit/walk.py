@@ -14,7 +14,8 @@ from lateinit.tensors import is_deferred_tensor, slot_of
 Kind = Literal["parameter", "buffer", "attribute"]
 _Leaf = tuple[str, Tensor, Kind, bool]
 _OWN = frozenset(nn.Module().__dict__)
-_HOLDERS = (Tensor, dict, list, tuple, set, frozenset)
+_HOLDERS = (dict, list, tuple, set, frozenset, Tensor)
+_ATOMS = frozenset({bool, int, float, str, type(None)})
 
 
 @dataclass(slots=True)
@@ -76,7 +77,7 @@ def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor
             if tensor is not None:
                 yield name, tensor
     for name, value in module.__dict__.items():
-        if name not in _OWN and isinstance(value, _HOLDERS):
+        if name not in _OWN and type(value) not in _ATOMS and isinstance(value, _HOLDERS):
             for path, tensor, _, _ in _walk(value, name, seen, ()):
                 yield path, tensor
 
