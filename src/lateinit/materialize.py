@@ -175,15 +175,14 @@ def is_deferred(target: Any) -> bool:
 
 def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
     """The deferred tensors that are asked for, by program; all checked before any is touched."""
-    found = select(list(find_tensors(target)), only)
+    found = select(find_tensors(target), only)
     lazy = [f.name for f in found if f.lazy]
     if lazy:
         raise UninitializedError(
             f"the shape is not known yet of {listing(lazy)}: call lateinit.infer_shapes(model, "
             "...) first, or materialise the rest with only="
         )
-    slots = [slot_of(f.tensor) for f in found]
-    pairs = list(zip(found, slots, strict=True))
+    pairs = [(f, slot_of(f.tensor)) for f in found]
     unknown = [f.name for f, slot in pairs if slot is None and f.tensor.is_meta]
     if unknown:
         raise NotRecordedError(
@@ -248,8 +247,11 @@ def check_seed(program: Program, seed: int | None) -> None:
 
 def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
     """Raise where shards hold no part of a recorded tensor, or other ranks recorded another one."""
-    found = [(n, t, ref) for tensors in group.tensors.values() for n, t, _, ref in tensors]
-    shards = {name: (tensor, ref) for name, tensor, ref in found if is_dtensor(tensor)}
+    shards: dict[str, tuple[Any, TensorRef]] = {}
+    for tensors in group.tensors.values():
+        for name, tensor, _, ref in tensors:
+            if is_dtensor(tensor):
+                shards[name] = tensor, ref
     if not shards:
         return
     partial = [name for name, (tensor, _) in shards.items() if _is_partial(tensor)]
@@ -276,6 +278,8 @@ def check_shared(group: Wanted, cast: Cast) -> None:
     """Raise where a storage that is real already was asked for in another dtype or place."""
     for tensors in group.tensors.values():
         name, _, slot, shown = tensors[0]
+        if slot.real is None and len(tensors) == 1:
+            continue
         dtypes = {ref.dtype for *_, ref in tensors}
         if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for *_, ref in tensors}:
             raise DeferredTensorError(
@@ -310,7 +314,8 @@ def _materialize(
                 running = step
                 storages = run()
                 for number in step.gives:
-                    place(group.tensors[number], storages.pop(number), cast, replay.strides)
+                    window = replay.windows.pop(number, None)
+                    place(group.tensors[number], storages.pop(number), cast, replay.strides, window)
                     bar.advance(group.program.storages[number].nbytes)
                     del left[number]
                 running = None
@@ -357,15 +362,28 @@ def place(
     storage: Any,
     cast: Cast,
     strides: dict[TensorRef, tuple[int, ...]],
+    window: tuple[TensorRef, Tensor] | None = None,
 ) -> None:
-    """Let the tensors that share a storage have it, now that it is real."""
+    """Let the tensors that share a storage have it, now that it is real.
+
+    ``window`` is a tensor on it that nobody else has, and what it shows.
+    """
     slot = tensors[0][2]
     if slot.real is None:
-        cast = replace(cast, device=home(tensors[0][1], storage.device, cast.device))
-        storage = cast.storage(storage, [ref for *_, ref in tensors])
+        device = home(tensors[0][1], storage.device, cast.device)
+        if device is not cast.device:
+            cast = replace(cast, device=device)
+        whole, storage = storage, cast.storage(storage, [ref for *_, ref in tensors])
+        window = window if storage is whole else None
     for _, tensor, _, ref in tensors:
-        shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
-        give(tensor, shown, storage)
+        shown = ref
+        if cast.dtype is not None or ref in strides:
+            shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
+        if window is not None and window[0] == shown:
+            give(tensor, shown, storage, window[1])
+            window = None
+        else:
+            give(tensor, shown, storage)
     slot.real, slot.cast = storage, (cast.device, cast.dtype)
 
 
@@ -379,14 +397,18 @@ def home(
     return asked
 
 
-def give(tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage) -> None:
-    """Make a deferred tensor object a window on a real storage."""
+def give(
+    tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage, window: Tensor | None = None
+) -> None:
+    """Make a deferred tensor object a window on a real storage, or take over one."""
     if is_dtensor(tensor):
-        give(held(tensor), ref, storage)
+        give(held(tensor), ref, storage, window)
         _rewrap(tensor)
         return
     inference = tensor.is_inference()
-    if inference == torch.is_inference_mode_enabled():
+    if window is not None and window.is_inference() == inference:
+        _swap(tensor, window)
+    elif inference == torch.is_inference_mode_enabled():
         _swap(tensor, ref.on(storage))
     else:
         with torch.inference_mode(inference):
@@ -403,8 +425,10 @@ def _swap(tensor: Tensor, real: Tensor) -> None:
     hooks, grad_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     torch._C._swap_tensor_impl(tensor, real)
     # Autograd keeps hooks in the implementation that was swapped out: hang them on the new one.
-    tensor._backward_hooks = hooks
-    tensor._post_accumulate_grad_hooks = grad_hooks
+    if hooks is not None:
+        tensor._backward_hooks = hooks
+    if grad_hooks is not None:
+        tensor._post_accumulate_grad_hooks = grad_hooks
 
 
 def _rewrap(tensor: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-_LARGE = 4 << 20
+LARGE = 4 << 20
 _HUGE_PAGE = 2 << 20
 
 
@@ -22,7 +22,7 @@ def allocate(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     """An uninitialised storage."""
     storage = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
     advise = _madvise()
-    if nbytes >= _LARGE and device.type == "cpu" and advise is not None:
+    if nbytes >= LARGE and device.type == "cpu" and advise is not None:
         start = -(-storage.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         end = (storage.data_ptr() + nbytes) // _HUGE_PAGE * _HUGE_PAGE
         # Advice: where it is refused, the pages are small and all is well.

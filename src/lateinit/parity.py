@@ -138,7 +138,7 @@ def _check(build: Build, seed: int) -> Parity:
         differences.append(("(random state)", "the generator stands elsewhere than after eager"))
     if not torch.equal(found_state, torch.get_rng_state()):
         differences.append(("(random state)", "materialising moved the generator"))
-    return _parity(differences, list(find_tensors(late)), seed, seconds)
+    return _parity(differences, find_tensors(late), seed, seconds)
 
 
 def _parity(

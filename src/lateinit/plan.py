@@ -76,14 +76,15 @@ def _first_op(step: Step) -> float:
 
 
 def _fills(program: Program, wanted: Iterable[int], before: int | None) -> dict[int, int]:
-    """The op that writes a storage last, for those where it needs nothing that was there before."""
+    """The number of the op that writes a storage last, where it fills it and reads nothing."""
     end = len(program.ops) if before is None else before
     fills: dict[int, int] = {}
     for storage in wanted:
         number = _below(program.writers(storage), end)
-        filled = None if number is None else program.ops[number].fills()
-        if number is not None and filled is not None and program.covers(filled):
-            fills[storage] = number
+        if number is not None:
+            filled = program.ops[number].fills()
+            if filled is not None and program.covers(filled):
+                fills[storage] = number
     return fills
 
 

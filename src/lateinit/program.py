@@ -294,6 +294,12 @@ class Program:
 
     def writers(self, storage: int) -> list[int]:
         """The numbers of the ops that write a storage, ascending."""
+        if self._indexed != len(self.ops) or len(self._writers) != len(self.storages):
+            self._index()
+        return self._writers[storage]
+
+    def _index(self) -> None:
+        """Enter the ops that were recorded since into the lists of writers."""
         while len(self._writers) < len(self.storages):
             self._writers.append([])
         for number in range(self._indexed, len(self.ops)):
@@ -302,7 +308,6 @@ class Program:
                 if not numbers or numbers[-1] != number:
                     numbers.append(number)
         self._indexed = len(self.ops)
-        return self._writers[storage]
 
     def covers(self, ref: TensorRef) -> bool:
         """Whether a window shows every byte of its storage, once."""

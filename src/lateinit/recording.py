@@ -206,8 +206,6 @@ def _guard_all(recorder: Recorder, modules: _Modules) -> None:
                     slot.name = path + name
     for reference in recorder.born:
         made = reference()
-        if made is None or isinstance(made, DeferredTensor):
-            continue
-        if is_deferred_tensor(made):
+        if made is not None and type(made) is not DeferredTensor and is_deferred_tensor(made):
             guard(made)
     recorder.born.clear()

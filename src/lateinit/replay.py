@@ -21,12 +21,19 @@ from lateinit.errors import (
     SeedError,
     is_out_of_memory,
 )
-from lateinit.memory import allocate
+from lateinit.memory import LARGE, allocate
 from lateinit.plan import Step, plan_storages
 from lateinit.program import Const, Draw, Op, Program, TensorRef
 from lateinit.streams import Streams, set_state, state_of
 
 Storages = dict[int, torch.UntypedStorage]
+# Calling an overload takes as long again as a small fill: these are the same ops.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "aten::uniform_": Tensor.uniform_,
+    "aten::normal_": Tensor.normal_,
+    "aten::zero_": Tensor.zero_,
+    "aten::fill_.Scalar": Tensor.fill_,
+}
 
 
 class without_modes:  # noqa: N801 - reads as a statement
@@ -66,6 +73,8 @@ class Replay:
             program.cache["streams"] = self.streams
         # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
+        # What the small storages of the last step were allocated as: no other window is needed.
+        self.windows: dict[int, tuple[TensorRef, Tensor]] = {}
         self.cursor: dict[int, tuple[int, torch.Generator]] = {}
         self._settings: contextlib.ExitStack | None = None
         self._ambient = -1
@@ -86,16 +95,19 @@ class Replay:
 
         ``begun`` are storages that what came before this step has filled.
         """
+        if self._settings is None:
+            with self.session():
+                return self.run(step, begun)
         storages: Storages = dict(begun or {})
-        with self.session():
-            if len(step.ops) == 1:
-                self._set_ambient(self.program.ops[step.ops[0]].ambient)
-                self.execute(step.ops[0], storages)
-            else:
-                self._run_all(step, storages)
-            for number in step.gives:
-                self._provide(number, storages)
-            return {number: storages[number] for number in step.gives}
+        self.windows.clear()
+        if len(step.ops) == 1:
+            self._set_ambient(self.program.ops[step.ops[0]].ambient)
+            self.execute(step.ops[0], storages)
+        else:
+            self._run_all(step, storages)
+        for number in step.gives:
+            self._provide(number, storages)
+        return {number: storages[number] for number in step.gives}
 
     def _run_all(self, step: Step, storages: Storages) -> None:
         """Run ops in order; frees each storage after the op that is the last to use it."""
@@ -105,6 +117,7 @@ class Replay:
             self.execute(number, storages)
             for done in last_use.get(place, ()):
                 del storages[done]
+                self.windows.pop(done, None)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -149,11 +162,12 @@ class Replay:
             return (args[0].clone(memory_format=torch.preserve_format),)
         kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}
         info = ops.by_name(op.name)
+        func = _METHODS.get(op.name, info.func)
         if op.draw is None:
-            return flat(info.func(*args, **kwargs))
+            return flat(func(*args, **kwargs))
         generator = self._generator(op.draw)
         if info.takes_generator:
-            result = info.func(*args, **kwargs, generator=generator)
+            result = func(*args, **kwargs, generator=generator)
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
         self.cursor[op.draw.stream] = (op.draw.number + 1, generator)
@@ -168,8 +182,8 @@ class Replay:
     def _real(self, value: Any, storages: Storages) -> Any:
         kind = type(value)
         if kind is TensorRef:
-            self._provide(value.storage, storages)
-            return value.on(storages[value.storage])
+            storage = storages.get(value.storage)
+            return self._window(value, storages) if storage is None else value.on(storage)
         if kind is Const:
             return self._constant(value.number)
         if kind is tuple:
@@ -191,6 +205,20 @@ class Replay:
         if number not in storages:
             known = self.program.storages[number]
             storages[number] = allocate(known.nbytes, known.device)
+
+    def _window(self, ref: TensorRef, storages: Storages) -> Tensor:
+        """A window on a storage that has to be allocated for it."""
+        known = self.program.storages[ref.storage]
+        if known.nbytes < LARGE and not ref.bits:
+            tensor = torch.empty(ref.size, dtype=ref.dtype, device=known.device)
+            storage = tensor.untyped_storage()
+            whole = ref.offset == 0 and storage.nbytes() == known.nbytes
+            if whole and tensor.stride() == ref.stride:
+                storages[ref.storage] = storage
+                self.windows[ref.storage] = ref, tensor
+                return tensor
+        self._provide(ref.storage, storages)
+        return ref.on(storages[ref.storage])
 
     def _laid_out(self, ref: TensorRef, result: Tensor) -> torch.UntypedStorage:
         """The storage of a result, copied to the recorded layout where the kernel's differs."""

@@ -10,7 +10,6 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,8 +21,7 @@ from lateinit.mt19937 import generator_at, has_normal, jump, state_of, without_n
 Run = Callable[[int, torch.Generator], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One random op that fills a tensor from a CPU generator.
 
     Attributes:

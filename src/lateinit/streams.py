@@ -113,6 +113,10 @@ class _InSequence:
 
 def consumption(op: Op) -> rng.Draw | None:
     """What a random op draws, in terms of ``rng``, or None if that depends on values."""
+    filled = op.fills()
+    if filled is not None:
+        contiguous = filled.is_contiguous()
+        return rng.Draw(op.name, filled.numel, filled.dtype, contiguous, op.args[1:])
     written = op.written()
     rest = op.args[1:] if by_name(op.name).mutates else op.args
     if not written or any(tensor_refs(a) for a in rest):

@@ -197,7 +197,7 @@ def summary(module: Any, *, only: Only | None = None) -> Summary:
     rows: list[Row] = []
     first: dict[int, str] = {}  # the first name on each storage
     sizes: dict[int, _Memory] = {}
-    for found in select(list(find_tensors(module)), only):
+    for found in select(find_tensors(module), only):
         row, key = _row(found, first), _storage_key(found.tensor)
         rows.append(row)
         if row.nbytes is not None:

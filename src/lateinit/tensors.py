@@ -114,7 +114,7 @@ def _slot_of(tensor: Tensor) -> Slot | None:
 
 def held(tensor: Tensor) -> Tensor:
     """The tensor that has the memory: of a ``DTensor`` its local shard."""
-    if type(tensor) in _PLAIN_CLASSES or not is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return tensor
     local: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return local
@@ -122,6 +122,8 @@ def held(tensor: Tensor) -> Tensor:
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``, without importing what defines it."""
+    if type(tensor) in ORDINARY:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -355,6 +357,9 @@ def described(tensor: Any) -> str:
         return f"a deferred tensor {shape}"
     return f"the deferred tensor {slot.name!r} {shape}"
 
+
+ORDINARY = frozenset({*_PLAIN_CLASSES, DeferredTensor})
+"""The classes of nearly all tensors, which are neither shards nor lazy."""
 
 _READERS = frozenset(
     {

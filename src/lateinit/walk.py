@@ -9,12 +9,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit.tensors import is_deferred_tensor, slot_of
+from lateinit.tensors import ORDINARY, is_deferred_tensor, slot_of
 
 Kind = Literal["parameter", "buffer", "attribute"]
-_Leaf = tuple[str, Tensor, Kind, bool]
 _OWN = frozenset(nn.Module().__dict__)
-_HOLDERS = (dict, list, tuple, set, frozenset, Tensor)
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+_HOLDERS = (*_CONTAINERS, Tensor)
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -47,6 +47,8 @@ class Found:
 
 def is_placeholder(tensor: Any) -> bool:
     """Whether a tensor has no shape yet, by torch's protocol or that of pytorch-pfn-extras."""
+    if type(tensor) in ORDINARY:
+        return False
     if is_lazy(tensor):
         return True
     # Theirs is a parameter of its own class, which must not be imported to be recognised.
@@ -54,20 +56,15 @@ def is_placeholder(tensor: Any) -> bool:
     return named and isinstance(tensor, nn.Parameter)
 
 
-def find_tensors(target: Any) -> Iterator[Found]:
+def find_tensors(target: Any) -> list[Found]:
     """Every tensor of a module (or container, or the tensor itself), each once.
 
     Parameters, buffers, plain tensor attributes, and tensors in lists, tuples, sets and dicts that
     are attributes.
     """
-    found: dict[int, Found] = {}
-    for name, tensor, kind, persistent in _walk(target, "", set(), ()):
-        known = found.get(id(tensor))
-        if known is None:
-            found[id(tensor)] = Found(tensor, [name], kind, persistent)
-        else:
-            known.names.append(name)
-    yield from found.values()
+    walk = _Walk(set())
+    walk.enter(target, "", ())
+    return list(walk.found.values())
 
 
 def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -76,54 +73,67 @@ def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor
         for name, tensor in own.items():
             if tensor is not None:
                 yield name, tensor
+    walk: _Walk | None = None
     for name, value in module.__dict__.items():
         if name not in _OWN and type(value) not in _ATOMS and isinstance(value, _HOLDERS):
-            for path, tensor, _, _ in _walk(value, name, seen, ()):
-                yield path, tensor
+            walk = walk or _Walk(seen)
+            walk.enter(value, name, ())
+    if walk is not None:
+        for found in walk.found.values():
+            yield found.name, found.tensor
 
 
-def _walk(value: Any, path: str, seen: set[int], above: tuple[int, ...]) -> Iterator[_Leaf]:
+class _Walk:
     """What an object leads to; whatever is not a registered module is entered once."""
-    if isinstance(value, Tensor):
-        yield path or "tensor", value, "attribute", True
-        return
-    if not isinstance(value, (nn.Module, dict, list, tuple, set, frozenset)) or id(value) in seen:
-        return
-    if isinstance(value, nn.Module):
-        yield from _walk_module(value, path, seen, above)
-        return
-    seen.add(id(value))
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in pairs:
-        yield from _walk(item, _join(path, key), seen, above)
 
+    __slots__ = ("found", "seen")
 
-def _walk_module(
-    module: nn.Module, path: str, seen: set[int], above: tuple[int, ...]
-) -> Iterator[_Leaf]:
-    """A module that is registered twice is walked twice: its tensors have two names."""
-    if id(module) in above:
-        return
-    above = (*above, id(module))
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield _join(path, name), parameter, "parameter", True
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            yield (
-                _join(path, name),
-                buffer,
-                "buffer",
-                name not in module._non_persistent_buffers_set,
-            )
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk_module(child, _join(path, name), seen, above)
-    if id(module) not in seen:
-        seen.add(id(module))
-        for name, value in module.__dict__.items():
-            if name not in _OWN:
-                yield from _walk(value, _join(path, name), seen, above)
+    def __init__(self, seen: set[int]) -> None:
+        self.found: dict[int, Found] = {}
+        self.seen = seen
+
+    def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
+        if isinstance(value, Tensor):
+            self._note(path or "tensor", value, "attribute", persistent=True)
+            return
+        if not isinstance(value, (nn.Module, *_CONTAINERS)) or id(value) in self.seen:
+            return
+        if isinstance(value, nn.Module):
+            self._enter_module(value, path, above)
+            return
+        self.seen.add(id(value))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in pairs:
+            if type(item) not in _ATOMS:
+                self.enter(item, _join(path, key), above)
+
+    def _enter_module(self, module: nn.Module, path: str, above: tuple[int, ...]) -> None:
+        """A module that is registered twice is walked twice: its tensors have two names."""
+        if id(module) in above:
+            return
+        above = (*above, id(module))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                self._note(_join(path, name), parameter, "parameter", persistent=True)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = name not in module._non_persistent_buffers_set
+                self._note(_join(path, name), buffer, "buffer", persistent=persistent)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._enter_module(child, _join(path, name), above)
+        if id(module) not in self.seen:
+            self.seen.add(id(module))
+            for name, value in module.__dict__.items():
+                if name not in _OWN and type(value) not in _ATOMS:
+                    self.enter(value, _join(path, name), above)
+
+    def _note(self, path: str, tensor: Tensor, kind: Kind, *, persistent: bool) -> None:
+        known = self.found.get(id(tensor))
+        if known is None:
+            self.found[id(tensor)] = Found(tensor, [path], kind, persistent)
+        else:
+            known.names.append(path)
 
 
 def _join(path: str, key: Any) -> str:
