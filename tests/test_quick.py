@@ -190,3 +190,70 @@ def test_what_is_made_like_a_tensor_does_not_need_its_values() -> None:
     lateinit.materialize(made)
     assert torch.equal(made["full_like"], torch.full((3, 4), 3.0))
     assert torch.equal(made["zeros_like"], torch.zeros(3, 4))
+
+
+OWN = {
+    name: getattr(nn.init, name) for name in ("normal_", "uniform_", "constant_", "xavier_normal_")
+}
+
+
+def guarding(name: str) -> Callable[..., torch.Tensor]:
+    """What a library puts in the place of an initialiser, to leave alone what has values."""
+
+    def guarded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if getattr(tensor, "has_values", False):
+            return tensor
+        return OWN[name](tensor, *args, **kwargs)
+
+    guarded.__name__ = name
+    return guarded
+
+
+def test_initialisers_that_a_library_replaced_are_recorded_as_torchs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def initialised() -> list[torch.Tensor]:
+        left_alone = torch.zeros(3)
+        left_alone.has_values = True  # type: ignore[attr-defined]
+        return [
+            nn.init.normal_(torch.empty(4, 5), std=0.02),
+            nn.init.uniform_(torch.empty(20), 1.0, 2.0),
+            nn.init.constant_(torch.empty(2), 3.0),
+            nn.init.normal_(left_alone),
+            nn.init.normal_(torch.zeros(4, 6)[:, ::2]),
+        ]
+
+    torch.manual_seed(0)
+    for name in OWN:
+        monkeypatch.setattr(nn.init, name, guarding(name))
+    expected = initialised()
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    with lateinit.deferred() as program:
+        found = initialised()
+    assert torch.equal(torch.get_rng_state(), after)
+    labels = [op.label for op in program.ops if op.label is not None]
+    assert labels[:3] == ["normal_(std=0.02)", "uniform_(1, 2)", "fill(3)"]
+    assert all(map(torch.equal, lateinit.materialize(found), expected))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_an_initialiser_in_torchs_place_does_besides_is_done_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return OWN[name](tensor, *args, **kwargs).mul_(2)
+
+    def initialised() -> torch.Tensor:
+        given = (3.0,) if name == "constant_" else ()
+        filled: torch.Tensor = getattr(nn.init, name)(torch.empty(4, 5), *given)
+        return filled
+
+    doubled.__name__ = name
+    torch.manual_seed(0)
+    monkeypatch.setattr(nn.init, name, doubled)
+    expected = initialised()
+    torch.manual_seed(0)
+    found = lateinit.deferred_init(initialised)
+    assert torch.equal(lateinit.materialize(found), expected)

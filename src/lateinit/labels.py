@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -45,9 +45,13 @@ def initializer() -> str | None:
         frame = frame.f_back
     if found is None:
         return None
-    name = found.f_code.co_name.removeprefix("_no_grad_")
-    given = map(found.f_locals.get, _DEFAULTS[name])
-    return _call(name, tuple([v if isinstance(v, _PLAIN) else None for v in given]))
+    return called(found.f_code.co_name.removeprefix("_no_grad_"), found.f_locals)
+
+
+def called(name: str, given: Mapping[str, Any]) -> str:
+    """How the ``nn.init`` function of a name was called, with these arguments."""
+    values = map(given.get, _DEFAULTS[name])
+    return _call(name, tuple([v if isinstance(v, _PLAIN) else None for v in values]))
 
 
 @functools.lru_cache(maxsize=1024)

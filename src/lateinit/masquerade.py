@@ -43,12 +43,22 @@ class Masquerade(TorchFunctionMode):
         recorder = self.recorder
         if recorder.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
+        handler = _HANDLERS.get(func)
+        if handler is _asks:
+            return func(*args, **kwargs) if kwargs else func(*args)
         recorder.call = args, kwargs
         recorder.autocasting = torch._C._is_any_autocast_enabled()
-        handler = _HANDLERS.get(func)
         if handler is None:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            func = quick.replaced(func) or func
+            handler = _HANDLERS.get(func)
+            if handler is None:
+                return func(*args, **kwargs) if kwargs else func(*args)
         return handler(recorder, func, args, kwargs or {})
+
+
+def _asks(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """For what is called most, and gets no further than the tensor itself."""
+    return func(*args, **kwargs)
 
 
 def _of_deferred(handler: Handler) -> Handler:
@@ -250,6 +260,13 @@ def _become(recorder: Recorder, target: Tensor, source: Tensor) -> None:
 
 _tensor = torch.Tensor
 _HANDLERS: dict[Any, Handler] = {
+    torch._C._set_grad_enabled: _asks,
+    _tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
+    _tensor.requires_grad.__get__: _asks,  # type: ignore[attr-defined]
+    _tensor.dtype.__get__: _asks,  # type: ignore[attr-defined]
+    _tensor.shape.__get__: _asks,  # type: ignore[attr-defined]
+    _tensor.dim: _asks,
+    _tensor.size: _asks,
     _tensor.device.__get__: _of_deferred(_device),
     _tensor.is_meta.__get__: _of_deferred(_is_meta),  # type: ignore[attr-defined]
     _tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]

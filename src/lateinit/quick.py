@@ -7,14 +7,17 @@ times what noting it does.
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lateinit.arguments import META
+from lateinit.labels import called
 from lateinit.ops import by_name
 from lateinit.recorder import Fill, Recorder
 from lateinit.tensors import is_deferred_tensor
@@ -86,39 +89,50 @@ def _initialising(name: str, *keywords: str) -> Handler:
     def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         if args:
             kwargs = dict(zip(("tensor", *keywords), args, strict=False)) | kwargs
-        tensor = kwargs["tensor"]
-        if not _filled(recorder, name, tensor, [kwargs[key] for key in keywords], kwargs):
+        tensor, values = kwargs["tensor"], [kwargs[key] for key in keywords]
+        label = called(func.__name__, kwargs)
+        if not _filled(recorder, name, tensor, values, kwargs, label):
             return func(**kwargs)
         return tensor
 
     return fill
 
 
-def _filled(recorder: Recorder, name: str, tensor: Any, values: list[Any], given: Any) -> bool:
+def _filled(
+    recorder: Recorder,
+    name: str,
+    tensor: Any,
+    values: list[Any],
+    given: Any,
+    label: str | None = None,
+) -> bool:
     """Note that a tensor is filled, if it is deferred and the values are numbers."""
     for value in values:
         if isinstance(value, Tensor):
             return False
-    return recorder.overwrite(by_name(name), tensor, tuple(values), given.get("generator"))
+    return recorder.overwrite(by_name(name), tensor, tuple(values), given.get("generator"), label)
 
 
 class _StandIn:
     """A deferred tensor to an initialiser that asks for its sizes, and then fills it."""
 
-    __slots__ = ("dim", "recorder", "shape", "size", "tensor")
+    __slots__ = ("dim", "label", "recorder", "shape", "size", "tensor")
 
-    def __init__(self, recorder: Recorder, tensor: Tensor) -> None:
+    def __init__(self, recorder: Recorder, tensor: Tensor, label: str | None) -> None:
         self.recorder = recorder
         self.tensor = tensor
+        self.label = label
         self.shape = tensor.shape
         self.size = tensor.size
         self.dim = tensor.dim
 
     def uniform_(self, low: float, high: float, *, generator: Any = None) -> None:
-        self.recorder.overwrite(by_name("aten::uniform_"), self.tensor, (low, high), generator)
+        info = by_name("aten::uniform_")
+        self.recorder.overwrite(info, self.tensor, (low, high), generator, self.label)
 
     def normal_(self, mean: float, std: float, *, generator: Any = None) -> None:
-        self.recorder.overwrite(by_name("aten::normal_"), self.tensor, (mean, std), generator)
+        info = by_name("aten::normal_")
+        self.recorder.overwrite(info, self.tensor, (mean, std), generator, self.label)
 
 
 def _scaled(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -126,10 +140,10 @@ def _scaled(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     tensor = args[0] if args else kwargs["tensor"]
     if not is_deferred_tensor(tensor) or not tensor.is_floating_point():
         return func(*args, **kwargs)
-    stand_in = _StandIn(recorder, tensor)
     if args:
-        func(stand_in, *args[1:], **kwargs)
+        func(_StandIn(recorder, tensor, None), *args[1:], **kwargs)
     else:
+        stand_in = _StandIn(recorder, tensor, called(func.__name__, kwargs))
         func(**(kwargs | {"tensor": stand_in}))
     return tensor
 
@@ -149,3 +163,29 @@ HANDLERS: dict[Any, Handler] = {
     nn.init.kaiming_uniform_: _scaled,
 }
 """The handlers of these functions in ``Masquerade``."""
+
+_INITIALISERS: dict[str, Any] = {
+    name: value
+    for name, value in vars(nn.init).items()
+    if inspect.isfunction(value) and value.__name__ == name
+}
+_DEEPEST = 4  # frames from a handler up to the initialiser that is running
+
+
+def replaced(func: Any) -> Handler | None:
+    """The function of ``nn.init`` that is running, where another one has its name just now.
+
+    Libraries put functions of their own there, which then call torch's; that one names itself to
+    modes by its name, and so names theirs, which must not run again.
+    """
+    own: Any = _INITIALISERS.get(getattr(func, "__name__", ""))
+    if own is None or getattr(nn.init, own.__name__) is not func:
+        return None
+    frame = sys._getframe(1)
+    for _ in range(_DEEPEST):
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+        if frame.f_code is own.__code__:
+            return cast("Handler", own)
+    return None

@@ -194,7 +194,10 @@ class Recorder(TorchDispatchMode):
     def made(self, tensor: Tensor, device: torch.device, fill: Fill | None) -> Tensor:
         """Note a new tensor and what it is filled with; its memory needs no op."""
         number = len(self.program.storages)
-        self._adopt(tensor, device)
+        storage = tensor.untyped_storage()
+        attach(storage, Slot(self.program, number))
+        self.program.storages.append(Storage(storage.nbytes(), device))
+        self.born.append(weakref.ref(tensor))
         if fill is not None:
             name, values = fill
             args = (TensorRef.of(tensor, number), *values)
@@ -212,11 +215,17 @@ class Recorder(TorchDispatchMode):
         return self.overwrite(info, args[0], values, generator)
 
     def overwrite(
-        self, info: OpInfo, tensor: Tensor, values: tuple[Any, ...], generator: Any
+        self,
+        info: OpInfo,
+        tensor: Tensor,
+        values: tuple[Any, ...],
+        generator: Any,
+        label: str | None = None,
     ) -> bool:
         """Note an op that fills a tensor with numbers in place, if it is deferred.
 
-        Only of floating-point tensors it is known without a kernel that it can be done.
+        ``label`` says which initialiser does so, where that is known. Only of floating-point
+        tensors it is known without a kernel that it can be done.
         """
         slot = slot_of(tensor)
         if slot is None or slot is ON_META or not tensor.is_floating_point():
@@ -229,7 +238,8 @@ class Recorder(TorchDispatchMode):
             drawn = generator or default_generator(self.program.storages[ref.storage].device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
-        op = Op(info.name, (ref, *values), {}, (), draw, self._ambient(), initializer())
+        label = label or initializer()
+        op = Op(info.name, (ref, *values), {}, (), draw, self._ambient(), label)
         self.program.ops.append(op)
         if self.shared:
             self.shared.show()
