@@ -53,6 +53,8 @@ ROOMS = """
     walk
     generators
     sharing
+    wanted
+    giving
     materialize
     recorder
     quick

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lateinit
 from lateinit import chunks, execute, sharding
 from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
-from lateinit.materialize import home
+from lateinit.giving import home
 from tests.laws import deferred, eager
 from tests.models import MODELS
 from tests.sharding.compare import differences

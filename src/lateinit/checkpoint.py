@@ -15,9 +15,10 @@ from torch import nn
 
 from lateinit.errors import DeferredTensorError
 from lateinit.fingerprint import fingerprint
+from lateinit.giving import cast_to
 from lateinit.lazy.aside import outside
 from lateinit.loading import Loaded, load
-from lateinit.materialize import cast_to, check_seed
+from lateinit.materialize import check_seed
 from lateinit.progress import Progress
 from lateinit.recorder import current
 from lateinit.shards import Item, Shard, collect, divide

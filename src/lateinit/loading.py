@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
+from lateinit.giving import Cast
 from lateinit.lazy.loading import wrong_sizes
 from lateinit.lazy.placeholders import known_shape
-from lateinit.materialize import Cast, check_shared, materialize, wanted_in
+from lateinit.materialize import check_shared, materialize
 from lateinit.placing import Placer, place_of
 from lateinit.progress import Progress
 from lateinit.reader import Reader
@@ -26,6 +27,7 @@ from lateinit.tensors import is_deferred_tensor, is_dtensor, locate
 from lateinit.translated import translated
 from lateinit.units import format_bytes
 from lateinit.walk import Found, find_tensors
+from lateinit.wanted import wanted_in
 
 
 @dataclass(frozen=True, slots=True)

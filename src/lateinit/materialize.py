@@ -1,14 +1,7 @@
-"""Putting values into deferred tensors, in place.
-
-The tensor objects stay: each gets the real tensor's implementation (``_swap_tensor_impl``, which
-keeps hooks and weak references), so optimizers, ties and closures hold what they held.
-"""
+"""Running the ops that deferred tensors need, and giving each tensor its storage and values."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,48 +11,26 @@ from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
     MaterializeError,
-    NotRecordedError,
     OutOfMemoryError,
-    PatternError,
     SeedError,
     ShardingError,
-    UninitializedError,
-    candidates,
     is_out_of_memory,
     listing,
 )
 from lateinit.execute import execute
-from lateinit.memory import allocate
+from lateinit.giving import Cast, cast_to, place
 from lateinit.plan import Plan, Step, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
 from lateinit.ranks import agree
 from lateinit.replay import Replay, without_modes
 from lateinit.sharding import reads_nothing
-from lateinit.tensors import (
-    ON_META,
-    DeferredTensor,
-    Slot,
-    held,
-    is_dtensor,
-    locate,
-    slot_of,
-    unguard,
-)
+from lateinit.tensors import is_dtensor
 from lateinit.values import digest
-from lateinit.walk import Found, find_tensors
+from lateinit.walk import find_tensors
+from lateinit.wanted import Only, Wanted, wanted_in
 
 T = TypeVar("T")
-_CAST_FIRST = "; cast it before it is sharded, or by materialize(dtype=)"
-Only = str | Iterable[str] | Callable[[str, Tensor], bool]
-
-
-@dataclass(slots=True)
-class Wanted:
-    """The deferred tensors of one program that are to be materialised, by storage."""
-
-    program: Program
-    tensors: dict[int, list[tuple[str, Tensor, Slot, TensorRef]]] = field(default_factory=dict)
 
 
 def materialize(
@@ -173,62 +144,6 @@ def is_deferred(target: Any) -> bool:
     return any(found.deferred for found in find_tensors(target))
 
 
-def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
-    """The deferred tensors that are asked for, by program; all checked before any is touched."""
-    found = select(find_tensors(target), only)
-    lazy = [f.name for f in found if f.lazy]
-    if lazy:
-        raise UninitializedError(
-            f"the shape is not known yet of {listing(lazy)}: call lateinit.infer_shapes(model, "
-            "...) first, or materialise the rest with only="
-        )
-    pairs = [(f, slot_of(f.tensor)) for f in found]
-    unknown = [f.name for f, slot in pairs if slot is None and f.tensor.is_meta]
-    if unknown:
-        raise NotRecordedError(
-            f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
-            "`with lateinit.deferred():` instead of on torch.device('meta')"
-            + (_CAST_FIRST if any(is_dtensor(f.tensor) for f in found) else "")
-        )
-    groups: dict[int, Wanted] = {}
-    with torch._C.DisableTorchFunctionSubclass():
-        for item, slot in pairs:
-            if slot is None or slot is ON_META:
-                continue
-            tensor = item.tensor
-            if tensor.is_leaf and tensor.grad is not None:
-                raise DeferredTensorError(
-                    f"{item.name!r} has a gradient that was computed in a deferred constructor, "
-                    "which cannot be carried over: call zero_grad() on the module first"
-                )
-            program, number = slot.resolve()
-            group = groups.get(id(program))
-            if group is None:
-                group = groups[id(program)] = Wanted(program)
-            entry = (item.name, tensor, slot, TensorRef.of(held(tensor), number))
-            group.tensors.setdefault(number, []).append(entry)
-    return list(groups.values())
-
-
-def select(found: list[Found], only: Only | None) -> list[Found]:
-    """Those of some tensors that ``only`` names."""
-    if only is None:
-        return found
-    if callable(only):
-        return [f for f in found if any(only(name, f.tensor) for name in f.names)]
-    given: Any = [only] if isinstance(only, str) or not isinstance(only, Iterable) else only
-    patterns: list[str] = list(given)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"only={only!r}: a glob, several globs, or a function of (fqn, tensor)")
-    every = [name for f in found for name in f.names]
-    for pattern in patterns:
-        if not fnmatch.filter(every, pattern):
-            raise PatternError(
-                f"only={pattern!r} matches no tensor; there are: {candidates(pattern, every)}"
-            )
-    return [f for f in found if any(fnmatch.fnmatchcase(n, p) for n in f.names for p in patterns)]
-
-
 def check_seed(program: Program, seed: int | None) -> None:
     """Raise where another seed would have sent the constructor another way."""
     if seed is None:
@@ -330,159 +245,3 @@ def _materialize(
         if isinstance(error, (MaterializeError, ConstantChangedError)):
             raise type(error)(f"{names!r}: {error}") from (error.__cause__ or error)
         raise
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """Where values go after they are computed."""
-
-    device: torch.device | None
-    dtype: torch.dtype | None
-
-    def dtype_of(self, ref: TensorRef) -> torch.dtype:
-        wanted = self.dtype is not None and ref.dtype.is_floating_point
-        return self.dtype if wanted and self.dtype is not None else ref.dtype
-
-    def storage(self, storage: torch.UntypedStorage, refs: list[TensorRef]) -> Any:
-        """A storage moved and cast as a whole, so that tensors which share it still do."""
-        if self.device is None and self.dtype is None:
-            return storage
-        dtypes = {ref.dtype for ref in refs}
-        new = {self.dtype_of(ref) for ref in refs}
-        dtype = dtypes.pop()
-        if new == {dtype} or len(new) > 1:
-            dtype = torch.uint8
-            new = {dtype}
-        whole = torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
-        return whole.to(device=self.device, dtype=new.pop()).untyped_storage()
-
-
-def place(
-    tensors: list[tuple[str, Tensor, Slot, TensorRef]],
-    storage: Any,
-    cast: Cast,
-    strides: dict[TensorRef, tuple[int, ...]],
-    window: tuple[TensorRef, Tensor] | None = None,
-) -> None:
-    """Let the tensors that share a storage have it, now that it is real.
-
-    ``window`` is a tensor on it that nobody else has, and what it shows.
-    """
-    slot = tensors[0][2]
-    if slot.real is None:
-        device = home(tensors[0][1], storage.device, cast.device)
-        if device is not cast.device:
-            cast = replace(cast, device=device)
-        whole, storage = storage, cast.storage(storage, [ref for *_, ref in tensors])
-        window = window if storage is whole else None
-    for _, tensor, _, ref in tensors:
-        shown = ref
-        if cast.dtype is not None or ref in strides:
-            shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
-        if window is not None and window[0] == shown:
-            give(tensor, shown, storage, window[1])
-            window = None
-        else:
-            give(tensor, shown, storage)
-    slot.real, slot.cast = storage, (cast.device, cast.dtype)
-
-
-def home(
-    tensor: Any, recorded: torch.device, asked: torch.device | None = None
-) -> torch.device | None:
-    """Where a tensor is to be moved, if anywhere: a shard to the devices of its mesh."""
-    if asked is None and is_dtensor(tensor) and tensor.device_mesh.device_type != recorded.type:
-        kind = tensor.device_mesh.device_type
-        return torch.device(kind, torch.get_device_module(kind).current_device())
-    return asked
-
-
-def give(
-    tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage, window: Tensor | None = None
-) -> None:
-    """Make a deferred tensor object a window on a real storage, or take over one."""
-    if is_dtensor(tensor):
-        give(held(tensor), ref, storage, window)
-        _rewrap(tensor)
-        return
-    inference = tensor.is_inference()
-    if window is not None and window.is_inference() == inference:
-        _swap(tensor, window)
-    elif inference == torch.is_inference_mode_enabled():
-        _swap(tensor, ref.on(storage))
-    else:
-        with torch.inference_mode(inference):
-            _swap(tensor, ref.on(storage))
-    unguard(tensor)
-
-
-def _swap(tensor: Tensor, real: Tensor) -> None:
-    if tensor.is_leaf or tensor.is_inference():
-        real.requires_grad_(tensor.requires_grad)
-    else:
-        with torch.enable_grad():
-            real = _Detached.apply(real.requires_grad_())  # type: ignore[no-untyped-call]
-    hooks, grad_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
-    torch._C._swap_tensor_impl(tensor, real)
-    # Autograd keeps hooks in the implementation that was swapped out: hang them on the new one.
-    if hooks is not None:
-        tensor._backward_hooks = hooks
-    if grad_hooks is not None:
-        tensor._post_accumulate_grad_hooks = grad_hooks
-
-
-def _rewrap(tensor: Any) -> None:
-    """Let a ``DTensor`` object know that its local shard is on another device now."""
-    local = tensor._local_tensor
-    _swap(tensor, type(tensor)(local, tensor._spec, requires_grad=tensor.requires_grad))
-    tensor._local_tensor = local
-
-
-def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
-    """Where values are to go, checked before anything is touched."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
-    where = None if device is None else torch.device(device)
-    if where is not None and where.type == "meta":
-        raise ValueError("device='meta': materialised tensors need a device that has memory")
-    if where is not None:
-        torch.empty(0, device=where)  # raises torch's own error if the device is not there
-    return Cast(where, dtype)
-
-
-class _Detached(torch.autograd.Function):
-    """Stands where a graph built in the constructor stood: it cannot be gone through."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise DeferredTensorError(
-            "this tensor was computed from parameters in a deferred constructor; its graph was not "
-            "recorded: compute it again, in forward or after materialising"
-        )
-
-
-def adopt(tensor: Tensor, source: Tensor) -> None:
-    """``tensor.copy_(source)`` for a deferred tensor: it becomes real, with those values."""
-    slot, program, ref = locate(tensor)
-    if slot.real is None and not program.covers(ref):
-        slot.real = Replay(program).values([ref.storage])[ref.storage]
-    adopt_uninitialized(tensor)
-    with torch.no_grad():
-        tensor.copy_(source)
-
-
-def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None) -> None:
-    """Give a deferred tensor memory, shared with those on its storage, and no values."""
-    slot, program, ref = locate(tensor)
-    with without_modes():
-        if slot.real is None:
-            known = program.storages[ref.storage]
-            slot.real = allocate(known.nbytes, torch.device(device or known.device))
-        give(tensor, ref, slot.real)
-
-
-DeferredTensor.adopt = staticmethod(adopt)

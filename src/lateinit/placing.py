@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lateinit.errors import ShardingError
-from lateinit.materialize import Cast, Wanted, home, place
+from lateinit.giving import Cast, home, place
 from lateinit.memory import allocate
 from lateinit.program import Program, TensorRef
 from lateinit.replay import Replay, without_modes
 from lateinit.tensors import Slot, held, is_deferred_tensor, is_dtensor, locate
+from lateinit.wanted import Wanted
 
 _Entry = tuple[str, Tensor, Slot, TensorRef]
 

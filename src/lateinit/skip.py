@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lateinit.materialize import adopt_uninitialized, materialize
+from lateinit.giving import adopt_uninitialized
+from lateinit.materialize import materialize
 from lateinit.recording import deferred
 from lateinit.tensors import locate
 from lateinit.walk import find_tensors

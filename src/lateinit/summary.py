@@ -21,10 +21,10 @@ from lateinit.errors import listing
 from lateinit.folding import fold
 from lateinit.labels import describe
 from lateinit.lazy.placeholders import known_shape, show
-from lateinit.materialize import Only, select
 from lateinit.tensors import locate
 from lateinit.units import format_bytes
 from lateinit.walk import Found, Kind, find_tensors, is_placeholder
+from lateinit.wanted import Only, select
 
 State = Literal["deferred", "lazy", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")

@@ -1,0 +1,90 @@
+"""The deferred tensors that are asked for, by name and by program."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit.errors import (
+    DeferredTensorError,
+    NotRecordedError,
+    PatternError,
+    UninitializedError,
+    candidates,
+    listing,
+)
+from lateinit.program import Program, TensorRef
+from lateinit.tensors import ON_META, Slot, held, is_dtensor, slot_of
+from lateinit.walk import Found, find_tensors
+
+_CAST_FIRST = "; cast it before it is sharded, or by materialize(dtype=)"
+Only = str | Iterable[str] | Callable[[str, Tensor], bool]
+
+
+@dataclass(slots=True)
+class Wanted:
+    """The deferred tensors of one program that are to be materialised, by storage."""
+
+    program: Program
+    tensors: dict[int, list[tuple[str, Tensor, Slot, TensorRef]]] = field(default_factory=dict)
+
+
+def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
+    """The deferred tensors that are asked for, by program; all checked before any is touched."""
+    found = select(find_tensors(target), only)
+    lazy = [f.name for f in found if f.lazy]
+    if lazy:
+        raise UninitializedError(
+            f"the shape is not known yet of {listing(lazy)}: call lateinit.infer_shapes(model, "
+            "...) first, or materialise the rest with only="
+        )
+    pairs = [(f, slot_of(f.tensor)) for f in found]
+    unknown = [f.name for f, slot in pairs if slot is None and f.tensor.is_meta]
+    if unknown:
+        raise NotRecordedError(
+            f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
+            "`with lateinit.deferred():` instead of on torch.device('meta')"
+            + (_CAST_FIRST if any(is_dtensor(f.tensor) for f in found) else "")
+        )
+    groups: dict[int, Wanted] = {}
+    with torch._C.DisableTorchFunctionSubclass():
+        for item, slot in pairs:
+            if slot is None or slot is ON_META:
+                continue
+            tensor = item.tensor
+            if tensor.is_leaf and tensor.grad is not None:
+                raise DeferredTensorError(
+                    f"{item.name!r} has a gradient that was computed in a deferred constructor, "
+                    "which cannot be carried over: call zero_grad() on the module first"
+                )
+            program, number = slot.resolve()
+            group = groups.get(id(program))
+            if group is None:
+                group = groups[id(program)] = Wanted(program)
+            entry = (item.name, tensor, slot, TensorRef.of(held(tensor), number))
+            group.tensors.setdefault(number, []).append(entry)
+    return list(groups.values())
+
+
+def select(found: list[Found], only: Only | None) -> list[Found]:
+    """Those of some tensors that ``only`` names."""
+    if only is None:
+        return found
+    if callable(only):
+        return [f for f in found if any(only(name, f.tensor) for name in f.names)]
+    given: Any = [only] if isinstance(only, str) or not isinstance(only, Iterable) else only
+    patterns: list[str] = list(given)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"only={only!r}: a glob, several globs, or a function of (fqn, tensor)")
+    every = [name for f in found for name in f.names]
+    for pattern in patterns:
+        if not fnmatch.filter(every, pattern):
+            raise PatternError(
+                f"only={pattern!r} matches no tensor; there are: {candidates(pattern, every)}"
+            )
+    return [f for f in found if any(fnmatch.fnmatchcase(n, p) for n in f.names for p in patterns)]
