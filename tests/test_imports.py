@@ -56,6 +56,8 @@ ROOMS = """
     wanted
     giving
     materialize
+    factories
+    writer
     recorder
     quick
     truncated

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lateinit.arguments import META
+from lateinit.factories import Fill
 from lateinit.labels import called
 from lateinit.ops import by_name
-from lateinit.recorder import Fill, Recorder
+from lateinit.recorder import Recorder
 from lateinit.tensors import is_deferred_tensor
 
 Handler = Callable[..., Any]

@@ -1,0 +1,287 @@
+"""Writing ops into a program, and the deferred tensors that they would give.
+
+Ops that only make views need no note (see ``program``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit import ops
+from lateinit.arguments import META, has_tensor, kwargs_to_meta, tensors_in, to_meta
+from lateinit.errors import RecordingError
+from lateinit.factories import FACTORIES, Fill, is_usual
+from lateinit.generators import Generators, default_generator
+from lateinit.labels import initializer
+from lateinit.ops import OpInfo
+from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
+from lateinit.realdata import RealData, is_plain
+from lateinit.replay import Replay, Storages, flat, without_modes
+from lateinit.sharing import SharedMemory
+from lateinit.tensors import ON_META, Slot, attach, slot_of
+from lateinit.values import Values
+
+_CPU = torch.device("cpu")
+
+
+class Writer:
+    """Writes ops into a program, with all that they depend on."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.generators = Generators(program)
+        self.born: list[weakref.ref[Tensor]] = []
+        self.autocasting = False
+        self._ambient_key: tuple[Any, ...] = ()
+        self.values = Values(program)
+        self.data = RealData(program)
+        self.shared = SharedMemory(self.values, self.data, self._overwrite)
+
+    # -- what is written of a tensor -----------------------------------------------------------
+
+    def ref(self, tensor: Tensor) -> TensorRef:
+        """The window that a deferred tensor is on its storage."""
+        slot = slot_of(tensor)
+        assert slot is not None
+        return self._ref(slot, tensor)
+
+    def _ref(self, slot: Slot, tensor: Tensor) -> TensorRef:
+        program, number = slot.resolve()
+        if program is not self.program:
+            self.program.absorb(program)
+            _, number = slot.resolve()
+        return TensorRef.of(tensor, number)
+
+    def _referred(self, value: Any) -> Any:
+        """An argument as it is written into the program."""
+        if isinstance(value, Tensor):
+            return self.ref(value) if value.is_meta else self.data.refer(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._referred(item) for item in value)
+        if isinstance(value, torch.UntypedStorage):
+            raise RecordingError(
+                "an untyped storage was written to while recording: write to a tensor instead"
+            )
+        return value
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """The device that a deferred tensor was asked for."""
+        return self.storage_of(tensor).device
+
+    def storage_of(self, tensor: Tensor) -> Storage:
+        """What the program knows of a deferred tensor's storage."""
+        slot = slot_of(tensor)
+        assert slot is not None
+        program, number = slot.resolve()
+        return program.storages[number]
+
+    # -- ops -----------------------------------------------------------------------------------
+
+    def record(
+        self,
+        info: OpInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deferred: list[Tensor],
+    ) -> Any:
+        """Note an op, and give the deferred tensors that it would return."""
+        alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
+        if alone and args[0].is_floating_point() and not has_tensor(args[1:]):
+            self._append(info, args, kwargs, ())
+            return args[0]
+        if not self.autocasting or info.mutates:
+            try:
+                result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
+            except Exception:  # noqa: BLE001 - what eager would raise, the run raises
+                return self._by_running(info, args, kwargs, deferred)
+        else:
+            return self._by_running(info, args, kwargs, deferred)
+        self._note(info, args, kwargs, deferred, result)
+        return result
+
+    def made(self, tensor: Tensor, device: torch.device, fill: Fill | None) -> Tensor:
+        """Note a new tensor and what it is filled with; its memory needs no op."""
+        number = len(self.program.storages)
+        storage = tensor.untyped_storage()
+        attach(storage, Slot(self.program, number))
+        self.program.storages.append(Storage(storage.nbytes(), device))
+        self.born.append(weakref.ref(tensor))
+        if fill is not None:
+            name, values = fill
+            args = (TensorRef.of(tensor, number), *values)
+            self.program.ops.append(Op(name, args, {}, (), None, self._ambient(), None))
+        return tensor
+
+    def overwrite(
+        self,
+        info: OpInfo,
+        tensor: Tensor,
+        values: tuple[Any, ...],
+        generator: Any,
+        label: str | None = None,
+    ) -> bool:
+        """Note an op that fills a tensor with numbers in place, if it is deferred.
+
+        ``label`` says which initialiser does so, where that is known. Only of floating-point
+        tensors it is known without a kernel that it can be done.
+        """
+        slot = slot_of(tensor)
+        if slot is None or slot is ON_META or not tensor.is_floating_point():
+            return False
+        if self.shared:
+            self.shared.take_back()
+        ref = self._ref(slot, tensor)  # may bring in another program, and its ops
+        draw = None
+        if info.random:
+            drawn = generator or default_generator(self.program.storages[ref.storage].device)
+            number = len(self.program.ops)
+            draw = self.generators.draw(drawn, number, root=generator is None)
+        label = label or initializer()
+        op = Op(info.name, (ref, *values), {}, (), draw, self._ambient(), label)
+        self.program.ops.append(op)
+        if self.shared:
+            self.shared.show()
+        return True
+
+    def _note(
+        self,
+        info: OpInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deferred: list[Tensor],
+        result: Any,
+    ) -> None:
+        device = self._device(kwargs, deferred)
+        factory = FACTORIES.get(info.name)
+        if factory is not None and is_usual(args, kwargs):
+            self.made(result, device, factory(args))
+            return
+        results = flat(result)
+        new = [self._adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
+        if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
+            self._append(info, args, kwargs, results)
+
+    def _device(self, kwargs: dict[str, Any], deferred: list[Tensor]) -> torch.device:
+        asked = kwargs.get("device")
+        if asked is not None:
+            return torch.device(asked)
+        for tensor in sorted(deferred, key=lambda t: t.dim() == 0):
+            return self.device_of(tensor)
+        return _CPU
+
+    def _adopt(self, tensor: Tensor, device: torch.device) -> bool:
+        """Give a new meta storage its number; keep the size of a known one up to date."""
+        storage = tensor.untyped_storage()
+        slot = slot_of(tensor)
+        if slot is None:
+            attach(storage, Slot(self.program, len(self.program.storages)))
+            self.program.storages.append(Storage(storage.nbytes(), device))
+            self.born.append(weakref.ref(tensor))
+            return True
+        program, number = slot.resolve()
+        program.storages[number].nbytes = storage.nbytes()
+        self.born.append(weakref.ref(tensor))
+        return False
+
+    def _append(
+        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], results: tuple[Any, ...]
+    ) -> None:
+        written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
+        referred = tuple(self._referred(value) for value in args)
+        draw = self._draw(info, args, kwargs) if info.random else None
+        outs = tuple(
+            self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
+            for leaf in results
+        )
+        label = initializer() if info.mutates or info.mutates_kw else None
+        self.program.ops.append(
+            Op(info.name, referred, written, outs, draw, self._ambient(), label)
+        )
+        if self.shared:
+            self.shared.show()
+
+    def _draw(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw | None:
+        generator = kwargs.get("generator")
+        if generator is None:
+            generator = next((a for a in args if isinstance(a, torch.Generator)), None)
+        explicit = generator is not None
+        if generator is None:
+            tensors = [t for t in tensors_in(args, kwargs) if t.is_meta]
+            generator = default_generator(self._device(kwargs, tensors))
+        return self.generators.draw(generator, len(self.program.ops), root=not explicit)
+
+    def ambient(self) -> Ambient:
+        """The settings in force now."""
+        # Below the autocast key, where this runs, autocast seems to be off: whether it is on was
+        # seen above it, and the device is that of the deferred tensors, which pass for cpu there.
+        device = "cuda" if self.autocasting and torch.is_autocast_enabled("cuda") else "cpu"
+        autocast = (device, torch.get_autocast_dtype(device)) if self.autocasting else None
+        return Ambient(
+            torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), autocast
+        )
+
+    def _ambient(self) -> int:
+        key = (
+            torch.get_default_dtype(),
+            torch._C._get_deterministic_algorithms(),
+            self.autocasting,
+        )
+        if key != self._ambient_key:
+            self._ambient_key = key
+            self.program.ambients.append(self.ambient())
+        return len(self.program.ambients) - 1
+
+    def _by_running(
+        self,
+        info: OpInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deferred: list[Tensor],
+    ) -> Any:
+        """Note an op whose result's shape only a run can tell; what it raises, eager raises."""
+        referred = tuple(self._referred(value) for value in args)
+        written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
+        ambient = self._ambient()
+        probe = Op(info.name, referred, written, (), None, ambient, None)
+        if info.random:
+            probe = probe._replace(draw=self._draw(info, args, kwargs))
+        replay = Replay(self.program)
+        storages = self._inputs(replay, probe)
+        with without_modes(), self.program.ambients[ambient].in_force():
+            results = replay.call(probe, storages)
+        if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
+            if info.random or self.values.are_random(probe.read()):
+                self.program.seed_bound = f"{info.name} made a tensor without a plain layout"
+            return results[0] if len(results) == 1 else results
+        if info.mutates:
+            made: list[Any] = [args[info.mutates[0]]]
+        else:
+            device = self._device(kwargs, deferred)
+            made = [self._mirror(leaf, device) for leaf in results]
+        outs = tuple(self.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in made)
+        self.program.ops.append(probe._replace(outs=outs))
+        if info.random or self.values.are_random(probe.read()):
+            # Python sees the shapes: another seed must give the same.
+            reads = [Read(ref, len(self.program.ops), b"") for ref in outs if ref is not None]
+            self.program.reads.extend(reads)
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def _inputs(self, replay: Replay, op: Op) -> Storages:
+        needed = dict.fromkeys(ref.storage for ref in op.read())
+        needed |= dict.fromkeys(ref.storage for ref in op.written())
+        return replay.values(needed)
+
+    def _mirror(self, real: Any, device: torch.device) -> Any:
+        """A deferred tensor with the layout of a real one."""
+        if not isinstance(real, Tensor):
+            return real
+        tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
+        self._adopt(tensor, device)
+        return tensor
+
+    def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
+        self._append(ops.by_name("aten::copy_"), (tensor, data), {}, ())
