@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 import lateinit
+from lateinit.readers import open_checkpoint
+from lateinit.rehearsal import Rehearsal, plain_state, rehearse
 from tests import laws
 from tests.formats import FORMATS, SAFETENSORS
 from tests.models import MODELS
 from tests.snapshots import assert_same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.cases import Case
@@ -56,3 +59,121 @@ def test_a_deferred_model_loads_as_its_eager_twin_does(
     lateinit.load_checkpoint(model, path)
     assert torch.equal(before, torch.get_rng_state())
     assert_same(expected, model)
+
+
+# -- what is known without trying ------------------------------------------------------------------
+
+
+def known_and_tried(model: nn.Module, path: Path) -> tuple[Rehearsal, Rehearsal]:
+    reader = open_checkpoint(path)
+    return rehearse(model, reader, plain_state(model)), rehearse(model, reader)
+
+
+def told(rehearsal: Rehearsal) -> tuple[Any, ...]:
+    copies = sorted((str(source), id(target)) for target, source in rehearsal.copies)
+    return copies, rehearsal.missing, rehearsal.unexpected, rehearsal.wrong, rehearsal.replaced
+
+
+def is_plain(case: Case) -> bool:
+    state = plain_state(laws.eager(case))
+    own = {torch.Tensor, nn.Parameter}
+    return case.loads and state is not None and {type(t) for t in state.values()} <= own
+
+
+PLAIN = [case for case in MODELS if is_plain(case)]
+
+
+def test_most_models_are_plain() -> None:
+    assert len(PLAIN) > len(MODELS) / 2
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_what_is_known_of_plain_models_is_what_torch_does(
+    case: Case, left_out: int, tmp_path: Path
+) -> None:
+    model = laws.deferred(case)
+    state = list(trained(laws.eager(case)).items())
+    path = FORMATS["pt"](dict(state[left_out:]), tmp_path)
+    known, tried = known_and_tried(model, path)
+    assert known.plain
+    assert told(known) == told(tried)
+
+
+def with_hook(model: nn.Module) -> None:
+    model[1].register_load_state_dict_pre_hook(lambda *_: None)
+
+
+def with_later_hook(model: nn.Module) -> None:
+    model[1].register_load_state_dict_post_hook(lambda *_: None)
+
+
+def with_own_method(model: nn.Module) -> None:
+    model[1]._load_from_state_dict = lambda *_: None
+
+
+def with_extra_state(model: nn.Module) -> None:
+    model[1] = type("Extra", (nn.Linear,), {"set_extra_state": lambda *_: None})(2, 2)
+
+
+def with_own_class(model: nn.Module) -> None:
+    model[1] = type("Own", (nn.Linear,), {"_load_from_state_dict": lambda *_: None})(2, 2)
+
+
+def with_own_load(model: nn.Module) -> None:
+    model.load_state_dict = lambda *_, **__: None
+
+
+def with_lazy_part(model: nn.Module) -> None:
+    model[1] = lateinit.nn.LazyLinear(2)
+
+
+def with_batch_norm(model: nn.Module) -> None:
+    model.append(nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook,
+        with_later_hook,
+        with_own_method,
+        with_extra_state,
+        with_own_class,
+        with_own_load,
+        with_lazy_part,
+        with_batch_norm,
+    ],
+)
+def test_a_model_that_loads_in_its_own_way_is_not_plain(
+    change: Callable[[nn.Module], None],
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert plain_state(model) is not None
+    change(model)
+    assert plain_state(model) is None
+
+
+def test_what_does_not_fit_is_left_to_torch(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    state = model.state_dict()
+    wrong = (
+        state | {"weight": torch.ones(2, 2)},
+        state | {"more": torch.ones(1)},
+        state | {"more": 3},
+    )
+    for number, entries in enumerate(wrong):
+        torch.save(entries, tmp_path / f"{number}.pt")
+        known, _ = known_and_tried(model, tmp_path / f"{number}.pt")
+        assert not known.plain
+
+
+def test_a_parameter_of_a_class_of_its_own_is_left_to_torch(tmp_path: Path) -> None:
+    class Loud(nn.Parameter):
+        pass
+
+    model = nn.Linear(2, 3)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    assert known_and_tried(model, tmp_path / "a.pt")[0].plain
+    model.weight = Loud(torch.ones(3, 2))
+    assert not known_and_tried(model, tmp_path / "a.pt")[0].plain

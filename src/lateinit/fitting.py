@@ -45,7 +45,8 @@ class Names:
     """The tensors of a module by name, and which of them are one."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.found: dict[str, Found] = {n: f for f in find_tensors(module) for n in f.names}
+        self.distinct: list[Found] = list(find_tensors(module))
+        self.found: dict[str, Found] = {n: f for f in self.distinct for n in f.names}
         self._keys: dict[int, Any] = {}
         self._together: dict[Any, list[str]] = {}
         for name, found in self.found.items():
@@ -70,6 +71,7 @@ class Names:
 
 def fit(
     module: nn.Module,
+    names: Names,
     reader: Reader,
     rehearsal: Rehearsal,
     wanted: Callable[[Tensor], torch.dtype],
@@ -81,7 +83,6 @@ def fit(
     Raises:
         MismatchError: anything at all does not fit.
     """
-    names = Names(module)
     problems = [_as_told(message, reader) for message in rehearsal.wrong]
     problems += _kinds(names, reader, rehearsal, wanted)
     keys = {names.key(target) for target, source in rehearsal.copies if source is not None}
@@ -89,7 +90,8 @@ def fit(
     repeated, differing = _tied(names, reader, rehearsal)
     problems += differing
     loaded = [n for n, f in names.found.items() if names.key(f.tensor) in keys]
-    missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in set(loaded)]
+    done = set(loaded)
+    missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in done]
     unexpected = list(dict.fromkeys(rehearsal.unexpected))
     if strict or not loaded:
         problems += _strangers(module, names, reader, missing, unexpected)
@@ -99,8 +101,7 @@ def fit(
             f"{reader.path} does not fit {type(module).__name__}, which is left as it was; "
             f"{count} problem{'s' * (count != 1)}:\n  " + "\n  ".join(problems)
         )
-    absent = {n for n in names.saved() if n not in set(loaded)}
-    missing += [n for n in names.saved() if n in absent and n not in missing]
+    missing = list(dict.fromkeys([*missing, *(n for n in names.saved() if n not in done)]))
     return Fit(tuple(loaded), tuple(missing), tuple(unexpected), repeated)
 
 

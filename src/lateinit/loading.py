@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,12 @@ from lateinit.placing import Placer, place_of
 from lateinit.progress import Progress
 from lateinit.reader import Reader
 from lateinit.readers import open_checkpoint
-from lateinit.rehearsal import Loading, Rehearsal, Stands, caught, rehearse
+from lateinit.rehearsal import Loading, Rehearsal, Stands, caught, plain_state, rehearse
 from lateinit.safetensors_file import Entry
-from lateinit.tensors import is_deferred_tensor, is_dtensor, locate
+from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.translated import translated
 from lateinit.units import format_bytes
-from lateinit.walk import Found, find_tensors
+from lateinit.walk import Found
 from lateinit.wanted import wanted_in
 
 
@@ -70,24 +71,35 @@ class Loaded:
 
 def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
     """See ``load_checkpoint``."""
-    reader = translated(module, open_checkpoint(path))
-    groups = list(wanted_in(module, _is_known))
-    for found in find_tensors(module):
+    reader = open_checkpoint(path)
+    names, state = Names(module), plain_state(module)
+    groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
+    for found in names.distinct:
         if is_dtensor(found.tensor):
             place_of(found.tensor)
     for group in groups:
         check_shared(group, cast)
-    rehearsal = rehearse(module, reader)
-    names = Names(module)
-    sizes = wrong_sizes(module, Stands(reader, names.found, ()).state)
-    rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
-    fitting = fit(module, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
+    reader = translated(module, reader, state)
+    rehearsal = rehearse(module, reader, state)
+    if not rehearsal.plain:
+        sizes = wrong_sizes(module, Stands(reader, names.found, ()).state)
+        rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
+    fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
     computed = _computed(names, fitting)
     nbytes = sum(reader.entries[s].nbytes for _, s in rehearsal.copies if isinstance(s, str))
+    placer = Placer(groups, cast)
     with Progress("load", nbytes, shown=progress) as bar:
-        _put(module, reader, rehearsal, fitting, Placer(groups, cast), bar)
-    materialize(module, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
-    return _report(module, path, reader, fitting, computed)
+        if rehearsal.plain:
+            _put_plainly(reader, rehearsal, fitting, placer, bar)
+        else:
+            _put(module, names, reader, rehearsal, fitting, placer, bar)
+    left: Any = module
+    if rehearsal.plain:  # no hook has exchanged anything
+        left = {f.name: f.tensor for f in names.distinct if f.deferred}
+    else:
+        names = Names(module)
+    materialize(left, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
+    return _report(names, path, reader, fitting, computed)
 
 
 def _is_known(_: str, tensor: Tensor) -> bool:
@@ -97,11 +109,29 @@ def _is_known(_: str, tensor: Tensor) -> bool:
 
 def _dtype_of(tensor: Tensor, cast: Cast) -> torch.dtype:
     """The dtype that a tensor is to have: real ones keep theirs."""
-    return cast.dtype_of(locate(tensor)[2]) if is_deferred_tensor(tensor) else tensor.dtype
+    dtype = tensor.dtype
+    if cast.dtype is not None and dtype.is_floating_point and is_deferred_tensor(tensor):
+        return cast.dtype
+    return dtype
+
+
+def _put_plainly(
+    reader: Reader, rehearsal: Rehearsal, fitting: Fit, placer: Placer, bar: Progress
+) -> None:
+    """Copy what ``load_state_dict`` would copy, where it would do nothing else."""
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, (target, name) in enumerate(rehearsal.copies):
+            if isinstance(name, str) and number not in fitting.repeated:
+                yield target, reader.read(name)
+                bar.advance(reader.entries[name].nbytes)
+
+    placer.put_plainly(pairs())
 
 
 def _put(
     module: nn.Module,
+    names: Names,
     reader: Reader,
     rehearsal: Rehearsal,
     fitting: Fit,
@@ -109,9 +139,7 @@ def _put(
     bar: Progress,
 ) -> None:
     """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
-    stands = Stands(
-        reader, {n for f in Names(module).found.values() for n in f.names}, rehearsal.real
-    )
+    stands = Stands(reader, names.found, rehearsal.real)
     count = iter(range(1 << 62))
 
     def on_copy(target: Tensor, source: Tensor) -> None:
@@ -138,14 +166,12 @@ def _put(
 def _computed(names: Names, fitting: Fit) -> list[Found]:
     """Deferred tensors that no checkpoint would hold."""
     known = {*fitting.loaded, *fitting.missing}
-    distinct = {id(found): found for found in names.found.values()}
-    return [f for f in distinct.values() if f.deferred and not known.intersection(f.names)]
+    return [f for f in names.distinct if f.deferred and not known.intersection(f.names)]
 
 
 def _report(
-    module: nn.Module, path: Path, reader: Reader, fitting: Fit, computed: list[Found]
+    names: Names, path: Path, reader: Reader, fitting: Fit, computed: list[Found]
 ) -> Loaded:
-    names = Names(module)
     loaded = _entries(names, fitting.loaded)
     distinct = {names.key(names.found[entry.name].tensor): entry.nbytes for entry in loaded}
     return Loaded(

@@ -13,9 +13,10 @@ from lateinit.giving import Cast, home, place
 from lateinit.memory import allocate
 from lateinit.program import Program, TensorRef
 from lateinit.replay import Replay, without_modes
-from lateinit.tensors import Slot, held, is_deferred_tensor, is_dtensor, locate
+from lateinit.tensors import ON_META, Slot, held, is_dtensor, locate, slot_of
 from lateinit.wanted import Wanted
 
+_NO_STRIDES: dict[TensorRef, tuple[int, ...]] = {}
 _Entry = tuple[str, Tensor, Slot, TensorRef]
 
 
@@ -31,19 +32,46 @@ class Placer:
         self._sharing: dict[int, list[_Entry]] = {
             id(tensors[0][2]): tensors for group in groups for tensors in group.tensors.values()
         }
+        self._known = {
+            id(tensor): (slot, group.program, ref)
+            for group in groups
+            for tensors in group.tensors.values()
+            for _, tensor, slot, ref in tensors
+        }
         self._taken: set[int] = set()
 
     def put(self, target: Tensor, source: Tensor) -> None:
         """``target.copy_(source)``, for a target that may be deferred, or a shard of the source."""
         source = source.detach()
-        if is_deferred_tensor(target) and self._given_memory_of(target, source):
-            return
+        known = self._place_in_program(target)
+        if known is not None:
+            with without_modes():
+                taken = self._given_memory_of(target, source, *known)
+            if taken:
+                return
         with torch.no_grad():
             held(target).copy_(source)
 
-    def _given_memory_of(self, target: Tensor, source: Tensor) -> bool:
+    def put_plainly(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Put values into tensors of torch's own classes, one after another."""
+        with without_modes():
+            for target, source in pairs:
+                known = self._place_in_program(target)
+                if known is None or not self._given_memory_of(target, source, *known):
+                    target.copy_(source)
+
+    def _place_in_program(self, target: Tensor) -> tuple[Slot, Program, TensorRef] | None:
+        """Where a tensor's construction is recorded, if it is deferred."""
+        slot = slot_of(target)
+        if slot is None or slot is ON_META:
+            return None
+        found = self._known.get(id(target))
+        return found if found is not None and found[0] is slot else locate(target)
+
+    def _given_memory_of(
+        self, target: Tensor, source: Tensor, slot: Slot, program: Program, ref: TensorRef
+    ) -> bool:
         """Make a deferred tensor real; whether the values are in it already."""
-        slot, program, ref = locate(target)
         tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
         own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
         taken = own and slot.real is None and self._may_take(source, program, ref)
@@ -55,11 +83,12 @@ class Placer:
         elif slot.real is None and program.covers(ref):
             dtype = self._cast.dtype_of(ref)
             slot.real = allocate(ref.numel * dtype.itemsize, self._device(program, ref))
-        with without_modes():
-            replay, storage = Replay(program), slot.real
-            if storage is None:  # what the checkpoint has is a part of it: the rest is computed
-                storage = replay.values([ref.storage])[ref.storage]
-            place(tensors, storage, self._cast, replay.strides)
+        storage, strides = slot.real, _NO_STRIDES
+        if storage is None:  # what the checkpoint has is a part of it: the rest is computed
+            replay = Replay(program)
+            storage = replay.values([ref.storage])[ref.storage]
+            strides = replay.strides
+        place(tensors, storage, self._cast, strides)
         return taken
 
     def _padded(self, shard: Tensor, program: Program, ref: TensorRef) -> torch.UntypedStorage:

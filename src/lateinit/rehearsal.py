@@ -24,9 +24,11 @@ from lateinit.arguments import tensors_in
 from lateinit.errors import CheckpointError
 from lateinit.reader import Reader
 from lateinit.replay import flat
-from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter
+from lateinit.tensors import DeferredTensor, is_deferred_tensor, is_dtensor, is_parameter
 from lateinit.walk import find_tensors
 
+_OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
+_PLAIN_TENSORS = (Tensor, nn.Parameter, DeferredTensor)
 _ASKS = frozenset(
     {
         Tensor.size,
@@ -126,7 +128,7 @@ class Rehearsal:
     """What came of it: the problems, and every copy as (target, source).
 
     A source is a name in the checkpoint, a tensor computed from what is there, or None for a
-    value that has nothing to do with it.
+    value that has nothing to do with it. If it is ``plain``, the copies are all that loading does.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -135,13 +137,79 @@ class Rehearsal:
     copies: list[tuple[Tensor, str | Tensor | None]] = field(default_factory=list)
     replaced: list[Tensor] = field(default_factory=list)
     real: set[str] = field(default_factory=set)
+    plain: bool = False
 
 
-def rehearse(module: nn.Module, reader: Reader) -> Rehearsal:
+def plain_state(module: nn.Module) -> dict[str, Tensor] | None:
+    """The tensors of a state dict by name, if ``load_state_dict`` does nothing but copy into them.
+
+    None if any part of the module has hooks, extra state or a way of its own to load, or tensors
+    of a class of its own.
+    """
+    found: dict[str, Tensor] = {}
+    classes: dict[type, bool] = {}
+    return found if _collect(module, "", found, classes) else None
+
+
+def _collect(
+    part: nn.Module, prefix: str, found: dict[str, Tensor], classes: dict[type, bool]
+) -> bool:
+    """Note what one module would load, and those below it; whether all of it is plain."""
+    own, cls = part.__dict__, type(part)
+    if cls not in classes:
+        classes[cls] = all(getattr(cls, n, None) is getattr(nn.Module, n) for n in _OWN_WAYS)
+    if (
+        not classes[cls]
+        or own["_load_state_dict_pre_hooks"]
+        or own["_load_state_dict_post_hooks"]
+        or "_spec" in own  # lazy, whose sizes come first
+        or not own.keys().isdisjoint(_OWN_WAYS)
+    ):
+        return False
+    skipped = own["_non_persistent_buffers_set"]
+    for name, tensor in own["_parameters"].items():
+        if tensor is not None:
+            found[prefix + name] = tensor
+    for name, tensor in own["_buffers"].items():
+        if tensor is not None and name not in skipped:
+            found[prefix + name] = tensor
+    return all(
+        _collect(child, f"{prefix}{name}.", found, classes)
+        for name, child in own["_modules"].items()
+        if child is not None
+    )
+
+
+def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
+    """What loading does to plain modules, if all that the checkpoint has fits as it is."""
+    sources = dict(reader.aliases) | {name: name for name in reader.entries}
+    if reader.objects or not reader.entries.keys() <= state.keys():
+        return None
+    result = Rehearsal(plain=True)
+    for name, tensor in state.items():
+        source = sources.get(name)
+        if type(tensor) not in _PLAIN_TENSORS:
+            return None
+        if source is None:
+            result.missing.append(name)
+        elif tuple(tensor.shape) != reader.entries[source].shape:
+            return None
+        else:
+            result.copies.append((tensor, source))
+    return result
+
+
+def rehearse(
+    module: nn.Module, reader: Reader, state: dict[str, Tensor] | None = None
+) -> Rehearsal:
     """Find out what loading a checkpoint would do; the module stays as it is.
 
-    A hook that computes with values gets them, in a second or third try.
+    A hook that computes with values gets them, in a second or third try. With the ``plain_state``
+    of a module there is nothing to be tried, unless something does not fit.
     """
+    plainly = None if state is None else _plainly(state, reader)
+    if plainly is not None:
+        return plainly
     names = {name for found in find_tensors(module) for name in found.names}
     real: set[str] = set()
     while True:
@@ -276,7 +344,7 @@ def shadowed(module: nn.Module, state: dict[str, Any]) -> Iterator[Shadows]:
             prefix = f"{path}." if path else ""
             for key, value in part.__dict__.items():
                 if type(value) in (dict, list, set, OrderedDict):
-                    part.__dict__[key] = copy.copy(value)
+                    part.__dict__[key] = value.copy()
             for key in ("_parameters", "_buffers"):
                 part.__dict__[key] = shadows.put(saved[-1][1][key], prefix)
             if any(map(is_dtensor, saved[-1][1]["_parameters"].values())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,18 +19,19 @@ from lateinit.walk import is_placeholder
 _SHOWN = 3
 
 
-def translated(module: nn.Module, reader: Reader) -> Reader:
+def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | None = None) -> Reader:
     """A checkpoint under the names of a module, if that is a model which renames what it loads.
 
     Nothing is read but headers: shapes and dtypes of what is joined or split are found on
-    ``meta``.
+    ``meta``. ``state`` is the module's state dict, where it is known.
 
     Raises:
         MismatchError: something of the checkpoint cannot be brought into the form of the model.
     """
     if not hf_names.is_theirs(module):
         return reader
-    state = module.state_dict(keep_vars=True)
+    if state is None:
+        state = module.state_dict(keep_vars=True)
     if all(name in state and _fits(state[name], entry) for name, entry in reader.entries.items()):
         return reader  # as load_state_dict would take it
     try:
