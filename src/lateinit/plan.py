@@ -13,12 +13,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lateinit.program import Program, TensorRef
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Ops that must run in this order, and the wanted storages that they give."""
 
     ops: tuple[int, ...]

@@ -80,7 +80,7 @@ class TensorRef(NamedTuple):
         return f"%{self.storage}:{str(self.dtype).removeprefix('torch.')}[{shape}]"
 
 
-_NUMBERS = frozenset({float, int, bool, type(None)})
+NUMBERS = frozenset({float, int, bool, type(None)})
 
 
 class Const(NamedTuple):
@@ -114,7 +114,7 @@ class Op(NamedTuple):
         if not ops.by_name(self.name).overwrites or type(self.args[0]) is not TensorRef:
             return None
         for value in self.args[1:]:
-            if type(value) not in _NUMBERS:
+            if type(value) not in NUMBERS:
                 return None
         return self.args[0]
 
@@ -199,14 +199,23 @@ class Ambient(NamedTuple):
     deterministic: bool
     autocast: tuple[str, torch.dtype] | None
 
+    def holds(self) -> bool:
+        """Whether these settings are in force now, and none besides."""
+        return (
+            self.autocast is None
+            and self.default_dtype is torch.get_default_dtype()
+            and self.deterministic == torch._C._get_deterministic_algorithms()
+            and not torch._C._is_any_autocast_enabled()
+        )
+
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
         """Run a block under these settings, with outer autocasting off."""
-        dtype = torch.get_default_dtype()
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        if (dtype, deterministic, None) == self and not torch._C._is_any_autocast_enabled():
+        if self.holds():
             yield
             return
+        dtype = torch.get_default_dtype()
+        deterministic = torch.are_deterministic_algorithms_enabled()
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         device, cast_to = self.autocast or ("cpu", torch.bfloat16)
         torch.set_default_dtype(self.default_dtype)

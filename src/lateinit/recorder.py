@@ -247,8 +247,9 @@ class Recorder(Writer, TorchDispatchMode):
         """Note what is still to be noted when the block ends."""
         for storage in self.program.storages:
             storage.closed = True
-        with without_modes():
-            self.shared.finish()
+        if self.shared:
+            with without_modes():
+                self.shared.finish()
 
     def settle(self) -> None:
         """Put the generators where eager construction would have them now."""

@@ -23,7 +23,7 @@ from lateinit.errors import (
 )
 from lateinit.memory import LARGE, allocate
 from lateinit.plan import Step, plan_storages
-from lateinit.program import Const, Draw, Op, Program, TensorRef
+from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
 from lateinit.streams import Streams, set_state, state_of
 
 Storages = dict[int, torch.UntypedStorage]
@@ -135,7 +135,9 @@ class Replay:
     def _set_ambient(self, ambient: int) -> None:
         if ambient != self._ambient and self._settings is not None:
             self._settings.close()
-            self._settings.enter_context(self.program.ambients[ambient].in_force())
+            wanted = self.program.ambients[ambient]
+            if not wanted.holds():
+                self._settings.enter_context(wanted.in_force())
             self._ambient = ambient
 
     def execute(self, number: int, storages: Storages) -> None:
@@ -157,7 +159,7 @@ class Replay:
 
     def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
         """Call an op with real arguments; gives what it returns, as a flat tuple."""
-        args = [self._real(value, storages) for value in op.args]
+        args = [a if type(a) in NUMBERS else self._real(a, storages) for a in op.args]
         if op.name == ops.CONSTANT:
             return (args[0].clone(memory_format=torch.preserve_format),)
         kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}
