@@ -35,6 +35,7 @@ ROOMS = """
     bounds
     realdata
     mt19937
+    seeker
     rng
     cuts
     redraw

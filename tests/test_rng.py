@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lateinit import rng
 from lateinit.mt19937 import generator_at, has_normal, jump, state_of
-from lateinit.rng import Cost, Draw, Seeker, consumption
+from lateinit.rng import Draw, consumption
+from lateinit.seeker import Cost, Seeker
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FLOATING = (*REAL, torch.complex64, torch.complex128)
@@ -130,7 +131,7 @@ def eager_states(sequence, start):
 def seeker_over(sequence, start):
     seeker = Seeker(start)
     for call in sequence:
-        seeker.append(call.draw())
+        seeker.append(consumption(call.draw()))
     return seeker
 
 
@@ -169,25 +170,11 @@ def test_unknown_draws_are_made_once_each_in_order(sequence, start, data):
     runner = Runner(made)
     seeker = Seeker(start)
     for call, known in sequence:
-        seeker.append(call.draw() if known else None)
+        seeker.append(consumption(call.draw()) if known else None)
     positions = st.lists(st.integers(0, len(sequence)), max_size=8)
     for index in [*data.draw(positions), len(sequence)]:
         assert seeker.state(index, runner) == expected[index]
     assert runner.made == [i for i, (_, known) in enumerate(sequence) if not known]
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(calls(), st.booleans()), max_size=8), starts(), starts())
-def test_rebased_draws_go_through_the_eager_states_of_the_other_start(sequence, start, other):
-    made = [call for call, _ in sequence]
-    seeker = Seeker(start)
-    for call, known in sequence:
-        seeker.append(call.draw() if known else None)
-    before = seeker.state(len(made), Runner(made))
-    rebased = seeker.rebase(other)
-    for index, state in enumerate(eager_states(made, other)):
-        assert rebased.state(index, Runner(made)) == state
-    assert seeker.state(len(made), never) == before
 
 
 @pytest.mark.parametrize("numel", [1_000_000, 1_000_003])
@@ -256,7 +243,8 @@ def test_a_cached_normal_outlives_the_draws_that_do_not_use_it():
 def test_positions_far_beyond_what_could_be_drawn_are_found():
     seeker = Seeker(start_at(0))
     for _ in range(3):
-        seeker.append(Draw("aten::normal_", 10**13, torch.float32, contiguous=True))
+        draw = Draw("aten::normal_", 10**13, torch.float32, contiguous=True)
+        seeker.append(consumption(draw))
     assert seeker.state(3, never) == jump(start_at(0), 3 * 10**13)
 
 
@@ -269,7 +257,7 @@ def test_draws_are_made_where_the_self_test_fails(monkeypatch):
     try:
         seeker = seeker_over(sequence, start_at(2))
         assert [seeker.state(i, runner) for i in range(7)] == expected
-        assert seeker.rebase(start_at(2)).state(6, runner) == expected[6]
+        assert seeker_over(sequence, start_at(2)).state(6, runner) == expected[6]
     finally:
         rng._rule.cache_clear()
     assert runner.made == [0, 1, 2, 3, 4, 5] * 2
@@ -305,15 +293,6 @@ def test_one_seed_for_another_engine_is_found_out(monkeypatch):
     assert costs == [Cost(0), Cost(1), Cost(1), Cost(1), Cost(1)]
 
 
-def test_what_draws_cost_is_not_found_anew_for_another_start(monkeypatch):
-    sequence = [Call("uniform_", torch.float32, 20), Call("normal_", torch.float32, 5)]
-    seeker = seeker_over(sequence, start_at(2))
-    seeker.state(2, never)
-    monkeypatch.setattr(rng, "consumption", lambda _draw: None)
-    rebased = seeker.rebase(start_at(3))
-    assert rebased.state(2, never) == eager_states(sequence, start_at(3))[2]
-
-
 def test_an_overload_that_this_torch_lacks_is_unknown(monkeypatch):
     probe = rng._Probe("uniform_.of_another_version", "self", rng._any())
     monkeypatch.setitem(rng._PROBES, "aten::uniform_.of_another_version", probe)
@@ -332,7 +311,7 @@ def test_what_makes_a_draw_may_ask_for_states_up_to_it():
         sequence[index].make(generator)
 
     for i, call in enumerate(sequence):
-        seeker.append(None if i % 2 else call.draw())
+        seeker.append(None if i % 2 else consumption(call.draw()))
     assert seeker.state(4, run) == expected[4]
     assert seen == [True] * 6
 
@@ -357,7 +336,7 @@ def test_a_generator_set_anew_by_an_unknown_draw_goes_on_from_there():
     sequence = [Call("normal_", torch.float32, 3), Call("uniform_", torch.float32, 5)]
     seeker = Seeker(start_at(6))
     seeker.append(None)
-    seeker.append(sequence[1].draw())
+    seeker.append(consumption(sequence[1].draw()))
     after = seeker.state(2, lambda _index, generator: generator.manual_seed(12))
     assert after == eager_states(sequence[1:], start_at(12))[1]
 
@@ -369,7 +348,7 @@ def test_draws_may_be_added_after_states_were_asked_for():
     for i, call in enumerate(sequence):
         assert len(seeker) == i
         assert seeker.state(i, never) == expected[i]
-        seeker.append(call.draw())
+        seeker.append(consumption(call.draw()))
     assert seeker.state(3, never) == expected[3]
 
 
@@ -386,7 +365,7 @@ def test_threads_may_share_a_seeker():
     seeker = Seeker(start_at(8))
     runner = Runner(sequence)
     for i, call in enumerate(sequence):
-        seeker.append(None if i in (4, 8) else call.draw())
+        seeker.append(None if i in (4, 8) else consumption(call.draw()))
     positions = list(range(len(sequence) + 1)) * 4
     random.Random(0).shuffle(positions)
     with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""How far each random op moves a CPU generator, and where it stands before each of many.
+"""How far each random op moves a CPU generator.
 
 Nothing about torch is assumed. How many words an op draws is found, once per process and class
 of op (name, dtype, contiguity, size class), by running the op on small tensors and holding the
@@ -6,9 +6,6 @@ states it leaves, all their bytes, against each of a few rules. An op that follo
 unknown: to pass it, it is run.
 """
 
-import threading
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit.mt19937 import generator_at, has_normal, jump, state_of, without_normal
-
-Run = Callable[[int, torch.Generator], None]
+from lateinit.mt19937 import generator_at, jump, state_of
+from lateinit.seeker import Cost, Seeker, paired
 
 
 class Draw(NamedTuple):
@@ -41,25 +37,6 @@ class Draw(NamedTuple):
     args: tuple[Any, ...] = ()
 
 
-class Cost(NamedTuple):
-    """What a draw takes: 32-bit words outright, and normal samples that come in pairs.
-
-    A pair takes four words; the second sample of a pair stays cached in the generator until the
-    next sample is asked for, by whichever op.
-    """
-
-    words: int
-    normals: int = 0
-
-    def after(self, cached: bool) -> tuple[int, bool]:
-        """The words that are drawn, and whether a sample is cached then, if one is or not now."""
-        if not self.normals:
-            return self.words, cached
-        new = self.normals - cached
-        return self.words + _PAIR * ((new + 1) // 2), new % 2 == 1
-
-
-_PAIR = 4
 _Rule = Callable[[int], Cost | None]
 
 
@@ -92,151 +69,6 @@ def consumption(draw: Draw) -> Cost | None:
     contiguous = draw.contiguous or draw.numel < 2
     rule = _rule(draw.op, draw.dtype, contiguous, _size_class(elements), args)
     return rule(elements) if rule else None
-
-
-class Seeker:
-    """Where a CPU generator stands before each of a sequence of draws.
-
-    A draw whose cost is known is jumped over. Any other is made, once, when a later position is
-    asked for, and the state that it leaves is kept (a barrier). Threads may share a seeker; only
-    one of them is in `state` at a time.
-
-    Args:
-        start: the state before the first draw, `torch.Generator.get_state()` as bytes.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> seeker = Seeker(state_of(generator))
-        >>> seeker.append(Draw("aten::uniform_", 10**12, torch.float32, contiguous=True))
-        >>> end = seeker.state(1, run=lambda index, generator: None)  # nothing is drawn
-        >>> len(seeker), len(end)
-        (1, 5056)
-    """
-
-    def __init__(self, start: bytes) -> None:
-        self._draws: list[Draw | None] = []
-        self._costs: list[Cost | None] = []
-        # Per position: the words drawn up to it, unknown draws counted as none (no difference
-        # is taken across a barrier), and the position since which the cached normal is cached.
-        self._words = [0]
-        self._source: list[int | None] = [0 if has_normal(start) else None]
-        self._barriers = [0]
-        self._kept = [start]
-        self._recent: deque[tuple[int, bytes]] = deque(maxlen=16)
-        self._running: int | None = None
-        self._lock = threading.RLock()
-
-    def append(self, draw: Draw | None) -> None:
-        """Add a draw; None for one whose consumption cannot be known without making it."""
-        self._draws.append(draw)
-
-    def __len__(self) -> int:
-        return len(self._draws)
-
-    def state(self, index: int, run: Run) -> bytes:
-        """The generator's state before draw number `index`; after them all at `len(self)`.
-
-        Costs one jump from the nearest earlier position among the start, the barriers and those
-        asked for of late, and a second one where a cached normal has to be made again.
-
-        Args:
-            index: the number of the draw.
-            run: `run(i, generator)` makes draw number `i`, unknown, with a generator that stands
-                before it. It may ask, in the same thread, for states up to number `i`.
-
-        Returns:
-            The 5056 bytes that `get_state()` would give had every draw before been made.
-
-        Raises:
-            IndexError: if there is no such position.
-            RuntimeError: if `run` asks for a state that comes after the draw that it makes.
-        """
-        if not 0 <= index <= len(self):
-            raise IndexError(f"no position {index}: there are {len(self)} draws")
-        with self._lock:
-            while len(self._words) <= index:
-                self._pass(len(self._words) - 1, run)
-            return self._at(index)
-
-    def rebase(self, start: bytes) -> "Seeker":
-        """A seeker over the same draws from another start; what they cost need not be found anew.
-
-        Args:
-            start: the state before the first draw.
-
-        Returns:
-            A new seeker, with no barriers: unknown draws will be made again from there.
-        """
-        other = Seeker(start)
-        with self._lock:
-            other._draws = self._draws.copy()
-            other._costs = self._costs.copy()
-        return other
-
-    def _pass(self, index: int, run: Run) -> None:
-        """Extend the known positions over one draw."""
-        if index == len(self._costs):
-            draw = self._draws[index]
-            self._costs.append(consumption(draw) if draw else None)
-        cost = self._costs[index]
-        if cost is None:
-            self._make(index, run)
-            return
-        source = self._source[index]
-        words, cached = cost.after(source is not None)
-        self._words.append(self._words[index] + words)
-        self._source.append((index + 1 if cost.normals else source) if cached else None)
-
-    def _make(self, index: int, run: Run) -> None:
-        """Run an unknown draw and keep the state after it."""
-        if self._running is not None:
-            raise RuntimeError(
-                f"draw {self._running} asks for a state after itself: what makes a draw may "
-                "only ask for states up to it"
-            )
-        generator = generator_at(self._at(index))
-        self._running = index
-        try:
-            run(index, generator)
-        finally:
-            self._running = None
-        after = state_of(generator)
-        self._barriers.append(index + 1)
-        self._kept.append(after)
-        self._words.append(self._words[index])
-        self._source.append(index + 1 if has_normal(after) else None)
-
-    def _at(self, index: int) -> bytes:
-        base, state = self._nearest(index)
-        if base != index:
-            state = self._moved(state, base, index)
-            self._recent.append((index, state))
-        return state
-
-    def _nearest(self, index: int) -> tuple[int, bytes]:
-        """The last position up to `index` whose state is at hand."""
-        barrier = bisect_right(self._barriers, index) - 1
-        nearest = self._barriers[barrier], self._kept[barrier]
-        for recent in self._recent:
-            if nearest[0] < recent[0] <= index:
-                nearest = recent
-        return nearest
-
-    def _moved(self, state: bytes, base: int, index: int) -> bytes:
-        source = self._source[index]
-        if source is None:
-            state = without_normal(state)
-        elif source > base:
-            words = self._words[source] - _PAIR - self._words[base]
-            state, base = _paired(jump(without_normal(state), words)), source
-        return jump(state, self._words[index] - self._words[base])
-
-
-def _paired(state: bytes) -> bytes:
-    """The state after one pair of normals, the second of them cached."""
-    generator = generator_at(state)
-    torch.empty(1, dtype=torch.float64, device="cpu").normal_(generator=generator)
-    return state_of(generator)
 
 
 def _each(per: int) -> _Rule:
@@ -401,14 +233,13 @@ def _scattered(fills: str, dtype: torch.dtype, numel: int) -> Iterator[Tensor]:
 def _starts() -> tuple[bytes, bytes]:
     """A fresh seed, and the end of a block with a cached normal."""
     fresh = state_of(torch.Generator(device="cpu").manual_seed(624))
-    return fresh, _paired(jump(fresh, 615))
+    return fresh, paired(jump(fresh, 615))
 
 
 def _follows(rule: _Rule, elements: int, before: bytes, after: bytes) -> bool:
     """Whether a rule foretells, byte for byte, the state that an op leaves."""
     seeker = Seeker(before)
-    seeker._costs = [rule(elements)]
-    seeker.append(None)
+    seeker.append(rule(elements))
     return seeker.state(1, _never) == after
 
 

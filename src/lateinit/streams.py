@@ -11,13 +11,12 @@ from lateinit import rng
 from lateinit.errors import RecordingError
 from lateinit.ops import by_name
 from lateinit.program import Draw, Op, Program, tensor_refs
-
-Run = Callable[[int, torch.Generator], None]
+from lateinit.seeker import Cost, Run, Seeker
 
 
 class _Seeker(Protocol):
     def __len__(self) -> int: ...
-    def append(self, draw: rng.Draw | None) -> None: ...
+    def append(self, cost: Cost | None) -> None: ...
     def state(self, index: int, run: Run) -> bytes: ...
 
 
@@ -47,14 +46,14 @@ class Streams:
         stream = self.program.streams[draw.stream]
         if draw.number == 0:
             return self._start(draw.stream)
+        cpu = stream.device.type == "cpu"
         seeker = self._seekers.get(draw.stream)
         if seeker is None:
             start = self._start(draw.stream)
-            cpu = stream.device.type == "cpu"
-            seeker = rng.Seeker(start) if cpu else _InSequence(start, stream.device)
+            seeker = Seeker(start) if cpu else _InSequence(start, stream.device)
             self._seekers[draw.stream] = seeker
         for number in stream.ops[len(seeker) : draw.number]:
-            seeker.append(consumption(self.program.ops[number]) if number >= 0 else None)
+            seeker.append(cost(self.program.ops[number]) if number >= 0 and cpu else None)
         return seeker.state(draw.number, lambda i, generator: self._pass(stream.ops[i], generator))
 
     def _pass(self, number: int, generator: torch.Generator) -> None:
@@ -98,7 +97,7 @@ class _InSequence:
     def __len__(self) -> int:
         return self._length
 
-    def append(self, draw: rng.Draw | None) -> None:
+    def append(self, cost: Cost | None) -> None:
         self._length += 1
 
     def state(self, index: int, run: Run) -> bytes:
@@ -111,19 +110,19 @@ class _InSequence:
         return self._states[index]
 
 
-def consumption(op: Op) -> rng.Draw | None:
-    """What a random op draws, in terms of ``rng``, or None if that depends on values."""
+def cost(op: Op) -> Cost | None:
+    """What a random op takes from its generator, or None if only running it can tell."""
     filled = op.fills()
-    if filled is not None:
-        contiguous = filled.is_contiguous()
-        return rng.Draw(op.name, filled.numel, filled.dtype, contiguous, op.args[1:])
-    written = op.written()
-    rest = op.args[1:] if by_name(op.name).mutates else op.args
-    if not written or any(tensor_refs(a) for a in rest):
-        return None
-    filled = written[0]
-    numbers = tuple([a for a in rest if a is None or isinstance(a, (int, float))])
-    return rng.Draw(op.name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
+    numbers = op.args[1:]
+    if filled is None:
+        written = op.written()
+        rest = numbers if by_name(op.name).mutates else op.args
+        if not written or any(tensor_refs(a) for a in rest):
+            return None
+        filled = written[0]
+        numbers = tuple([a for a in rest if a is None or isinstance(a, (int, float))])
+    draw = rng.Draw(op.name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
+    return rng.consumption(draw)
 
 
 def recorded_seed(program: Program) -> int | None:
