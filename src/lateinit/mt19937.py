@@ -101,6 +101,8 @@ def has_normal(state: bytes) -> bool:
 
 def without_normal(state: bytes) -> bytes:
     """`state` with no cached second normal, as torch leaves it when the sample is used."""
+    if state[_NORMAL_Y_AT : _NORMAL_Y_AT + 8] == bytes(8) and not has_normal(state):
+        return state
     middle = state[_NORMAL_Y_AT + 8 : _NORMAL_VALID_AT]
     return state[:_NORMAL_Y_AT] + bytes(8) + middle + bytes(4) + state[_NORMAL_VALID_AT + 4 :]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lateinit import rng
 from lateinit.errors import RecordingError
 from lateinit.ops import by_name
-from lateinit.program import Draw, Op, Program, tensor_refs
+from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 from lateinit.seeker import Cost, Run, Seeker
 
 
@@ -121,7 +122,13 @@ def cost(op: Op) -> Cost | None:
             return None
         filled = written[0]
         numbers = tuple([a for a in rest if a is None or isinstance(a, (int, float))])
-    draw = rng.Draw(op.name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
+    # Layers repeat: without its place, what is filled is one of a few.
+    return _cost(op.name, TensorRef(0, filled.dtype, filled.size, filled.stride, 0), numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cost(name: str, filled: TensorRef, numbers: tuple[Any, ...]) -> Cost | None:
+    draw = rng.Draw(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
     return rng.consumption(draw)
 
 
