@@ -281,6 +281,48 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     refused(tmp_path, "several checkpoints: name one of a.safetensors, b.safetensors")
 
 
+@pytest.mark.parametrize("kept", [(1,), (1, 2)])
+def test_shards_without_their_index_are_no_checkpoint(kept: tuple[int, ...], folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    for number in {1, 2} - {*kept}:
+        (folder / f"model-0000{number}-of-00002.safetensors").unlink()
+    refused(
+        folder, r"no index of its shards, model-00001\S* .*fetch model\.safetensors\.index\.json"
+    )
+
+
+def test_one_shard_that_is_all_there_is_needs_no_index(tmp_path: Path) -> None:
+    expected = Net()
+    lateinit.save_checkpoint(expected, tmp_path / "model-00001-of-00001.safetensors")
+    _, model = twins()
+    lateinit.load_checkpoint(model, tmp_path)
+    assert torch.equal(model.dec.weight, expected.dec.weight)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.pt"])
+def test_a_pointer_to_a_file_is_told_from_the_file(name: str, tmp_path: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / name).write_text(text)
+    message = r"a\.\w+ is a pointer of Git LFS.* `git lfs pull`"
+    refused(tmp_path / name, message)
+    if name != "a.bin":
+        refused(tmp_path, message)
+
+
+def test_the_state_of_an_optimizer_is_told_from_that_of_a_module(tmp_path: Path) -> None:
+    torch.save(torch.optim.Adam(Net().parameters()).state_dict(), tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", r"the state of an optimizer.*optimizer\.load_state_dict")
+
+
+def test_a_pickled_module_is_refused_with_its_class_and_no_advice_to_unpickle_it(
+    tmp_path: Path,
+) -> None:
+    torch.save(Net(), tmp_path / "a.pt")
+    refused(
+        tmp_path / "a.pt", r"save model\.state_dict\(\) in its place\. \(Unsupp.*twins\.Net[^\n]*$"
+    )
+
+
 # -- pickles ---------------------------------------------------------------------------------------
 
 

@@ -182,6 +182,11 @@ def test_arguments_that_make_no_sense_are_refused(state: State, tmp_path: Path) 
         lateinit.load_checkpoint(model, path, dtype=torch.int8)
     with pytest.raises(ValueError, match="meta"):
         lateinit.load_checkpoint(model, path, device="meta")
+    for path in (None, {"weight": torch.ones(1)}):
+        with pytest.raises(TypeError, match=r"file or a folder is meant, not .*load_state_dict"):
+            lateinit.load_checkpoint(Net(), path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype='bfloat16': a torch\.dtype is meant"):
+        lateinit.load_checkpoint(Net(), "a.pt", dtype="bfloat16")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a module"):
         lateinit.load_checkpoint([model], path)  # type: ignore[arg-type]
     assert_untouched(eager, model)

@@ -179,6 +179,11 @@ def load_checkpoint(
     cast = cast_to(device, dtype)
     if not isinstance(module, nn.Module):
         raise TypeError(f"load_checkpoint takes a module, not {type(module)}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"path: a file or a folder is meant, not {type(path)}; a state dict is loaded by "
+            "module.load_state_dict()"
+        )
     if current() is not None:
         raise DeferredTensorError(
             "load_checkpoint was called in a `with lateinit.deferred():` block: call it after it"

@@ -46,6 +46,8 @@ class Cast:
 
 def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
     """Where values are to go, checked before anything is touched."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r}: a torch.dtype is meant, such as torch.bfloat16")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
     where = None if device is None else torch.device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from lateinit.reader import Reader, inside, size_of
 from lateinit.safetensors_reader import SafetensorsReader
 from lateinit.torch_reader import TorchReader, starts_as_zip
 
+_POINTER = b"version https://git-lfs"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
+_SHARD = re.compile(r"(-\d+-of-(?!0*1\.)\d+)(\.[a-z]+)$")
 
 
 def open_checkpoint(path: Path) -> Reader:
@@ -27,7 +30,9 @@ def open_checkpoint(path: Path) -> Reader:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise CorruptCheckpointError(f"{path} does not exist: a file or folder of weights is meant")
+        raise CorruptCheckpointError(
+            f"{path} does not exist: a file or folder of weights is meant (nothing is downloaded)"
+        )
     if path.name.endswith(_INDEX):
         return _Sharded(path)
     return _open_file(path)
@@ -35,6 +40,10 @@ def open_checkpoint(path: Path) -> Reader:
 
 def _open_file(path: Path) -> Reader:
     size_of(path)
+    if _is_pointer(path):
+        raise CorruptCheckpointError(
+            f"{path} is a pointer of Git LFS, not the file itself: `git lfs pull` fetches that"
+        )
     if path.suffix == ".safetensors":
         return SafetensorsReader(path)
     if path.suffix in _TORCH or starts_as_zip(path):
@@ -44,11 +53,22 @@ def _open_file(path: Path) -> Reader:
     )
 
 
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
 def _open_folder(path: Path) -> Reader:
     if (path / METADATA).is_file():
         return DcpReader(path)
     for pattern, opened in _KINDS:
         found = sorted(path.glob(pattern))
+        shards = [file.name for file in found if _SHARD.search(file.name)]
+        if shards:
+            index = _SHARD.sub(rf"\2{_INDEX}", shards[0])
+            raise CorruptCheckpointError(
+                f"{path} has no index of its shards, {listing(shards)}: fetch {index}"
+            )
         if len(found) > 1:
             names = listing(file.name for file in found)
             raise CorruptCheckpointError(f"{path} has several checkpoints: name one of {names}")
@@ -110,9 +130,9 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 _KINDS: tuple[tuple[str, Callable[[Path], Reader]], ...] = (
     (f"*.safetensors{_INDEX}", _Sharded),
-    ("*.safetensors", SafetensorsReader),
+    ("*.safetensors", _open_file),
     (f"*.bin{_INDEX}", _Sharded),
-    ("pytorch_model.bin", TorchReader),
-    ("*.pt", TorchReader),
-    ("*.pth", TorchReader),
+    ("pytorch_model.bin", _open_file),
+    ("*.pt", _open_file),
+    ("*.pth", _open_file),
 )

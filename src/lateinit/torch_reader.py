@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ class TorchReader(Reader):
             )
         self._tensors = {name: value for name, value in state.items() if _plain(value)}
         self.objects = {k: v for k, v in state.items() if k not in self._tensors}
+        if state.keys() == {"state", "param_groups"} and not self._tensors:
+            raise CorruptCheckpointError(
+                f"{path} holds the state of an optimizer, not of a module: "
+                "give it to optimizer.load_state_dict()"
+            )
         nested = [k for k, v in self.objects.items() if _is_state(v)]
         if nested and not self._tensors:
             raise CorruptCheckpointError(
@@ -57,7 +63,7 @@ def _load(path: Path) -> Any:
         raise CorruptCheckpointError(
             f"{path} is a pickle of more than tensors and plain data, or a corrupt one. It could "
             "run any code, so it is not unpickled: save model.state_dict() in its place. "
-            f"({_first_line(error)})"
+            f"({_reason(error)})"
         ) from error
     except Exception as error:  # a corrupt pickle fails in any way
         raise CorruptCheckpointError(
@@ -69,6 +75,12 @@ def starts_as_zip(path: Path) -> bool:
     """Whether a file starts as a zip does."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to unpickle it all the same."""
+    found = re.search(r"WeightsUnpickler error: (.+?)(?:\. |\n|$)", str(error))
+    return found.group(1) if found else "torch.load(weights_only=True) refuses it"
 
 
 def _first_line(error: Exception) -> str:
