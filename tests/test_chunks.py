@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import chunks, mt19937
+from lateinit import chunks, execute
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -18,8 +18,9 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut what is tiny: otherwise only tensors of millions of elements are cut."""
     monkeypatch.setattr(chunks, "_SMALLEST", 16)
-    monkeypatch.setattr(chunks, "PIECE", 64)
     monkeypatch.setattr(chunks, "_IN_CACHE", 32)
+    monkeypatch.setattr(execute, "PIECE", 64)
+    monkeypatch.setattr(execute, "_LEAST", 16)
 
 
 def filled(dtype: torch.dtype, sizes: list[int], op: str, chain: bool, draws: int) -> nn.Module:
@@ -71,8 +72,10 @@ def test_any_cut_gives_the_bits_of_one_call(
     assert torch.equal(ended, torch.get_rng_state())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "_SMALLEST", 16)
-        patch.setattr(chunks, "PIECE", piece)
         patch.setattr(chunks, "_IN_CACHE", in_cache)
+        patch.setattr(chunks, "_DRAWN", in_cache)
+        patch.setattr(execute, "PIECE", piece)
+        patch.setattr(execute, "_LEAST", 16)
         lateinit.materialize(model, threads=threads)
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffer.view(torch.uint8), model.get_buffer(name).view(torch.uint8)), name
@@ -111,9 +114,7 @@ def test_wrong_position_of_a_piece_would_be_seen(
     expected = filled(torch.float32, [1000], "normal_", chain=False, draws=0)
     with lateinit.deferred():
         model = filled(torch.float32, [1000], "normal_", chain=False, draws=0)
-    monkeypatch.setattr(
-        "lateinit.execute.state_at", lambda fill, start, state: mt19937.jump(state, 1)
-    )
+    monkeypatch.setattr("lateinit.execute.words_of", lambda fill, numel: 1)
     assert not torch.equal(lateinit.materialize(model).b0, expected.b0)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import chunks, redraw, truncated
+from lateinit import chunks, execute, redraw, truncated
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BOUNDS = [
@@ -71,7 +71,8 @@ def test_any_cut_gives_the_bits_of_one_call(
         expected = filled(sizes, dtype, normal, draws)
         ended = torch.get_rng_state()
         patch.setattr(chunks, "_SMALLEST", 16)
-        patch.setattr(chunks, "PIECE", piece)
+        patch.setattr(execute, "PIECE", piece)
+        patch.setattr(execute, "_LEAST", 16)
         patch.setattr(redraw, "_PART", part)
         patch.setattr(redraw, "_APART", 64)
         patch.setattr(torch, "get_num_threads", lambda: threads)

@@ -20,10 +20,11 @@ from lateinit import mt19937, redraw, rng
 from lateinit.cuts import UNIT, cut
 from lateinit.ops import TRUNCATED, by_name
 from lateinit.plan import Step
-from lateinit.program import Op, Program, TensorRef, tensor_refs
+from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
+_DRAWN = 1 << 16  # elements that a kernel draws at a time, to have them in cache all the while
 _IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time
 
 _FIRST = frozenset(
@@ -61,9 +62,9 @@ class Fill:
     ops: tuple[Op, ...]
 
     @property
-    def draws(self) -> Op | None:
-        """The op among them that draws: always the first."""
-        return self.ops[0] if self.ops[0].draw is not None else None
+    def draw(self) -> Draw | None:
+        """The draw that it makes, in the first of the ops, if any does."""
+        return self.ops[0].draw
 
 
 def fill_of(program: Program, step: Step) -> Fill | None:
@@ -95,13 +96,10 @@ def _in_pieces(op: Op, ref: TensorRef) -> bool:
     return ref.dtype.is_floating_point and is_exact(op.name, ref.dtype)
 
 
-def pieces(fill: Fill, threads: int) -> list[tuple[int, int]]:
-    """Flat ranges for the threads, each but the last a multiple of 16 elements long."""
+def pieces(fill: Fill, length: int) -> list[tuple[int, int]]:
+    """Flat ranges for threads, of up to about ``length`` elements."""
     numel = fill.ref.numel
-    count = max(1, -(-numel // PIECE))
-    if threads > 1 and count < threads and numel > PIECE:
-        count = threads
-    return cut(numel, -(-numel // count))
+    return cut(numel, -(-numel // max(1, -(-numel // length))))
 
 
 def state_at(fill: Fill, start: int, state: bytes) -> bytes:
@@ -111,8 +109,7 @@ def state_at(fill: Fill, start: int, state: bytes) -> bytes:
 
 def words_of(fill: Fill, numel: int) -> int:
     """How many words a fill draws for its first so many elements, a multiple of 16."""
-    op = fill.draws
-    return 0 if op is None else _words(op.name, fill.ref.dtype, numel)
+    return 0 if fill.draw is None else _words(fill.ops[0].name, fill.ref.dtype, numel)
 
 
 def _words(name: str, dtype: torch.dtype, numel: int) -> int:
@@ -130,12 +127,15 @@ def after_redrawing(fill: Fill, state: bytes) -> bytes:
 
 
 def run_piece(
-    fill: Fill, storage: torch.UntypedStorage, piece: tuple[int, int], state: bytes | None
+    fill: Fill,
+    storage: torch.UntypedStorage,
+    piece: tuple[int, int],
+    generator: torch.Generator | None,
 ) -> None:
     """Fill one piece; with several kernels, in parts that stay in cache."""
     with torch.no_grad():
         flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
-        calls = calls_of(fill, None if state is None else mt19937.generator_at(state))
+        calls = calls_of(fill, generator)
         start, end = piece
         # What redraws moves back and forth in the random stream, so that it wants long parts.
         whole = len(calls) == 1 or fill.ops[0].name == TRUNCATED
@@ -159,9 +159,15 @@ def _call(op: Op, generator: torch.Generator | None, period: int) -> Callable[[T
         normal = redraw.Normal(*op.args[1:])
         return lambda part: redraw.draw(part, len(part), normal, generator, period)
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
-    if op.draw is not None:
-        kwargs["generator"] = generator
-    return lambda part: func(part, *args, **kwargs)
+    if op.draw is None:
+        return lambda part: func(part, *args, **kwargs)
+
+    def draw(part: Tensor) -> None:
+        # normal_ goes twice over what it is given: first it draws, then it transforms.
+        for start, end in cut(len(part), _DRAWN):
+            func(part[start:end], *args, **kwargs, generator=generator)
+
+    return draw
 
 
 @functools.cache

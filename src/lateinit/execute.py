@@ -5,30 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from lateinit.chunks import Fill, fill_of, pieces, run_piece, state_at
+from lateinit import mt19937
+from lateinit.chunks import PIECE, Fill, fill_of, pieces, run_piece, words_of
 from lateinit.memory import allocate
 from lateinit.plan import Step
+from lateinit.program import Draw
 from lateinit.replay import Replay, Storages, without_modes
 from lateinit.sharding import Shard, groups, run_leaves, shards_of
 
-_AHEAD = 3  # steps that wait for a thread, for each thread
+_AHEAD = 3  # runs that wait for a thread, for each thread
+_LEAST = 1 << 21  # elements below which a run is not worth its jump
 
 Results = Callable[[], Storages]
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A step that threads work on: what they begin, and the ops that come after."""
-
-    step: Step
-    begun: Storages
-    rest: Step | None
-    futures: list[Future[None]]
 
 
 def execute(
@@ -42,75 +35,180 @@ def execute(
     that can be; where it cannot, there is one such storage at a time.
     """
     count = torch.get_num_threads() if threads is None else threads
-    waiting: deque[_Running] = deque()
-    pool: ThreadPoolExecutor | None = None  # made where something is large
+    found = [(step, fill_of(replay.program, step)) for step in steps]
+    left = sum(fill.ref.numel for _, fill in found if fill is not None)
+    waiting: deque[_Started] = deque()
+    crew: _Crew | None = None  # made where something is large
     try:
-        for step in steps:
-            fill = fill_of(replay.program, step)
+        for step, fill in found:
             if fill is None:
                 yield step, partial(replay.run, step)
                 continue
-            pool = pool or ThreadPoolExecutor(count)
+            crew = crew or _Crew(replay, count)
+            # Long runs need few jumps, short ones at the end keep all threads busy.
+            length = max(_LEAST, min(PIECE, left // (2 * count))) if count > 1 else PIECE
+            left -= fill.ref.numel
             passing = fill.ref.storage not in step.gives
             shards = shards_of(replay.program, step, fill) if passing else None
             if shards is None:
-                waiting.append(_start(replay, step, fill, pool, count))
+                waiting.append(crew.start(step, fill, length))
             else:
-                waiting.append(_start_shards(replay, step, shards, pool, count))
+                waiting.append(crew.start_shards(step, shards))
             most = 0 if passing and shards is None else _AHEAD * count
-            while len(waiting) > most:
-                yield _collect(replay, waiting.popleft())
-        while waiting:
-            yield _collect(replay, waiting.popleft())
+            while waiting and (most == 0 or crew.runs - waiting[0].run > most):
+                yield crew.collect(waiting.popleft())
+        while waiting and crew is not None:
+            yield crew.collect(waiting.popleft())
     finally:
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+        if crew is not None:
+            crew.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(
-    replay: Replay, step: Step, fill: Fill, pool: ThreadPoolExecutor, threads: int
-) -> _Running:
-    number = fill.ref.storage
-    storage, state = _allocated(replay, number), _state(replay, fill)
-    futures = []
-    for piece in pieces(fill, threads):
-        at = None if state is None else state_at(fill, piece[0], state)
-        futures.append(pool.submit(run_piece, fill, storage, piece, at))
-    rest = Step(step.ops[len(fill.ops) :], step.gives)
-    return _Running(step, {number: storage}, rest, futures)
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A step that threads work on: what they begin, the ops that come after, and the last run."""
+
+    step: Step
+    begun: Storages
+    rest: Step | None
+    done: list[Future[None]]
+    run: int
 
 
-def _start_shards(
-    replay: Replay, step: Step, shards: list[Shard], pool: ThreadPoolExecutor, threads: int
-) -> _Running:
-    begun: Storages = {}
-    futures: list[Future[None]] = []
-    for shard in shards:
-        storage = begun[shard.storage] = _allocated(replay, shard.storage)
-        if shard.copied.box.size != shard.copied.shape:
-            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
-        state = _state(replay, shard.fill)
-        parts = groups(shard, threads)
-        futures += [pool.submit(run_leaves, shard, storage, part, state) for part in parts]
-    return _Running(step, begun, None, futures)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A piece of a fill, and how many words after the first draw of its run it is drawn."""
+
+    fill: Fill
+    storage: torch.UntypedStorage
+    piece: tuple[int, int]
+    after: int
+    done: Future[None] = field(default_factory=Future)
 
 
-def _allocated(replay: Replay, number: int) -> torch.UntypedStorage:
-    known = replay.program.storages[number]
-    with without_modes():
-        return allocate(known.nbytes, known.device)
+@dataclass(slots=True)
+class _Run:
+    """Jobs that one thread does in turn, its generator moving on from each to the next."""
+
+    jobs: list[_Job] = field(default_factory=list)
+    numel: int = 0
+    origin: tuple[Draw, int] | None = None  # the draw that it begins in, and how far in
 
 
-def _state(replay: Replay, fill: Fill) -> bytes | None:
-    """Where the generator stands before a fill."""
-    op = fill.draws
-    return replay.streams.state(op.draw) if op is not None and op.draw is not None else None
+class _Crew:
+    """Threads, and the run of jobs that is being put together for one of them."""
+
+    def __init__(self, replay: Replay, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads)
+        self.runs = 0  # that were given to the threads
+        self._replay = replay
+        self._threads = threads
+        self._run = _Run()
+        self._last: tuple[Draw, int, bytes] | None = None
+
+    def start(self, step: Step, fill: Fill, length: int) -> _Started:
+        """Have a storage filled, in runs of about ``length`` elements."""
+        number = fill.ref.storage
+        storage, done = self._allocated(number), []
+        last = self.runs
+        for piece in pieces(fill, length):
+            done.append(self._add(fill, storage, piece))
+            last = self.runs
+            if self._run.numel >= length:
+                self.flush()
+        rest = Step(step.ops[len(fill.ops) :], step.gives)
+        return _Started(step, {number: storage}, rest, done, last)
+
+    def start_shards(self, step: Step, shards: list[Shard]) -> _Started:
+        """Have shards of storages filled."""
+        begun: Storages = {}
+        done: list[Future[None]] = []
+        for shard in shards:
+            storage = begun[shard.storage] = self._allocated(shard.storage)
+            if shard.copied.box.size != shard.copied.shape:
+                torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+            draw = shard.fill.draw
+            state = None if draw is None else self._replay.streams.state(draw)
+            parts = groups(shard, self._threads)
+            done += [self.pool.submit(run_leaves, shard, storage, part, state) for part in parts]
+        self.flush()
+        self.runs += 1
+        return _Started(step, begun, None, done, self.runs - 1)
+
+    def collect(self, started: _Started) -> tuple[Step, Results]:
+        """A step that was started, and what waits for it, completes it and gives its storages."""
+        if started.run == self.runs:
+            self.flush()
+
+        def storages() -> Storages:
+            for future in started.done:
+                future.result()
+            if started.rest is None:
+                return started.begun
+            return self._replay.run(started.rest, started.begun)
+
+        return started.step, storages
+
+    def flush(self) -> None:
+        """Give the threads the run as it is."""
+        run, self._run = self._run, _Run()
+        if run.jobs:
+            self.pool.submit(_work, run.jobs, self._state(run))
+            self.runs += 1
+
+    def _add(
+        self, fill: Fill, storage: torch.UntypedStorage, piece: tuple[int, int]
+    ) -> Future[None]:
+        draw, into = fill.draw, words_of(fill, piece[0])
+        after = 0
+        if draw is not None:
+            words = self._words_to(draw)
+            if words is None:
+                self.flush()
+            if self._run.origin is None:
+                self._run.origin = (draw, into)
+            else:
+                after = (words or 0) + into - self._run.origin[1]
+        job = _Job(fill, storage, piece, after)
+        self._run.jobs.append(job)
+        self._run.numel += piece[1] - piece[0]
+        return job.done
+
+    def _words_to(self, draw: Draw) -> int | None:
+        """The words from the draw that the run begins in to another one."""
+        return self._replay.streams.words(self._run.origin[0], draw) if self._run.origin else 0
+
+    def _state(self, run: _Run) -> bytes | None:
+        """Where the generator stands at the beginning of a run."""
+        if run.origin is None:
+            return None
+        draw, into = run.origin
+        if self._last is not None and self._last[0] == draw:
+            state = mt19937.jump(self._last[2], into - self._last[1])
+        else:
+            state = mt19937.jump(self._replay.streams.state(draw), into)
+        self._last = (draw, into, state)
+        return state
+
+    def _allocated(self, number: int) -> torch.UntypedStorage:
+        known = self._replay.program.storages[number]
+        with without_modes():
+            return allocate(known.nbytes, known.device)
 
 
-def _collect(replay: Replay, running: _Running) -> tuple[Step, Results]:
-    def storages() -> Storages:
-        for future in running.futures:
-            future.result()
-        return running.begun if running.rest is None else replay.run(running.rest, running.begun)
-
-    return running.step, storages
+def _work(jobs: list[_Job], state: bytes | None) -> None:
+    """Do the jobs of a run."""
+    generator = None if state is None else mt19937.generator_at(state)
+    at = 0
+    for place, job in enumerate(jobs):
+        drawing = generator if job.fill.draw is not None else None
+        try:
+            if drawing is not None:
+                mt19937.move(drawing, job.after - at)
+                at = job.after + words_of(job.fill, job.piece[1] - job.piece[0])
+            run_piece(job.fill, job.storage, job.piece, drawing)
+        except Exception as error:  # noqa: BLE001 - raised to whoever waits for the job
+            for undone in jobs[place:]:
+                undone.done.set_exception(error)
+            return
+        job.done.set_result(None)

@@ -91,9 +91,28 @@ class Seeker:
         if not 0 <= index <= len(self):
             raise IndexError(f"no position {index}: there are {len(self)} draws")
         with self._lock:
-            while len(self._words) <= index:
-                self._pass(len(self._words) - 1, run)
+            self._reach(index, run)
             return self._at(index)
+
+    def words(self, first: int, last: int, run: Run) -> int | None:
+        """How many words are drawn from one position to a later one, as far as that is known.
+
+        Args:
+            first: the number of a draw.
+            last: the number of a later one.
+            run: as for `state`.
+
+        Returns:
+            The words; None if a draw had to be made in between.
+        """
+        with self._lock:
+            self._reach(last, run)
+            barrier = self._barriers[bisect_right(self._barriers, last) - 1]
+            return self._words[last] - self._words[first] if barrier <= first else None
+
+    def _reach(self, index: int, run: Run) -> None:
+        while len(self._words) <= index:
+            self._pass(len(self._words) - 1, run)
 
     def _pass(self, index: int, run: Run) -> None:
         """Extend the known positions over one draw."""

@@ -19,6 +19,7 @@ class _Seeker(Protocol):
     def __len__(self) -> int: ...
     def append(self, cost: Cost | None) -> None: ...
     def state(self, index: int, run: Run) -> bytes: ...
+    def words(self, first: int, last: int, run: Run) -> int | None: ...
 
 
 class Streams:
@@ -44,9 +45,21 @@ class Streams:
 
     def state(self, draw: Draw) -> bytes:
         """The state of the generator before a draw; an index past the last: after them all."""
-        stream = self.program.streams[draw.stream]
         if draw.number == 0:
             return self._start(draw.stream)
+        seeker, run = self._until(draw)
+        return seeker.state(draw.number, run)
+
+    def words(self, first: Draw, last: Draw) -> int | None:
+        """How many words are drawn from before one draw to before a later one, if that is known."""
+        if first.stream != last.stream or last.number < first.number:
+            return None
+        seeker, run = self._until(last)
+        return seeker.words(first.number, last.number, run)
+
+    def _until(self, draw: Draw) -> tuple[_Seeker, Run]:
+        """The seeker of a stream, which knows of all draws before one; what makes its draws."""
+        stream = self.program.streams[draw.stream]
         cpu = stream.device.type == "cpu"
         seeker = self._seekers.get(draw.stream)
         if seeker is None:
@@ -55,7 +68,7 @@ class Streams:
             self._seekers[draw.stream] = seeker
         for number in stream.ops[len(seeker) : draw.number]:
             seeker.append(cost(self.program.ops[number]) if number >= 0 and cpu else None)
-        return seeker.state(draw.number, lambda i, generator: self._pass(stream.ops[i], generator))
+        return seeker, lambda i, generator: self._pass(stream.ops[i], generator)
 
     def _pass(self, number: int, generator: torch.Generator) -> None:
         """Move a generator past a draw of unknown consumption, or past a hole."""
@@ -109,6 +122,9 @@ class _InSequence:
             run(number, generator)
             self._states[number + 1 :] = [state_of(generator)]
         return self._states[index]
+
+    def words(self, first: int, last: int, run: Run) -> None:
+        return None
 
 
 def cost(op: Op) -> Cost | None:
