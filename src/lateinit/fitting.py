@@ -93,7 +93,7 @@ def fit(
     done = set(loaded)
     missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in done]
     unexpected = list(dict.fromkeys(rehearsal.unexpected))
-    if strict or not loaded:
+    if (missing or unexpected) and (strict or not loaded):
         problems += _strangers(module, names, reader, missing, unexpected)
     if problems:
         count = len(problems)

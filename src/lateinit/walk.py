@@ -15,6 +15,7 @@ Kind = Literal["parameter", "buffer", "attribute"]
 _OWN = frozenset(nn.Module().__dict__)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _HOLDERS = (*_CONTAINERS, Tensor)
+_ENTERED = (nn.Module, *_CONTAINERS)
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -93,16 +94,17 @@ class _Walk:
         self.seen = seen
 
     def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
-        if isinstance(value, Tensor):
+        kind = type(value)  # isinstance() would ask the object too, which can be slow to answer
+        if issubclass(kind, Tensor):
             self._note(path or "tensor", value, "attribute", persistent=True)
             return
-        if not isinstance(value, (nn.Module, *_CONTAINERS)) or id(value) in self.seen:
+        if not issubclass(kind, _ENTERED) or id(value) in self.seen:
             return
-        if isinstance(value, nn.Module):
+        if issubclass(kind, nn.Module):
             self._enter_module(value, path, above)
             return
         self.seen.add(id(value))
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        pairs = value.items() if issubclass(kind, dict) else enumerate(value)
         for key, item in pairs:
             if type(item) not in _ATOMS:
                 self.enter(item, _join(path, key), above)
