@@ -172,3 +172,15 @@ def test_a_parameter_of_a_class_of_its_own_is_left_to_torch(tmp_path: Path) -> N
     assert known_and_tried(model, tmp_path / "a.pt")[0].plain
     model.weight = Loud(torch.ones(3, 2))
     assert not known_and_tried(model, tmp_path / "a.pt")[0].plain
+
+
+def test_a_name_that_a_file_calls_tied_is_known_too(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    lateinit.save_checkpoint(tied, tmp_path / "a.safetensors")
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    known, tried = known_and_tried(model, tmp_path / "a.safetensors")
+    assert known.plain
+    assert told(known) == told(tried)
+    lateinit.load_checkpoint(model, tmp_path / "a.safetensors")
+    assert torch.equal(model[1].weight, tied[0].weight)
