@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from benchmarks.plot import draw
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -21,6 +23,8 @@ theirs, or theirs over ours where the goal is to be so many times faster. *Equal
 every bit was compared with eager construction.
 
 {machine}
+
+![Each row that has a goal, by how far it is from it](benchmarks.svg)
 
 {table}
 
@@ -73,7 +77,8 @@ def page(rows: list[Row], machine: dict[str, Any]) -> str:
 
 
 def write(rows: list[Row], machine: dict[str, Any], folder: Path) -> None:
-    """Leave the results as ``benchmarks.json`` and ``benchmarks.md``."""
+    """Leave the results as ``benchmarks.json``, ``benchmarks.md`` and ``benchmarks.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmarks.json").write_text(as_json(rows, machine))
     (folder / "benchmarks.md").write_text(page(rows, machine))
+    draw(rows, folder / "benchmarks.svg")

@@ -107,3 +107,7 @@ def test_results_are_left_as_a_page_and_as_json(tmp_path):
     assert "| 1500 MB | meta | 2000 MB | 0.75 |  |  |  |" in page(rows, {})
     stored = json.loads((tmp_path / "docs" / "benchmarks.json").read_text())
     assert stored["rows"][0]["ours"] == {"min": 0.4, "median": 0.45, "all": [0.5, 0.4]}
+    drawn = (tmp_path / "docs" / "benchmarks.svg").read_text()
+    assert "a case: build, against eager" in drawn
+    assert "4 (at least 3 x)" in drawn
+    assert "peak memory" not in drawn  # it has no goal
