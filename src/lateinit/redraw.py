@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937, rng
+from lateinit.bounds import surely_within
 from lateinit.cuts import UNIT, cut
 from lateinit.ops import TRUNCATED, by_name
 
@@ -59,9 +60,12 @@ def draw(
     dtype, kept = target.dtype, len(target) == numel
     low, high = (torch.tensor(bound, dtype=dtype, device="cpu").item() for bound in normal[2:])
     scratch = torch.empty(_PART + UNIT, dtype=dtype, device="cpu")
-    outliers = []
+    certain, outliers = surely_within(dtype, *normal), []
     for start, end in cut(numel, _PART):
         part = target[start:end] if kept else scratch[: end - start]
+        if certain:
+            part.normal_(*normal[:2], generator=generator)
+            continue
         places = _outside(part.normal_(*normal[:2], generator=generator), low, high)
         if len(places):
             outliers.append((start, end, places))
@@ -88,6 +92,11 @@ def _outside(values: Tensor, low: float, high: float) -> Tensor:
     """The places of the values that lie outside the bounds."""
     array = (values if values.dtype.itemsize > 2 else values.float()).numpy()
     return torch.from_numpy(np.flatnonzero((array < low) | (array > high)))
+
+
+def draws_once(dtype: torch.dtype, normal: Normal) -> bool:
+    """Whether a ``trunc_normal_`` with these numbers is one ``normal_``, whatever it draws."""
+    return surely_within(dtype, *normal) and is_exact(dtype, normal)
 
 
 def after(

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lateinit import rng
+from lateinit import redraw, rng
 from lateinit.errors import RecordingError
-from lateinit.ops import by_name
+from lateinit.ops import TRUNCATED, by_name
 from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 from lateinit.seeker import Cost, Run, Seeker
 
@@ -144,6 +144,11 @@ def cost(op: Op) -> Cost | None:
 
 @functools.lru_cache(maxsize=4096)
 def _cost(name: str, filled: TensorRef, numbers: tuple[Any, ...]) -> Cost | None:
+    if name == TRUNCATED:
+        normal = redraw.Normal(*numbers)
+        if not redraw.draws_once(filled.dtype, normal):
+            return None
+        name, numbers = "aten::normal_", normal[:2]
     draw = rng.Draw(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
     return rng.consumption(draw)
 

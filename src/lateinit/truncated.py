@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937, ops
-from lateinit.bounds import surely_within
 from lateinit.recorder import current
 from lateinit.replay import without_modes
 from lateinit.tensors import is_deferred_tensor
@@ -52,11 +51,24 @@ def recorded(
     """In place of ``nn.init._no_grad_trunc_normal_`` while a block runs."""
     recorder = current()
     floating = is_deferred_tensor(tensor) and tensor.is_floating_point()
-    certain = surely_within(tensor.dtype, mean, std, a, b)
-    if recorder is None or not floating or certain or not may_redraw():
+    if recorder is None or not floating or not may_redraw():
         return original(tensor, mean, std, a, b, generator=generator)
-    with without_modes():  # for its warnings and errors
-        original(torch.empty(0, dtype=tensor.dtype), mean, std, a, b)
+    if not _quiet(tensor.dtype, mean, std, a, b):
+        _on_nothing(tensor.dtype, mean, std, a, b)
     with torch._C.DisableTorchFunction():
         recorder.overwrite(_OP, tensor, (mean, std, a, b), generator)
     return tensor
+
+
+@functools.lru_cache(maxsize=1024)
+def _quiet(dtype: torch.dtype, mean: float, std: float, a: float, b: float) -> bool:
+    """Whether torch takes these numbers without a warning; raises what it raises."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _on_nothing(dtype, mean, std, a, b)
+    return not caught
+
+
+def _on_nothing(dtype: torch.dtype, mean: float, std: float, a: float, b: float) -> None:
+    with without_modes():
+        original(torch.empty(0, dtype=dtype, device="cpu"), mean, std, a, b)
