@@ -42,6 +42,9 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "xavier": lambda: nn.init.xavier_uniform_(torch.empty(4, 3), gain=2.0),
     "data": lambda: nn.Parameter(torch.empty(20)).data.normal_(1.0, 2.0),
     "data of a view": lambda: torch.zeros(4, 6)[:, 1].data.fill_(3),
+    "normal, the second by name": lambda: torch.empty(20).normal_(std=0.02),
+    "normal, both the other way round": lambda: torch.empty(20).normal_(std=0.02, mean=3.0),
+    "uniform, the second by name": lambda: torch.empty(20).uniform_(to=0.5),
     "uniform by name": lambda: nn.init.uniform_(tensor=torch.empty(4, 3), a=1.0, b=2.0),
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,6 +115,31 @@ def test_another_seed_takes_another_number_of_rounds() -> None:
 def init(layer: nn.Linear, normal: redraw.Normal) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, *normal)
     return layer
+
+
+@pytest.mark.parametrize("std", [np.float32(0.7), torch.tensor(0.7)], ids=["numpy", "torch"])
+def test_numbers_may_be_of_any_kind(std: Any) -> None:
+    def build() -> torch.Tensor:
+        first = nn.init.trunc_normal_(torch.empty(40), std=std, a=-1.0, b=1.0)
+        return torch.cat([first, torch.randn(3)])
+
+    torch.manual_seed(7)
+    expected = build()
+    torch.manual_seed(7)
+    found = lateinit.materialize(lateinit.deferred_init(build))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:mean is more than 2 std")
+def test_bounds_that_no_normal_meets_are_drawn_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_SMALLEST", 16)  # where it is asked whether parts can be drawn
+    normal = redraw.Normal(0.0, 1.0, 9.0, 10.0)
+    expected = filled([50, 30], torch.float32, normal, 0)
+    ended = torch.get_rng_state()
+    with lateinit.deferred():
+        model = filled([50, 30], torch.float32, normal, 0)
+    assert torch.equal(ended, torch.get_rng_state())
+    assert_equal(lateinit.materialize(model), expected)
 
 
 @redraws

@@ -11,6 +11,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -74,7 +75,7 @@ def _overwriting(name: str, *keywords: str) -> Handler:
 
     def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         tensor, *values = args
-        values += [kwargs[key] for key in keywords[len(values) :] if key in kwargs]
+        values += [kwargs[key] for key in takewhile(kwargs.__contains__, keywords[len(values) :])]
         usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
         grad = tensor.requires_grad and torch.is_grad_enabled()
         if not usual or grad or not _filled(recorder, name, tensor, values, kwargs):

@@ -51,7 +51,8 @@ def recorded(
     """In place of ``nn.init._no_grad_trunc_normal_`` while a block runs."""
     recorder = current()
     floating = is_deferred_tensor(tensor) and tensor.is_floating_point()
-    if recorder is None or not floating or not may_redraw():
+    numbers = all(isinstance(value, (int, float)) for value in (mean, std, a, b))
+    if recorder is None or not floating or not numbers or not may_redraw():
         return original(tensor, mean, std, a, b, generator=generator)
     if not _quiet(tensor.dtype, mean, std, a, b):
         _on_nothing(tensor.dtype, mean, std, a, b)
