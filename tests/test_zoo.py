@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit import recorder
+from lateinit import execute, recorder
 
 transformers = pytest.importorskip("transformers")
 
@@ -93,6 +94,18 @@ def test_parts_that_differ_are_told(monkeypatch):
     outcome = compared(lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))))
     assert outcome.status == DIFFERENT
     assert outcome.detail.startswith("in parts: ")
+
+
+def test_threads_that_differ_are_told(monkeypatch):
+    work = execute._work
+
+    def wrong(jobs, state):
+        work([*jobs[:-1], dataclasses.replace(jobs[-1], after=jobs[-1].after + 1)], state)
+
+    monkeypatch.setattr(execute, "_work", wrong)
+    outcome = compared(lambda: nn.Linear(40, 40))
+    assert outcome.status == DIFFERENT
+    assert outcome.detail.startswith("by threads: 1: weight")
 
 
 def test_memory_that_eager_leaves_unwritten_is_not_compared():

@@ -10,11 +10,13 @@ import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 import lateinit
+from lateinit import chunks, execute
 from tests.laws import EAGER_POISON, LATE_POISON, SEED, poison
 from tests.snapshots import Snapshot, first_difference, snapshot, tensors_of
 from tests.zoo import catalog
@@ -162,6 +164,8 @@ def compare(outcome: Outcome, build: Callable[[], nn.Module]) -> Outcome:
     difference = difference_between(reference, late, undefined)
     if difference is None and (difference := in_parts(build, reference, undefined)):
         difference = f"in parts: {difference}"
+    if difference is None and (difference := by_threads(build, reference, undefined)):
+        difference = f"by threads: {difference}"
     return dataclasses.replace(
         outcome,
         status=DIFFERENT if difference else EQUAL,
@@ -189,6 +193,23 @@ def in_parts(build: Callable[[], nn.Module], reference: Built, undefined: set[st
         lateinit.materialize(model, only=lambda fqn, _, part=part: fqn in part)
     lateinit.materialize(model)
     return difference_between(reference, Built(snapshot(model), generators), undefined)
+
+
+def by_threads(build: Callable[[], nn.Module], reference: Built, undefined: set[str]) -> str | None:
+    """The same by one, two and four threads, which fill these small tensors as they fill large."""
+    small = ((chunks, "_SMALLEST", 256), (execute, "_LEAST", 1 << 12), (execute, "PIECE", 1 << 18))
+    for threads in (1, 2, 4):
+        seed(LATE_POISON)
+        model = lateinit.deferred_init(build)
+        generators = states()
+        with contextlib.ExitStack() as patches:
+            for place, name, value in small:
+                patches.enter_context(mock.patch.object(place, name, value))
+            lateinit.materialize(model, threads=threads)
+        found = difference_between(reference, Built(snapshot(model), generators), undefined)
+        if found:
+            return f"{threads}: {found}"
+    return None
 
 
 def built(build: Callable[[], nn.Module], byte: int) -> tuple[Built, float]:

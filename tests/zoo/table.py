@@ -23,7 +23,8 @@ deferred from one seed. *Equal* means: every parameter, every buffer (non-persis
 every tensor kept as a plain attribute has the same bits, dtype, shape, strides, `requires_grad`,
 ties and shared storages; every plain value on the modules is the same; torch's, NumPy's and
 Python's random generators end in the same state; and the same again when the tensors are
-materialised in four parts, out of order. Memory that eager construction leaves unwritten has no
+materialised in four parts, out of order, and by one, two and four threads that fill these small
+tensors as they fill large ones. Memory that eager construction leaves unwritten has no
 defined bits and is not compared (*undefined*).
 
 Made by `make zoo` (`python -m tests.zoo --help` for parts of it).
