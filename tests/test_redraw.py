@@ -142,6 +142,14 @@ def test_bounds_that_no_normal_meets_are_drawn_by_torch(monkeypatch: pytest.Monk
     assert_equal(lateinit.materialize(model), expected)
 
 
+@pytest.mark.parametrize("bounds", [(4.0, 5.0), (8.0, 9.0), (1.0, 1.2), (2.0, 1.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bounds_that_are_hardly_ever_met_are_not_tried(
+    dtype: torch.dtype, bounds: tuple[float, float]
+) -> None:
+    assert not redraw.is_exact(dtype, redraw.Normal(0.0, 1.0, *bounds))
+
+
 @redraws
 @pytest.mark.parametrize("wrong", ["words", "_outside", "torch"])
 def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
