@@ -37,9 +37,11 @@ def die_at(last: int, folder: str) -> None:
 
     put = Placer.put
 
-    def trained_put(placer: Placer, target: torch.Tensor, source: torch.Tensor) -> None:
+    def trained_put(
+        placer: Placer, target: torch.Tensor, source: torch.Tensor, *, take: bool
+    ) -> None:
         step()
-        put(placer, target, source)
+        put(placer, target, source, take=take)
         with torch.no_grad():
             target.add_(1)
         step()

@@ -469,6 +469,35 @@ class Counting(nn.Module):
         self.epoch = state["epoch"] + int(state["seen"][1])
 
 
+class Tripling(nn.Module):
+    """Has a hook that writes to what the checkpoint has, where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self._register_load_state_dict_pre_hook(lambda state, *_: state["a"].mul_(3))
+
+
+class Doubling(nn.Module):
+    """Changes what it has loaded, as soon as it has, and loads it into a second part, too."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(3, 3, bias=False) for _ in range(2))
+        self.a.register_load_state_dict_post_hook(self._double)
+        if twice:
+            self._register_load_state_dict_pre_hook(self._again)
+
+    @staticmethod
+    def _double(module: Any, _: Any) -> None:
+        module.weight.data.mul_(2)
+
+    @staticmethod
+    def _again(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state[f"{prefix}b.weight"] = state[f"{prefix}a.weight"]
+
+
+SHARED = torch.randn(3, 3)
 OWN_WAYS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "split and renamed": (
         Fused,
@@ -476,6 +505,12 @@ OWN_WAYS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "branching": (Squared, {"weight": torch.arange(3.0)}),
     "replacing": (Replacing, {"weight": torch.arange(3.0)}),
+    "writing": (Tripling, {"a": torch.arange(3.0), "b": torch.ones(3)}),
+    "changing one of two": (lambda: Doubling(twice=True), {"a.weight": torch.randn(3, 3)}),
+    "changing what is shared": (
+        lambda: Doubling(twice=False),
+        {"a.weight": SHARED, "b.weight": SHARED},
+    ),
     "a scalar from a list": (
         lambda: Bag(weight=nn.Parameter(torch.randn(()))),
         {"weight": torch.ones(1)},
@@ -515,6 +550,23 @@ def test_extra_state_and_hooks_are_honoured(format_: str, tmp_path: Path) -> Non
     eager.load_state_dict(copy.deepcopy(state))
     lateinit.load_checkpoint(model, FORMATS[format_](state, tmp_path))
     assert eager.epoch == model.epoch == 7
+    assert_same(eager, model)
+
+
+def test_a_tensor_that_cannot_be_written_is_told_before_anything_changes(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = nn.Linear(3, 2)
+        model.register_buffer("expanded", torch.zeros(1).expand(3))
+        return model
+
+    path = write({**build().state_dict(), "expanded": torch.ones(3)}, tmp_path)
+    eager, model = twins(build)
+    told = pytest.raises(MismatchError, match="expanded: expanded, so that its elements share")
+    with told:
+        lateinit.load_checkpoint(model, path)
+    assert_untouched(eager, model)
+    with told:
+        lateinit.load_checkpoint(model, path)
     assert_same(eager, model)
 
 

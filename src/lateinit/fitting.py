@@ -19,7 +19,7 @@ from lateinit.memory import as_bytes
 from lateinit.reader import Reader
 from lateinit.rehearsal import Rehearsal
 from lateinit.shards import window
-from lateinit.tensors import is_dtensor
+from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.walk import Found, find_tensors
 
 _SIZES = re.compile(
@@ -85,6 +85,7 @@ def fit(
     """
     problems = [_as_told(message, reader) for message in rehearsal.wrong]
     problems += _kinds(names, reader, rehearsal, wanted)
+    problems += _unwritable(names, rehearsal)
     keys = {names.key(target) for target, source in rehearsal.copies if source is not None}
     keys |= {names.key(target) for target in rehearsal.replaced}
     repeated, differing = _tied(names, reader, rehearsal)
@@ -126,6 +127,20 @@ def _kinds(
             if not torch.can_cast(dtype, wanted(target)):
                 name = next(iter(names.of(target)), source if isinstance(source, str) else "?")
                 yield f"{name}: the checkpoint has the dtype {dtype}, the model {wanted(target)}"
+
+
+def _unwritable(names: Names, rehearsal: Rehearsal) -> Iterable[str]:
+    """Tensors that torch copies nothing into; it would say so half way through."""
+    for target in {id(target): target for target, _ in rehearsal.copies}.values():
+        if is_lazy(target) or is_dtensor(target) or target.layout is not torch.strided:
+            continue
+        name = next(iter(names.of(target)), "?")
+        sizes = zip(target.shape, target.stride(), strict=True)
+        if target.numel() and any(size > 1 and stride == 0 for size, stride in sizes):
+            yield f"{name}: expanded, so that its elements share memory: register a clone of it"
+        frozen = target.is_inference() and not is_deferred_tensor(target)
+        if frozen and not torch.is_inference_mode_enabled():
+            yield f"{name}: made in inference mode, and can be changed in none but that"
 
 
 def _tied(names: Names, reader: Reader, rehearsal: Rehearsal) -> tuple[frozenset[int], list[str]]:

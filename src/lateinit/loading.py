@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lateinit.lazy.placeholders import known_shape
 from lateinit.materialize import check_shared, materialize
 from lateinit.placing import Placer, place_of
 from lateinit.progress import Progress
-from lateinit.reader import Reader
+from lateinit.reader import Reader, block
 from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Loading, Rehearsal, Stands, caught, plain_state, rehearse
 from lateinit.safetensors_file import Entry
@@ -140,16 +141,22 @@ def _put(
 ) -> None:
     """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
     stands = Stands(reader, names.found, rehearsal.real)
+    uses = Counter(name for _, name in rehearsal.copies if isinstance(name, str))
     count = iter(range(1 << 62))
 
     def on_copy(target: Tensor, source: Tensor) -> None:
         number = next(count)
         name = stands.source(source)
         if name is None:
-            placer.put(target, source)
+            placer.put(target, source, take=False)
         elif number not in fitting.repeated:
-            place = () if not is_dtensor(target) else place_of(target)
-            placer.put(target, reader.read(name, *place))
+            whole = (0,) * source.dim(), tuple(source.shape)
+            place = place_of(target) if is_dtensor(target) else whole
+            # What was loaded may be written to by a hook before the same memory is loaded again.
+            once = uses[name] == 1 and name not in reader.shared
+            given = name in rehearsal.real  # as hooks had it, who may have written to it
+            values = block(source, *place) if given else reader.read(name, *place)
+            placer.put(target, values, take=once and not given)
             bar.advance(reader.entries[name].nbytes)
 
     loading = Loading(stands, on_copy)

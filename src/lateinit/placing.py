@@ -40,13 +40,16 @@ class Placer:
         }
         self._taken: set[int] = set()
 
-    def put(self, target: Tensor, source: Tensor) -> None:
-        """``target.copy_(source)``, for a target that may be deferred, or a shard of the source."""
+    def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
+        """``target.copy_(source)``, for a target that may be deferred, or a shard of the source.
+
+        ``take`` says whether it may have the values' memory, which nobody else is to see then.
+        """
         source = source.detach()
         known = self._place_in_program(target)
         if known is not None:
             with without_modes():
-                taken = self._given_memory_of(target, source, *known)
+                taken = self._given_memory_of(target, source, *known, take=take)
             if taken:
                 return
         with torch.no_grad():
@@ -69,12 +72,19 @@ class Placer:
         return found if found is not None and found[0] is slot else locate(target)
 
     def _given_memory_of(
-        self, target: Tensor, source: Tensor, slot: Slot, program: Program, ref: TensorRef
+        self,
+        target: Tensor,
+        source: Tensor,
+        slot: Slot,
+        program: Program,
+        ref: TensorRef,
+        *,
+        take: bool = True,
     ) -> bool:
         """Make a deferred tensor real; whether the values are in it already."""
         tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
         own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
-        taken = own and slot.real is None and self._may_take(source, program, ref)
+        taken = take and own and slot.real is None and self._may_take(source, program, ref)
         if taken:
             self._taken.add(source.data_ptr())
             slot.real = source.untyped_storage()

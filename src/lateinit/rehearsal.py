@@ -64,7 +64,7 @@ class Stands:
         for name, source in wanted.items():
             entry = reader.entries[source]
             if source in real:
-                stand = reader.read(source)
+                stand = reader.read(source).clone()  # a hook may write to it
             else:
                 stand = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             self.state[name] = stand
@@ -76,8 +76,9 @@ class Stands:
             self.state._metadata = reader.versions  # type: ignore[attr-defined]
 
     def source(self, tensor: Tensor) -> str | None:
-        """The name in the checkpoint that a tensor stands for."""
-        return self.sources.get(id(tensor))
+        """The name in the checkpoint that a tensor stands for, unless it was written to."""
+        written = not tensor.is_inference() and tensor._version > 0
+        return None if written else self.sources.get(id(tensor))
 
 
 class Loading(TorchFunctionMode):

@@ -68,6 +68,7 @@ class Translated(Reader):
             new: Entry(new, reader.entries[old].dtype, reader.entries[old].shape)
             for new, old in self._plain.items()
         }
+        self.shared = {new for new, old in self._plain.items() if old in reader.shared}
         self._computed: dict[str, Conversion] = {}
         self._kept: dict[str, Tensor] = {}
         problems = [*self._doubled(names), *self._add(names.conversions)]
