@@ -643,3 +643,20 @@ def test_models_that_are_done_with_can_be_freed() -> None:
     del model
     gc.collect()
     assert weight() is None
+
+
+def test_a_program_goes_with_its_last_tensor() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with lateinit.deferred() as program:
+            layer = nn.Linear(4, 4)
+            nn.init.trunc_normal_(layer.weight, a=-1.0, b=1.0)
+        alive = weakref.ref(program)
+        del program
+        lateinit.materialize(layer, only="weight")
+        assert alive() is not None
+        lateinit.materialize(layer)
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class Replay:
         self.program = program
         # What is known of the program's own streams is found once, whoever asks.
         known = program.cache.get("streams") if seed is None else None
-        self.streams: Streams = known or Streams(program, partial(draw_only, program), seed)
+        self.streams: Streams = known or Streams(program, draw_only, seed)
         if seed is None:
             program.cache["streams"] = self.streams
         # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.

@@ -6,6 +6,7 @@ is recorded is shown there, and what is written there is noted.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class SharedMemory:
     ) -> None:
         self._values = values
         self._data = data
-        self._write = write
+        self._write = weakref.WeakMethod(write)  # of whoever holds this, and is to go with it
         self._exposed: list[Exposure] = []
         self._writing = False
 
@@ -81,8 +82,10 @@ class SharedMemory:
             if (every or e.watched) and not _same_bits(e.real, e.seen):
                 e.seen = e.real.clone()
                 self._writing = True
+                write = self._write()
+                assert write is not None
                 try:
-                    self._write(e.tensor, e.seen)
+                    write(e.tensor, e.seen)
                 finally:
                     self._writing = False
                 e.writes = self._values.writes(e.ref)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,23 +26,31 @@ class _Seeker(Protocol):
 class Streams:
     """The generator states along a program's streams, from one starting state.
 
-    ``run(op number, generator)`` makes the draw of an op whose consumption cannot be known
-    without making it. ``seed`` replaces the state that the root streams start from. A hole that is
-    not filled cannot be passed, unless it is taken to draw nothing (``past_holes``).
+    ``run(program, op number, generator)`` makes the draw of an op whose consumption cannot be
+    known without making it. ``seed`` replaces the state that the root streams start from. A hole
+    that is not filled cannot be passed, unless it is taken to draw nothing (``past_holes``). The
+    program, which keeps this, is not kept alive by it.
     """
 
     def __init__(
         self,
         program: Program,
-        run: Callable[[int, torch.Generator], None],
+        run: Callable[[Program, int, torch.Generator], None],
         seed: int | None = None,
         past_holes: bool = False,
     ) -> None:
-        self.program = program
+        self._program = weakref.ref(program)
         self.seed = seed
         self.past_holes = past_holes
         self.make = run
         self._seekers: dict[int, _Seeker] = {}
+
+    @property
+    def program(self) -> Program:
+        """The program, for as long as somebody holds it."""
+        program = self._program()
+        assert program is not None
+        return program
 
     def state(self, draw: Draw) -> bytes:
         """The state of the generator before a draw; an index past the last: after them all."""
@@ -73,7 +82,7 @@ class Streams:
     def _pass(self, number: int, generator: torch.Generator) -> None:
         """Move a generator past a draw of unknown consumption, or past a hole."""
         if number >= 0:
-            self.make(number, generator)
+            self.make(self.program, number, generator)
             return
         child = self.program.holes[-1 - number]
         if child is not None:
