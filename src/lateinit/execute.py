@@ -197,18 +197,18 @@ class _Crew:
 
 
 def _work(jobs: list[_Job], state: bytes | None) -> None:
-    """Do the jobs of a run."""
-    generator = None if state is None else mt19937.generator_at(state)
-    at = 0
-    for place, job in enumerate(jobs):
-        drawing = generator if job.fill.draw is not None else None
-        try:
+    """Do the jobs of a run; what fails is raised to whoever waits for the job or a later one."""
+    try:
+        generator = None if state is None else mt19937.generator_at(state)
+        at = 0
+        for job in jobs:
+            drawing = generator if job.fill.draw is not None else None
             if drawing is not None:
                 mt19937.move(drawing, job.after - at)
                 at = job.after + words_of(job.fill, job.piece[1] - job.piece[0])
             run_piece(job.fill, job.storage, job.piece, drawing)
-        except Exception as error:  # noqa: BLE001 - raised to whoever waits for the job
-            for undone in jobs[place:]:
-                undone.done.set_exception(error)
-            return
-        job.done.set_result(None)
+            job.done.set_result(None)
+    except Exception as error:  # noqa: BLE001
+        for job in jobs:
+            if not job.done.done():
+                job.done.set_exception(error)
