@@ -74,6 +74,7 @@ def test_any_cut_gives_the_bits_of_one_call(
         ended = torch.get_rng_state()
         patch.setattr(chunks, "_SMALLEST", 16)
         patch.setattr(execute, "PIECE", piece)
+        patch.setattr(chunks, "PIECE", piece)
         patch.setattr(execute, "_LEAST", 16)
         patch.setattr(redraw, "_PART", part)
         patch.setattr(redraw, "_APART", 64)
@@ -86,7 +87,7 @@ def test_any_cut_gives_the_bits_of_one_call(
 
 @redraws
 def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, normal = [1_500_000, 300_007], redraw.Normal(0.0, 0.02, -0.04, 0.04)
+    sizes, normal = [2_200_000, 300_007], redraw.Normal(0.0, 0.02, -0.04, 0.04)
     expected = filled(sizes, torch.float32, normal, 0)
     ended = torch.get_rng_state()
     with lateinit.deferred():

@@ -24,7 +24,7 @@ from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
-_DRAWN = 1 << 16  # elements that a kernel draws at a time, to have them in cache all the while
+_DRAWN = 1 << 17  # elements that normal_ draws at a time: it goes over them twice
 _IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time
 
 _FIRST = frozenset(
@@ -98,6 +98,8 @@ def _in_pieces(op: Op, ref: TensorRef) -> bool:
 
 def pieces(fill: Fill, length: int) -> list[tuple[int, int]]:
     """Flat ranges for threads, of up to about ``length`` elements."""
+    if fill.ops[0].name == TRUNCATED:
+        length = max(length, PIECE)  # a piece makes a jump in every round
     numel = fill.ref.numel
     return cut(numel, -(-numel // max(1, -(-numel // length))))
 
@@ -159,13 +161,14 @@ def _call(op: Op, generator: torch.Generator | None, period: int) -> Callable[[T
         normal = redraw.Normal(*op.args[1:])
         return lambda part: redraw.draw(part, len(part), normal, generator, period)
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
-    if op.draw is None:
+    if op.draw is not None:
+        kwargs["generator"] = generator
+    if op.name != "aten::normal_":
         return lambda part: func(part, *args, **kwargs)
 
     def draw(part: Tensor) -> None:
-        # normal_ goes twice over what it is given: first it draws, then it transforms.
         for start, end in cut(len(part), _DRAWN):
-            func(part[start:end], *args, **kwargs, generator=generator)
+            func(part[start:end], *args, **kwargs)
 
     return draw
 

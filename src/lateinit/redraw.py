@@ -23,7 +23,7 @@ from lateinit.cuts import UNIT, cut
 from lateinit.ops import TRUNCATED, by_name
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
-_APART = 1 << 20  # elements from which on several threads look for the number of rounds
+_APART = 1 << 21  # elements from which on several threads look for the number of rounds
 _MOST_ROUNDS = 64  # in a trial; few bounds take so many, those far out would take for ever
 
 
