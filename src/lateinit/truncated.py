@@ -38,11 +38,11 @@ _OP = ops.register(ops.TRUNCATED, _run)
 @functools.cache
 def may_redraw() -> bool:
     """Whether the torch that runs rejects draws; older ones draw once and invert."""
-    generator = torch.Generator().manual_seed(0)
-    start = mt19937.state_of(generator)
-    with without_modes():
+    with without_modes():  # it is first asked in a block
+        generator = torch.Generator().manual_seed(0)
+        start = mt19937.state_of(generator)
         original(torch.empty(640, device="cpu"), 0.0, 1.0, -0.5, 0.5, generator=generator)
-    return mt19937.state_of(generator) != mt19937.jump(start, 640)
+        return mt19937.state_of(generator) != mt19937.jump(start, 640)
 
 
 def recorded(
