@@ -104,22 +104,13 @@ def pieces(fill: Fill, length: int) -> list[tuple[int, int]]:
     return cut(numel, -(-numel // max(1, -(-numel // length))))
 
 
-def state_at(fill: Fill, start: int, state: bytes) -> bytes:
-    """Where the generator of a piece stands, if that of the whole stands at ``state``."""
-    return mt19937.jump(state, words_of(fill, start)) if start else state
-
-
 def words_of(fill: Fill, numel: int) -> int:
     """How many words a fill draws for its first so many elements, a multiple of 16."""
-    return 0 if fill.draw is None else _words(fill.ops[0].name, fill.ref.dtype, numel)
-
-
-def _words(name: str, dtype: torch.dtype, numel: int) -> int:
-    if name == TRUNCATED:
-        return redraw.words(dtype, numel)
-    cost = rng.consumption(rng.Draw(name, numel, dtype, contiguous=True))
-    assert cost is not None
-    return cost.words
+    if fill.draw is None:
+        return 0
+    if fill.ops[0].name == TRUNCATED:
+        return redraw.words(fill.ref.dtype, numel)
+    return rng.words(fill.ops[0].name, fill.ref.dtype, numel)
 
 
 def after_redrawing(fill: Fill, state: bytes) -> bytes:
@@ -183,7 +174,7 @@ def is_exact(name: str, dtype: torch.dtype) -> bool:
 
 
 def _trial(name: str, dtype: torch.dtype) -> bool:
-    numel, cut = 40 * UNIT + 5, 24 * UNIT
+    numel, middle = 40 * UNIT + 5, 24 * UNIT
     info = by_name(name)
     numbers = () if name in _NO_NUMBERS else (0.5,)
     generators = [torch.Generator().manual_seed(1), torch.Generator()]
@@ -191,13 +182,13 @@ def _trial(name: str, dtype: torch.dtype) -> bool:
     halves = whole.clone()
     if info.random:
         before = mt19937.state_of(generators[0])
-        generators[1] = mt19937.generator_at(mt19937.jump(before, _words(name, dtype, cut)))
+        generators[1] = mt19937.generator_at(mt19937.jump(before, rng.words(name, dtype, middle)))
         info.func(whole, 0.0, 1.0, generator=generators[0])
-        info.func(halves[cut:], 0.0, 1.0, generator=generators[1])
-        info.func(halves[:cut], 0.0, 1.0, generator=mt19937.generator_at(before))
+        info.func(halves[middle:], 0.0, 1.0, generator=generators[1])
+        info.func(halves[:middle], 0.0, 1.0, generator=mt19937.generator_at(before))
         ended = [mt19937.state_of(generator) for generator in generators]
         return torch.equal(whole, halves) and ended[0] == ended[1]
     info.func(whole, *numbers)
-    for part in (halves[:cut], halves[cut:]):
+    for part in (halves[:middle], halves[middle:]):
         info.func(part, *numbers)
     return torch.equal(whole, halves)

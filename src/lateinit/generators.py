@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from lateinit.errors import RecordingError
+from lateinit.mt19937 import set_state, state_of
 from lateinit.program import Draw, Program, Stream
-from lateinit.streams import set_state, state_of
 
 _MAGIC = 0x9A17E1A7
 _NONCES = itertools.count(secrets.randbits(24))

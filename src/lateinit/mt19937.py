@@ -75,22 +75,23 @@ def move(generator: torch.Generator, n: int) -> None:
     if n < _LEAP_FROM:
         _draw(generator, n)
     else:
-        _set(generator, jump(state_of(generator), n))
+        set_state(generator, jump(state_of(generator), n))
 
 
 def generator_at(state: bytes) -> torch.Generator:
     """A new CPU generator in the given state."""
     generator = torch.Generator(device="cpu")
-    _set(generator, state)
+    set_state(generator, state)
     return generator
 
 
-def _set(generator: torch.Generator, state: bytes) -> None:
+def set_state(generator: torch.Generator, state: bytes) -> None:
+    """Put a generator, of any device, into a state."""
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def state_of(generator: torch.Generator) -> bytes:
-    """The state of a CPU generator as bytes."""
+    """The state of a generator, of any device, as bytes."""
     return bytes(generator.get_state().numpy().tobytes())
 
 

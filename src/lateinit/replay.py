@@ -21,9 +21,10 @@ from lateinit.errors import (
     is_out_of_memory,
 )
 from lateinit.memory import LARGE, allocate
+from lateinit.mt19937 import set_state, state_of
 from lateinit.plan import Step, plan_storages
 from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
-from lateinit.streams import Streams, set_state, state_of
+from lateinit.streams import Streams
 
 Storages = dict[int, torch.UntypedStorage]
 # Calling an overload takes as long again as a small fill: these are the same ops.

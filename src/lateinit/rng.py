@@ -71,6 +71,13 @@ def consumption(draw: Draw) -> Cost | None:
     return rule(elements) if rule else None
 
 
+def words(op: str, dtype: torch.dtype, numel: int) -> int:
+    """How many words a known op draws for so many contiguous elements: none, or 16 or more."""
+    cost = consumption(Draw(op, numel, dtype, contiguous=True))
+    assert cost is not None
+    return cost.words
+
+
 def _each(per: int) -> _Rule:
     return lambda elements: Cost(per * elements)
 

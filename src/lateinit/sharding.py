@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937
-from lateinit.chunks import PIECE, Fill, calls_of, state_at, words_of
+from lateinit.chunks import PIECE, Fill, calls_of, words_of
 from lateinit.cuts import UNIT
 from lateinit.plan import Step, needed_ops
 from lateinit.program import Op, Program, TensorRef
@@ -288,7 +288,7 @@ class _Reader:
         self._last = (fill.ref.numel - UNIT) // UNIT * UNIT
         self._drawn = min(start, self._last)
         if state is not None:
-            state = state_at(fill, self._drawn, state)
+            state = mt19937.jump(state, words_of(fill, self._drawn))
         self._generator = None if state is None else mt19937.generator_at(state)
         self._calls = calls_of(fill, self._generator)
         self._start = self._drawn

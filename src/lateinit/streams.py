@@ -11,6 +11,7 @@ import torch
 
 from lateinit import redraw, rng
 from lateinit.errors import RecordingError
+from lateinit.mt19937 import set_state, state_of
 from lateinit.ops import TRUNCATED, by_name
 from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 from lateinit.seeker import Cost, Run, Seeker
@@ -170,13 +171,3 @@ def recorded_seed(program: Program) -> int | None:
             fresh = state_of(torch.Generator().manual_seed(seed)) == stream.start
             return seed if fresh else None
     return None
-
-
-def state_of(generator: torch.Generator) -> bytes:
-    """The state of a generator as bytes."""
-    return bytes(generator.get_state().numpy())
-
-
-def set_state(generator: torch.Generator, state: bytes) -> None:
-    """Put a generator into a state."""
-    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
