@@ -440,3 +440,15 @@ def test_gradients_are_as_they_were_in_the_block() -> None:
         assert (layer.weight * 2).requires_grad
         with torch.no_grad():
             assert not (layer.weight * 2).requires_grad
+
+
+def test_out_of_unknown_size_has_the_shape_that_it_has_eagerly() -> None:
+    def found() -> list[torch.Tensor]:
+        places, rest = torch.empty(0, dtype=torch.int64), torch.zeros(4)
+        torch.nonzero(torch.tensor([0, 1, 1]), out=places)
+        torch.masked_select(torch.arange(6.0), torch.arange(6) > 2, out=rest[:3])
+        return [places, torch.ones(len(places)), rest]
+
+    expected, late = found(), lateinit.deferred_init(found)
+    assert [t.shape for t in late] == [t.shape for t in expected]
+    assert all(map(torch.equal, lateinit.materialize(late), expected))

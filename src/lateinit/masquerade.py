@@ -147,6 +147,19 @@ def _numpy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return exposed.requires_grad_(args[0].requires_grad).numpy(*args[1:], **kwargs)
 
 
+def _shared(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``apply_``, ``__dlpack__`` and the like: done with the memory itself."""
+    with without_modes():
+        real = [_exposed(recorder, value) for value in args]
+        result = func(*real, **kwargs)
+    return args[0] if result is real[0] else result
+
+
+def _exposed(recorder: Recorder, value: Any) -> Any:
+    deferred = isinstance(value, Tensor) and is_deferred_tensor(value)
+    return recorder.expose(value) if deferred else value
+
+
 def _array(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     array = _numpy(recorder, func, args[:1], {})
     dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
@@ -282,6 +295,11 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.__format__: _of_deferred(_read),
     _tensor.numpy: _of_deferred(_numpy),
     _tensor.__array__: _of_deferred(_array),
+    _tensor.apply_: _of_deferred(_shared),
+    _tensor.map_: _of_deferred(_shared),
+    _tensor.map2_: _of_deferred(_shared),
+    _tensor.__dlpack__: _of_deferred(_shared),
+    _tensor.__dlpack_device__: _of_deferred(_shared),
     _tensor.to: _to_any,
     _tensor.cpu: _of_deferred(_cpu),
     _tensor.cuda: _of_deferred(_cuda),

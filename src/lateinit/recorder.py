@@ -224,6 +224,8 @@ class Recorder(Writer, TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> Tensor:
         """The values that a deferred tensor has now; that random ones were read is noted."""
+        if self.shared:
+            self.shared.take_back()
         return self.values.read(self.ref(tensor))
 
     def expose(self, tensor: Tensor) -> Tensor:

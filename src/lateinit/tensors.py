@@ -368,6 +368,9 @@ _READERS = frozenset(
         torch.Tensor.__dlpack__,
         torch.Tensor.share_memory_,
         torch.Tensor.backward,
+        torch.Tensor.apply_,
+        torch.Tensor.map_,
+        torch.Tensor.map2_,
     }
 )
 

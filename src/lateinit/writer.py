@@ -257,13 +257,20 @@ class Writer:
             if info.random or self.values.are_random(probe.read()):
                 self.program.seed_bound = f"{info.name} made a tensor without a plain layout"
             return results[0] if len(results) == 1 else results
+        given = {key: kwargs[key] for key in info.mutates_kw if kwargs.get(key) is not None}
         if info.mutates:
             made: list[Any] = [args[info.mutates[0]]]
+        elif given:
+            made = list(map(self._resized, given.values(), results))
+            shown = {key: self.ref(out) for key, out in given.items()}
+            probe = probe._replace(kwargs=probe.kwargs | shown)
         else:
             device = self._device(kwargs, deferred)
             made = [self._mirror(leaf, device) for leaf in results]
         outs = tuple(self.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in made)
         self.program.ops.append(probe._replace(outs=outs))
+        if self.shared:
+            self.shared.show()
         if info.random or self.values.are_random(probe.read()):
             # Python sees the shapes: another seed must give the same.
             reads = [Read(ref, len(self.program.ops), b"") for ref in outs if ref is not None]
@@ -274,6 +281,13 @@ class Writer:
         needed = dict.fromkeys(ref.storage for ref in op.read())
         needed |= dict.fromkeys(ref.storage for ref in op.written())
         return replay.values(needed)
+
+    def _resized(self, out: Tensor, real: Tensor) -> Tensor:
+        """What was given as ``out=``, with the shape that the op gives it."""
+        if out.shape != real.shape:
+            out.resize_(real.shape)
+            self._adopt(out, self.device_of(out))
+        return out
 
     def _mirror(self, real: Any, device: torch.device) -> Any:
         """A deferred tensor with the layout of a real one."""
