@@ -108,3 +108,16 @@ def test_one_layer_at_a_time_needs_the_memory_of_one_layer() -> None:
             model[index] = nn.Identity()
     """)
     assert done.returncode == 0, done.stderr
+
+
+@needs_linux
+def test_redrawing_is_counted_in_bounded_memory() -> None:
+    done = run("""
+        def redrawn(numel):
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(numel), a=-1.0, b=1.0))
+
+        lateinit.deferred_init(redrawn, 1 << 22)
+        allow(96 * MIB)
+        lateinit.deferred_init(redrawn, 1 << 26)  # a third of it, as places, takes 162 MiB
+    """)
+    assert done.returncode == 0, done.stderr

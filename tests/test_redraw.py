@@ -14,6 +14,7 @@ from torch import nn
 
 import lateinit
 from lateinit import chunks, execute, redraw, truncated
+from lateinit.mt19937 import state_of
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BOUNDS = [
@@ -33,6 +34,10 @@ redraws = pytest.mark.skipif(
 def filled(sizes: list[int], dtype: torch.dtype, normal: redraw.Normal, draws: int) -> nn.Module:
     torch.manual_seed(5)
     torch.randn(draws)  # any state, a cached sample of a small normal included
+    return filled_from_here(sizes, dtype, normal)
+
+
+def filled_from_here(sizes: list[int], dtype: torch.dtype, normal: redraw.Normal) -> nn.Module:
     model = nn.Module()
     for number, size in enumerate(sizes):
         tensor = torch.empty(size, dtype=dtype)
@@ -56,8 +61,8 @@ def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
     normal=st.sampled_from(BOUNDS),
     draws=st.integers(0, 30),
     threads=st.sampled_from([1, 2, 4]),
-    part=st.sampled_from([16, 48, 640]),
-    piece=st.sampled_from([64, 640]),
+    lengths=st.tuples(*map(st.sampled_from, ([16, 48, 640], [64, 640], [0, 2, 8]))),
+    most_kept=st.sampled_from([0, 100, 1 << 20]),
 )
 def test_any_cut_gives_the_bits_of_one_call(
     sizes: list[int],
@@ -65,9 +70,10 @@ def test_any_cut_gives_the_bits_of_one_call(
     normal: redraw.Normal,
     draws: int,
     threads: int,
-    part: int,
-    piece: int,
+    lengths: tuple[int, int, int],
+    most_kept: int,
 ) -> None:
+    part, piece, few = lengths
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         expected = filled(sizes, dtype, normal, draws)
@@ -78,6 +84,9 @@ def test_any_cut_gives_the_bits_of_one_call(
         patch.setattr(execute, "_LEAST", 16)
         patch.setattr(redraw, "_PART", part)
         patch.setattr(redraw, "_APART", 64)
+        patch.setattr(redraw, "_AT_ONCE", piece)
+        patch.setattr(redraw, "_FEW", few)
+        patch.setattr(redraw, "_MOST_KEPT", most_kept)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         with lateinit.deferred():
             model = filled(sizes, dtype, normal, draws)
@@ -95,6 +104,64 @@ def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr("lateinit.replay.Replay.call", None)  # any use of it fails
     assert torch.equal(ended, torch.get_rng_state())
     assert_equal(lateinit.materialize(model, threads=2), expected)
+
+
+@redraws
+@pytest.mark.parametrize("bound", [3.0, 2.0, 1.0])
+def test_rounds_that_were_made_to_count_them_are_not_made_again(
+    bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, normal = [300_000, 400_007], redraw.Normal(0.0, 1.0, -bound, bound)
+    expected = filled(sizes, torch.float32, normal, 3)
+    with lateinit.deferred() as program:
+        model = filled(sizes, torch.float32, normal, 3)
+    kept = list(chunks.kept_of(program)._found.values())
+    assert 0 < sum(len(late.places) for late in kept) < sum(sizes) / 200
+    again, made = redraw._Part.again, []
+
+    def counted(part: redraw._Part, look: bool = True) -> Any:
+        made.append(part.rounds + 1)
+        return again(part, look)
+
+    monkeypatch.setattr(redraw._Part, "again", counted)
+    assert_equal(lateinit.materialize(model), expected)
+    assert max(made, default=1) == kept[0].rounds
+
+
+@redraws
+def test_what_is_kept_is_not_taken_for_another_seed() -> None:
+    sizes, normal = [300_000, 400_007], redraw.Normal(0.0, 1.0, -2.0, 2.0)
+    torch.manual_seed(8)
+    expected = filled_from_here(sizes, torch.float32, normal)
+    with lateinit.deferred():
+        model = filled_from_here(sizes, torch.float32, normal)
+    assert_equal(lateinit.materialize(model, seed=8), expected)
+
+
+@redraws
+def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, normal = [300_000] * 5, redraw.Normal(0.0, 1.0, -2.0, 2.0)  # of each some 620
+    monkeypatch.setattr(redraw, "_MOST_KEPT", 2000)
+    expected = filled(sizes, torch.float32, normal, 0)
+    with lateinit.deferred() as program:
+        model = filled(sizes, torch.float32, normal, 0)
+    kept = chunks.kept_of(program)._found
+    assert len(kept) == 3
+    assert sum(len(late.places) for late in kept.values()) <= 2000
+    assert_equal(lateinit.materialize(model), expected)
+
+
+@redraws
+def test_what_is_kept_is_wanted_by_the_same_draw_alone() -> None:
+    kept, normal = redraw.Kept(), redraw.Normal(0.0, 1.0, -2.0, 2.0)
+    state, other = (state_of(torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    end = kept.after(state, torch.float32, 5000, normal)
+    assert kept.late(state, torch.float32, 5000, normal) is not None
+    assert kept.late(other, torch.float32, 5000, normal) is None
+    assert kept.late(end, torch.float32, 5000, normal) is None
+    assert kept.late(state, torch.float64, 5000, normal) is None
+    assert kept.late(state, torch.float32, 5001, normal) is None
+    assert kept.late(state, torch.float32, 5000, normal._replace(high=2.1)) is None
 
 
 def test_trials_are_no_part_of_what_is_recorded() -> None:
@@ -162,7 +229,7 @@ def test_bounds_that_are_hardly_ever_met_are_not_tried(
 
 
 @redraws
-@pytest.mark.parametrize("wrong", ["words", "_outside", "torch"])
+@pytest.mark.parametrize("wrong", ["words", "_outside", "late", "torch"])
 def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     normal = redraw.Normal(0.0, 0.5, -1.1, 1.0)  # numbers that were not tried before
     if wrong == "words":
@@ -171,6 +238,8 @@ def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.Mo
     elif wrong == "_outside":
         outside = redraw._outside
         monkeypatch.setattr(redraw, "_outside", lambda v, low, high: outside(v, low, high / 2))
+    elif wrong == "late":
+        monkeypatch.setattr(redraw.Late, "within", lambda late, start, end: late)
     else:  # a torch that redraws all where one lies outside
         monkeypatch.setattr(redraw, "by_name", lambda name: truncated_otherwise)
     assert not redraw.is_exact.__wrapped__(torch.float32, normal)

@@ -113,10 +113,22 @@ def words_of(fill: Fill, numel: int) -> int:
     return rng.words(fill.ops[0].name, fill.ref.dtype, numel)
 
 
-def after_redrawing(fill: Fill, state: bytes) -> bytes:
+def kept_of(program: Program) -> redraw.Kept:
+    """What is kept of the late rounds of a program's draws."""
+    kept: redraw.Kept = program.cache.setdefault("late", redraw.Kept())
+    return kept
+
+
+def after_redrawing(program: Program, fill: Fill, state: bytes) -> bytes:
     """Where the generator stands after a ``trunc_normal_`` that begins at ``state``."""
     normal = redraw.Normal(*fill.ops[0].args[1:])
-    return redraw.after(state, fill.ref.dtype, fill.ref.numel, normal)
+    return kept_of(program).after(state, fill.ref.dtype, fill.ref.numel, normal)
+
+
+def late_of(program: Program, fill: Fill, state: bytes) -> redraw.Late | None:
+    """What is kept of the late rounds of a ``trunc_normal_`` that begins at ``state``."""
+    normal = redraw.Normal(*fill.ops[0].args[1:])
+    return kept_of(program).late(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
 def run_piece(
@@ -124,12 +136,16 @@ def run_piece(
     storage: torch.UntypedStorage,
     piece: tuple[int, int],
     generator: torch.Generator | None,
+    late: redraw.Late | None = None,
 ) -> None:
-    """Fill one piece; with several kernels, in parts that stay in cache."""
+    """Fill one piece; with several kernels, in parts that stay in cache.
+
+    ``late`` is what is known of the late rounds of a ``trunc_normal_``.
+    """
     with torch.no_grad():
         flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
-        calls = calls_of(fill, generator)
         start, end = piece
+        calls = calls_of(fill, generator, late and late.within(start, end))
         # What redraws moves back and forth in the random stream, so that it wants long parts.
         whole = len(calls) == 1 or fill.ops[0].name == TRUNCATED
         length = end - start if whole else _IN_CACHE
@@ -141,16 +157,23 @@ def run_piece(
             start = stop
 
 
-def calls_of(fill: Fill, generator: torch.Generator | None) -> list[Callable[[Tensor], Any]]:
-    """The kernels of a fill, each to be called with a part; what draws, draws from a generator."""
+def calls_of(
+    fill: Fill, generator: torch.Generator | None, late: redraw.Late | None = None
+) -> list[Callable[[Tensor], Any]]:
+    """The kernels of a fill, each to be called with a part; what draws, draws from a generator.
+
+    Where something is known of late rounds, it is that of the one part.
+    """
     period = words_of(fill, fill.ref.numel)
-    return [_call(op, generator, period) for op in fill.ops]
+    return [_call(op, generator, period, late) for op in fill.ops]
 
 
-def _call(op: Op, generator: torch.Generator | None, period: int) -> Callable[[Tensor], Any]:
+def _call(
+    op: Op, generator: torch.Generator | None, period: int, late: redraw.Late | None
+) -> Callable[[Tensor], Any]:
     if op.name == TRUNCATED and generator is not None:
         normal = redraw.Normal(*op.args[1:])
-        return lambda part: redraw.draw(part, len(part), normal, generator, period)
+        return lambda part: redraw.draw(part, normal, generator, period, late)
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
     if op.draw is not None:
         kwargs["generator"] = generator

@@ -11,10 +11,12 @@ from functools import partial
 import torch
 
 from lateinit import mt19937
-from lateinit.chunks import PIECE, Fill, fill_of, pieces, run_piece, words_of
+from lateinit.chunks import PIECE, Fill, fill_of, late_of, pieces, run_piece, words_of
 from lateinit.memory import allocate
+from lateinit.ops import TRUNCATED
 from lateinit.plan import Step
 from lateinit.program import Draw
+from lateinit.redraw import Late
 from lateinit.replay import Replay, Storages, without_modes
 from lateinit.sharding import Shard, groups, run_leaves, shards_of
 
@@ -77,12 +79,16 @@ class _Started:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A piece of a fill, and how many words after the first draw of its run it is drawn."""
+    """A piece of a fill, and how many words after the first draw of its run it is drawn.
+
+    ``late`` is what is known of the late rounds of a ``trunc_normal_``.
+    """
 
     fill: Fill
     storage: torch.UntypedStorage
     piece: tuple[int, int]
     after: int
+    late: Late | None
     done: Future[None] = field(default_factory=Future)
 
 
@@ -169,10 +175,15 @@ class _Crew:
                 self._run.origin = (draw, into)
             else:
                 after = (words or 0) + into - self._run.origin[1]
-        job = _Job(fill, storage, piece, after)
+        job = _Job(fill, storage, piece, after, self._late(fill))
         self._run.jobs.append(job)
         self._run.numel += piece[1] - piece[0]
         return job.done
+
+    def _late(self, fill: Fill) -> Late | None:
+        if fill.draw is None or fill.ops[0].name != TRUNCATED:
+            return None
+        return late_of(self._replay.program, fill, self._replay.streams.state(fill.draw))
 
     def _words_to(self, draw: Draw) -> int | None:
         """The words from the draw that the run begins in to another one."""
@@ -206,7 +217,7 @@ def _work(jobs: list[_Job], state: bytes | None) -> None:
             if drawing is not None:
                 mt19937.move(drawing, job.after - at)
                 at = job.after + words_of(job.fill, job.piece[1] - job.piece[0])
-            run_piece(job.fill, job.storage, job.piece, drawing)
+            run_piece(job.fill, job.storage, job.piece, drawing, job.late)
             job.done.set_result(None)
     except Exception as error:  # noqa: BLE001
         for job in jobs:

@@ -5,11 +5,17 @@ whole tensor has elements, of which only those that take the place of an outlier
 Which rounds an element takes does not depend on the others, and where a round stands in the random
 stream is known. So a part of the tensor can be filled alone, by moving a generator from round to
 round; and in the later rounds, which few elements need, most is passed over instead of drawn.
+
+How many rounds there are is often wanted before the values are. What the few elements that need
+many of them come to is then kept, so that filling the tensor takes the first rounds only.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,8 +29,12 @@ from lateinit.cuts import UNIT, cut
 from lateinit.ops import TRUNCATED, by_name
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
+_FEW = 8  # outliers in a part up to which only the 16 elements around each are drawn
 _APART = 1 << 21  # elements from which on several threads look for the number of rounds
+_AT_ONCE = 1 << 23  # elements whose outliers are remembered at a time
 _MOST_ROUNDS = 64  # in a trial; few bounds take so many, those far out would take for ever
+_LATE = 1 / 256  # the share of the elements that are to need more than the first rounds
+_MOST_KEPT = 1 << 20  # elements, of all the draws of a program: 12 bytes each in float32
 
 
 class Normal(NamedTuple):
@@ -41,50 +51,104 @@ def words(dtype: torch.dtype, numel: int) -> int:
     return rng.words("aten::normal_", dtype, numel)
 
 
+class Late(NamedTuple):
+    """What those elements come to in the end that the first few rounds leave outside."""
+
+    rounds: int
+    places: Tensor
+    values: Tensor
+
+    def within(self, start: int, end: int) -> Late:
+        """Those of a part, whose places count from its start."""
+        first, last = np.searchsorted(self.places.numpy(), (start, end)).tolist()
+        return Late(self.rounds, self.places[first:last] - start, self.values[first:last])
+
+
 def draw(
-    target: Tensor, numel: int, normal: Normal, generator: torch.Generator, period: int
-) -> int:
-    """Draw a part of a tensor: ``numel`` contiguous elements, 16 or more, from a multiple of 16 on.
+    target: Tensor,
+    normal: Normal,
+    generator: torch.Generator,
+    period: int,
+    late: Late | None = None,
+) -> None:
+    """Draw a part of a tensor: contiguous elements, 16 or more, from a multiple of 16 on.
 
     Args:
-        target: what is filled; if it is shorter, values are not kept, only rounds counted.
-        numel: how many elements the part has.
+        target: what is filled.
         normal: the numbers.
         generator: stands where the first round draws this part, and is left where that ends.
         period: how many words one round of the whole tensor takes.
-
-    Returns:
-        How many rounds it takes until none of these elements lies outside the bounds.
+        late: what the later rounds give, if it is known.
     """
-    dtype, kept = target.dtype, len(target) == numel
-    low, high = (torch.tensor(bound, dtype=dtype, device="cpu").item() for bound in normal[2:])
-    scratch = torch.empty(_PART + UNIT, dtype=dtype, device="cpu")
-    certain, outliers = surely_within(dtype, *normal), []
-    for start, end in cut(numel, _PART):
-        part = target[start:end] if kept else scratch[: end - start]
-        if certain:
-            part.normal_(*normal[:2], generator=generator)
-            continue
-        places = _outside(part.normal_(*normal[:2], generator=generator), low, high)
-        if len(places):
-            outliers.append((start, end, places))
-    later, at = mt19937.generator_at(mt19937.state_of(generator)), words(dtype, numel)
-    rounds = 1
-    while outliers:
-        still = []
+    part = _Part(target.dtype, len(target), normal, period)
+    most = math.inf if late is None else late.rounds
+    part.first(generator, target, look=most > 1)
+    while part.outliers and part.rounds < most:
+        for start, places, drawn in part.again(look=part.rounds + 1 < most):
+            target[start:][places] = drawn
+    if late is not None:
+        target[late.places] = late.values
+
+
+class _Part:
+    """A part of a tensor, drawn round by round."""
+
+    def __init__(self, dtype: torch.dtype, numel: int, normal: Normal, period: int) -> None:
+        self.rounds = 0
+        self.outliers: list[tuple[int, int, Tensor]] = []  # a range, and places from its start on
+        self._dtype, self._numel, self._normal, self._period = dtype, numel, normal, period
+        bounds = (torch.tensor(bound, dtype=dtype, device="cpu").item() for bound in normal[2:])
+        self._low, self._high = bounds
+        self._unit = words(dtype, UNIT)
+        self._scratch = torch.empty(_PART + UNIT, dtype=dtype, device="cpu")
+
+    def first(self, generator: torch.Generator, target: Tensor | None, look: bool) -> None:
+        """The first round, into the target if there is one; finds what lies outside, or not."""
+        self._later = mt19937.generator_at(mt19937.state_of(generator))
+        self._at = 0
+        look = look and not surely_within(self._dtype, *self._normal)
+        for start, end in cut(self._numel, _PART):
+            part = self._scratch[: end - start] if target is None else target[start:end]
+            part.normal_(*self._normal[:2], generator=generator)
+            if look:
+                self._note(start, end, part, None)
+        self.rounds = 1
+
+    def again(self, look: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """One more round: starts, places from there on, and what is drawn for them."""
+        outliers, self.outliers = self.outliers, []
         for start, end, places in outliers:
-            begin = rounds * period + words(dtype, start)
-            mt19937.move(later, begin - at)
-            drawn = scratch[: end - start].normal_(*normal[:2], generator=later)[places]
-            at = begin + words(dtype, end - start)
-            if kept:
-                target[start:end][places] = drawn
-            again = _outside(drawn, low, high)
-            if len(again):
-                still.append((start, end, places[again]))
-        outliers = still
-        rounds += 1
-    return rounds
+            self._draw(start, end, places)
+            drawn = self._scratch[places]
+            yield start, places, drawn
+            if look:
+                self._note(start, end, drawn, places)
+        self.rounds += 1
+
+    def places(self) -> Tensor:
+        """All places that lie outside, in order."""
+        return torch.cat([start + places for start, _, places in self.outliers])
+
+    def _note(self, start: int, end: int, drawn: Tensor, places: Tensor | None) -> None:
+        found = _outside(drawn, self._low, self._high)
+        if len(found):
+            self.outliers.append((start, end, found if places is None else places[found]))
+
+    def _draw(self, start: int, end: int, places: Tensor) -> None:
+        """Draw a range anew, or no more of it than its places need."""
+        if len(places) > _FEW:
+            self._normals(start, start, end)
+            return
+        last = (self._numel - UNIT) // UNIT * UNIT
+        for unit in dict.fromkeys(min(start + p // UNIT * UNIT, last) for p in places.tolist()):
+            self._normals(start, unit, unit + UNIT if unit < last else self._numel)
+
+    def _normals(self, start: int, first: int, end: int) -> None:
+        begin = self.rounds * self._period + first // UNIT * self._unit
+        mt19937.move(self._later, begin - self._at)
+        part = self._scratch[first - start : end - start]
+        part.normal_(*self._normal[:2], generator=self._later)
+        self._at = begin + words(self._dtype, end - first)
 
 
 def _outside(values: Tensor, low: float, high: float) -> Tensor:
@@ -99,26 +163,110 @@ def draws_once(dtype: torch.dtype, normal: Normal) -> bool:
 
 
 def after(
-    state: bytes, dtype: torch.dtype, numel: int, normal: Normal, threads: int | None = None
-) -> bytes:
-    """Where a generator stands after a whole ``trunc_normal_``, found by up to some threads."""
+    state: bytes,
+    dtype: torch.dtype,
+    numel: int,
+    normal: Normal,
+    threads: int | None = None,
+    most: int = 0,
+) -> tuple[bytes, Late | None]:
+    """Where a generator stands after a whole ``trunc_normal_``, found by up to some threads.
+
+    What the late rounds give comes with it, unless that is more than ``most`` elements.
+    """
     count = (threads or torch.get_num_threads()) if numel >= _APART else 1
     period = words(dtype, numel)
 
-    def rounds(part: tuple[int, int]) -> int:
+    def surveyed(part: tuple[int, int]) -> tuple[int, Late]:
         start, end = part
         generator = mt19937.generator_at(mt19937.jump(state, words(dtype, start)))
-        nothing = torch.empty(0, dtype=dtype, device="cpu")
         with torch.no_grad():
-            return draw(nothing, end - start, normal, generator, period)
+            rounds, late = _survey(dtype, end - start, normal, generator, period)
+        return rounds, late._replace(places=late.places + start)
 
-    parts = cut(numel, -(-numel // count))
-    if len(parts) == 1:
-        most = rounds(parts[0])
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool:
-            most = max(pool.map(rounds, parts))
-    return mt19937.jump(state, most * period)
+    parts = cut(numel, min(-(-numel // count), _AT_ONCE))
+    if count == 1:
+        return _together(map(surveyed, parts), state, period, most)
+    with ThreadPoolExecutor(count) as pool:
+        return _together(pool.map(surveyed, parts), state, period, most)
+
+
+def _together(
+    surveys: Iterable[tuple[int, Late]], state: bytes, period: int, most: int
+) -> tuple[bytes, Late | None]:
+    rounds, total, lates = 0, 0, []
+    for needed, late in surveys:
+        rounds, total = max(rounds, needed), total + len(late.places)
+        lates.append(late)
+        if total > most:
+            lates.clear()
+    end = mt19937.jump(state, rounds * period)
+    if total > most:
+        return end, None
+    places, values = (torch.cat(list(those)) for those in list(zip(*lates, strict=True))[1:])
+    return end, Late(lates[0].rounds, places, values)
+
+
+def _survey(
+    dtype: torch.dtype,
+    numel: int,
+    normal: Normal,
+    generator: torch.Generator,
+    period: int,
+) -> tuple[int, Late]:
+    """How many rounds a part takes, and what the late ones give."""
+    part, early = _Part(dtype, numel, normal, period), _early(normal)
+    part.first(generator, None, look=True)
+    late = Late(early, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype))
+    while part.outliers:
+        if part.rounds == early:
+            places = part.places()
+            late = Late(early, places, torch.empty(len(places), dtype=dtype))
+        for start, places, drawn in part.again():
+            if len(late.places):
+                at = np.searchsorted(late.places.numpy(), places.numpy() + start)
+                late.values[torch.from_numpy(at)] = drawn
+    return part.rounds, late
+
+
+@functools.lru_cache(maxsize=1024)
+def _early(normal: Normal) -> int:
+    """The number of rounds that leave few elements outside."""
+    mean, std, low, high = normal
+    if not std > 0:
+        return 1
+    below, above = ((bound - mean) / std / math.sqrt(2) for bound in (low, high))
+    outside = (math.erfc(-below) + math.erfc(above)) / 2
+    rounds, share = 1, outside
+    while share > _LATE and rounds < _MOST_ROUNDS:
+        rounds, share = rounds + 1, share * outside
+    return rounds
+
+
+class Kept:
+    """What is kept of the late rounds of the draws of a program.
+
+    Found again by all that a draw depends on, so that it is right whatever was drawn before.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], Late] = {}
+
+    def after(self, state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> bytes:
+        """Where a generator stands after a whole ``trunc_normal_``."""
+        left = _MOST_KEPT - sum(len(late.places) for late in list(self._found.values()))
+        end, late = after(state, dtype, numel, normal, most=left)
+        if late is not None:
+            self._found[_key(state, dtype, numel, normal)] = late
+        return end
+
+    def late(self, state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> Late | None:
+        """What the late rounds of a whole ``trunc_normal_`` give, if it is kept."""
+        return self._found.get(_key(state, dtype, numel, normal)) if self._found else None
+
+
+def _key(state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> tuple[object, ...]:
+    return hashlib.sha256(state).digest(), dtype, numel, normal
 
 
 @functools.lru_cache(maxsize=1024)
@@ -132,7 +280,7 @@ def is_exact(dtype: torch.dtype, normal: Normal) -> bool:
 
 def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
     numel, middle = 40 * UNIT + 5, 24 * UNIT
-    whole, parts = (torch.zeros(numel, dtype=dtype, device="cpu") for _ in range(2))
+    whole = torch.zeros(numel, dtype=dtype, device="cpu")
     state = mt19937.state_of(torch.Generator().manual_seed(1))
     generator = mt19937.generator_at(state)
     by_name(TRUNCATED).func(whole, *normal, generator=generator)
@@ -140,7 +288,13 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
     # What lies mostly outside is drawn in another way, by rounds of normals never.
     if all(mt19937.jump(state, n * period) != ended for n in range(1, _MOST_ROUNDS + 1)):
         return False
-    for start, end in ((middle, numel), (0, middle)):
-        place = mt19937.generator_at(mt19937.jump(state, words(dtype, start)))
-        draw(parts[start:end], end - start, normal, place, period)
-    return torch.equal(whole, parts) and ended == after(state, dtype, numel, normal, threads=1)
+    end, late = after(state, dtype, numel, normal, threads=1, most=numel)
+    for known in (None, late):
+        parts = torch.zeros(numel, dtype=dtype, device="cpu")
+        for start, stop in ((middle, numel), (0, middle)):
+            place = mt19937.generator_at(mt19937.jump(state, words(dtype, start)))
+            part_late = known and known.within(start, stop)
+            draw(parts[start:stop], normal, place, period, part_late)
+        if not torch.equal(whole, parts):
+            return False
+    return ended == end

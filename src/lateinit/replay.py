@@ -263,7 +263,7 @@ def draw_only(program: Program, number: int, generator: torch.Generator) -> None
     fill = fill_of(program, Step((number,), ())) if op.name == ops.TRUNCATED else None
     if fill is not None:
         with without_modes():
-            set_state(generator, after_redrawing(fill, state_of(generator)))
+            set_state(generator, after_redrawing(program, fill, state_of(generator)))
         return
     replay = Replay(program)
     with replay.session():
