@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -385,3 +386,77 @@ def test_second_block_may_change_what_is_materialised_already() -> None:
     with lateinit.deferred():
         nn.init.xavier_uniform_(model.dec.weight)
     assert_same(eager, lateinit.materialize(model))
+
+
+def half(**options: Any) -> tuple[nn.Linear, torch.Tensor]:
+    """A layer that is materialised and then changed, and a view of its weight that is deferred."""
+    layer = lateinit.deferred_init(nn.Linear, 3, 3)
+    view = layer.weight.data[1:]
+    lateinit.materialize(layer, **options)
+    with torch.no_grad():
+        layer.weight.zero_()
+    return layer, view
+
+
+AFTER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cloned": torch.clone,
+    "copied deeply": copy.deepcopy,
+    "viewed": lambda t: t[1],
+    "computed with": lambda t: t * 2,
+    "in a list": lambda t: torch.stack([t, t]),
+    "sent": lambda t: t.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("use", AFTER.values(), ids=list(AFTER))
+def test_view_of_what_was_materialised_has_the_values_of_now(
+    use: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    _, view = half()
+    assert not use(view).any()
+
+
+def test_write_to_a_view_of_what_was_materialised_is_a_write_to_it() -> None:
+    layer, view = half()
+    view.fill_(3)
+    assert layer.weight[1:].eq(3).all()
+    assert view.data_ptr() == layer.weight[1:].data_ptr()
+
+
+def test_copy_into_a_view_of_what_was_materialised_in_another_dtype() -> None:
+    layer, view = half(dtype=torch.bfloat16)
+    view.copy_(torch.ones(2, 3))
+    assert view.dtype == torch.bfloat16
+    assert layer.weight[1:].eq(1).all()
+    assert layer.weight.untyped_storage().nbytes() == 18
+
+
+IN_A_BLOCK: dict[str, Callable[[torch.Tensor], Any]] = {
+    "read": lambda t: t.sum().item(),
+    "computed with": lambda t: t * 2,
+    "filled": nn.init.ones_,
+    "changed": lambda t: t.mul_(2),
+    "as an array": torch.Tensor.numpy,
+    "copied deeply": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("use", IN_A_BLOCK.values(), ids=list(IN_A_BLOCK))
+def test_view_of_what_was_materialised_is_refused_in_a_block(
+    use: Callable[[torch.Tensor], Any],
+) -> None:
+    layer, view = half()
+    with pytest.raises(RecordingError, match="shares its memory with a tensor that is mater"):
+        lateinit.deferred_init(use, view)
+    assert not lateinit.materialize(view).any()
+    lateinit.deferred_init(lambda: view.fill_(1))
+    assert layer.weight[1:].eq(1).all()
+
+
+def test_view_that_outlives_its_tensor_in_a_block_is_refused_there() -> None:
+    with lateinit.deferred():
+        layer = nn.Linear(3, 3)
+        view = layer.weight.data
+        lateinit.materialize(layer)
+        with pytest.raises(RecordingError, match="shares its memory"):
+            view.fill_(3)

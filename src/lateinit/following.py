@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lateinit.arguments import META, tensors_in
 from lateinit.errors import DeferredTensorError
+from lateinit.giving import share
 from lateinit.masquerade import Masquerade
 from lateinit.ops import OpInfo, spoken
 from lateinit.recorder import Recorder, current, in_force
@@ -85,8 +86,11 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """Run something on deferred tensors outside the block that recorded them."""
     if current() is not None:
         return func(*args, **kwargs)
-    first = next((t for t in tensors_in(args, kwargs) if is_deferred_tensor(t)), None)
-    if first is None:
+    deferred = [t for t in tensors_in(args, kwargs) if is_deferred_tensor(t)]
+    for tensor in deferred:
+        share(tensor)  # what was materialised may have been changed since
+    first = next(filter(is_deferred_tensor, deferred), None)
+    if first is None or first is not deferred[0]:
         return func(*args, **kwargs)
     _, program, _ = locate(first)
     with in_force(Follower(program), _OutsideMasquerade):

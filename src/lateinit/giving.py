@@ -16,7 +16,7 @@ from lateinit.errors import DeferredTensorError
 from lateinit.memory import allocate
 from lateinit.program import TensorRef
 from lateinit.replay import Replay, without_modes
-from lateinit.tensors import DeferredTensor, Slot, held, is_dtensor, locate, unguard
+from lateinit.tensors import DeferredTensor, Slot, held, is_dtensor, locate, slot_of, unguard
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,15 @@ class _Detached(torch.autograd.Function):
         )
 
 
+def share(tensor: Tensor) -> None:
+    """Let a deferred tensor have the storage that took the place of its own, if one did."""
+    slot = slot_of(tensor)
+    if slot is not None and slot.real is not None:
+        _, _, ref = locate(tensor)
+        with without_modes():
+            give(tensor, ref._replace(dtype=Cast(*slot.cast).dtype_of(ref)), slot.real)
+
+
 def adopt(tensor: Tensor, source: Tensor) -> None:
     """``tensor.copy_(source)`` for a deferred tensor: it becomes real, with those values."""
     slot, program, ref = locate(tensor)
@@ -167,11 +176,11 @@ def adopt(tensor: Tensor, source: Tensor) -> None:
 def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None) -> None:
     """Give a deferred tensor memory, shared with those on its storage, and no values."""
     slot, program, ref = locate(tensor)
-    with without_modes():
-        if slot.real is None:
-            known = program.storages[ref.storage]
+    if slot.real is None:
+        known = program.storages[ref.storage]
+        with without_modes():
             slot.real = allocate(known.nbytes, torch.device(device or known.device))
-        give(tensor, ref, slot.real)
+    share(tensor)
 
 
 DeferredTensor.adopt = staticmethod(adopt)

@@ -11,6 +11,7 @@ be silently miscomputed with, and that survives ``deepcopy`` and pickling.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import weakref
@@ -206,7 +207,7 @@ class DeferredTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = DeferredTensor.follow(copied_by_deepcopy, (self, memo), {})
+            memo[id(self)] = DeferredTensor.follow(_deepcopied, (self, memo), {})
         copied: Tensor = memo[id(self)]
         return copied
 
@@ -300,6 +301,13 @@ def original_class(tensor: Tensor) -> type[Tensor]:
         return nn.Parameter if tensor.__dict__.get("_is_param") else torch.Tensor
     original: type[Tensor] = getattr(type(tensor), "original", type(tensor))
     return original
+
+
+def _deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    if is_deferred_tensor(tensor):
+        return copied_by_deepcopy(tensor, memo)
+    copied: Tensor = copy.deepcopy(tensor, memo)
+    return copied
 
 
 def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:

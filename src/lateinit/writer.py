@@ -22,7 +22,7 @@ from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRe
 from lateinit.realdata import RealData, is_plain
 from lateinit.replay import Replay, Storages, flat, without_modes
 from lateinit.sharing import SharedMemory
-from lateinit.tensors import ON_META, Slot, attach, slot_of
+from lateinit.tensors import ON_META, Slot, attach, described, slot_of
 from lateinit.values import Values
 
 _CPU = torch.device("cpu")
@@ -50,6 +50,12 @@ class Writer:
         return self._ref(slot, tensor)
 
     def _ref(self, slot: Slot, tensor: Tensor) -> TensorRef:
+        if slot.real is not None:
+            raise RecordingError(
+                f"{described(tensor)} shares its memory with a tensor that is materialised, whose "
+                "values may have changed since: call lateinit.materialize() on this one too, "
+                "before it is used in a block"
+            )
         program, number = slot.resolve()
         if program is not self.program:
             self.program.absorb(program)
