@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pickle
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -427,6 +428,34 @@ def test_outside_data_that_changed_since_is_noticed() -> None:
     lateinit.materialize(model, only=["first.*", "last.*"])
     assert still_deferred(model) == ["table"]
     assert torch.equal(eager.table, kept)
+
+
+UNSEEN: dict[str, Callable[[torch.Tensor], Any]] = {
+    "through .data": lambda t: t.data.zero_(),
+    "through an array": lambda t: t.numpy().fill(0),
+    "by one element": lambda t: t.data[199, 199].add_(1),
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN.values(), ids=list(UNSEEN))
+def test_real_data_changed_without_its_version_is_noticed(
+    change: Callable[[torch.Tensor], Any],
+) -> None:
+    table = torch.randn(200, 200)
+    double = lateinit.deferred_init(lambda: torch.zeros(200, 200) + table)
+    change(table)
+    with pytest.raises(ConstantChangedError, match="changed in place"):
+        lateinit.materialize(double)
+
+
+def test_real_data_that_is_what_it_was_is_taken_again() -> None:
+    table = torch.randn(200, 200)
+    table.add_(1)
+    double = lateinit.deferred_init(lambda: torch.zeros(200, 200) + table)
+    loaded = pickle.loads(pickle.dumps(double))
+    table.neg_().neg_()
+    assert torch.equal(lateinit.materialize(double), table)
+    assert torch.equal(lateinit.materialize(loaded), table)
 
 
 def test_small_outside_data_may_change() -> None:

@@ -186,10 +186,10 @@ class Storage:
 
 @dataclass(slots=True)
 class Constant:
-    """Real data kept by a program; ``version`` is None where the program owns the data."""
+    """Real data kept by a program; ``checksum`` is None where the program owns the data."""
 
     tensor: Tensor
-    version: int | None
+    checksum: int | None
 
 
 class Ambient(NamedTuple):

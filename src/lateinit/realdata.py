@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
+from lateinit.memory import as_bytes
 from lateinit.program import Const, Constant, Program
 
 _SMALL = 1 << 16
@@ -14,7 +17,8 @@ class RealData:
     """The real tensors that recorded ops read.
 
     Data of up to 64 KiB, and data that numpy could change behind our back, is copied; other data
-    is kept as it is, with its version, and copied before an op of the block writes to it.
+    is kept as it is, with its checksum, and copied before an op of the block writes to it. Its
+    version would not do: that does not count what is written through ``.data`` or an array.
     """
 
     def __init__(self, program: Program) -> None:
@@ -29,7 +33,7 @@ class RealData:
         small = tensor.numel() * tensor.element_size() <= _SMALL
         if small or not storage.resizable() or tensor.is_inference():
             return self.own(copied(tensor))
-        constant = self._keep(Constant(tensor, tensor._version))
+        constant = self._keep(Constant(tensor, checksum(tensor)))
         self._kept.setdefault(storage._cdata, []).append(constant.number)
         return constant
 
@@ -48,6 +52,11 @@ class RealData:
         for number in self._kept.pop(tensor.untyped_storage()._cdata, ()):
             constant = self.program.constants[number]
             self.program.constants[number] = Constant(copied(constant.tensor), None)
+
+
+def checksum(tensor: Tensor) -> int:
+    """A checksum of a tensor's bits, for a caller that no mode hears."""
+    return zlib.crc32(as_bytes(tensor).cpu().numpy().data)
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lateinit.memory import LARGE, allocate
 from lateinit.mt19937 import set_state, state_of
 from lateinit.plan import Step, plan_storages
 from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
+from lateinit.realdata import checksum
 from lateinit.streams import Streams
 
 Storages = dict[int, torch.UntypedStorage]
@@ -76,6 +77,7 @@ class Replay:
         # What the small storages of the last step were allocated as: no other window is needed.
         self.windows: dict[int, tuple[TensorRef, Tensor]] = {}
         self.cursor: dict[int, tuple[int, torch.Generator]] = {}
+        self._unchanged: set[int] = set()  # constants whose checksum was found to hold
         self._settings: contextlib.ExitStack | None = None
         self._ambient = -1
 
@@ -194,12 +196,14 @@ class Replay:
 
     def _constant(self, index: int) -> Tensor:
         constant = self.program.constants[index]
-        if constant.version is not None and constant.tensor._version != constant.version:
-            raise ConstantChangedError(
-                f"a real tensor of shape {tuple(constant.tensor.shape)} that the recorded "
-                "construction reads was changed in place afterwards: materialise before changing "
-                "it, or pass a copy to the constructor"
-            )
+        if constant.checksum is not None and index not in self._unchanged:
+            if checksum(constant.tensor) != constant.checksum:
+                raise ConstantChangedError(
+                    f"a real tensor of shape {tuple(constant.tensor.shape)} that the recorded "
+                    "construction reads was changed in place afterwards: materialise before "
+                    "changing it, or pass a copy to the constructor"
+                )
+            self._unchanged.add(index)
         return constant.tensor
 
     def _provide(self, number: int, storages: Storages) -> None:
