@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import L1Unstructured
 from torch.utils.weak import WeakIdKeyDictionary
 
 import lateinit
+from lateinit.errors import DeferredTensorError
 from lateinit.replay import Replay
 from tests.cases import Bag
 from tests.snapshots import assert_same, snapshot, tensors_of
@@ -345,6 +347,35 @@ def test_what_is_computed_from_deferred_tensors_is_deferred_too(
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
     assert_same(eager, lateinit.materialize(model))
+
+
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "an element": lambda mask, weight: mask.__setitem__((0, 1), 5),
+    "where a mask is": lambda mask, weight: mask.__setitem__(weight > 0, 0),
+    "at places": lambda mask, weight: mask.view(-1).__setitem__(weight.view(-1).argsort()[:9], 0),
+    "where": lambda mask, weight: mask.copy_(torch.where(weight > 0, 1.0, 0.0)),
+    "a row": lambda mask, weight: mask.__setitem__(0, weight[1]),
+    "a real scalar": lambda mask, weight: mask.__setitem__(0, torch.tensor(4.0)),
+    "pruned": lambda mask, weight: mask.mul_(L1Unstructured(0.3).compute_mask(weight, mask)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_what_was_made_of_deferred_tensors_can_be_written(
+    write: Callable[[torch.Tensor, torch.Tensor], Any],
+) -> None:
+    eager, model = twins()
+    for layer in (eager.enc, model.enc):
+        layer.mask = torch.ones_like(layer.weight)
+        write(layer.mask, layer.weight.detach())
+    assert_same(eager, lateinit.materialize(model))
+
+
+def test_unrecorded_meta_tensor_is_not_written_to_a_deferred_one() -> None:
+    copied = lateinit.deferred_init(torch.ones, 3).clone()
+    with pytest.raises(DeferredTensorError, match="on meta, and was never recorded, to a deferred"):
+        copied.mul_(torch.zeros(3, device="meta"))
+    assert lateinit.materialize(copied).tolist() == [1, 1, 1]
 
 
 def test_model_moved_to_where_it_is_stays_what_it_is() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lateinit.arguments import META, tensors_in
@@ -23,7 +24,13 @@ from lateinit.tensors import DeferredTensor, described, guard, is_deferred_tenso
 
 
 class Follower(Recorder):
-    """Extends a program outside its block, as far as that is honest."""
+    """Extends a program outside its block, as far as that is honest.
+
+    ``meant`` is the device of the tensors that a call is about, if none is on meta but deferred
+    ones: what the call makes on meta, such as the number in ``mask[0] = 1``, is then meant for it.
+    """
+
+    meant: torch.device | None = None
 
     def dispatch(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = tensors_in(args, kwargs)
@@ -32,13 +39,15 @@ class Follower(Recorder):
         if own:
             # Here a deferred tensor's device is meta: that of another one is what was meant.
             kwargs = kwargs | {"device": self.device_of(deferred[0])}
+        elif not deferred and self.meant and kwargs.get("device") == META and not info.random:
+            return self.record(info, args, kwargs | {"device": self.meant}, [])
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or elsewhere:
             return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
         among_meta = len(deferred) < len([t for t in tensors if t.is_meta])
         if among_meta and info.writes_unsaid:
             return info.func(*args, **kwargs)  # shape propagation through batch norm
-        self._refuse_values(info, args, kwargs, deferred)
+        self._refuse_values(info, args, kwargs, deferred, among_meta=among_meta)
         if among_meta:
             return info.func(*args, **kwargs)
         return self._named(self.record(info, args, kwargs, deferred), deferred[0])
@@ -58,6 +67,8 @@ class Follower(Recorder):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deferred: list[Tensor],
+        *,
+        among_meta: bool,
     ) -> None:
         op = spoken(info.name)
         given = tuple(args[i] for i in info.mutates)
@@ -68,6 +79,11 @@ class Follower(Recorder):
                     "do it inside "
                     "`with lateinit.deferred():` so that it is recorded, or after "
                     "lateinit.materialize()"
+                )
+            if is_deferred_tensor(written) and among_meta:
+                raise DeferredTensorError(
+                    f"{op} would write what is on meta, and was never recorded, to "
+                    f"{described(written)}: build it inside `with lateinit.deferred():` too"
                 )
         if info.random or (not info.returns_tensor and not info.mutates):
             raise DeferredTensorError(
@@ -86,14 +102,18 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """Run something on deferred tensors outside the block that recorded them."""
     if current() is not None:
         return func(*args, **kwargs)
-    deferred = [t for t in tensors_in(args, kwargs) if is_deferred_tensor(t)]
+    tensors = tensors_in(args, kwargs)
+    deferred = [t for t in tensors if is_deferred_tensor(t)]
     for tensor in deferred:
         share(tensor)  # what was materialised may have been changed since
     first = next(filter(is_deferred_tensor, deferred), None)
     if first is None or first is not deferred[0]:
         return func(*args, **kwargs)
     _, program, _ = locate(first)
-    with in_force(Follower(program), _OutsideMasquerade):
+    follower = Follower(program)
+    if len([t for t in tensors if t.is_meta]) == len(deferred):
+        follower.meant = follower.device_of(first)
+    with in_force(follower, _OutsideMasquerade):
         result = func(*args, **kwargs)
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
