@@ -52,6 +52,9 @@ class Follower(Recorder):
             return info.func(*args, **kwargs)
         return self._named(self.record(info, args, kwargs, deferred), deferred[0])
 
+    def _draw(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Nothing is drawn after a block; replay finds out where an op does so unsaid."""
+
     def _named(self, result: Any, source: Tensor) -> Any:
         """Let what is made of a tensor go by its name, in messages."""
         origin = slot_of(source)
@@ -85,7 +88,8 @@ class Follower(Recorder):
                     f"{op} would write what is on meta, and was never recorded, to "
                     f"{described(written)}: build it inside `with lateinit.deferred():` too"
                 )
-        if info.random or (not info.returns_tensor and not info.mutates):
+        drawn = info.random and not info.foreign
+        if drawn or (not info.returns_tensor and not info.mutates):
             raise DeferredTensorError(
                 f"{op} needs the values of {described(deferred[0])}, which has none yet: call "
                 "lateinit.materialize() first"

@@ -47,6 +47,16 @@ _WRITES_UNSAID = {
     "aten::batch_norm_gather_stats_with_counts": (3, 4),
 }
 
+# The namespaces of torch's own operators, whose schemas say which of them draw.
+_TORCHS = frozenset(
+    {
+        *("aten", "prims", "quantized", "_quantized", "quantization", "sparse"),
+        *("mkl", "mkldnn", "mkldnn_prepacked", "onednn", "inductor", "inductor_prims"),
+        *("static_runtime", "profiler", "export", "symm_mem", "_dtensor"),
+        *("c10d", "_c10d_functional", "_c10d_functional_autograd"),
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class OpInfo:
@@ -55,7 +65,8 @@ class OpInfo:
     ``mutates`` and ``mutates_kw`` are the positional and keyword arguments that it writes;
     ``overwrites`` says that it writes ``self`` wholly and without reading it; ``scalar_inplace``
     that it changes values in place and, given no other tensor, can change nothing else, so that
-    no kernel is needed to know its output.
+    no kernel is needed to know its output; ``foreign`` that it is not torch's, so that its schema
+    may keep from us that it draws: ``random`` says that it could.
     """
 
     func: Callable[..., Any]
@@ -71,6 +82,7 @@ class OpInfo:
     from_sizes: bool
     metadata_only: bool
     writes_unsaid: bool = False
+    foreign: bool = False
 
 
 _KNOWN: dict[OpOverload, OpInfo] = {}
@@ -131,15 +143,17 @@ def _examine(func: OpOverload) -> OpInfo:
     mutates = _WRITES_UNSAID.get(name) or tuple(
         i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only
     )
-    base = name.split("::")[1].split(".")[0]
+    namespace, base = name.split(".")[0].split("::")
     inplace_view = torch.Tag.inplace_view in func.tags
     names = {a.name for a in arguments}
+    random = torch.Tag.nondeterministic_seeded in func.tags or "generator" in names
+    foreign = namespace not in _TORCHS and not random
     return OpInfo(
         func=func,
         name=name,
         mutates=mutates,
         mutates_kw=tuple(a.name for i, a in enumerate(arguments) if written[i] and a.kwarg_only),
-        random=torch.Tag.nondeterministic_seeded in func.tags or "generator" in names,
+        random=random or foreign,
         takes_generator="generator" in names,
         takes_device="device" in names,
         returns_tensor=any("Tensor" in str(r.type) for r in schema.returns),
@@ -150,4 +164,5 @@ def _examine(func: OpOverload) -> OpInfo:
         from_sizes="_like" in base or base.startswith("new_"),
         metadata_only=inplace_view,
         writes_unsaid=name in _WRITES_UNSAID,
+        foreign=foreign,
     )

@@ -170,14 +170,18 @@ class Recorder(Writer, TorchDispatchMode):
             return self._lift(data) if data.untyped_storage().resizable() else data
         written = [t for i in info.mutates for t in tensors_in((args[i],), {})]
         written += tensors_in((), {k: kwargs.get(k) for k in info.mutates_kw})
-        if not written and (info.random or info.from_sizes):
+        if not written and not info.foreign and (info.random or info.from_sizes):
             return self.record(info, args, kwargs, [])
         for tensor in written:
             self.data.before_write(tensor)
         if info.random:
             self.settle()
-            self.program.seed_bound = f"{info.name} drew into a real tensor"
+        before = torch.default_generator.get_state() if info.foreign else None
         result = info.func(*args, **kwargs)
+        if info.random and (
+            before is None or not before.equal(torch.default_generator.get_state())
+        ):
+            self.program.seed_bound = f"{info.name} drew into a real tensor"
         if written and self.shared:
             self.shared.take_back(every=True)
         return result

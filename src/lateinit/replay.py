@@ -168,6 +168,8 @@ class Replay:
         info = ops.by_name(op.name)
         func = _METHODS.get(op.name, info.func)
         if op.draw is None:
+            if info.foreign:
+                return flat(_drawing_nothing(lambda: func(*args, **kwargs)))
             return flat(func(*args, **kwargs))
         generator = self._generator(op.draw)
         if info.takes_generator:
@@ -290,6 +292,18 @@ def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> An
         generator.set_state(default.get_state())
     finally:
         default.set_state(before)
+    return result
+
+
+def _drawing_nothing(call: Callable[[], Any]) -> Any:
+    before = torch.get_rng_state()
+    result = call()
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise RuntimeError(
+            "it drew random numbers after the block that recorded its arguments: call it in the "
+            "block, or after materialising them"
+        )
     return result
 
 
