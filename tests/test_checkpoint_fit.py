@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from torch import nn
 import lateinit
 from lateinit.errors import (
     DeferredTensorError,
-    LateinitError,
     MismatchError,
     NotRecordedError,
 )
@@ -24,7 +22,7 @@ from tests.snapshots import assert_same, snapshot
 from tests.twins import Net, assert_untouched, run_alone, still_deferred, twins
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 State = dict[str, torch.Tensor]
 
@@ -400,159 +398,6 @@ def test_a_layout_other_than_the_files_is_kept(tmp_path: Path) -> None:
     assert_same(eager, model)
 
 
-# -- modules that load in their own way ------------------------------------------------------------
-
-
-class Fused(nn.Module):
-    """Splits what older versions kept together, and renames."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.scale = nn.Parameter(torch.ones(1))
-        self._register_load_state_dict_pre_hook(self._split)
-
-    def _split(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for kind in ("weight", "bias"):
-            fused = state.pop(f"{prefix}qk.{kind}", None)
-            if fused is not None:
-                state[f"{prefix}q.{kind}"], state[f"{prefix}k.{kind}"] = fused.chunk(2)
-        if f"{prefix}gain" in state:
-            state[f"{prefix}scale"] = state.pop(f"{prefix}gain")
-
-
-class Squared(nn.Module):
-    """Branches on a value while it loads, and keeps a note of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))
-        self.loads = 0
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        self.loads += 1
-        if state[f"{prefix}weight"].sum() > 0:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] ** 2
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-class Replacing(nn.Module):
-    """Puts the loaded tensor in the place of its own, as quantised layers do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
-        self.weight = nn.Parameter(state[f"{prefix}weight"].detach().clone())
-
-
-class Counting(nn.Module):
-    """Has an extra state, and a hook that runs after."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))
-        self.epoch, self.after = 0, 0
-        self.register_load_state_dict_post_hook(self._note)
-
-    @staticmethod
-    def _note(module: Any, keys: Any) -> None:
-        module.after += 1
-        if "head" in keys.unexpected_keys:
-            keys.unexpected_keys.remove("head")
-
-    def get_extra_state(self) -> Any:
-        return {"epoch": self.epoch, "seen": torch.tensor([self.epoch, 2])}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.epoch = state["epoch"] + int(state["seen"][1])
-
-
-class Tripling(nn.Module):
-    """Has a hook that writes to what the checkpoint has, where it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
-        self._register_load_state_dict_pre_hook(lambda state, *_: state["a"].mul_(3))
-
-
-class Doubling(nn.Module):
-    """Changes what it has loaded, as soon as it has, and loads it into a second part, too."""
-
-    def __init__(self, twice: bool) -> None:
-        super().__init__()
-        self.a, self.b = (nn.Linear(3, 3, bias=False) for _ in range(2))
-        self.a.register_load_state_dict_post_hook(self._double)
-        if twice:
-            self._register_load_state_dict_pre_hook(self._again)
-
-    @staticmethod
-    def _double(module: Any, _: Any) -> None:
-        module.weight.data.mul_(2)
-
-    @staticmethod
-    def _again(state: dict[str, Any], prefix: str, *_: Any) -> None:
-        state[f"{prefix}b.weight"] = state[f"{prefix}a.weight"]
-
-
-SHARED = torch.randn(3, 3)
-OWN_WAYS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "split and renamed": (
-        Fused,
-        {"qk.weight": torch.randn(8, 4), "qk.bias": torch.randn(8), "gain": torch.ones(1) * 3},
-    ),
-    "branching": (Squared, {"weight": torch.arange(3.0)}),
-    "replacing": (Replacing, {"weight": torch.arange(3.0)}),
-    "writing": (Tripling, {"a": torch.arange(3.0), "b": torch.ones(3)}),
-    "changing one of two": (lambda: Doubling(twice=True), {"a.weight": torch.randn(3, 3)}),
-    "changing what is shared": (
-        lambda: Doubling(twice=False),
-        {"a.weight": SHARED, "b.weight": SHARED},
-    ),
-    "a scalar from a list": (
-        lambda: Bag(weight=nn.Parameter(torch.randn(()))),
-        {"weight": torch.ones(1)},
-    ),
-    "batch norm before version 2": (
-        lambda: nn.BatchNorm1d(2),
-        {n: torch.full((2,), 2.0) for n in ("weight", "bias", "running_mean", "running_var")},
-    ),
-    "a parametrisation": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
-        {"bias": torch.ones(3), "weight_g": torch.ones(3, 1), "weight_v": torch.randn(3, 3)},
-    ),
-}
-
-
-@pytest.mark.parametrize("format_", ["safetensors", "pt", "dcp"])
-@pytest.mark.parametrize("name", OWN_WAYS)
-def test_a_module_that_loads_in_its_own_way_does(name: str, format_: str, tmp_path: Path) -> None:
-    build, state = OWN_WAYS[name]
-    path = FORMATS[format_](state, tmp_path)
-    eager, model = twins(build)
-    real, _ = twins(build)
-    eager.load_state_dict(copy.deepcopy(state))
-    report = lateinit.load_checkpoint(model, path)
-    assert_same(eager, model)
-    lateinit.load_checkpoint(real, path)
-    assert_same(eager, real)
-    assert not report.unexpected
-
-
-@pytest.mark.parametrize("format_", ["pt", "dcp"])
-def test_extra_state_and_hooks_are_honoured(format_: str, tmp_path: Path) -> None:
-    source = Counting()
-    source.epoch = 5
-    state = {**source.state_dict(), "head": torch.ones(1)}
-    eager, model = twins(Counting)
-    eager.load_state_dict(copy.deepcopy(state))
-    lateinit.load_checkpoint(model, FORMATS[format_](state, tmp_path))
-    assert eager.epoch == model.epoch == 7
-    assert_same(eager, model)
-
-
 def test_a_tensor_that_cannot_be_written_is_told_before_anything_changes(tmp_path: Path) -> None:
     def build() -> nn.Module:
         model = nn.Linear(3, 2)
@@ -568,17 +413,6 @@ def test_a_tensor_that_cannot_be_written_is_told_before_anything_changes(tmp_pat
     with told:
         lateinit.load_checkpoint(model, path)
     assert_same(eager, model)
-
-
-def test_a_hook_that_fails_is_told_before_anything_changes(tmp_path: Path) -> None:
-    class Failing(Squared):
-        def _load_from_state_dict(self, *_: Any) -> None:
-            raise KeyError("no such thing")
-
-    eager, model = twins(Failing)
-    with pytest.raises(LateinitError, match=r"Failing cannot load .*no such thing"):
-        lateinit.load_checkpoint(model, write({"weight": torch.ones(3)}, tmp_path))
-    assert_untouched(eager, model)
 
 
 def test_swapping_tensors_on_conversion_changes_nothing(state: State, tmp_path: Path) -> None:

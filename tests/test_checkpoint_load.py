@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lateinit
+from lateinit.giving import Cast
 from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Rehearsal, plain_state, rehearse
 from tests import laws
@@ -66,7 +67,8 @@ def test_a_deferred_model_loads_as_its_eager_twin_does(
 
 def known_and_tried(model: nn.Module, path: Path) -> tuple[Rehearsal, Rehearsal]:
     reader = open_checkpoint(path)
-    return rehearse(model, reader, plain_state(model)), rehearse(model, reader)
+    cast = Cast(None, None)
+    return rehearse(model, reader, cast, plain_state(model)), rehearse(model, reader, cast)
 
 
 def told(rehearsal: Rehearsal) -> tuple[Any, ...]:

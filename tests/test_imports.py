@@ -105,6 +105,8 @@ ROOMS = """
     readers
     hf_names
     translated
+    stand_ins
+    shadows
     rehearsal
     fitting
     placing

@@ -131,7 +131,8 @@ def load_checkpoint(
     What goes where is decided by torch's own ``module.load_state_dict``, so that hooks, overrides,
     versions and extra state count, and the result is what loading into the eager twin gives. It is
     run twice: as a rehearsal on ``meta``, from which all problems are known before anything
-    changes, and then for real, one tensor at a time. Parameters stay the objects they are.
+    changes, and then for real, one tensor at a time. Hooks, which run twice then, see the values
+    that they always see. Parameters stay the objects they are.
 
     Of a ``transformers`` model the names count under which it is saved, too: what they are
     renamed, joined and split to is what ``from_pretrained`` makes of them.
@@ -167,6 +168,9 @@ def load_checkpoint(
             corrupt, outside of its folder, or a pickle that could run code. Nothing has changed.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
         ShardingError: a tensor is sharded already: load before sharding.
+        ConstantChangedError: real data that the construction read has changed since, and what the
+            checkpoint lacks is computed from them. Nothing has changed.
+        CheckpointError: a hook fails, or wants values that cannot be had. Nothing has changed.
         OutOfMemoryError: memory ran out; what was done stands, and calling again continues.
 
     Example:

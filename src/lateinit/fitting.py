@@ -94,7 +94,8 @@ def fit(
     done = set(loaded)
     missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in done]
     unexpected = list(dict.fromkeys(rehearsal.unexpected))
-    if (missing or unexpected) and (strict or not loaded):
+    strange = reader.entries.keys() <= set(unexpected)
+    if (missing or unexpected) and (strict or strange):
         problems += _strangers(module, names, reader, missing, unexpected)
     if problems:
         count = len(problems)
@@ -144,21 +145,25 @@ def _unwritable(names: Names, rehearsal: Rehearsal) -> Iterable[str]:
 
 
 def _tied(names: Names, reader: Reader, rehearsal: Rehearsal) -> tuple[frozenset[int], list[str]]:
-    """Copies that bring what a tied tensor has already; and those that bring something else."""
+    """Copies that bring what a tied tensor has already; and those that bring something else.
+
+    What a hook brings from under another name is its own affair: the last copy counts.
+    """
     first: dict[Any, str] = {}
     repeated, problems = set(), []
     for number, (target, source) in enumerate(rehearsal.copies):
-        if isinstance(source, str):
-            key = names.key(target)
-            if key not in first:
-                first[key] = source
-            elif same_bits(reader, first[key], source):
-                repeated.add(number)
-            else:
-                problems.append(
-                    f"{first[key]} and {source} are one tensor in the model, but two in the "
-                    "checkpoint, which differ"
-                )
+        if not isinstance(source, str) or source not in names.of(target):
+            continue
+        key = names.key(target)
+        if key not in first:
+            first[key] = source
+        elif not same_bits(reader, first[key], source):
+            problems.append(
+                f"{first[key]} and {source} are one tensor in the model, but two in the "
+                "checkpoint, which differ"
+            )
+        elif rehearsal.plain:  # else it may have been changed in the meantime
+            repeated.add(number)
     return frozenset(repeated), problems
 
 

@@ -108,16 +108,17 @@ def give(
         return
     inference = tensor.is_inference()
     if window is not None and window.is_inference() == inference:
-        _swap(tensor, window)
+        swap(tensor, window)
     elif inference == torch.is_inference_mode_enabled():
-        _swap(tensor, ref.on(storage))
+        swap(tensor, ref.on(storage))
     else:
         with torch.inference_mode(inference):
-            _swap(tensor, ref.on(storage))
+            swap(tensor, ref.on(storage))
     unguard(tensor)
 
 
-def _swap(tensor: Tensor, real: Tensor) -> None:
+def swap(tensor: Tensor, real: Tensor) -> None:
+    """Give a tensor object the memory and values of another one, which is not used any more."""
     if tensor.is_leaf or tensor.is_inference():
         real.requires_grad_(tensor.requires_grad)
     else:
@@ -135,7 +136,7 @@ def _swap(tensor: Tensor, real: Tensor) -> None:
 def _rewrap(tensor: Any) -> None:
     """Let a ``DTensor`` object know that its local shard is on another device now."""
     local = tensor._local_tensor
-    _swap(tensor, type(tensor)(local, tensor._spec, requires_grad=tensor.requires_grad))
+    swap(tensor, type(tensor)(local, tensor._spec, requires_grad=tensor.requires_grad))
     tensor._local_tensor = local
 
 

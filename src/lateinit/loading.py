@@ -13,23 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
 from lateinit.giving import Cast
 from lateinit.lazy.loading import wrong_sizes
 from lateinit.lazy.placeholders import known_shape
-from lateinit.materialize import check_shared, materialize
+from lateinit.materialize import check_constants, check_shared, materialize
 from lateinit.placing import Placer, place_of
 from lateinit.progress import Progress
 from lateinit.reader import Reader, block
 from lateinit.readers import open_checkpoint
-from lateinit.rehearsal import Loading, Rehearsal, Stands, caught, plain_state, rehearse
+from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse
+from lateinit.replay import Replay
 from lateinit.safetensors_file import Entry
+from lateinit.stand_ins import Loading, Stands
 from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.translated import translated
 from lateinit.units import format_bytes
-from lateinit.walk import Found
-from lateinit.wanted import wanted_in
+from lateinit.walk import Found, find_tensors
+from lateinit.wanted import Wanted, wanted_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +82,21 @@ def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: b
     for group in groups:
         check_shared(group, cast)
     reader = translated(module, reader, state)
-    rehearsal = rehearse(module, reader, state)
+    rehearsal = rehearse(module, reader, cast, state)
     if not rehearsal.plain:
-        sizes = wrong_sizes(module, Stands(reader, names.found, ()).state)
+        sizes = wrong_sizes(module, Stands(reader, names.found).state)
         rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
     computed = _computed(names, fitting)
+    for group in groups:
+        check_constants(group, Replay(group.program), _to_compute(group, set(fitting.loaded)))
     nbytes = sum(reader.entries[s].nbytes for _, s in rehearsal.copies if isinstance(s, str))
     placer = Placer(groups, cast)
     with Progress("load", nbytes, shown=progress) as bar:
         if rehearsal.plain:
             _put_plainly(reader, rehearsal, fitting, placer, bar)
         else:
-            _put(module, names, reader, rehearsal, fitting, placer, bar)
+            _put(module, names, reader, rehearsal, placer, bar)
     left: Any = module
     if rehearsal.plain:  # no hook has exchanged anything
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
@@ -135,39 +138,45 @@ def _put(
     names: Names,
     reader: Reader,
     rehearsal: Rehearsal,
-    fitting: Fit,
     placer: Placer,
     bar: Progress,
 ) -> None:
     """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
-    stands = Stands(reader, names.found, rehearsal.real)
+    stands = Stands(reader, names.found)
     uses = Counter(name for _, name in rehearsal.copies if isinstance(name, str))
-    count = iter(range(1 << 62))
 
     def on_copy(target: Tensor, source: Tensor) -> None:
-        number = next(count)
+        stands.reveal(target)
         name = stands.source(source)
+        whole = (0,) * source.dim(), tuple(source.shape)
+        place = place_of(target) if is_dtensor(target) and not is_dtensor(source) else whole
         if name is None:
-            placer.put(target, source, take=False)
-        elif number not in fitting.repeated:
-            whole = (0,) * source.dim(), tuple(source.shape)
-            place = place_of(target) if is_dtensor(target) else whole
-            # What was loaded may be written to by a hook before the same memory is loaded again.
-            once = uses[name] == 1 and name not in reader.shared
-            given = name in rehearsal.real  # as hooks had it, who may have written to it
-            values = block(source, *place) if given else reader.read(name, *place)
-            placer.put(target, values, take=once and not given)
+            stands.reveal(source)
+            placer.reveal(source)
+            placer.put(target, block(source, *place), take=False)
+        else:
+            # What was loaded may be written to by a hook before the same memory is read again.
+            once = uses[name] == 1 and name not in rehearsal.revealed
+            take = once and name not in reader.shared
+            placer.put(target, reader.read(name, *place), take=take)
             bar.advance(reader.entries[name].nbytes)
 
-    loading = Loading(stands, on_copy)
+    loading = Loading(stands, placer, on_copy)
     try:
         with loading, caught(module):
             module.load_state_dict(copy.copy(stands.state), strict=False)
     except Exception as error:
         raise loading.failure or error from error
-    leaked = loading.touched - rehearsal.real
-    if leaked:
-        raise CheckpointError(f"{sorted(leaked)} were computed with as no rehearsal had shown")
+    for found in find_tensors(module):  # a module may have kept what the state dict held
+        if stands.holds(found.tensor):
+            stands.reveal(found.tensor)
+
+
+def _to_compute(group: Wanted, loaded: set[str]) -> Iterator[int]:
+    """The storages whose values do not all come from the checkpoint."""
+    for number, tensors in group.tensors.items():
+        if not any(n in loaded and group.program.covers(ref) for n, *_, ref in tensors):
+            yield number
 
 
 def _computed(names: Names, fitting: Fit) -> list[Found]:

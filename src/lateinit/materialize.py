@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from lateinit.errors import (
 )
 from lateinit.execute import execute
 from lateinit.giving import Cast, cast_to, place
-from lateinit.plan import Plan, Step, plan_storages
+from lateinit.plan import Plan, Step, needed_ops, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
 from lateinit.ranks import agree
@@ -104,10 +105,13 @@ def materialize(
         _check_shards(group, seed, ask=check)
         check_seed(group.program, seed)
         check_shared(group, cast)
+    replays = [Replay(group.program, seed) for group in wanted]
+    for group, replay in zip(wanted, replays, strict=True):
+        check_constants(group, replay)
     total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
     with Progress("materialise", total, shown=progress) as bar:
-        for group in wanted:
-            _materialize(group, cast, seed, threads, bar)
+        for group, replay in zip(wanted, replays, strict=True):
+            _materialize(group, cast, replay, threads, bar)
     return target
 
 
@@ -212,10 +216,30 @@ def check_shared(group: Wanted, cast: Cast) -> None:
             )
 
 
+def check_constants(group: Wanted, replay: Replay, storages: Iterable[int] | None = None) -> None:
+    """Raise where real data have changed that some storages, by default all, are computed from."""
+    program = group.program
+    if all(constant.checksum is None for constant in program.constants):
+        return
+    wanted = group.tensors if storages is None else storages
+    wanted = [number for number in wanted if group.tensors[number][0][2].real is None]
+
+    def read(targets: Iterable[int]) -> set[int]:
+        return {n for op in needed_ops(program, targets) for n in program.ops[op].constants()}
+
+    for number in sorted(read(wanted)):
+        try:
+            with without_modes():
+                replay.constant(number)
+        except ConstantChangedError as error:
+            found = [storage for storage in wanted if number in read([storage])]
+            names = listing(name for storage in found for name, *_ in group.tensors[storage])
+            raise ConstantChangedError(f"{names!r}: {error}") from None
+
+
 def _materialize(
-    group: Wanted, cast: Cast, seed: int | None, threads: int | None, bar: Progress
+    group: Wanted, cast: Cast, replay: Replay, threads: int | None, bar: Progress
 ) -> None:
-    replay = Replay(group.program, seed)
     done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
     with without_modes():
         for number in done:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lateinit.errors import ShardingError
 from lateinit.giving import Cast, home, place
+from lateinit.materialize import materialize
 from lateinit.memory import allocate
 from lateinit.program import Program, TensorRef
 from lateinit.replay import Replay, without_modes
-from lateinit.tensors import ON_META, Slot, held, is_dtensor, locate, slot_of
+from lateinit.tensors import ON_META, Slot, held, is_deferred_tensor, is_dtensor, locate, slot_of
 from lateinit.wanted import Wanted
 
 _NO_STRIDES: dict[TensorRef, tuple[int, ...]] = {}
@@ -39,6 +41,24 @@ class Placer:
             for _, tensor, slot, ref in tensors
         }
         self._taken: set[int] = set()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is deferred: a stand-in of itself, which has no values yet."""
+        return is_deferred_tensor(tensor) and not is_lazy(tensor)
+
+    def device(self, tensor: Tensor) -> torch.device:
+        """Where the values of a deferred tensor will be."""
+        _, program, ref = locate(tensor)
+        device = program.storages[ref.storage].device
+        return home(tensor, device, self._cast.device) or device
+
+    def reveal(self, tensor: Tensor) -> None:
+        """Materialise a tensor, if it is deferred, and those that share its memory."""
+        if not self.holds(tensor):
+            return
+        entries = self._sharing.get(id(locate(tensor)[0]), ())
+        together = [tensor, *(entry[1] for entry in entries)]
+        materialize(together, device=self._cast.device, dtype=self._cast.dtype)
 
     def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
         """``target.copy_(source)``, for a target that may be deferred, or a shard of the source.

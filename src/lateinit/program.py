@@ -146,6 +146,10 @@ class Op(NamedTuple):
                 found += tensor_refs(value)
         return found
 
+    def constants(self) -> set[int]:
+        """The numbers of the real data that this op reads."""
+        return {number for value in (*self.args, *self.kwargs.values()) for number in _data(value)}
+
     def __str__(self) -> str:
         shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
         outs = ", ".join(str(out) for out in self.outs)
@@ -162,6 +166,12 @@ def tensor_refs(value: Any) -> Sequence[TensorRef]:
     if kind is tuple or kind is list:
         return [ref for item in value for ref in tensor_refs(item)]
     return ()
+
+
+def _data(value: Any) -> Sequence[int]:
+    if type(value) is Const:
+        return (value.number,)
+    return [number for item in value for number in _data(item)] if type(value) is tuple else ()
 
 
 def _show(value: Any) -> str:

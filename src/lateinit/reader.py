@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import mmap
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,7 +26,7 @@ class Reader(abc.ABC):
         entries: dtype and shape of every tensor, by name.
         objects: what is no plain tensor, by name, such as the extra state of a module.
         aliases: names of tied tensors that were left out, with the name that was kept.
-        shared: names of tensors that have memory in common.
+        shared: of tensors that have memory in common, all names of it, by name.
         versions: the ``_metadata`` of a state dict, where a format keeps it.
         origins: names in the files, by name, of what has another name there.
         hint: what to say beside names that do not fit.
@@ -37,7 +37,7 @@ class Reader(abc.ABC):
         self.entries: dict[str, Entry] = {}
         self.objects: dict[str, Any] = {}
         self.aliases: dict[str, str] = {}
-        self.shared: Collection[str] = ()
+        self.shared: dict[str, list[str]] = {}
         self.versions: Mapping[str, Any] | None = None
         self.origins: dict[str, list[str]] = {}
         self.hint = ""

@@ -191,12 +191,13 @@ class Replay:
             storage = storages.get(value.storage)
             return self._window(value, storages) if storage is None else value.on(storage)
         if kind is Const:
-            return self._constant(value.number)
+            return self.constant(value.number)
         if kind is tuple:
             return [self._real(item, storages) for item in value]
         return value
 
-    def _constant(self, index: int) -> Tensor:
+    def constant(self, index: int) -> Tensor:
+        """Real data that the program reads; raises if they have changed."""
         constant = self.program.constants[index]
         if constant.checksum is not None and index not in self._unchanged:
             if checksum(constant.tensor) != constant.checksum:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,10 @@ class TorchReader(Reader):
             name: Entry(name, value.dtype, tuple(value.shape))
             for name, value in self._tensors.items()
         }
-        places = {k: v.untyped_storage().data_ptr() for k, v in self._tensors.items()}
-        uses = Counter(places.values())
-        self.shared = {name for name, place in places.items() if uses[place] > 1}
+        places: dict[int, list[str]] = {}
+        for name, value in self._tensors.items():
+            places.setdefault(value.untyped_storage()._cdata, []).append(name)
+        self.shared = {name: names for names in places.values() for name in names if names[1:]}
         self.versions = getattr(state, "_metadata", None)
 
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:

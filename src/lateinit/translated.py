@@ -68,7 +68,6 @@ class Translated(Reader):
             new: Entry(new, reader.entries[old].dtype, reader.entries[old].shape)
             for new, old in self._plain.items()
         }
-        self.shared = {new for new, old in self._plain.items() if old in reader.shared}
         self._computed: dict[str, Conversion] = {}
         self._kept: dict[str, Tensor] = {}
         problems = [*self._doubled(names), *self._add(names.conversions)]
@@ -82,6 +81,11 @@ class Translated(Reader):
             for new, conversion in self._computed.items()
         }
         forward = {old: new for new, old in self._plain.items()}
+        self.shared = {
+            new: [forward[other] for other in reader.shared[old] if other in forward]
+            for old, new in forward.items()
+            if old in reader.shared
+        }
         self.aliases = {
             alias: forward[kept] for alias, kept in reader.aliases.items() if kept in forward
         }

@@ -72,10 +72,14 @@ class Lending:
             return tensor
         known = self._made.get(id(tensor))
         if known is None:
-            made = clone_placeholder(tensor) if is_placeholder(tensor) else self._stand_in(tensor)
+            made = self.make(tensor)
             known = self._made[id(tensor)] = tensor, made
             self._ours.add(id(made))
         return known[1]
+
+    def make(self, tensor: Tensor) -> Tensor:
+        """A stand-in for a tensor that is met for the first time."""
+        return clone_placeholder(tensor) if is_placeholder(tensor) else self._stand_in(tensor)
 
     def lend(self, root: nn.Module) -> None:
         """Put stand-ins in a module and all below it."""

@@ -1,0 +1,170 @@
+"""Stand-ins for a module's own tensors, so that loading can be tried without being done."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lateinit.errors import CheckpointError
+from lateinit.giving import Cast, home, swap
+from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta
+from lateinit.replay import Replay, without_modes
+from lateinit.stand_ins import StandIns, Stands
+from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate
+from lateinit.walk import find_tensors
+
+
+class Shadows(Lending, StandIns):
+    """Meta tensors in the place of a module's own, which get values where hooks want them."""
+
+    def __init__(self, module: nn.Module, stands: Stands, cast: Cast) -> None:
+        Lending.__init__(self, on_meta)
+        StandIns.__init__(self)
+        self._stands = stands
+        self._cast = cast
+        self._found = {id(found.tensor): found for found in find_tensors(module)}
+        self._shadows: list[Tensor] = []
+        self._originals: dict[int, Tensor] = {}  # by the id of the shadow
+        self._overwritten: set[int] = set()
+        self._copies: list[tuple[Tensor, str]] = []  # into those without values
+
+    def make(self, tensor: Tensor) -> Tensor:
+        if is_lazy(tensor):  # it takes the checkpoint's shape; whether it may is checked apart
+            found = self._found.get(id(tensor))
+            loaded = self._stands.state.get(found.name) if found is not None else None
+            shape = loaded.shape if isinstance(loaded, Tensor) else ()
+            shadow = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        else:
+            dtype = self._cast.dtype if is_deferred_tensor(tensor) else None
+            shadow = on_meta(tensor).detach()
+            shadow = shadow.to(dtype) if dtype and shadow.is_floating_point() else shadow
+        if is_parameter(tensor):
+            shadow = nn.Parameter(shadow, tensor.requires_grad)
+        self._shadows.append(shadow)
+        self._originals[id(shadow)] = tensor
+        self.add(shadow)
+        return shadow
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """What a shadow stands for; any other tensor itself."""
+        base = self.base(tensor)
+        return self._originals.get(id(tensor if base is None else base), tensor)
+
+    def replaced(self, module: nn.Module) -> list[Tensor]:
+        """Parameters and buffers that have been exchanged for other tensors."""
+        now = {name: f.tensor for f in find_tensors(module) for name in f.names}
+        return [
+            found.tensor
+            for found in self._found.values()
+            if found.kind != "attribute"
+            and any(
+                name not in now or self.original(now[name]) is not found.tensor
+                for name in found.names
+            )
+        ]
+
+    def device(self, tensor: Tensor) -> torch.device:
+        original = self.original(tensor)
+        if not is_deferred_tensor(original):
+            return original.device
+        _, program, ref = locate(original)
+        device = program.storages[ref.storage].device
+        return home(original, device, self._cast.device) or device
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """``target.copy_(source)``; of what the checkpoint has only once the values are wanted."""
+        base, name = self.base(target), self._stands.source(source)
+        if base is not None:
+            self._overwritten.add(id(base))
+        if base is not None and base.is_meta and name is not None:
+            target.copy_(on_meta(source))  # fails if the shapes do not fit
+            self._copies.append((base, name))
+            return
+        for tensor in (target, source):
+            self.reveal(tensor)
+        self._stands.reveal(source)
+        target.copy_(source)
+
+    def give_values(self, base: Tensor) -> None:
+        together = self._together(self._originals[id(base)])
+        memo: dict[Any, Any] = {}
+        with without_modes():
+            for shadow in together:
+                swap(shadow, self._initial(shadow, together, memo))
+            for shadow, name in self._copies:
+                if any(shadow is other for other in together):
+                    shadow.copy_(self._stands.reader.read(name))
+
+    def _together(self, original: Tensor) -> list[Tensor]:
+        """The shadows of all tensors that share memory with one."""
+        key = _memory(original)
+        others = ((shadow, self._originals[id(shadow)]) for shadow in self._shadows)
+        return [s for s, other in others if other is original or _memory(other) == key]
+
+    def _initial(self, shadow: Tensor, together: list[Tensor], memo: dict[Any, Any]) -> Tensor:
+        """What a tensor of the module has now, in memory that only the shadows share."""
+        original = self._originals[id(shadow)]
+        if len(together) == 1 and id(shadow) in self._overwritten:
+            device = self.device(shadow)
+            return torch.empty_strided(
+                shadow.size(), shadow.stride(), dtype=shadow.dtype, device=device
+            )
+        if is_lazy(original) or is_dtensor(original):
+            what = "its shape is not known yet" if is_lazy(original) else "load before sharding"
+            raise CheckpointError(f"{self._name(shadow)} is computed with while loading: {what}")
+        if not is_deferred_tensor(original):
+            return shadow.detach() if original.is_meta else copy.deepcopy(original.detach(), memo)
+        slot, program, ref = locate(original)
+        if slot.real is not None:
+            shown = ref._replace(dtype=Cast(*slot.cast).dtype_of(ref))
+            return copy.deepcopy(shown.on(slot.real), memo)
+        if slot not in memo:
+            refs = [locate(self._originals[id(other)])[2] for other in together]
+            values = Replay(program).values([ref.storage])[ref.storage]
+            memo[slot] = self._cast.storage(values, refs)
+        return ref._replace(dtype=self._cast.dtype_of(ref)).on(memo[slot])
+
+    def _name(self, shadow: Tensor) -> str:
+        found = self._found.get(id(self._originals[id(shadow)]))
+        return "a tensor" if found is None else found.name
+
+
+def _memory(tensor: Tensor) -> Any:
+    """The same for tensors that share memory."""
+    if is_lazy(tensor) or is_dtensor(tensor):
+        return id(tensor)
+    if is_deferred_tensor(tensor):
+        slot = locate(tensor)[0]
+        return id(slot) if slot.real is None else slot.real._cdata
+    plain = tensor.layout is torch.strided and not tensor.is_meta
+    return tensor.untyped_storage()._cdata if plain else id(tensor)
+
+
+@contextlib.contextmanager
+def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]:
+    """Have shadows in a module's place; afterwards all is as it was, random states included."""
+    shadows = Shadows(module, stands, cast)
+    snapshot, states = Snapshot(module), RandomStates()
+    try:
+        for part in module.modules():
+            if any(is_dtensor(parameter) for parameter in part._parameters.values()):
+                # FSDP2 looks at its shards again afterwards; here it would find none.
+                part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
+            if type(part).set_extra_state is not nn.Module.set_extra_state:
+                part.__dict__["set_extra_state"] = _forget
+        shadows.lend(module)
+        yield shadows
+    finally:
+        snapshot.restore()
+        states.restore()
+
+
+def _forget(state: Any) -> None:
+    """Takes the place of ``set_extra_state`` in a rehearsal."""

@@ -1,0 +1,220 @@
+"""Stand-ins: tensors without memory that pass for others while a state dict is loaded.
+
+Torch's own ``load_state_dict`` is run on them. Most of it only asks for shapes, and copies; what
+hooks compute with gets its values at that moment, in place, so that they see what they always see.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lateinit.arguments import tensors_in
+from lateinit.giving import swap
+from lateinit.reader import Reader
+from lateinit.replay import flat
+from lateinit.tensors import is_dtensor
+from lateinit.walk import find_tensors
+
+
+class Held(Protocol):
+    """Tensors that have no values yet, and can be given them."""
+
+    def holds(self, tensor: Tensor) -> bool: ...
+
+    def device(self, tensor: Tensor) -> torch.device: ...
+
+    def reveal(self, tensor: Tensor) -> None: ...
+
+
+class StandIns(abc.ABC):
+    """Meta tensors that pass for others until somebody wants their values.
+
+    They are known by their storages: ``.data``, ``detach()`` and ``Parameter(...)`` share those.
+    """
+
+    def __init__(self) -> None:
+        self._on: dict[int, Tensor] = {}
+        self._storages: list[Any] = []  # kept, so that no other storage gets the place of one
+
+    def add(self, stand: Tensor) -> None:
+        """Have a meta tensor as a stand-in."""
+        storage = stand.untyped_storage()
+        self._on[storage._cdata] = stand
+        self._storages.append(storage)
+
+    def base(self, tensor: Tensor) -> Tensor | None:
+        """The stand-in whose meta storage a tensor shows, if there is one."""
+        if not tensor.is_meta or tensor.layout is not torch.strided or is_dtensor(tensor):
+            return None
+        return self._on.get(tensor.untyped_storage()._cdata)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor shows a stand-in, and has no values yet."""
+        return self.base(tensor) is not None
+
+    def reveal(self, tensor: Tensor) -> None:
+        """Give a tensor its values, in place; and the stand-in, and what shares its memory."""
+        base = self.base(tensor)
+        if base is not None and base.is_meta:
+            self.give_values(base)
+        if base is not None and base is not tensor:
+            swap(tensor, base.detach())
+
+    @abc.abstractmethod
+    def give_values(self, base: Tensor) -> None:
+        """Give a stand-in its values, in place; and those that share memory with it."""
+
+    @abc.abstractmethod
+    def device(self, tensor: Tensor) -> torch.device:
+        """Where the values will be."""
+
+
+class Stands(StandIns):
+    """A state dict of stand-ins for what a checkpoint holds."""
+
+    def __init__(self, reader: Reader, names: Collection[str]) -> None:
+        super().__init__()
+        self.reader = reader
+        self._sources: dict[int, str] = {}  # by id
+        self._of: dict[str, list[Tensor]] = {}
+        self._derived = WeakTensorKeyDictionary()
+        self.revealed: set[str] = set()
+        self.state: OrderedDict[str, Any] = OrderedDict(reader.objects)
+        wanted = {name: name for name in reader.entries}
+        wanted |= {name: kept for name, kept in reader.aliases.items() if name in names}
+        for name, source in wanted.items():
+            entry = reader.entries[source]
+            stand = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            self.state[name] = stand
+            self._sources[id(stand)] = source
+            self._derived[stand] = True
+            self._of.setdefault(source, []).append(stand)
+            self.add(stand)
+        if reader.versions is not None:
+            self.state._metadata = reader.versions  # type: ignore[attr-defined]
+
+    def source(self, tensor: Tensor) -> str | None:
+        """The name in the checkpoint of what a tensor stands for; None once it has values."""
+        base = self.base(tensor)
+        return self._sources[id(base)] if base is not None and base.is_meta else None
+
+    def names_in(self, module: nn.Module) -> set[str]:
+        """The sources of stand-ins without values that a module has kept."""
+        return {name for f in find_tensors(module) if (name := self.source(f.tensor)) is not None}
+
+    def gave(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of these, or was computed from them."""
+        return tensor in self._derived
+
+    def follow(self, given: list[Tensor], result: Any) -> None:
+        """Note what an op made of tensors, some of which may be these."""
+        if any(tensor in self._derived for tensor in given):
+            self._derived.update({t: True for t in flat(result) if isinstance(t, Tensor)})
+
+    def device(self, tensor: Tensor) -> torch.device:
+        del tensor
+        return torch.device("cpu")
+
+    def give_values(self, base: Tensor) -> None:
+        # A hook may write to them: never to the file's own memory, but to all names of it.
+        memo: dict[int, Any] = {}
+        source = self._sources[id(base)]
+        for name in self.reader.shared.get(source, (source,)):
+            values = self.reader.read(name)
+            self.revealed.add(name)
+            for stand in self._of.get(name, ()):
+                swap(stand, copy.deepcopy(values.detach(), memo))
+
+
+class Loading(TorchFunctionMode):
+    """Has stand-ins pass for what they stand for, and hands on every ``target.copy_(source)``."""
+
+    def __init__(
+        self, stands: Stands, own: Held, on_copy: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._stands = stands
+        self._kinds: tuple[Held, ...] = stands, own
+        self._on_copy = on_copy
+        self.failure: Exception | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Tensor):
+            try:
+                self._on_copy(args[0], args[1])
+            except Exception as error:
+                self.failure = self.failure or error  # load_state_dict would make it a message
+                raise
+            self._stands.follow([args[1]], args[0])
+            return args[0]
+        if func in _ASKS:
+            return func(*args, **kwargs)
+        given = tensors_in(args, kwargs)
+        for tensor in given if func not in _SAME else ():
+            kind = self._kind_of(tensor)
+            if kind is not None and func in _PLACES:
+                return _PLACES[func](kind.device(tensor))
+            if kind is not None:
+                kind.reveal(tensor)
+        result = func(*args, **kwargs)
+        self._stands.follow(given, result)
+        return result
+
+    def _kind_of(self, tensor: Tensor) -> Held | None:
+        return next((kind for kind in self._kinds if kind.holds(tensor)), None)
+
+
+def _number(device: torch.device) -> int:
+    return -1 if device.type == "cpu" else device.index or 0
+
+
+def _property(name: str) -> Any:
+    return getattr(Tensor, name)
+
+
+# Getters arrive as method wrappers that are made anew, but are equal.
+_PLACES: dict[Any, Callable[[torch.device], Any]] = {
+    _property("device").__get__: lambda device: device,
+    _property("is_meta").__get__: lambda device: device.type == "meta",
+    _property("is_cpu").__get__: lambda device: device.type == "cpu",
+    _property("is_cuda").__get__: lambda device: device.type == "cuda",
+    Tensor.get_device: _number,
+}
+_SAME = frozenset({_property("data").__get__, Tensor.detach})
+_FACTS = "shape dtype layout ndim requires_grad is_leaf grad_fn is_sparse is_quantized itemsize"
+_ASKS = frozenset(
+    {
+        *(_property(name).__get__ for name in _FACTS.split()),
+        _property("requires_grad").__set__,
+        Tensor.requires_grad_,
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.element_size,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.__len__,
+        Tensor.__hash__,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+    }
+)
