@@ -62,6 +62,7 @@ ROOMS = """
     recorder
     quick
     truncated
+    converting
     masquerade
     following
     holes

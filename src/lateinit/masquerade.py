@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lateinit import quick
+from lateinit import converting, quick
+from lateinit.converting import evaluate, of_deferred
 from lateinit.generators import device_number
 from lateinit.recorder import Recorder
 from lateinit.replay import without_modes
@@ -61,17 +62,6 @@ def _asks(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _of_deferred(handler: Handler) -> Handler:
-    """A handler that is asked only where the first argument is deferred."""
-
-    def asked(recorder: Recorder, func: Handler, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if not is_deferred_tensor(args[0]):
-            return func(*args, **kwargs)
-        return handler(recorder, func, args, kwargs)
-
-    return asked
-
-
 def _device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> torch.device:
     return recorder.device_of(args[0])
 
@@ -84,7 +74,7 @@ def _is_on(kind: str) -> Handler:
     def answer(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> bool:
         return recorder.device_of(args[0]).type == kind
 
-    return _of_deferred(answer)
+    return of_deferred(answer)
 
 
 def _get_device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
@@ -120,25 +110,11 @@ def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return func(*real[0], **real[1])
 
 
-def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    result = func(*args, **kwargs)
-    if not isinstance(result, str):
-        return result
-    kind = recorder.device_of(args[0]).type
-    return result.replace("torch.meta.", "torch." if kind == "cpu" else f"torch.{kind}.")
-
-
 def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     """``tolist``, ``repr`` and the like: asked of the value."""
     value = evaluate(recorder, args[0])
     with without_modes():
         return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
-
-
-def evaluate(recorder: Recorder, tensor: Tensor) -> Tensor:
-    """The values that a deferred tensor has now; that they were read is noted."""
-    with without_modes():
-        return recorder.read(tensor).clone()
 
 
 def _numpy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -164,86 +140,6 @@ def _array(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     array = _numpy(recorder, func, args[:1], {})
     dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
     return array if dtype is None else array.astype(dtype, copy=False)
-
-
-def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``x.to(...)``: a move to the device that the tensor passes for is no move."""
-    tensor = args[0]
-    copy = kwargs.pop("copy", False) if "copy" in kwargs else False
-    others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
-    if others:
-        device: Any = _reported(recorder, others[0])
-        dtype: Any
-        dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
-    else:
-        positional = args[1:]
-        # copy= comes third after a dtype, fourth after a device and a dtype.
-        last = 2 if positional and isinstance(positional[0], torch.dtype) else 3
-        if len(positional) > last:
-            copy, positional = positional[last], positional[:last]
-        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*positional, **kwargs)
-    device = None if device is None else _indexed(device)
-    asked = tensor.dtype if dtype is None else dtype
-    if device is None or device == _reported(recorder, tensor):
-        return func(tensor, asked, copy=copy, memory_format=_layout(layout))
-    if not is_deferred_tensor(tensor):
-        return func(tensor, device, asked, non_blocking, copy=copy)
-    if device.type == "meta":
-        recorder.call = (), {"device": device}
-    return torch.ops.aten._to_copy.default(
-        tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
-    )
-
-
-def _layout(layout: torch.memory_format | None) -> torch.memory_format:
-    return torch.preserve_format if layout is None else layout
-
-
-def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.device("cuda", device_number(device))
-    return device
-
-
-def _reported(recorder: Recorder, tensor: Tensor) -> torch.device:
-    if is_deferred_tensor(tensor):
-        return _indexed(recorder.device_of(tensor))
-    return tensor.device
-
-
-def _cpu(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    return _to(recorder, torch.Tensor.to, (args[0], torch.device("cpu")), kwargs)
-
-
-def _cuda(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    asked = args[1] if len(args) > 1 else kwargs.get("device")
-    device = (
-        torch.device("cuda", asked) if isinstance(asked, int) else torch.device(asked or "cuda")
-    )
-    return _to(recorder, torch.Tensor.to, (args[0], device), {})
-
-
-def _to_any(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    if any(isinstance(a, Tensor) and is_deferred_tensor(a) for a in (*args, kwargs.get("other"))):
-        return _to(recorder, func, args, dict(kwargs))
-    return func(*args, **kwargs)
-
-
-def _new_tensor(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
-    given = {"dtype": args[0].dtype, "device": recorder.device_of(args[0])}
-    given |= {key: value for key, value in kwargs.items() if key != "data"}
-    data = args[1] if len(args) > 1 else kwargs["data"]
-    if isinstance(data, Tensor):
-        return data.to(given["device"], given["dtype"], copy=True).detach()
-    return torch.tensor(data, **given)
-
-
-def _new(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
-    sizes = args[1:]
-    if all(isinstance(size, int) for size in sizes) or isinstance(sizes[0], torch.Size):
-        shape = sizes[0] if sizes and isinstance(sizes[0], torch.Size) else sizes or (0,)
-        return torch.empty(shape, dtype=args[0].dtype, device=recorder.device_of(args[0]))
-    return _new_tensor(recorder, func, args, kwargs)
 
 
 def _deepcopy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
@@ -280,31 +176,25 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.shape.__get__: _asks,  # type: ignore[attr-defined]
     _tensor.dim: _asks,
     _tensor.size: _asks,
-    _tensor.device.__get__: _of_deferred(_device),
-    _tensor.is_meta.__get__: _of_deferred(_is_meta),  # type: ignore[attr-defined]
+    _tensor.device.__get__: of_deferred(_device),
+    _tensor.is_meta.__get__: of_deferred(_is_meta),  # type: ignore[attr-defined]
     _tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]
     _tensor.is_cuda.__get__: _is_on("cuda"),  # type: ignore[attr-defined]
     _tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    _tensor.get_device: _of_deferred(_get_device),
-    torch.get_device: _of_deferred(_get_device),
-    _tensor.data_ptr: _of_deferred(_data_ptr),
-    _tensor.untyped_storage: _of_deferred(_untyped_storage),
-    _tensor.type: _of_deferred(_type),
-    _tensor.tolist: _of_deferred(_read),
-    _tensor.__repr__: _of_deferred(_read),
-    _tensor.__format__: _of_deferred(_read),
-    _tensor.numpy: _of_deferred(_numpy),
-    _tensor.__array__: _of_deferred(_array),
-    _tensor.apply_: _of_deferred(_shared),
-    _tensor.map_: _of_deferred(_shared),
-    _tensor.map2_: _of_deferred(_shared),
-    _tensor.__dlpack__: _of_deferred(_shared),
-    _tensor.__dlpack_device__: _of_deferred(_shared),
-    _tensor.to: _to_any,
-    _tensor.cpu: _of_deferred(_cpu),
-    _tensor.cuda: _of_deferred(_cuda),
-    _tensor.new_tensor: _of_deferred(_new_tensor),
-    _tensor.new: _of_deferred(_new),
+    _tensor.get_device: of_deferred(_get_device),
+    torch.get_device: of_deferred(_get_device),
+    _tensor.data_ptr: of_deferred(_data_ptr),
+    _tensor.untyped_storage: of_deferred(_untyped_storage),
+    _tensor.tolist: of_deferred(_read),
+    _tensor.__repr__: of_deferred(_read),
+    _tensor.__format__: of_deferred(_read),
+    _tensor.numpy: of_deferred(_numpy),
+    _tensor.__array__: of_deferred(_array),
+    _tensor.apply_: of_deferred(_shared),
+    _tensor.map_: of_deferred(_shared),
+    _tensor.map2_: of_deferred(_shared),
+    _tensor.__dlpack__: of_deferred(_shared),
+    _tensor.__dlpack_device__: of_deferred(_shared),
     _tensor.__deepcopy__: _deepcopy,
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
@@ -312,5 +202,6 @@ _HANDLERS: dict[Any, Handler] = {
     torch.sparse_bsr_tensor: _by_value,
     torch.sparse_bsc_tensor: _by_value,
     torch.sparse_compressed_tensor: _by_value,
+    **converting.HANDLERS,
     **quick.HANDLERS,
 }

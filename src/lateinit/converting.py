@@ -1,0 +1,187 @@
+"""Moves, casts and copies of deferred tensors in a block.
+
+A tensor that is what it is to become is given back itself, not a copy of it; torch, which sees it
+on ``meta``, would often copy it to the device that it passes for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit.generators import device_number
+from lateinit.recorder import Recorder
+from lateinit.replay import without_modes
+from lateinit.tensors import is_deferred_tensor
+
+Handler = Callable[..., Any]
+
+
+def of_deferred(handler: Handler) -> Handler:
+    """A handler that is asked only where the first argument is deferred."""
+
+    def asked(recorder: Recorder, func: Handler, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if not is_deferred_tensor(args[0]):
+            return func(*args, **kwargs)
+        return handler(recorder, func, args, kwargs)
+
+    return asked
+
+
+def evaluate(recorder: Recorder, tensor: Tensor) -> Tensor:
+    """The values that a deferred tensor has now; that they were read is noted."""
+    with without_modes():
+        return recorder.read(tensor).clone()
+
+
+def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``x.to(...)``: a move to the device that the tensor passes for is no move."""
+    tensor = args[0]
+    copy = kwargs.pop("copy", False) if "copy" in kwargs else False
+    others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
+    if others:
+        device: Any = _reported(recorder, others[0])
+        dtype: Any
+        dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
+    else:
+        positional = args[1:]
+        # copy= comes third after a dtype, fourth after a device and a dtype.
+        last = 2 if positional and isinstance(positional[0], torch.dtype) else 3
+        if len(positional) > last:
+            copy, positional = positional[last], positional[:last]
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*positional, **kwargs)
+    device = None if device is None else _indexed(device)
+    asked = tensor.dtype if dtype is None else dtype
+    if device is None or device == _reported(recorder, tensor):
+        return func(tensor, asked, copy=copy, memory_format=_layout(layout))
+    if not is_deferred_tensor(tensor):
+        return func(tensor, device, asked, non_blocking, copy=copy)
+    if device.type == "meta":
+        recorder.call = (), {"device": device}
+    return torch.ops.aten._to_copy.default(
+        tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
+    )
+
+
+def _layout(layout: torch.memory_format | None) -> torch.memory_format:
+    return torch.preserve_format if layout is None else layout
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", device_number(device))
+    return device
+
+
+def _reported(recorder: Recorder, tensor: Tensor) -> torch.device:
+    if is_deferred_tensor(tensor):
+        return _indexed(recorder.device_of(tensor))
+    return tensor.device
+
+
+def _cpu(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    return _to(recorder, torch.Tensor.to, (args[0], torch.device("cpu")), kwargs)
+
+
+def _cuda(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    asked = args[1] if len(args) > 1 else kwargs.get("device")
+    device = (
+        torch.device("cuda", asked) if isinstance(asked, int) else torch.device(asked or "cuda")
+    )
+    return _to(recorder, torch.Tensor.to, (args[0], device), {})
+
+
+def _to_any(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    if any(isinstance(a, Tensor) and is_deferred_tensor(a) for a in (*args, kwargs.get("other"))):
+        return _to(recorder, func, args, dict(kwargs))
+    return func(*args, **kwargs)
+
+
+def _new_tensor(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+    given = {"dtype": args[0].dtype, "device": recorder.device_of(args[0])}
+    given |= {key: value for key, value in kwargs.items() if key != "data"}
+    data = args[1] if len(args) > 1 else kwargs["data"]
+    if isinstance(data, Tensor):
+        return data.to(given["device"], given["dtype"], copy=True).detach()
+    return torch.tensor(data, **given)
+
+
+def _new(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+    sizes = args[1:]
+    if sizes and isinstance(sizes[0], Tensor):
+        alias: Tensor = torch.ops.aten.alias(sizes[0])
+        return alias
+    if all(isinstance(size, int) for size in sizes) or isinstance(sizes[0], torch.Size):
+        shape = sizes[0] if sizes and isinstance(sizes[0], torch.Size) else sizes or (0,)
+        return torch.empty(shape, dtype=args[0].dtype, device=recorder.device_of(args[0]))
+    return _new_tensor(recorder, func, args, kwargs)
+
+
+def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    tensor, *asked = args
+    kind: Any = asked[0] if asked else kwargs.get("dtype")
+    if kind is None:
+        name: str = func(*args, **kwargs)
+        passes_for = recorder.device_of(tensor).type
+        own = "torch." if passes_for == "cpu" else f"torch.{passes_for}."
+        return name.replace("torch.meta.", own)
+    if isinstance(kind, torch.dtype):
+        return func(*args, **kwargs)
+    *place, last = (kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}").split(
+        "."
+    )
+    dtype = getattr(getattr(torch, last, None), "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        return func(*args, **kwargs)  # for its own message
+    device = torch.device("cuda" if "cuda" in place else "cpu")
+    return _to(recorder, torch.Tensor.to, (tensor, device, dtype), {})
+
+
+def _type_as(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    return _to_any(recorder, torch.Tensor.to, (*args, *kwargs.values()), {})
+
+
+def _from_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``torch.tensor`` and its like, of a tensor or of lists that have some in them."""
+    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    if isinstance(data, Tensor) and is_deferred_tensor(data):
+        device = kwargs.get("device")
+        if device is not None and _indexed(torch.device(device)) == _reported(recorder, data):
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+        return func(*args, **kwargs)
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        real = _real(recorder, data)
+        if real is data:
+            raise
+        return func(real, *args[1:], **{k: v for k, v in kwargs.items() if v is not data})
+
+
+def _real(recorder: Recorder, data: Any) -> Any:
+    """Data with the deferred tensors in its lists read; itself, if it has none."""
+    if isinstance(data, Tensor):
+        return evaluate(recorder, data) if is_deferred_tensor(data) else data
+    if not isinstance(data, (list, tuple)):
+        return data
+    items = [_real(recorder, item) for item in data]
+    return items if any(new is not old for new, old in zip(items, data, strict=True)) else data
+
+
+_tensor = torch.Tensor
+HANDLERS: dict[Any, Handler] = {
+    _tensor.to: _to_any,
+    _tensor.cpu: of_deferred(_cpu),
+    _tensor.cuda: of_deferred(_cuda),
+    _tensor.type: of_deferred(_type),
+    _tensor.type_as: _type_as,
+    _tensor.new_tensor: of_deferred(_new_tensor),
+    _tensor.new: of_deferred(_new),
+    torch.tensor: _from_data,
+    torch.as_tensor: _from_data,
+    torch.asarray: _from_data,
+}
+"""The handlers of these functions in ``Masquerade``."""
