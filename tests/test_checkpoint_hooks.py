@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,8 @@ import lateinit
 from lateinit.errors import CheckpointError, ConstantChangedError, LateinitError
 from tests.cases import Bag
 from tests.formats import FORMATS
-from tests.snapshots import assert_same
+from tests.hook_programs import SAVED, Programmed, random_program
+from tests.snapshots import assert_same, snapshot
 from tests.twins import assert_untouched, still_deferred, twins
 
 if TYPE_CHECKING:
@@ -465,3 +467,42 @@ def test_outside_data_that_changed_are_told_before_anything_is_loaded(
     if wanted == "missing":
         lateinit.load_checkpoint(model, whole)
         assert torch.equal(model.table, table)
+
+
+# -- random hooks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_hooks_see_and_do_what_they_always_do(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    program = random_program(rng)
+    torch.manual_seed(seed)
+    whole, state = torch.randn(6), {name: torch.randn(4) for name in SAVED}
+    if rng.random() < 0.5:  # names of a file that share memory
+        state["bias"], state["buffer"] = whole[:4], whole[1:5]
+    if program.tied:
+        state["b.weight"] = state["a.weight"]
+    state = {name: value for name, value in state.items() if rng.random() < 0.9}
+    state["bias"] = state.get("bias", whole[:4])
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    eager, model = twins(lambda: Programmed(program))
+    real, _ = twins(lambda: Programmed(program))
+    if rng.random() < 0.3:
+        lateinit.materialize(model, only=rng.choice(["*weight", "bias", "table", "buffer"]))
+    torch.manual_seed(1)
+    before = snapshot(eager)
+    try:
+        eager.load_state_dict(torch.load(path), strict=False)
+    except RuntimeError:  # a copy between tensors that overlap
+        for loaded in (model, real):
+            with pytest.raises(LateinitError):
+                lateinit.load_checkpoint(loaded, path, strict=False)
+        assert_same(before, real)
+        return
+    after = torch.get_rng_state()
+    for loaded in (model, real):
+        torch.manual_seed(1)
+        lateinit.load_checkpoint(loaded, path, strict=False)
+        assert_same(eager, loaded)
+        assert torch.equal(torch.get_rng_state(), after)

@@ -13,7 +13,7 @@ LateinitError
  +-- SpecError             (ValueError)               a model specification that names no model
  +-- OutputExistsError     (FileExistsError)          an output that would be overwritten
  +-- OutputError           (OSError)                  an output that cannot be written
- +-- CheckpointError       (ValueError)               a model that a checkpoint cannot hold
+ +-- CheckpointError       (ValueError)               a model that cannot be saved, or cannot load
  |    +-- MismatchError         (ValueError)          a checkpoint that does not fit the model
  |    +-- CorruptCheckpointError (ValueError)         no checkpoint, or not a whole or a safe one
  +-- ShapeError            (ValueError, RuntimeError) a shape that disagrees with what is known
@@ -85,7 +85,7 @@ class OutputError(LateinitError, OSError):
 
 
 class CheckpointError(LateinitError, ValueError):
-    """A model that a checkpoint cannot hold, or an unfinished checkpoint of another model."""
+    """A model that a checkpoint cannot hold, or that fails while it loads one."""
 
 
 class MismatchError(CheckpointError):
