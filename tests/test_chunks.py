@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,8 +54,7 @@ def filled(dtype: torch.dtype, sizes: list[int], op: str, chain: bool, draws: in
     chain=st.booleans(),
     draws=st.integers(0, 30),
     threads=st.sampled_from([1, 2, 3, 4]),
-    piece=st.sampled_from([16, 48, 64, 640]),
-    in_cache=st.sampled_from([16, 32, 624]),
+    lengths=st.tuples(*map(st.sampled_from, ([16, 48, 64, 640], [16, 17, 64, 700], [16, 32, 624]))),
 )
 def test_any_cut_gives_the_bits_of_one_call(
     dtype: torch.dtype,
@@ -62,16 +63,16 @@ def test_any_cut_gives_the_bits_of_one_call(
     chain: bool,
     draws: int,
     threads: int,
-    piece: int,
-    in_cache: int,
+    lengths: tuple[int, int, int],
 ) -> None:
+    piece, smallest, in_cache = lengths
     expected = filled(dtype, sizes, op, chain, draws)
     ended = torch.get_rng_state()
     with lateinit.deferred():
         model = filled(dtype, sizes, op, chain, draws)
     assert torch.equal(ended, torch.get_rng_state())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "_SMALLEST", 16)
+        patch.setattr(chunks, "_SMALLEST", smallest)
         patch.setattr(chunks, "_IN_CACHE", in_cache)
         patch.setattr(chunks, "_DRAWN", in_cache)
         patch.setattr(execute, "PIECE", piece)
@@ -79,6 +80,33 @@ def test_any_cut_gives_the_bits_of_one_call(
         lateinit.materialize(model, threads=threads)
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffer.view(torch.uint8), model.get_buffer(name).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("piece", [48, 1000])
+def test_what_is_drawn_right_after_a_large_tensor_is_drawn_by_its_thread(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [100, 40, 15, 20, 100, 20, 20, 20, 20, 100, 16]
+    expected = filled(torch.float32, sizes, "uniform_", chain=True, draws=0)
+    with lateinit.deferred():
+        model = filled(torch.float32, sizes, "uniform_", chain=True, draws=0)
+    monkeypatch.setattr(chunks, "_SMALLEST", 64)
+    monkeypatch.setattr(execute, "PIECE", piece)
+    monkeypatch.setattr(execute, "_LEAST", piece)
+    monkeypatch.setattr(execute, "_MOST_JOINED", 3)
+    work, runs = execute._work, []
+
+    def noted(jobs: list[Any], state: bytes | None) -> None:
+        runs.append([job.fill.ref.numel for job in jobs])
+        work(jobs, state)
+
+    monkeypatch.setattr(execute, "_work", noted)
+    lateinit.materialize(model, threads=1)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+    whole = [[n for n in numels if n < 64] for numels in runs if numels[-1] < 64]
+    # Not what comes after 15 elements, which are drawn in another way, nor too many.
+    assert whole == ([[40, 20, 20, 20, 16]] if piece == 1000 else [[40], [20, 20, 20], [16]])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

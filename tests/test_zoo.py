@@ -105,7 +105,7 @@ def test_threads_that_differ_are_told(monkeypatch):
     monkeypatch.setattr(execute, "_work", wrong)
     outcome = compared(lambda: nn.Linear(40, 40))
     assert outcome.status == DIFFERENT
-    assert outcome.detail.startswith("by threads: 1: weight")
+    assert outcome.detail.startswith("by threads: 1: bias")
 
 
 def test_memory_that_eager_leaves_unwritten_is_not_compared():

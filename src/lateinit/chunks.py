@@ -67,13 +67,18 @@ class Fill:
         return self.ops[0].draw
 
 
-def fill_of(program: Program, step: Step) -> Fill | None:
-    """The fill that a step begins with, or None if it is better run as it is."""
+def fill_of(program: Program, step: Step, smallest: int | None = None) -> Fill | None:
+    """The fill that a step begins with, or None if it is better run as it is.
+
+    That is so below ``smallest`` elements, by default as many as are worth their trouble.
+    """
     if not step.ops:
         return None
     first = program.ops[step.ops[0]]
     ref = first.args[0] if first.name in _FIRST else None
-    if type(ref) is not TensorRef or ref.numel < _SMALLEST or not ref.is_contiguous():
+    if type(ref) is not TensorRef or ref.numel < (smallest or _SMALLEST):
+        return None
+    if not ref.is_contiguous():
         return None
     on_cpu = program.storages[ref.storage].device.type == "cpu"
     if not (on_cpu and program.covers(ref) and _in_pieces(first, ref)):
@@ -85,6 +90,11 @@ def fill_of(program: Program, step: Step) -> Fill | None:
             break
         ops.append(op)
     return Fill(ref, tuple(ops))
+
+
+def is_small(fill: Fill) -> bool:
+    """Whether a fill is not worth a thread of its own."""
+    return fill.ref.numel < _SMALLEST
 
 
 def _in_pieces(op: Op, ref: TensorRef) -> bool:

@@ -11,17 +11,19 @@ from functools import partial
 import torch
 
 from lateinit import mt19937
-from lateinit.chunks import PIECE, Fill, fill_of, late_of, pieces, run_piece, words_of
+from lateinit.chunks import PIECE, Fill, fill_of, is_small, late_of, pieces, run_piece, words_of
+from lateinit.cuts import UNIT
 from lateinit.memory import allocate
 from lateinit.ops import TRUNCATED
 from lateinit.plan import Step
-from lateinit.program import Draw
+from lateinit.program import Draw, Program
 from lateinit.redraw import Late
 from lateinit.replay import Replay, Storages, without_modes
 from lateinit.sharding import Shard, groups, run_leaves, shards_of
 
 _AHEAD = 3  # runs that wait for a thread, for each thread
 _LEAST = 1 << 21  # elements below which a run is not worth its jump
+_MOST_JOINED = 16  # small fills that join a run, which begins when they are known
 
 Results = Callable[[], Storages]
 
@@ -32,30 +34,37 @@ def execute(
     """Run steps; yields each with a function that gives its storages, or raises what failed.
 
     Steps that begin by filling a large storage are given to ``threads`` threads (by default
-    ``torch.get_num_threads()``), in pieces; all others run here, as eager construction runs them.
+    ``torch.get_num_threads()``), in pieces, and so are small ones that draw right after them; all
+    others run here, as eager construction runs them.
     Of a storage that is only filled to be cut into shards, no more than those is computed where
     that can be; where it cannot, there is one such storage at a time.
     """
     count = torch.get_num_threads() if threads is None else threads
-    found = [(step, fill_of(replay.program, step)) for step in steps]
-    left = sum(fill.ref.numel for _, fill in found if fill is not None)
+    found = _fills(replay.program, steps)
+    left = sum(fill.ref.numel for _, fill in found if fill is not None and not is_small(fill))
     waiting: deque[_Started] = deque()
     crew: _Crew | None = None  # made where something is large
     try:
-        for step, fill in found:
+        for number, (step, fill) in enumerate(found):
             if fill is None:
                 yield step, partial(replay.run, step)
                 continue
             crew = crew or _Crew(replay, count)
             # Long runs need few jumps, short ones at the end keep all threads busy.
             length = max(_LEAST, min(PIECE, left // (2 * count))) if count > 1 else PIECE
-            left -= fill.ref.numel
+            left -= 0 if is_small(fill) else fill.ref.numel
             passing = fill.ref.storage not in step.gives
             shards = shards_of(replay.program, step, fill) if passing else None
-            if shards is None:
-                waiting.append(crew.start(step, fill, length))
-            else:
-                waiting.append(crew.start_shards(step, shards))
+            try:
+                if shards is None:
+                    waiting.append(crew.start(step, fill, length, _followed(found, number)))
+                else:
+                    waiting.append(crew.start_shards(step, shards))
+            except Exception:
+                # There may be too little memory for this one: what has its own is given still.
+                while waiting:
+                    yield crew.collect(waiting.popleft())
+                raise
             most = 0 if passing and shards is None else _AHEAD * count
             while waiting and (most == 0 or crew.runs - waiting[0].run > most):
                 yield crew.collect(waiting.popleft())
@@ -64,6 +73,39 @@ def execute(
     finally:
         if crew is not None:
             crew.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, Fill | None]]:
+    """The steps, each with the fill that threads are to make, if any.
+
+    A small one is among them where it is drawn right after a large one, as a bias is after
+    a weight: the thread's generator stands there already, and another one would have to jump.
+    """
+    found: list[tuple[Step, Fill | None]] = []
+    following, joined = None, 0
+    for step in steps:
+        fill, joined = fill_of(program, step), joined + 1
+        if fill is not None:
+            joined = 0
+        elif following is not None and joined <= _MOST_JOINED:
+            small = fill_of(program, step, UNIT)
+            if small is not None and small.draw == following and _counted(step, small):
+                fill = small
+        found.append((step, fill))
+        draw = fill.draw if fill is not None and _counted(step, fill) else None
+        following = None if draw is None else Draw(draw.stream, draw.number + 1)
+    return found
+
+
+def _counted(step: Step, fill: Fill) -> bool:
+    """Whether a fill is made as a whole, and ends where its elements say in the random stream."""
+    return fill.ref.storage in step.gives and fill.ops[0].name != TRUNCATED
+
+
+def _followed(found: list[tuple[Step, Fill | None]], number: int) -> bool:
+    """Whether the next step fills a storage that joins the run of this one."""
+    fill = found[number + 1][1] if number + 1 < len(found) else None
+    return fill is not None and is_small(fill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +154,19 @@ class _Crew:
         self._run = _Run()
         self._last: tuple[Draw, int, bytes] | None = None
 
-    def start(self, step: Step, fill: Fill, length: int) -> _Started:
-        """Have a storage filled, in runs of about ``length`` elements."""
+    def start(self, step: Step, fill: Fill, length: int, followed: bool = False) -> _Started:
+        """Have a storage filled, in runs of about ``length`` elements.
+
+        The last one is not begun yet where it is ``followed`` by something small.
+        """
         number = fill.ref.storage
         storage, done = self._allocated(number), []
         last = self.runs
         for piece in pieces(fill, length):
             done.append(self._add(fill, storage, piece))
             last = self.runs
-            if self._run.numel >= length:
+            ended = piece[1] == fill.ref.numel
+            if self._run.numel >= length and not (ended and followed):
                 self.flush()
         rest = Step(step.ops[len(fill.ops) :], step.gives)
         return _Started(step, {number: storage}, rest, done, last)
