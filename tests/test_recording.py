@@ -452,3 +452,43 @@ def test_out_of_unknown_size_has_the_shape_that_it_has_eagerly() -> None:
     expected, late = found(), lateinit.deferred_init(found)
     assert [t.shape for t in late] == [t.shape for t in expected]
     assert all(map(torch.equal, lateinit.materialize(late), expected))
+
+
+def test_streams_are_told_apart_by_states_taken_from_the_generator_itself() -> None:
+    def build() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        first = [torch.empty(20).uniform_(generator=generator) for _ in range(2)]
+        in_first = generator.get_state()
+        generator.manual_seed(4)
+        second = [torch.empty(20).uniform_(generator=generator) for _ in range(3)]
+        in_second = generator.get_state()
+        second.append(torch.empty(20).uniform_(generator=generator))
+        generator.set_state(in_first)
+        first.append(torch.empty(20).uniform_(generator=generator))
+        generator.set_state(in_second)
+        second.append(torch.empty(20).uniform_(generator=generator))
+        return first + second
+
+    expected = build()
+    with lateinit.deferred():
+        found = build()
+    for eager, tensor in zip(expected, lateinit.materialize(found), strict=True):
+        assert torch.equal(eager, tensor)
+
+
+def test_every_tensor_goes_by_its_path_from_the_outermost_module() -> None:
+    with lateinit.deferred():
+        inner = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+        model = nn.ModuleDict({"left": nn.Sequential(inner), "right": nn.Linear(2, 2)})
+    for name, parameter in model.named_parameters():
+        with pytest.raises(lateinit.errors.DeferredTensorError, match=f"'{name}'"):
+            parameter.tolist()
+
+
+def test_module_that_is_put_into_itself_has_names_all_the_same() -> None:
+    with lateinit.deferred():
+        model = nn.Linear(2, 2)
+        model.again = nn.Module()
+        model.again.model = model
+    with pytest.raises(lateinit.errors.DeferredTensorError, match="weight"):
+        model.weight.tolist()

@@ -29,8 +29,12 @@ _NONCES = itertools.count(secrets.randbits(24))
 # a token those numbers, and magic, nonce, stream and index for words.
 _CPU_KEY = (8, 48)
 _CPU_TOKEN = struct.Struct("=iiQQQQQ")
+_CPU_INDEX = 48
 _PHILOX_KEY = (0, 16)
+_PHILOX_INDEX = 8
 _PHILOX_TOKEN = struct.Struct("=QQ")
+_INDEX = struct.Struct("=Q")  # where the token's last number is
+_CPU = torch.device("cpu")
 _UNUSED = (624, 1, 0)  # what `left`, `seeded` and `next` say where no word is drawn
 
 
@@ -54,7 +58,7 @@ class Generators:
         ops = self.program.streams[watch.stream].ops
         place = Draw(watch.stream, len(ops))
         ops.append(op)
-        watch.leave_token(place.number + 1)
+        watch.leave_token(len(ops))
         return place
 
     def reserve(self, generator: torch.Generator) -> Draw:
@@ -148,7 +152,7 @@ def device_number(device: torch.device) -> int:
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that random ops on a device draw from unless told otherwise."""
-    if device.type == "cpu":
+    if device == _CPU or device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.init()
@@ -171,14 +175,18 @@ class _Watch:
         self._cpu = self.device.type == "cpu"
         self._nonce = nonce
         self._start, length = _CPU_KEY if self._cpu else _PHILOX_KEY
-        self._key = ctypes.c_char * length
-        self.expected = self.first[self._start : self._start + length]
+        self._end = self._start + length
+        self.expected = self.first[self._start : self._end]
         self._words = bytearray()
-        self._token: torch.Tensor | None = None  # the same memory
+        self._token: Any = None  # a tensor on the same memory, once there is a token
+        self._named = -1  # the stream that it names
+        # Looked up once: both are needed for every draw.
+        self._get_state, self._set_state = generator.get_state, generator.set_state
+        self._key_at = (ctypes.c_char * length).from_address
 
     def key(self) -> bytes:
-        state = self.generator.get_state()
-        found: bytes = self._key.from_address(state.data_ptr() + self._start).raw
+        state = self._get_state()
+        found: bytes = self._key_at(state.data_ptr() + self._start).raw
         return found
 
     def stand(self) -> None:
@@ -187,18 +195,28 @@ class _Watch:
         self.has_token = False
 
     def leave_token(self, index: int) -> None:
-        if self._token is None:
+        if self.stream != self._named:
+            self._name_stream()
+        if self._cpu:
+            _INDEX.pack_into(self._words, _CPU_INDEX, index)
+        else:
+            _INDEX.pack_into(self._words, _PHILOX_INDEX, 4 * index)
+        self._set_state(self._token)
+        self.expected = bytes(self._words[self._start : self._end])
+        self.has_token = True
+
+    def _name_stream(self) -> None:
+        """Write a token of the stream that the generator is in; what is still missing is where."""
+        if not self._words:
             self._words[:] = self.first
             self._token = torch.frombuffer(self._words, dtype=torch.uint8)
         if self._cpu:
-            key = _CPU_TOKEN.pack(*_UNUSED, _MAGIC, self._nonce, self.stream, index)
+            key = _CPU_TOKEN.pack(*_UNUSED, _MAGIC, self._nonce, self.stream, 0)
         else:
             named = (_MAGIC << 32) | (self._nonce & 0xFFFF) << 16 | self.stream
-            key = _PHILOX_TOKEN.pack(named, 4 * index)
-        self._words[self._start : self._start + len(key)] = key
-        self.generator.set_state(self._token)
-        self.expected = key
-        self.has_token = True
+            key = _PHILOX_TOKEN.pack(named, 0)
+        self._words[self._start : self._end] = key
+        self._named = self.stream
 
     def read_token(self, key: bytes) -> Draw | None:
         """The place that a token's key names; None if it is of no token."""

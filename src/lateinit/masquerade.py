@@ -25,6 +25,7 @@ from lateinit.replay import without_modes
 from lateinit.tensors import copied_by_deepcopy, is_deferred_tensor
 
 Handler = Callable[..., Any]
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 class Masquerade(TorchFunctionMode):
@@ -42,13 +43,11 @@ class Masquerade(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         recorder = self.recorder
-        if recorder.busy:
-            return func(*args, **kwargs) if kwargs else func(*args)
         handler = _HANDLERS.get(func)
-        if handler is _asks:
+        if handler is _asks or recorder.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
         recorder.call = args, kwargs
-        recorder.autocasting = torch._C._is_any_autocast_enabled()
+        recorder.autocasting = _is_any_autocast_enabled()
         if handler is None:
             func = quick.replaced(func) or func
             handler = _HANDLERS.get(func)

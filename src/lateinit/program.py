@@ -38,7 +38,8 @@ class TensorRef(NamedTuple):
         """The window that a tensor is on a storage of this number."""
         bits = (CONJUGATE if tensor.is_conj() else 0) | (NEGATIVE if tensor.is_neg() else 0)
         size, stride, offset = tuple(tensor.size()), tensor.stride(), tensor.storage_offset()
-        return cls(storage, tensor.dtype, size, stride, int(offset), bits)
+        fields = storage, tensor.dtype, size, stride, int(offset), bits
+        return tuple.__new__(cls, fields)  # what cls(...) does, without its Python
 
     @property
     def numel(self) -> int:

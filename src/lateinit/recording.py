@@ -157,6 +157,7 @@ class _Modules:
     def __init__(self) -> None:
         self._found: dict[int, nn.Module] = {}
         self._parents: dict[int, tuple[nn.Module, str]] = {}
+        self._paths: dict[int, str] = {}
 
     def __enter__(self) -> _Modules:
         # What register_module_parameter_registration_hook and its like do, without handles.
@@ -183,13 +184,15 @@ class _Modules:
     def all(self) -> list[nn.Module]:
         return list(self._found.values())
 
-    def path(self, module: nn.Module) -> str:
+    def path(self, module: nn.Module, depth: int = 0) -> str:
         """The dotted name of a module below the outermost one that it was put in."""
-        names: list[str] = []
-        while id(module) in self._parents and len(names) < _DEEPEST:
-            module, name = self._parents[id(module)]
-            names.append(f"{name}.")
-        return "".join(reversed(names))
+        known = self._paths.get(id(module))
+        if known is None:
+            parent = self._parents.get(id(module))
+            inner = parent is not None and depth < _DEEPEST
+            known = f"{self.path(parent[0], depth + 1)}{parent[1]}." if parent and inner else ""
+            self._paths[id(module)] = known
+        return known
 
 
 def _guard_all(recorder: Recorder, modules: _Modules) -> None:

@@ -96,7 +96,8 @@ def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
 
 def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if nothing was recorded of it."""
-    guarded = isinstance(tensor, (DeferredTensor, UninitializedTensorMixin))
+    plain = type(tensor) in _PLAIN_CLASSES
+    guarded = not plain and isinstance(tensor, (DeferredTensor, UninitializedTensorMixin))
     if guarded or torch._C._is_torch_function_mode_enabled():
         with torch._C.DisableTorchFunction():
             return _slot_of(tensor)
@@ -106,7 +107,8 @@ def slot_of(tensor: Tensor) -> Slot | None:
 def _slot_of(tensor: Tensor) -> Slot | None:
     if not tensor.is_meta:
         return None
-    tensor = held(tensor)
+    if type(tensor) not in ORDINARY:
+        tensor = held(tensor)
     try:
         return getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
     except (NotImplementedError, RuntimeError):  # layouts that have no storage
