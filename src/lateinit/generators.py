@@ -56,6 +56,9 @@ class Generators:
         elif watch.key() != watch.expected:
             self._moved(watch)
         ops = self.program.streams[watch.stream].ops
+        if len(ops) != watch.at:  # another generator was set to this place, and went on from it
+            self._begin(watch, Draw(watch.stream, watch.at))
+            ops = self.program.streams[watch.stream].ops
         place = Draw(watch.stream, len(ops))
         ops.append(op)
         watch.leave_token(len(ops))
@@ -107,7 +110,7 @@ class Generators:
         return watch
 
     def _begin(self, watch: _Watch, start: bytes | Draw, root: bool = False) -> None:
-        watch.stream = len(self.program.streams)
+        watch.stream, watch.at = len(self.program.streams), 0
         self.program.streams.append(Stream(start, watch.device, root))
 
     def _moved(self, watch: _Watch) -> None:
@@ -118,7 +121,7 @@ class Generators:
             watch.stand()
             self._begin(watch, self._settled.get(state, state))
         elif place.number == len(self.program.streams[place.stream].ops):
-            watch.stream = place.stream
+            watch.stream, watch.at = place
         else:
             watch.stand()
             self._begin(watch, place)
@@ -171,6 +174,7 @@ class _Watch:
         self.device = generator.device
         self.first = state_of(generator)
         self.stream = -1
+        self.at = 0  # the number of its next draw in the stream
         self.has_token = False
         self._cpu = self.device.type == "cpu"
         self._nonce = nonce
@@ -204,6 +208,7 @@ class _Watch:
         self._set_state(self._token)
         self.expected = bytes(self._words[self._start : self._end])
         self.has_token = True
+        self.at = index
 
     def _name_stream(self) -> None:
         """Write a token of the stream that the generator is in; what is still missing is where."""
@@ -211,6 +216,8 @@ class _Watch:
             self._words[:] = self.first
             self._token = torch.frombuffer(self._words, dtype=torch.uint8)
         if self._cpu:
+            # The seed that stands there now: initial_seed() tells it.
+            self._words[: self._start] = state_of(self.generator)[: self._start]
             key = _CPU_TOKEN.pack(*_UNUSED, _MAGIC, self._nonce, self.stream, 0)
         else:
             named = (_MAGIC << 32) | (self._nonce & 0xFFFF) << 16 | self.stream
