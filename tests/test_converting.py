@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,3 +79,38 @@ def test_name_of_the_type_is_that_of_the_finished_tensor() -> None:
         assert torch.ones(2).type() == "torch.FloatTensor"
         with pytest.raises(ValueError, match="invalid type"):
             torch.ones(2).type("torch.NoTensor")
+
+
+INDICES: dict[str, Any] = {
+    "rows": [0, 3],
+    "from the end": [-1, 0],
+    "a mask": [True, False, True, False],
+    "none": [],
+    "a range": range(2),
+    "of numpy": [np.int64(0), np.int64(2)],
+    "pairs": ([0, 1], [2, 3]),
+    "tuples": ((0, 1), (2, 3)),
+    "columns": (slice(None), [0, 2]),
+    "a table": ([[0, 1], [2, 3]], 0),
+    "with a slice": ([-1, 0], slice(1, 3)),
+    "after others": (..., [0]),
+    "with a new dim": (None, [1, 2]),
+    "an array": np.array([0, 2]),
+}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=list(INDICES))
+def test_list_as_an_index_takes_what_it_takes_eagerly(index: Any) -> None:
+    def run() -> list[torch.Tensor]:
+        table = torch.randn(4, 4)
+        taken = table[index].clone()
+        table[index] = 2.0
+        parameter = nn.Parameter(torch.randn(4, 4))
+        parameter.data[index] += 1
+        return [table, taken, parameter]
+
+    torch.manual_seed(0)
+    expected = run()
+    torch.manual_seed(0)
+    found = lateinit.materialize(lateinit.deferred_init(run))
+    assert all(map(torch.equal, found, expected))

@@ -7,6 +7,7 @@ on ``meta``, would often copy it to the device that it passes for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lateinit.replay import without_modes
 from lateinit.tensors import is_deferred_tensor
 
 Handler = Callable[..., Any]
+_SEQUENCES = frozenset({list, tuple, range})
 
 
 def of_deferred(handler: Handler) -> Handler:
@@ -171,6 +173,26 @@ def _real(recorder: Recorder, data: Any) -> Any:
     return items if any(new is not old for new, old in zip(items, data, strict=True)) else data
 
 
+def _by_index(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``x[[0, 2]]``: torch puts lists where it sees the tensor to be, on meta, without values."""
+    tensor, index, *rest = args
+    alone = type(index) is not tuple
+    whole = (index,) if alone else index
+    if not any(type(item) in _SEQUENCES for item in whole):
+        return func(*args, **kwargs)
+    if alone and not all(isinstance(place, Integral) for place in index):
+        return func(*args, **kwargs)  # it may stand for a tuple
+    places = tuple([_places(item) if type(item) in _SEQUENCES else item for item in whole])
+    return func(tensor, places[0] if alone else places, *rest, **kwargs)
+
+
+def _places(item: Any) -> Any:
+    try:
+        return torch.tensor(item, dtype=None if len(item) else torch.int64)
+    except (TypeError, ValueError, RuntimeError):
+        return item  # for torch's own message
+
+
 _tensor = torch.Tensor
 HANDLERS: dict[Any, Handler] = {
     _tensor.to: _to_any,
@@ -180,6 +202,8 @@ HANDLERS: dict[Any, Handler] = {
     _tensor.type_as: _type_as,
     _tensor.new_tensor: of_deferred(_new_tensor),
     _tensor.new: of_deferred(_new),
+    _tensor.__getitem__: of_deferred(_by_index),
+    _tensor.__setitem__: of_deferred(_by_index),
     torch.tensor: _from_data,
     torch.as_tensor: _from_data,
     torch.asarray: _from_data,
