@@ -107,6 +107,7 @@ ROOMS = """
     hf_names
     translated
     stand_ins
+    reach
     shadows
     rehearsal
     fitting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -164,7 +163,7 @@ def _put(
     loading = Loading(stands, placer, on_copy)
     try:
         with loading, caught(module):
-            module.load_state_dict(copy.copy(stands.state), strict=False)
+            module.load_state_dict(stands.fresh(), strict=False)
     except Exception as error:
         raise loading.failure or error from error
     for found in find_tensors(module):  # a module may have kept what the state dict held

@@ -8,7 +8,6 @@ holds, and, in a rehearsal, in the place of what the module holds. Copies are no
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -147,9 +146,8 @@ def _rehearse(module: nn.Module, stands: Stands, cast: Cast) -> tuple[Rehearsal,
 
         loading = Loading(stands, shadows, on_copy)
         try:
-            with loading, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module.load_state_dict(copy.copy(stands.state), strict=False)
+            with loading, warnings.catch_warnings(record=True):
+                module.load_state_dict(stands.fresh(), strict=False)
         except Exception as error:  # noqa: BLE001 - a hook may fail in any way
             failure = loading.failure or error
         result.replaced = shadows.replaced(module)

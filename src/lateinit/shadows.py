@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from lateinit.errors import CheckpointError
 from lateinit.giving import Cast, home, swap
-from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta
+from lateinit.lazy.snapshot import Lending, RandomStates, on_meta
+from lateinit.reach import Reach, exchanged, is_wrapper
 from lateinit.replay import Replay, without_modes
 from lateinit.stand_ins import StandIns, Stands
-from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate
+from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate, original_class
 from lateinit.walk import find_tensors
 
 
@@ -36,6 +37,10 @@ class Shadows(Lending, StandIns):
         self._copies: list[tuple[Tensor, str]] = []  # into those without values
 
     def make(self, tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            copied: Tensor = copy.deepcopy(tensor)
+            self._originals[id(copied)] = tensor
+            return copied
         if is_lazy(tensor):  # it takes the checkpoint's shape; whether it may is checked apart
             found = self._found.get(id(tensor))
             loaded = self._stands.state.get(found.name) if found is not None else None
@@ -47,6 +52,10 @@ class Shadows(Lending, StandIns):
             shadow = shadow.to(dtype) if dtype and shadow.is_floating_point() else shadow
         if is_parameter(tensor):
             shadow = nn.Parameter(shadow, tensor.requires_grad)
+        if not is_lazy(tensor) and not is_wrapper(tensor):
+            shadow.__class__ = original_class(tensor)
+            vars(shadow).update({k: exchanged(v, self.of) for k, v in vars(tensor).items()})
+            vars(shadow).pop("_is_param", None)  # that it was guarded
         self._shadows.append(shadow)
         self._originals[id(shadow)] = tensor
         self.add(shadow)
@@ -151,20 +160,14 @@ def _memory(tensor: Tensor) -> Any:
 def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]:
     """Have shadows in a module's place; afterwards all is as it was, random states included."""
     shadows = Shadows(module, stands, cast)
-    snapshot, states = Snapshot(module), RandomStates()
+    reach, states = Reach(module), RandomStates()
     try:
         for part in module.modules():
             if any(is_dtensor(parameter) for parameter in part._parameters.values()):
                 # FSDP2 looks at its shards again afterwards; here it would find none.
                 part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
-            if type(part).set_extra_state is not nn.Module.set_extra_state:
-                part.__dict__["set_extra_state"] = _forget
-        shadows.lend(module)
+        reach.exchange(shadows.of)
         yield shadows
     finally:
-        snapshot.restore()
+        reach.restore()
         states.restore()
-
-
-def _forget(state: Any) -> None:
-    """Takes the place of ``set_extra_state`` in a rehearsal."""

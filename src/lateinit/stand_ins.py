@@ -99,8 +99,13 @@ class Stands(StandIns):
             self._derived[stand] = True
             self._of.setdefault(source, []).append(stand)
             self.add(stand)
-        if reader.versions is not None:
-            self.state._metadata = reader.versions  # type: ignore[attr-defined]
+
+    def fresh(self) -> OrderedDict[str, Any]:
+        """The state dict, of which only the stand-ins are not copied."""
+        state = copy.copy(self.state)
+        state.update(copy.deepcopy(self.reader.objects))
+        state._metadata = copy.deepcopy(self.reader.versions)  # type: ignore[attr-defined]
+        return state
 
     def source(self, tensor: Tensor) -> str | None:
         """The name in the checkpoint of what a tensor stands for; None once it has values."""
