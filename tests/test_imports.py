@@ -58,6 +58,7 @@ ROOMS = """
     giving
     materialize
     factories
+    refusals
     writer
     recorder
     quick

@@ -75,6 +75,21 @@ WRONG: dict[str, Callable[[], torch.Tensor]] = {
     "integers with a gradient": lambda: torch.ones(3, dtype=torch.int32, requires_grad=True),
     "kaiming of a vector": lambda: nn.init.kaiming_uniform_(torch.empty(3)),
     "kaiming of integers": lambda: nn.init.kaiming_uniform_(torch.ones(3, 3, dtype=torch.int64)),
+    "uniform, upside down": lambda: torch.empty(3).uniform_(2, 1),
+    "uniform, from beyond the default": lambda: nn.init.uniform_(torch.empty(3), a=2.0),
+    "uniform, too far": lambda: torch.empty(3, dtype=torch.float16).uniform_(0, 7e4),
+    "uniform, of no number": lambda: torch.empty(3).uniform_(float("nan"), 1),
+    "normal, negative": lambda: nn.init.normal_(torch.empty(3), std=-1.0),
+    "normal, of no number": lambda: torch.empty(3).normal_(0, float("nan")),
+    "exponential, negative": lambda: torch.empty(3).exponential_(-1),
+    "geometric": lambda: torch.empty(3).geometric_(1.5),
+    "log-normal": lambda: torch.empty(3).log_normal_(0, -1),
+    "bernoulli": lambda: torch.empty(3).bernoulli_(2.0),
+    "complex factor": lambda: torch.ones(3).mul_(1j),
+    "no bounds": lambda: torch.ones(3).clamp_(),
+    "no such rounding": lambda: torch.ones(3).div_(2, rounding_mode="up"),
+    "no such dim": lambda: torch.ones(3).cumsum_(5),
+    "a triangle of a vector": lambda: torch.ones(3).tril_(),
     "an unknown mode": lambda: nn.init.kaiming_uniform_(torch.empty(3, 3), mode="fan"),  # type: ignore[arg-type]
 }
 

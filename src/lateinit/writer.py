@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import ops
-from lateinit.arguments import META, has_tensor, kwargs_to_meta, tensors_in, to_meta
+from lateinit import ops, refusals
+from lateinit.arguments import META, kwargs_to_meta, tensors_in, to_meta
 from lateinit.errors import RecordingError
 from lateinit.factories import FACTORIES, Fill, is_usual
 from lateinit.generators import Generators, default_generator
@@ -20,6 +20,7 @@ from lateinit.labels import initializer
 from lateinit.ops import OpInfo
 from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit.realdata import RealData, is_plain
+from lateinit.refusals import FAR
 from lateinit.replay import Replay, Storages, flat, without_modes
 from lateinit.sharing import SharedMemory
 from lateinit.tensors import ON_META, Slot, attach, described, slot_of
@@ -96,9 +97,12 @@ class Writer:
     ) -> Any:
         """Note an op, and give the deferred tensors that it would return."""
         alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
-        if alone and args[0].is_floating_point() and not has_tensor(args[1:]):
+        floating = alone and args[0].is_floating_point()
+        if floating and refusals.never_refuses(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
+        if floating and complex in map(type, args[1:]):  # which meta kernels take
+            refusals.check(info, self.ref(args[0]), self.device_of(args[0]), args[1:])
         if not self.autocasting or info.mutates:
             try:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
@@ -143,7 +147,11 @@ class Writer:
         ref = self._ref(slot, tensor)  # may bring in another program, and its ops
         draw = None
         if info.random:
-            drawn = generator or default_generator(self.program.storages[ref.storage].device)
+            device = self.program.storages[ref.storage].device
+            # Nearly always this tells; a call would cost as much as all else here.
+            if not (len(values) == 2 and -FAR <= values[0] <= values[1] <= FAR and values[1] >= 0):
+                refusals.check(info, ref, device, values)
+            drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
         label = label or initializer()

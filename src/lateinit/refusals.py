@@ -1,0 +1,57 @@
+"""Numbers that an op in place refuses, found before it is recorded.
+
+No kernel runs while a fill is recorded, and the kernels are what refuses ``uniform_(2, 1)``. Those
+that no fill refuses are told by comparing them; with all others it is tried, once, on two elements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lateinit import ops
+from lateinit.program import TensorRef
+from lateinit.replay import without_modes
+
+FAR = 3e4  # within what every floating-point dtype holds, and twice that too
+_USUAL: dict[str, Callable[..., bool]] = {
+    "aten::normal_": lambda mean=0.0, std=1.0: std >= 0,
+    "aten::uniform_": lambda low=0.0, high=1.0: -FAR <= low <= high <= FAR,
+    ops.TRUNCATED: lambda *_: True,  # tried where it is recorded
+}
+"""Which numbers of the most frequent fills nothing refuses; of others nothing is known."""
+_UNREFUSED = {
+    *(f"aten::{name}_.Tensor" for name in ("add", "sub", "mul", "div")),
+    *(f"aten::{name}_" for name in ("clamp", "clamp_min", "clamp_max", "neg", "abs", "erfinv")),
+    *(f"aten::{name}_" for name in ("exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos")),
+    *(f"aten::{name}_" for name in ("tanh", "sigmoid", "floor", "ceil", "trunc")),
+}
+_REAL = frozenset({int, float})
+
+
+def check(info: ops.OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...]) -> None:
+    """Raise what an op in place raises for its numbers; only the CPU's kernels are tried."""
+    usual = _USUAL.get(info.name)
+    if (usual is None or not usual(*numbers)) and device.type == "cpu":
+        _try(info.name, ref.dtype, min(ref.numel, 2), numbers)  # one element has its own kernel
+
+
+def never_refuses(info: ops.OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op in place takes these numbers for every floating-point tensor."""
+    if info.name not in _UNREFUSED:
+        return False
+    for number in numbers:
+        if type(number) not in _REAL:
+            return False
+    return not kwargs or _REAL.issuperset(map(type, kwargs.values()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _try(name: str, dtype: torch.dtype, numel: int, numbers: tuple[Any, ...]) -> None:
+    info = ops.by_name(name)
+    with without_modes():
+        own = {"generator": torch.Generator()} if info.random else {}
+        info.func(torch.zeros(numel, dtype=dtype, device="cpu"), *numbers, **own)
