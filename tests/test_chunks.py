@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,48 @@ def test_tensors_of_millions_of_elements_equal_eager(threads: int) -> None:
     lateinit.materialize(model, threads=threads)
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiples_are_added_as_in_one_call(
+    dtype: torch.dtype, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_IN_CACHE", 16)
+
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Module()
+        model.added = torch.empty(9999, dtype=dtype).uniform_(-1, 1).add_(0.1, alpha=1 / 3)
+        model.taken = torch.empty(9999, dtype=dtype).uniform_(-1, 1).sub_(0.1, alpha=-3.3)
+        return model
+
+    expected, model = build(), lateinit.materialize(lateinit.deferred_init(build))
+    assert torch.equal(expected.added, model.added)
+    assert torch.equal(expected.taken, model.taken)
+
+
+@pytest.mark.parametrize("real", [torch.tensor(0.5), torch.linspace(0, 1, 1000)])
+def test_real_data_may_follow_on_a_draw(real: torch.Tensor, small_pieces: None) -> None:
+    def build() -> nn.Module:
+        model = filled(torch.float32, [1000, 20], "normal_", chain=False, draws=0)
+        model.b0.mul_(real)
+        return model
+
+    expected, model = build(), lateinit.materialize(lateinit.deferred_init(build))
+    assert torch.equal(expected.b0, model.b0)
+    assert torch.equal(expected.b1, model.b1)
+
+
+def test_kernel_whose_ends_differ_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds_twice_at_the_end(tensor: torch.Tensor, number: float) -> None:
+        end = len(tensor) // 64 * 64 if tensor.is_contiguous() else 0
+        tensor[:end].add_(number, alpha=1 / 3)
+        tensor[end:].add_(torch.tensor(number * (1 / 3)))
+
+    assert chunks._trial("aten::add_.Tensor", torch.float16)
+    info = SimpleNamespace(func=rounds_twice_at_the_end, random=False)
+    monkeypatch.setattr(chunks, "by_name", lambda name: info)
+    assert not chunks._trial("aten::add_.Tensor", torch.float16)
 
 
 def test_kernel_that_fails_its_trial_is_run_whole(
