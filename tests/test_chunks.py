@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,6 +208,42 @@ def test_failure_in_a_thread_is_raised_and_the_call_can_be_repeated(
         lateinit.materialize(model)
     assert not lateinit.is_deferred(model.b0)
     monkeypatch.setattr("lateinit.execute.run_piece", original)
+    lateinit.materialize(model)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("run", [1, 2, 3])
+def test_nobody_waits_for_a_run_that_cannot_be_begun(
+    run: int, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [40, 40, 40, 100, 200]
+    expected = filled(torch.float32, sizes, "uniform_", chain=False, draws=0)
+    with lateinit.deferred():
+        model = filled(torch.float32, sizes, "uniform_", chain=False, draws=0)
+    state, left = execute._Crew._state, run
+
+    def short(crew: execute._Crew, run: execute._Run) -> bytes | None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise MemoryError
+        return state(crew, run)
+
+    monkeypatch.setattr(execute._Crew, "_state", short)
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            lateinit.materialize(model)
+        except lateinit.errors.OutOfMemoryError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(raised) == 1
     lateinit.materialize(model)
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name)), name

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lateinit
+from lateinit import giving
 from lateinit.errors import (
     LateinitError,
     MaterializeError,
@@ -83,6 +84,34 @@ def test_interrupted_materialising_can_be_continued(monkeypatch: pytest.MonkeyPa
         lateinit.materialize(model)
     monkeypatch.undo()
     assert 0 < len(still_deferred(model)) < len(tensors_of(model))
+    assert_same(eager, lateinit.materialize(model))
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_memory_that_only_some_were_given_is_given_to_the_rest(
+    given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> nn.Module:
+        model, whole = nn.Module(), torch.randn(6, 4)
+        for number, part in enumerate(whole.split(2)):
+            model.register_parameter(f"part{number}", nn.Parameter(part))
+        return model
+
+    eager, model = twins(build)
+    calls: list[int] = []
+
+    def breaks_off(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > given:
+            raise KeyboardInterrupt
+        give(*arguments)
+
+    give = giving.give
+    monkeypatch.setattr(giving, "give", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        lateinit.materialize(model)
+    monkeypatch.undo()
+    assert len(still_deferred(model)) == 3 - given
     assert_same(eager, lateinit.materialize(model))
 
 

@@ -204,9 +204,14 @@ class _Crew:
     def flush(self) -> None:
         """Give the threads the run as it is."""
         run, self._run = self._run, _Run()
-        if run.jobs:
+        if not run.jobs:
+            return
+        try:
             self.pool.submit(_work, run.jobs, self._state(run))
-            self.runs += 1
+        except BaseException as error:
+            _fail(run.jobs, error)
+            raise
+        self.runs += 1
 
     def _add(
         self, fill: Fill, storage: torch.UntypedStorage, piece: tuple[int, int]
@@ -266,6 +271,11 @@ def _work(jobs: list[_Job], state: bytes | None) -> None:
             run_piece(job.fill, job.storage, job.piece, drawing, job.late)
             job.done.set_result(None)
     except Exception as error:  # noqa: BLE001
-        for job in jobs:
-            if not job.done.done():
-                job.done.set_exception(error)
+        _fail(jobs, error)
+
+
+def _fail(jobs: list[_Job], error: BaseException) -> None:
+    """Let nobody wait for what is not done."""
+    for job in jobs:
+        if not job.done.done():
+            job.done.set_exception(error)

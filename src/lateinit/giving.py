@@ -76,6 +76,8 @@ def place(
             cast = replace(cast, device=device)
         whole, storage = storage, cast.storage(storage, [ref for *_, ref in tensors])
         window = window if storage is whole else None
+        # First of all: if giving it breaks off, those that have none yet are to share this one.
+        slot.real, slot.cast = storage, (cast.device, cast.dtype)
     for _, tensor, _, ref in tensors:
         shown = ref
         if cast.dtype is not None or ref in strides:
@@ -85,7 +87,6 @@ def place(
             window = None
         else:
             give(tensor, shown, storage)
-    slot.real, slot.cast = storage, (cast.device, cast.dtype)
 
 
 def home(

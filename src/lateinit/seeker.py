@@ -4,6 +4,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from lateinit.mt19937 import generator_at, has_normal, jump, state_of, without_n
 
 Run = Callable[[int, torch.Generator], None]
 _PAIR = 4
+_position = itemgetter(0)
 
 
 class Cost(NamedTuple):
@@ -30,6 +32,16 @@ class Cost(NamedTuple):
             return self.words, cached
         new = self.normals - cached
         return self.words + _PAIR * ((new + 1) // 2), new % 2 == 1
+
+
+class _Place(NamedTuple):
+    """A position: the words drawn up to it, and since when the cached normal, if any, is cached.
+
+    Unknown draws count as no words: no difference is taken across a barrier.
+    """
+
+    words: int
+    source: int | None
 
 
 class Seeker:
@@ -53,12 +65,9 @@ class Seeker:
 
     def __init__(self, start: bytes) -> None:
         self._costs: list[Cost | None] = []
-        # Per position: the words drawn up to it, unknown draws counted as none (no difference
-        # is taken across a barrier), and the position since which the cached normal is cached.
-        self._words = [0]
-        self._source: list[int | None] = [0 if has_normal(start) else None]
-        self._barriers = [0]
-        self._kept = [start]
+        # Both grow by one entry at a time, so that whoever is interrupted leaves them whole.
+        self._places = [_Place(0, 0 if has_normal(start) else None)]
+        self._barriers = [(0, start)]  # positions, and the states there
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=16)
         self._running: int | None = None
         self._lock = threading.RLock()
@@ -107,12 +116,13 @@ class Seeker:
         """
         with self._lock:
             self._reach(last, run)
-            barrier = self._barriers[bisect_right(self._barriers, last) - 1]
-            return self._words[last] - self._words[first] if barrier <= first else None
+            barrier, _ = self._barrier(last)
+            known = barrier <= first
+            return self._places[last].words - self._places[first].words if known else None
 
     def _reach(self, index: int, run: Run) -> None:
-        while len(self._words) <= index:
-            self._pass(len(self._words) - 1, run)
+        while len(self._places) <= index:
+            self._pass(len(self._places) - 1, run)
 
     def _pass(self, index: int, run: Run) -> None:
         """Extend the known positions over one draw."""
@@ -120,10 +130,10 @@ class Seeker:
         if cost is None:
             self._make(index, run)
             return
-        source = self._source[index]
+        before, source = self._places[index]
         words, cached = cost.after(source is not None)
-        self._words.append(self._words[index] + words)
-        self._source.append((index + 1 if cost.normals else source) if cached else None)
+        source = (index + 1 if cost.normals else source) if cached else None
+        self._places.append(_Place(before + words, source))
 
     def _make(self, index: int, run: Run) -> None:
         """Run an unknown draw and keep the state after it."""
@@ -133,16 +143,15 @@ class Seeker:
                 "only ask for states up to it"
             )
         generator = generator_at(self._at(index))
-        self._running = index
         try:
+            self._running = index
             run(index, generator)
         finally:
             self._running = None
         after = state_of(generator)
-        self._barriers.append(index + 1)
-        self._kept.append(after)
-        self._words.append(self._words[index])
-        self._source.append(index + 1 if has_normal(after) else None)
+        self._barriers.append((index + 1, after))
+        source = index + 1 if has_normal(after) else None
+        self._places.append(_Place(self._places[index].words, source))
 
     def _at(self, index: int) -> bytes:
         base, state = self._nearest(index)
@@ -153,21 +162,25 @@ class Seeker:
 
     def _nearest(self, index: int) -> tuple[int, bytes]:
         """The last position up to `index` whose state is at hand."""
-        barrier = bisect_right(self._barriers, index) - 1
-        nearest = self._barriers[barrier], self._kept[barrier]
+        nearest = self._barrier(index)
         for recent in self._recent:
             if nearest[0] < recent[0] <= index:
                 nearest = recent
         return nearest
 
+    def _barrier(self, index: int) -> tuple[int, bytes]:
+        return self._barriers[bisect_right(self._barriers, index, key=_position) - 1]
+
     def _moved(self, state: bytes, base: int, index: int) -> bytes:
-        source = self._source[index]
+        words, source = self._places[index]
+        begin = self._places[base].words
         if source is None:
             state = without_normal(state)
         elif source > base:
-            words = self._words[source] - _PAIR - self._words[base]
-            state, base = paired(jump(without_normal(state), words)), source
-        return jump(state, self._words[index] - self._words[base])
+            paired_at = self._places[source].words
+            state = paired(jump(without_normal(state), paired_at - _PAIR - begin))
+            begin = paired_at
+        return jump(state, words - begin)
 
 
 def paired(state: bytes) -> bytes:
