@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from tests.formats import FORMATS
 from tests.killed_saves import in_a_child
 from tests.snapshots import assert_same
 from tests.twins import Net, twins
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def die_at(last: int, folder: str) -> None:
@@ -35,18 +38,19 @@ def die_at(last: int, folder: str) -> None:
         if event == "mmap.__new__" or (event == "open" and str(details[0]).startswith(folder)):
             step()
 
-    put = Placer.put
+    put_plainly = Placer.put_plainly
 
-    def trained_put(
-        placer: Placer, target: torch.Tensor, source: torch.Tensor, *, take: bool
+    def trained_put_plainly(
+        placer: Placer, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
-        step()
-        put(placer, target, source, take=take)
-        with torch.no_grad():
-            target.add_(1)
-        step()
+        for target, source in pairs:
+            step()
+            put_plainly(placer, [(target, source)])
+            with torch.no_grad():
+                target.add_(1)
+            step()
 
-    Placer.put = trained_put  # type: ignore[method-assign]
+    Placer.put_plainly = trained_put_plainly  # type: ignore[method-assign]
     sys.addaudithook(hook)
 
 

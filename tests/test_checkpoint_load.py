@@ -125,8 +125,8 @@ def with_lazy_part(model: nn.Module) -> None:
     model[1] = lateinit.nn.LazyLinear(2)
 
 
-def with_batch_norm(model: nn.Module) -> None:
-    model.append(nn.BatchNorm1d(2))
+def with_instance_norm(model: nn.Module) -> None:
+    model.append(nn.InstanceNorm1d(2))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def with_batch_norm(model: nn.Module) -> None:
         with_own_class,
         with_own_load,
         with_lazy_part,
-        with_batch_norm,
+        with_instance_norm,
     ],
 )
 def test_a_model_that_loads_in_its_own_way_is_not_plain(

@@ -107,8 +107,8 @@ ROOMS = """
     readers
     hf_names
     translated
-    stand_ins
     reach
+    stand_ins
     shadows
     rehearsal
     fitting

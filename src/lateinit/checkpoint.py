@@ -192,7 +192,8 @@ def load_checkpoint(
         raise DeferredTensorError(
             "load_checkpoint was called in a `with lateinit.deferred():` block: call it after it"
         )
-    with outside():
+    grad = torch.is_grad_enabled()
+    with outside(), torch.set_grad_enabled(grad):  # as hooks always see it
         return load(module, Path(path), cast, strict=strict, progress=progress)
 
 

@@ -97,6 +97,8 @@ def fit(
     strange = reader.entries.keys() <= set(unexpected)
     if (missing or unexpected) and (strict or strange):
         problems += _strangers(module, names, reader, missing, unexpected)
+    if rehearsal.failure is not None and not problems:
+        problems.append(str(rehearsal.failure))
     if problems:
         count = len(problems)
         raise MismatchError(

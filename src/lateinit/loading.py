@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
 from lateinit.giving import Cast
 from lateinit.lazy.loading import wrong_sizes
@@ -21,14 +22,14 @@ from lateinit.placing import Placer, place_of
 from lateinit.progress import Progress
 from lateinit.reader import Reader, block
 from lateinit.readers import open_checkpoint
-from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse
+from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse, run
 from lateinit.replay import Replay
 from lateinit.safetensors_file import Entry
 from lateinit.stand_ins import Loading, Stands
 from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.translated import translated
 from lateinit.units import format_bytes
-from lateinit.walk import Found, find_tensors
+from lateinit.walk import Found
 from lateinit.wanted import Wanted, wanted_in
 
 
@@ -81,8 +82,8 @@ def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: b
     for group in groups:
         check_shared(group, cast)
     reader = translated(module, reader, state)
-    rehearsal = rehearse(module, reader, cast, state)
-    if not rehearsal.plain:
+    rehearsal = rehearse(module, reader, cast, state, strict=strict)
+    if any(found.lazy for found in names.distinct):
         sizes = wrong_sizes(module, Stands(reader, names.found).state)
         rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
@@ -95,7 +96,7 @@ def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: b
         if rehearsal.plain:
             _put_plainly(reader, rehearsal, fitting, placer, bar)
         else:
-            _put(module, names, reader, rehearsal, placer, bar)
+            _put(module, names, reader, rehearsal, placer, bar, strict=strict)
     left: Any = module
     if rehearsal.plain:  # no hook has exchanged anything
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
@@ -139,14 +140,19 @@ def _put(
     rehearsal: Rehearsal,
     placer: Placer,
     bar: Progress,
+    *,
+    strict: bool,
 ) -> None:
     """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
     stands = Stands(reader, names.found)
     uses = Counter(name for _, name in rehearsal.copies if isinstance(name, str))
 
+    copies: list[str | None] = []
+
     def on_copy(target: Tensor, source: Tensor) -> None:
         stands.reveal(target)
         name = stands.source(source)
+        copies.append(name)
         whole = (0,) * source.dim(), tuple(source.shape)
         place = place_of(target) if is_dtensor(target) and not is_dtensor(source) else whole
         if name is None:
@@ -162,13 +168,21 @@ def _put(
 
     loading = Loading(stands, placer, on_copy)
     try:
-        with loading, caught(module):
-            module.load_state_dict(stands.fresh(), strict=False)
+        with loading, caught(module) as lists:
+            run(module, stands, lists, strict=strict)
     except Exception as error:
         raise loading.failure or error from error
-    for found in find_tensors(module):  # a module may have kept what the state dict held
-        if stands.holds(found.tensor):
-            stands.reveal(found.tensor)
+    for tensor, _ in stands.kept(module):
+        stands.reveal(tensor)
+    if len(copies) != len(rehearsal.copies) or lists[:2] != (
+        rehearsal.missing,
+        rehearsal.unexpected,
+    ):
+        raise CheckpointError(
+            f"{type(module).__name__} loads {reader.path} otherwise the second time than in the "
+            "rehearsal, as its hooks keep something outside of it; it has changed by now: build it "
+            "anew, materialise it, and give it the state dict by load_state_dict()"
+        )
 
 
 def _to_compute(group: Wanted, loaded: set[str]) -> Iterator[int]:

@@ -39,10 +39,16 @@ class Reach:
             self._seen[id(value)] = value  # kept, so that nothing else gets its id
             if isinstance(value, _PLACES):
                 self._places.append(value)
-            undo = _undo(value)
-            if undo is not None:
-                self._undo.append(undo)
             waiting += _parts(value)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that were found."""
+        return [value for value in self._seen.values() if isinstance(value, Tensor)]
+
+    def keep(self) -> None:
+        """Remember how everything is now."""
+        found = map(_undo, self._seen.values())
+        self._undo = [undo for undo in found if undo is not None]
 
     def exchange(self, of: Callable[[Tensor], Tensor]) -> None:
         """Put another tensor in the place of each."""
@@ -57,7 +63,7 @@ class Reach:
                         place[key] = new
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back as it was then."""
         for undo in self._undo:
             undo()
 

@@ -26,6 +26,10 @@ from lateinit.tensors import DeferredTensor
 from lateinit.walk import find_tensors
 
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
+# It only adds the counter that older versions did not save.
+_PLAIN_WAYS = {"_load_from_state_dict": nn.modules.batchnorm._NormBase._load_from_state_dict}
+_COUNTER = "num_batches_tracked"
+_MISFIT = "Error(s) in loading state_dict for "
 _PLAIN_TENSORS = (Tensor, nn.Parameter, DeferredTensor)
 
 
@@ -35,7 +39,8 @@ class Rehearsal:
 
     A source is a name in the checkpoint, a tensor computed from what is there, or None for a
     value that has nothing to do with it. ``revealed`` are the names whose values somebody wanted
-    besides. If it is ``plain``, the copies are all that loading does.
+    besides, ``failure`` is what torch raised of problems that are told in the other lists. If it is
+    ``plain``, the copies are all that loading does.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -44,6 +49,7 @@ class Rehearsal:
     copies: list[tuple[Tensor, str | Tensor | None]] = field(default_factory=list)
     replaced: list[Tensor] = field(default_factory=list)
     revealed: set[str] = field(default_factory=set)
+    failure: Exception | None = None
     plain: bool = False
 
 
@@ -64,7 +70,8 @@ def _collect(
     """Note what one module would load, and those below it; whether all of it is plain."""
     own, cls = part.__dict__, type(part)
     if cls not in classes:
-        classes[cls] = all(getattr(cls, n, None) is getattr(nn.Module, n) for n in _OWN_WAYS)
+        own_ways = [n for n in _OWN_WAYS if getattr(cls, n, None) is not getattr(nn.Module, n)]
+        classes[cls] = all(getattr(cls, n) is _PLAIN_WAYS.get(n) for n in own_ways)
     if (
         not classes[cls]
         or own["_load_state_dict_pre_hooks"]
@@ -97,6 +104,8 @@ def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
         source = sources.get(name)
         if type(tensor) not in _PLAIN_TENSORS:
             return None
+        if source is None and name.endswith(_COUNTER):
+            return None
         if source is None:
             result.missing.append(name)
         elif tuple(tensor.shape) != reader.entries[source].shape:
@@ -107,7 +116,12 @@ def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
 
 
 def rehearse(
-    module: nn.Module, reader: Reader, cast: Cast, state: dict[str, Tensor] | None = None
+    module: nn.Module,
+    reader: Reader,
+    cast: Cast,
+    state: dict[str, Tensor] | None = None,
+    *,
+    strict: bool = False,
 ) -> Rehearsal:
     """Find out what loading a checkpoint would do; the module stays as it is.
 
@@ -121,17 +135,21 @@ def rehearse(
     if plainly is not None:
         return plainly
     names = {name for found in find_tensors(module) for name in found.names}
-    found, failure = _rehearse(module, Stands(reader, names), cast)
+    found, failure = _rehearse(module, Stands(reader, names), cast, strict=strict)
     if isinstance(failure, LateinitError):
         raise failure
-    if failure is not None and not found.wrong:
+    if failure is not None and str(failure).startswith(_MISFIT):
+        found.failure = failure
+    elif failure is not None and not found.wrong:
         raise CheckpointError(
             f"{type(module).__name__} cannot load {reader.path}: {failure}"
         ) from failure
     return found
 
 
-def _rehearse(module: nn.Module, stands: Stands, cast: Cast) -> tuple[Rehearsal, Exception | None]:
+def _rehearse(
+    module: nn.Module, stands: Stands, cast: Cast, *, strict: bool
+) -> tuple[Rehearsal, Exception | None]:
     result = Rehearsal()
     failure: Exception | None = None
     with shadowed(module, stands, cast) as shadows, caught(module) as lists:
@@ -147,13 +165,25 @@ def _rehearse(module: nn.Module, stands: Stands, cast: Cast) -> tuple[Rehearsal,
         loading = Loading(stands, shadows, on_copy)
         try:
             with loading, warnings.catch_warnings(record=True):
-                module.load_state_dict(stands.fresh(), strict=False)
+                run(module, stands, lists, strict=strict)
         except Exception as error:  # noqa: BLE001 - a hook may fail in any way
             failure = loading.failure or error
         result.replaced = shadows.replaced(module)
-        result.revealed = stands.revealed | stands.names_in(module)
+        result.revealed = stands.revealed | {name for _, name in stands.kept(module)}
     result.missing, result.unexpected, result.wrong = map(list, lists)
     return result, failure
+
+
+def run(module: nn.Module, stands: Stands, lists: tuple[list[str], ...], *, strict: bool) -> None:
+    """``module.load_state_dict``, and what it finds missing and unexpected.
+
+    One of a class's own may hand it on to other modules, whose lists are not seen, and must be told
+    whether it is to be strict. Torch's own is to go on in any case: all problems are told at once.
+    """
+    own = getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
+    found = module.load_state_dict(stands.fresh(), **({} if own and strict else {"strict": False}))
+    for kept, more in zip(lists, found if own and isinstance(found, tuple) else (), strict=False):
+        kept += [name for name in more if name not in kept]
 
 
 @contextlib.contextmanager
@@ -170,6 +200,9 @@ def caught(module: nn.Module) -> Iterator[tuple[list[str], list[str], list[str]]
     held: list[tuple[list[str], list[str]]] = []
     swap = torch.__future__.get_swap_module_params_on_conversion()
     handle = module._register_load_state_dict_pre_hook(catch)
+    # Not the last: one that removes itself is no error where it is that.
+    hooks: Any = module._load_state_dict_pre_hooks
+    hooks.move_to_end(handle.id, last=False)
     torch.__future__.set_swap_module_params_on_conversion(False)
     try:
         yield lists

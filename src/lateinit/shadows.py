@@ -31,10 +31,10 @@ class Shadows(Lending, StandIns):
         self._stands = stands
         self._cast = cast
         self._found = {id(found.tensor): found for found in find_tensors(module)}
-        self._shadows: list[Tensor] = []
+        self._together: dict[Any, list[Tensor]] = {}  # shadows by the memory that they share
         self._originals: dict[int, Tensor] = {}  # by the id of the shadow
         self._overwritten: set[int] = set()
-        self._copies: list[tuple[Tensor, str]] = []  # into those without values
+        self._copies: dict[Any, list[tuple[Tensor, str]]] = {}  # into those without values
 
     def make(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -56,7 +56,7 @@ class Shadows(Lending, StandIns):
             shadow.__class__ = original_class(tensor)
             vars(shadow).update({k: exchanged(v, self.of) for k, v in vars(tensor).items()})
             vars(shadow).pop("_is_param", None)  # that it was guarded
-        self._shadows.append(shadow)
+        self._together.setdefault(_memory(tensor), []).append(shadow)
         self._originals[id(shadow)] = tensor
         self.add(shadow)
         return shadow
@@ -94,7 +94,7 @@ class Shadows(Lending, StandIns):
             self._overwritten.add(id(base))
         if base is not None and base.is_meta and name is not None:
             target.copy_(on_meta(source))  # fails if the shapes do not fit
-            self._copies.append((base, name))
+            self._copies.setdefault(self._memory_of(base), []).append((base, name))
             return
         for tensor in (target, source):
             self.reveal(tensor)
@@ -102,20 +102,17 @@ class Shadows(Lending, StandIns):
         target.copy_(source)
 
     def give_values(self, base: Tensor) -> None:
-        together = self._together(self._originals[id(base)])
+        memory = self._memory_of(base)
+        together = self._together[memory]
         memo: dict[Any, Any] = {}
         with without_modes():
             for shadow in together:
                 swap(shadow, self._initial(shadow, together, memo))
-            for shadow, name in self._copies:
-                if any(shadow is other for other in together):
-                    shadow.copy_(self._stands.reader.read(name))
+            for shadow, name in self._copies.pop(memory, ()):
+                shadow.copy_(self._stands.reader.read(name))
 
-    def _together(self, original: Tensor) -> list[Tensor]:
-        """The shadows of all tensors that share memory with one."""
-        key = _memory(original)
-        others = ((shadow, self._originals[id(shadow)]) for shadow in self._shadows)
-        return [s for s, other in others if other is original or _memory(other) == key]
+    def _memory_of(self, shadow: Tensor) -> Any:
+        return _memory(self._originals[id(shadow)])
 
     def _initial(self, shadow: Tensor, together: list[Tensor], memo: dict[Any, Any]) -> Tensor:
         """What a tensor of the module has now, in memory that only the shadows share."""
@@ -161,6 +158,7 @@ def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]
     """Have shadows in a module's place; afterwards all is as it was, random states included."""
     shadows = Shadows(module, stands, cast)
     reach, states = Reach(module), RandomStates()
+    reach.keep()
     try:
         for part in module.modules():
             if any(is_dtensor(parameter) for parameter in part._parameters.values()):

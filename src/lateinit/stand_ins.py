@@ -19,10 +19,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit.arguments import tensors_in
 from lateinit.giving import swap
+from lateinit.reach import Reach
 from lateinit.reader import Reader
 from lateinit.replay import flat
 from lateinit.tensors import is_dtensor
-from lateinit.walk import find_tensors
 
 
 class Held(Protocol):
@@ -96,7 +96,6 @@ class Stands(StandIns):
             stand = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             self.state[name] = stand
             self._sources[id(stand)] = source
-            self._derived[stand] = True
             self._of.setdefault(source, []).append(stand)
             self.add(stand)
 
@@ -112,17 +111,18 @@ class Stands(StandIns):
         base = self.base(tensor)
         return self._sources[id(base)] if base is not None and base.is_meta else None
 
-    def names_in(self, module: nn.Module) -> set[str]:
-        """The sources of stand-ins without values that a module has kept."""
-        return {name for f in find_tensors(module) if (name := self.source(f.tensor)) is not None}
+    def kept(self, module: nn.Module) -> list[tuple[Tensor, str]]:
+        """Stand-ins without values that a module leads to, each with its source."""
+        tensors = Reach(module).tensors()
+        return [(t, name) for t in tensors if (name := self.source(t)) is not None]
 
     def gave(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of these, or was computed from them."""
-        return tensor in self._derived
+        return self.base(tensor) is not None or tensor in self._derived
 
     def follow(self, given: list[Tensor], result: Any) -> None:
         """Note what an op made of tensors, some of which may be these."""
-        if any(tensor in self._derived for tensor in given):
+        if any(map(self.gave, given)):
             self._derived.update({t: True for t in flat(result) if isinstance(t, Tensor)})
 
     def device(self, tensor: Tensor) -> torch.device:
@@ -170,7 +170,7 @@ class Loading(TorchFunctionMode):
             return args[0]
         if func in _ASKS:
             return func(*args, **kwargs)
-        given = tensors_in(args, kwargs)
+        given = tensors_in(args, kwargs) + _in_slices(args[1:2])
         for tensor in given if func not in _SAME else ():
             kind = self._kind_of(tensor)
             if kind is not None and func in _PLACES:
@@ -183,6 +183,13 @@ class Loading(TorchFunctionMode):
 
     def _kind_of(self, tensor: Tensor) -> Held | None:
         return next((kind for kind in self._kinds if kind.holds(tensor)), None)
+
+
+def _in_slices(args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that an index starts or stops at."""
+    index = args[0] if args and type(args[0]) is tuple else args
+    parts = [(i.start, i.stop, i.step) for i in index if type(i) is slice]
+    return tensors_in(tuple(parts), {}) if parts else []
 
 
 def _number(device: torch.device) -> int:
