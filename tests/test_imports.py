@@ -64,6 +64,7 @@ ROOMS = """
     quick
     truncated
     converting
+    whole
     masquerade
     following
     holes

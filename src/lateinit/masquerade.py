@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lateinit import converting, quick
+from lateinit import converting, quick, whole
 from lateinit.converting import evaluate, of_deferred
 from lateinit.generators import device_number
 from lateinit.recorder import Recorder
@@ -202,5 +202,6 @@ _HANDLERS: dict[Any, Handler] = {
     torch.sparse_bsc_tensor: _by_value,
     torch.sparse_compressed_tensor: _by_value,
     **converting.HANDLERS,
+    **whole.HANDLERS,
     **quick.HANDLERS,
 }

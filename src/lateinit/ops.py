@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from lateinit.errors import MaterializeError
+
 CONSTANT = "lateinit::constant"
 """The op that brings real data into a program: ``constant(data) -> Tensor``."""
 
 TRUNCATED = "lateinit::trunc_normal_"
 """``nn.init.trunc_normal_`` where it may redraw: see ``truncated``."""
+
+REFUSED = "lateinit::refused"
+"""What gives no value: ``refused(self!, reason)``."""
 
 _READS_SELF_NOT = frozenset(
     f"aten::{name}"
@@ -97,15 +102,15 @@ def describe(func: OpOverload) -> OpInfo:
     return info
 
 
-def register(name: str, func: Callable[..., Any]) -> OpInfo:
-    """Make a Python function that fills its first argument from ``generator=`` an op."""
+def register(name: str, func: Callable[..., Any], *, draws: bool = True) -> OpInfo:
+    """Make a Python function that fills its first argument, from ``generator=``, an op."""
     info = _BY_NAME[name] = OpInfo(
         func=func,
         name=name,
         mutates=(0,),
         mutates_kw=(),
-        random=True,
-        takes_generator=True,
+        random=draws,
+        takes_generator=draws,
         takes_device=False,
         returns_tensor=True,
         overwrites=True,
@@ -114,6 +119,14 @@ def register(name: str, func: Callable[..., Any]) -> OpInfo:
         metadata_only=False,
     )
     return info
+
+
+def _refused(tensor: Any, what: str) -> None:
+    del tensor
+    raise MaterializeError(
+        f"it was computed in the constructor by {what}, which a recording cannot follow bit for "
+        "bit: compute it after materialising"
+    )
 
 
 def by_name(name: str) -> OpInfo:
@@ -166,3 +179,6 @@ def _examine(func: OpOverload) -> OpInfo:
         writes_unsaid=name in _WRITES_UNSAID,
         foreign=foreign,
     )
+
+
+register(REFUSED, _refused, draws=False)

@@ -1,8 +1,9 @@
 """What has to be replaced in torch while a block runs, because no mode sees it.
 
 ``torch.get_rng_state`` must show the state that eager construction would show; ``manual_seed`` may
-give the very state that a stream began with; parameters are made below the dispatcher; and
-``trunc_normal_`` is a loop in Python that is one op to a program. The replacements are in place
+give the very state that a stream began with; parameters are made below the dispatcher;
+``trunc_normal_`` is a loop in Python that is one op to a program; and torch's own functions in
+Python call others below the mode that hears functions. The replacements are in place
 while any thread is in a block, and ask whether this one is.
 """
 
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lateinit import truncated
+from lateinit import truncated, whole
 from lateinit.recorder import current
 from lateinit.replay import without_modes
 
@@ -55,6 +57,7 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "manual_seed", _manual_seed, _noted_seed),
     (torch.random, "manual_seed", _manual_seed, _noted_seed),
     (nn.init, "_no_grad_trunc_normal_", truncated.original, truncated.recorded),
+    (functional, "scaled_dot_product_attention", whole.original_attention, whole.attention),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
 )
 

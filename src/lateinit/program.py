@@ -329,6 +329,10 @@ class Program:
                     numbers.append(number)
         self._indexed = len(self.ops)
 
+    def draws(self) -> int:
+        """How many ops draw."""
+        return sum(len(stream.ops) for stream in self.streams)
+
     def covers(self, ref: TensorRef) -> bool:
         """Whether a window shows every byte of its storage, once."""
         nbytes = ref.numel * ref.dtype.itemsize

@@ -79,6 +79,7 @@ class Replay:
         self.cursor: dict[int, tuple[int, torch.Generator]] = {}
         self._unchanged: set[int] = set()  # constants whose checksum was found to hold
         self._settings: contextlib.ExitStack | None = None
+        self._step = Step((), ())
         self._ambient = -1
 
     def values(self, storages: Iterable[int], before: int | None = None) -> Storages:
@@ -101,6 +102,7 @@ class Replay:
             with self.session():
                 return self.run(step, begun)
         storages: Storages = dict(begun or {})
+        self._step = step
         self.windows.clear()
         if len(step.ops) == 1:
             self._set_ambient(self.program.ops[step.ops[0]].ambient)
@@ -118,7 +120,7 @@ class Replay:
             self._set_ambient(self.program.ops[number].ambient)
             self.execute(number, storages)
             for done in last_use.get(place, ()):
-                del storages[done]
+                storages.pop(done, None)
                 self.windows.pop(done, None)
 
     @contextlib.contextmanager
@@ -156,8 +158,17 @@ class Replay:
                 f"op {number} failed when it was replayed: {op}: {error}"
             ) from error
         for ref, result in zip(op.outs, results, strict=False):
-            if ref is not None and ref.storage not in storages:
+            if ref is None or ref.storage in storages:
+                continue
+            # Some kernels give nothing where their meta twins give what nobody asks for.
+            if tuple(result.size()) == ref.size or self._is_used(ref.storage, number):
                 storages[ref.storage] = self._laid_out(ref, result)
+
+    def _is_used(self, storage: int, number: int) -> bool:
+        """Whether a storage is wanted of the step that runs, or by an op after this one."""
+        later = (self.program.ops[n] for n in self._step.ops if n > number)
+        refs = (ref for op in later for ref in (*op.read(), *op.written()))
+        return storage in self._step.gives or any(ref.storage == storage for ref in refs)
 
     def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
         """Call an op with real arguments; gives what it returns, as a flat tuple."""
@@ -233,8 +244,9 @@ class Replay:
         """The storage of a result, copied to the recorded layout where the kernel's differs."""
         if tuple(result.size()) != ref.size:
             raise SeedError(
-                f"the constructor made a tensor whose shape depends on random values: recorded as "
-                f"{ref.size}, now {tuple(result.size())}; record again under the seed you want"
+                "the constructor made a tensor whose shape depends on random values, or is another "
+                f"one without values: recorded as {ref.size}, now {tuple(result.size())}; record "
+                "again under the seed you want, or compute it after materialising"
             )
         nbytes = self.program.storages[ref.storage].nbytes
         found = TensorRef.of(result, ref.storage)

@@ -161,6 +161,21 @@ class Writer:
             self.shared.show()
         return True
 
+    def override(
+        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
+    ) -> None:
+        """Note that tensors have the values of another op than those that they were made by."""
+        with without_modes():
+            made = [self._mirror(result, self.device_of(result)) for result in results]
+            self._append(info, args, kwargs, tuple(made))
+            for result, value in zip(results, made, strict=True):
+                self._overwrite(result, value)
+
+    def refuse(self, tensor: Tensor, what: str) -> None:
+        """Note that the values of a tensor cannot be had."""
+        with without_modes():
+            self._append(ops.by_name(ops.REFUSED), (tensor, what), {}, ())
+
     def _note(
         self,
         info: OpInfo,
