@@ -6,7 +6,7 @@ import random
 import warnings
 from collections import Counter, deque
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -179,6 +179,98 @@ def test_what_a_hook_writes_to_is_as_it_was_after_an_error(name: str, tmp_path: 
             lateinit.load_checkpoint(loaded, tmp_path / "weights.pt")
         assert_same(eager, lateinit.materialize(loaded))
         assert seen(loaded) == expected
+
+
+class Slotted:
+    """An object without a dict."""
+
+    __slots__ = ("count", "table", "unset")
+
+    def __init__(self) -> None:
+        self.count, self.table = 1, torch.ones(3)
+
+
+class Hidden:
+    """Shows its attributes to nobody."""
+
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError("no")
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    two: int
+
+
+class Wide(nn.Linear):
+    """Holds its tensors in places of many kinds."""
+
+    calls, table = 1, torch.ones(3)
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.slotted, self.pair, self.shy = Slotted(), Pair(torch.ones(3), 2), Hidden()
+        self.keys = {parameter: n for n, parameter in enumerate(self.parameters(), 2)}
+        self.set, self.queue = set(self.parameters()), deque(self.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters())
+        self.register_load_state_dict_post_hook(self._after)
+
+    @staticmethod
+    @torch.no_grad()
+    def _after(module: Any, _: Any) -> None:
+        for parameter, factor in module.keys.items():
+            parameter.mul_(factor)
+        for parameter in (*module.set, *module.queue):
+            parameter.add_(1)
+        module.slotted.count += 1
+        module.slotted.table.add_(module.pair.one.mul_(2))
+        type(module).calls += 1
+        type(module).table.mul_(2)
+        module.bias.mul_(module.slotted.count).add_(module.slotted.table)
+        module.bias.mul_(module.calls).add_(module.table)
+        with torch.enable_grad():
+            module(torch.ones(1, 3)).sum().backward()
+        module.optimizer.step()
+        module.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("part", [None, "weight", "bias"])
+def test_tensors_are_exchanged_wherever_they_are(part: str | None, tmp_path: Path) -> None:
+    def fresh() -> None:
+        Wide.calls, Wide.table = 1, torch.ones(3)
+
+    eager, model = twins(Wide)
+    real, _ = twins(Wide)
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.eye(3), "bias": torch.ones(3)}, path)
+    if part is not None:
+        lateinit.materialize(model, only=part)
+    fresh()
+    eager.load_state_dict(torch.load(path))
+    held = Wide.calls, Wide.table
+    for loaded in (model, real):
+        fresh()
+        lateinit.load_checkpoint(loaded, path)
+        assert torch.equal(eager.weight, loaded.weight)
+        assert torch.equal(eager.bias, loaded.bias)
+        assert Wide.calls == held[0]
+        assert torch.equal(Wide.table, held[1])
+        assert set(loaded.keys) == loaded.set == set(loaded.parameters())
+        assert set(loaded.optimizer.state) == loaded.set
+
+
+def test_hooks_of_what_was_made_in_inference_mode_are_loaded(tmp_path: Path) -> None:
+    def double(_: Any, state: Any, *__: Any) -> None:
+        state["bias"] = state["bias"] * 2
+
+    with torch.inference_mode():
+        model = lateinit.deferred_init(nn.Linear, 3, 3)
+    model.register_load_state_dict_pre_hook(double)
+    torch.save({"weight": torch.eye(3), "bias": torch.ones(3)}, tmp_path / "weights.pt")
+    lateinit.load_checkpoint(model, tmp_path / "weights.pt")
+    assert model.bias.is_inference()
+    assert model.bias.tolist() == [2, 2, 2]
 
 
 class Extra(nn.Module):

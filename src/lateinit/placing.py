@@ -72,7 +72,8 @@ class Placer:
                 taken = self._given_memory_of(target, source, *known, take=take)
             if taken:
                 return
-        with torch.no_grad():
+        inference = held(target).is_inference()
+        with torch.inference_mode() if inference else torch.no_grad():
             held(target).copy_(source)
 
     def put_plainly(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -6,6 +6,7 @@ modules in plain lists, to objects of any class, to what a closure holds, to arr
 
 from __future__ import annotations
 
+import copyreg
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -18,17 +19,23 @@ import torch
 from torch import Tensor, nn
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
-_PLACES = (dict, list, CellType)  # where a tensor can be exchanged for another one
+_DATA = (dict, list, set, deque, np.ndarray, Tensor)
+_UNSET = object()
+_BY_NAME: dict[type, tuple[str, ...]] = {
+    MethodType: ("__self__", "__func__"),
+    partial: ("func", "args", "keywords"),
+    np.random.Generator: ("bit_generator",),
+}
 _GENERATORS = (torch.Generator, np.random.RandomState)
 _CLOSED = (type, ModuleType, property)
-_MACHINERY = frozenset({"torch", "lateinit"})  # whose objects no hook writes to
+_MACHINERY = frozenset({"torch", "lateinit"})  # whose objects no hook writes to, but for:
+_ENTERED = ("torch.nn.modules.", "torch.optim.")
 
 
 class Reach:
     """What can be reached from a module by attributes, items and closures, each once."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._places: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}
         waiting: list[Any] = [root]
@@ -37,8 +44,6 @@ class Reach:
             if type(value) in _ATOMS or id(value) in self._seen:
                 continue
             self._seen[id(value)] = value  # kept, so that nothing else gets its id
-            if isinstance(value, _PLACES):
-                self._places.append(value)
             waiting += _parts(value)
 
     def tensors(self) -> list[Tensor]:
@@ -52,15 +57,24 @@ class Reach:
 
     def exchange(self, of: Callable[[Tensor], Tensor]) -> None:
         """Put another tensor in the place of each."""
-        for place in self._places:
-            if isinstance(place, CellType):
-                place.cell_contents = exchanged(_inside(place), of)
-                continue
-            for key, value in list(place.items() if isinstance(place, dict) else enumerate(place)):
-                if isinstance(value, (Tensor, tuple)):
-                    new = exchanged(value, of)
-                    if new is not value:
-                        place[key] = new
+        for place in self._seen.values():
+            if isinstance(place, dict):
+                _exchange_items(place, of)
+            elif isinstance(place, (list, deque)):
+                for at, value in enumerate(place):
+                    if isinstance(value, (Tensor, tuple)):
+                        place[at] = exchanged(value, of)
+            elif isinstance(place, set) and any(isinstance(value, Tensor) for value in place):
+                _put(place, [exchanged(value, of) for value in place], place.update)
+            elif isinstance(place, CellType):
+                _put_inside(place, exchanged(_inside(place), of))
+            elif _is_class(place):
+                for name, value in list(vars(place).items()):
+                    if isinstance(value, Tensor):
+                        setattr(place, name, of(value))
+            else:
+                for name, value in _slots(place):
+                    object.__setattr__(place, name, exchanged(value, of))
 
     def restore(self) -> None:
         """Put everything back as it was then."""
@@ -72,33 +86,62 @@ def exchanged(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
     """A value with other tensors in it, where it is a tensor or a tuple."""
     if isinstance(value, Tensor):
         return of(value)
-    if type(value) is tuple:
-        new = tuple(exchanged(item, of) for item in value)
-        return new if any(a is not b for a, b in zip(value, new, strict=True)) else value
+    if isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_make")):
+        new = [exchanged(item, of) for item in value]
+        return value if _same(value, new) else getattr(type(value), "_make", tuple)(new)
     return value
+
+
+def _exchange_items(place: dict[Any, Any], of: Callable[[Tensor], Tensor]) -> None:
+    if any(isinstance(key, Tensor) for key in place):  # as an optimizer keeps what it knows of them
+        _put_items(place, {exchanged(k, of): exchanged(v, of) for k, v in place.items()})
+        return
+    for key, value in list(place.items()):
+        if isinstance(value, (Tensor, tuple)):
+            new = exchanged(value, of)
+            if new is not value:
+                place[key] = new
 
 
 def _parts(value: Any) -> Iterable[Any]:
     """What a value leads to."""
     if isinstance(value, dict):
-        return value.values()
+        return (*value.keys(), *value.values())
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return value
     if isinstance(value, CellType):
         return (_inside(value),)
-    if isinstance(value, MethodType):
-        return (value.__self__, value.__func__)
-    if isinstance(value, partial):
-        return (value.func, value.args, value.keywords)
-    if isinstance(value, np.random.Generator):
-        return (value.bit_generator,)
+    if type(value) in _BY_NAME:
+        return [getattr(value, name) for name in _BY_NAME[type(value)]]
+    if _is_class(value):
+        return [held for held in vars(value).values() if isinstance(held, _DATA)]
     if isinstance(value, _CLOSED) or is_wrapper(value):
         return ()
     if not isinstance(value, (nn.Module, Tensor)) and _is_machinery(value):
         return ()
     closed_over = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
-    own = getattr(value, "__dict__", None)
-    return (own, *closed_over) if type(own) is dict else closed_over
+    classes = type(value).__mro__ if isinstance(value, nn.Module) else ()
+    slots = (*classes, *(held for _, held in _slots(value)))
+    try:
+        own = value.__dict__
+    except Exception:  # noqa: BLE001 - there is none, or a class has its own idea of it
+        return (*slots, *closed_over)
+    return (own, *slots, *closed_over) if type(own) is dict else ()
+
+
+def _is_class(value: Any) -> bool:
+    """Whether this is a class of modules whose attributes somebody may write to."""
+    return isinstance(value, type) and issubclass(value, nn.Module) and not _is_machinery(value)
+
+
+def _slots(value: Any) -> list[tuple[str, Any]]:
+    """What an object without a dict, or beside it, holds."""
+    kind = type(value)
+    if not hasattr(kind, "__slots__") or issubclass(kind, (Tensor, tuple)) or _is_machinery(value):
+        return []
+    names = copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    held = ((name, getattr(value, name, _UNSET)) for name in names)
+    return [(name, part) for name, part in held if part is not _UNSET]
 
 
 def is_wrapper(value: Any) -> bool:
@@ -107,9 +150,9 @@ def is_wrapper(value: Any) -> bool:
 
 
 def _is_machinery(value: Any) -> bool:
-    named = value if isinstance(value, FunctionType) else type(value)
+    named = value if isinstance(value, (FunctionType, type)) else type(value)
     where = getattr(named, "__module__", None) or ""
-    return where.partition(".")[0] in _MACHINERY and not where.startswith("torch.nn.modules.")
+    return where.partition(".")[0] in _MACHINERY and not where.startswith(_ENTERED)
 
 
 def _inside(cell: CellType) -> Any:
@@ -133,6 +176,14 @@ def _undo(value: Any) -> Callable[[], None] | None:
         return partial(object.__setattr__, value, "__class__", type(value))
     if isinstance(value, np.ndarray) and value.flags.writeable and not _is_mapped(value):
         return partial(np.copyto, value, value.copy())
+    if _is_class(value):
+        return partial(_put_attributes, value, dict(vars(value)))
+    slots = _slots(value)
+    return partial(_put_slots, value, slots) if slots else _undo_draws(value)
+
+
+def _undo_draws(value: Any) -> Callable[[], None] | None:
+    """What puts a generator back."""
     if isinstance(value, np.random.BitGenerator):
         return partial(setattr, value, "state", value.state)
     if isinstance(value, random.Random):
@@ -162,6 +213,19 @@ def _put(place: Any, held: list[Any], fill: Callable[[list[Any]], Any]) -> None:
     if len(place) != len(held) or not _same(place, held):
         place.clear()
         fill(held)
+
+
+def _put_attributes(cls: type, held: dict[str, Any]) -> None:
+    for name in vars(cls).keys() - held.keys():
+        delattr(cls, name)
+    for name, value in held.items():
+        if vars(cls).get(name, _UNSET) is not value:
+            setattr(cls, name, value)
+
+
+def _put_slots(place: Any, held: list[tuple[str, Any]]) -> None:
+    for name, value in held:
+        object.__setattr__(place, name, value)
 
 
 def _put_inside(cell: CellType, held: Any) -> None:
