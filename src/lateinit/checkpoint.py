@@ -171,6 +171,8 @@ def load_checkpoint(
         ConstantChangedError: real data that the construction read has changed since, and what the
             checkpoint lacks is computed from them. Nothing has changed.
         CheckpointError: a hook fails, or wants values that cannot be had. Nothing has changed.
+            Or hooks did something else when they were run again, and the message says so: what was
+            done stands.
         OutOfMemoryError: memory ran out; what was done stands, and calling again continues.
 
     Example:
