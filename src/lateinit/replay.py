@@ -158,10 +158,14 @@ class Replay:
                 f"op {number} failed when it was replayed: {op}: {error}"
             ) from error
         for ref, result in zip(op.outs, results, strict=False):
-            if ref is None or ref.storage in storages:
+            if ref is None:
                 continue
-            # Some kernels give nothing where their meta twins give what nobody asks for.
-            if tuple(result.size()) == ref.size or self._is_used(ref.storage, number):
+            as_recorded = tuple(result.size()) == ref.size and result.dtype == ref.dtype
+            if ref.storage in storages:
+                if not as_recorded:
+                    raise MaterializeError(_differs(ref, result))
+            # Some kernels give another thing than their meta twins, which nobody asks for.
+            elif as_recorded or self._is_used(ref.storage, number):
                 storages[ref.storage] = self._laid_out(ref, result)
 
     def _is_used(self, storage: int, number: int) -> bool:
@@ -242,11 +246,13 @@ class Replay:
 
     def _laid_out(self, ref: TensorRef, result: Tensor) -> torch.UntypedStorage:
         """The storage of a result, copied to the recorded layout where the kernel's differs."""
+        if result.dtype != ref.dtype:
+            raise MaterializeError(_differs(ref, result))
         if tuple(result.size()) != ref.size:
             raise SeedError(
                 "the constructor made a tensor whose shape depends on random values, or is another "
-                f"one without values: recorded as {ref.size}, now {tuple(result.size())}; record "
-                "again under the seed you want, or compute it after materialising"
+                f"one without values: {_differs(ref, result)}, or record again under the seed that "
+                "you want"
             )
         nbytes = self.program.storages[ref.storage].nbytes
         found = TensorRef.of(result, ref.storage)
@@ -273,6 +279,13 @@ class Replay:
         for storage, place in last.items():
             uses.setdefault(place, []).append(storage)
         return uses
+
+
+def _differs(ref: TensorRef, result: Tensor) -> str:
+    return (
+        f"recorded as {ref.dtype} {ref.size}, it is {result.dtype} {tuple(result.size())} with "
+        "values: compute it after materialising"
+    )
 
 
 def draw_only(program: Program, number: int, generator: torch.Generator) -> None:
