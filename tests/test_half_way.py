@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,16 +15,19 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit import giving
+from lateinit import giving, streams
+from lateinit import program as program_module
 from lateinit.errors import (
     LateinitError,
     MaterializeError,
     OutOfMemoryError,
     RecordingError,
 )
+from lateinit.mt19937 import state_of
+from lateinit.program import Draw, Op, Program
 from lateinit.replay import Replay
 from tests.snapshots import assert_same, tensors_of
-from tests.twins import Net, assert_untouched, run_alone, still_deferred, twins
+from tests.twins import Net, assert_untouched, interrupted_at, run_alone, still_deferred, twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,6 +118,27 @@ def test_memory_that_only_some_were_given_is_given_to_the_rest(
     monkeypatch.undo()
     assert len(still_deferred(model)) == 3 - given
     assert_same(eager, lateinit.materialize(model))
+
+
+def test_program_that_is_interrupted_while_it_is_indexed_is_indexed_all_the_same() -> None:
+    def build() -> Program:
+        with lateinit.deferred(advance_rng=False) as program:
+            torch.empty(3).normal_().add_(1).uniform_().mul_(2)
+            torch.zeros(2).add_(3)
+        return program
+
+    def writers(program: Program) -> list[list[int]]:
+        return [program.writers(number) for number in range(len(program.storages))]
+
+    expected, line, done = writers(build()), 0, False
+    while not done:
+        line += 1
+        program = build()
+        with suppress(KeyboardInterrupt), interrupted_at(line, program_module.__file__):
+            program.writers(0)
+            done = True
+        assert writers(program) == expected, line
+    assert line > 20
 
 
 def test_op_that_fails_when_replayed_is_named() -> None:
@@ -257,6 +283,51 @@ def in_threads(*work: Callable[[], None]) -> list[BaseException]:
     for thread in threads:
         thread.join(timeout=60)
     return errors
+
+
+def test_threads_that_materialise_what_shares_memory_give_it_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build() -> nn.Module:
+        model, whole = nn.Module(), torch.randn(4, 4)
+        model.first, model.last = nn.Parameter(whole[:2]), nn.Parameter(whole[2:])
+        return model
+
+    def slowly(self: Replay, *arguments: Any) -> Any:
+        time.sleep(0.2)
+        return call(self, *arguments)
+
+    eager, model = twins(build)
+    call = Replay.call
+    monkeypatch.setattr(Replay, "call", slowly)
+    parts = [model.first, model.last, model.first]
+    assert not in_threads(*(partial(lateinit.materialize, part) for part in parts))
+    assert_same(eager, model)
+
+
+def test_threads_count_the_draws_of_a_stream_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(op: Op) -> Any:
+        time.sleep(0.001)
+        return cost(op)
+
+    cost = streams.cost
+    monkeypatch.setattr(streams, "cost", slowly)
+    torch.manual_seed(0)
+    with lateinit.deferred(advance_rng=False) as program:
+        for number in range(20):
+            torch.rand(number)
+    torch.manual_seed(0)
+    states = [state_of(torch.default_generator)]
+    for number in range(20):
+        torch.rand(number)
+        states.append(state_of(torch.default_generator))
+    found: dict[int, bytes] = {}
+
+    def ask(number: int) -> None:
+        found[number] = Replay(program).streams.state(Draw(0, number))
+
+    assert not in_threads(*(partial(ask, number) for number in (20, 19, 18, 17)))
+    assert found == {number: states[number] for number in (20, 19, 18, 17)}
 
 
 def test_two_threads_in_blocks_of_their_own_do_not_disturb_each_other() -> None:

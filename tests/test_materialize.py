@@ -163,6 +163,20 @@ def test_parameter_lists_and_dicts_are_gone_through() -> None:
     assert_same(eager, lateinit.materialize(model))
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_how_much_is_drawn_may_depend_on_what_was_drawn(seed: int | None) -> None:
+    def build() -> nn.Module:
+        model = nn.Module()
+        rates = torch.rand(100)
+        model.counts, model.last = torch.poisson(rates * 20), torch.rand(5)
+        return model
+
+    eager, _ = twins(build, seed=seed or 0)
+    _, model = twins(build)
+    model.last = lateinit.materialize(model.last, seed=seed)
+    assert_same(eager, lateinit.materialize(model, seed=seed))
+
+
 def test_what_is_recorded_in_several_blocks_is_materialised_together() -> None:
     torch.manual_seed(0)
     expected = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])

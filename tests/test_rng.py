@@ -1,7 +1,6 @@
-import linecache
 import random
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +13,7 @@ from lateinit import seeker as seeker_module
 from lateinit.mt19937 import generator_at, has_normal, jump, state_of
 from lateinit.rng import Draw, consumption
 from lateinit.seeker import Cost, Seeker
+from tests.twins import interrupted_at
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FLOATING = (*REAL, torch.complex64, torch.complex128)
@@ -377,42 +377,22 @@ def test_threads_may_share_a_seeker():
     assert runner.made == [4, 8]
 
 
-CLEARS = "self._running = None"
-
-
 def test_a_seeker_that_is_interrupted_anywhere_goes_on_from_there():
     sequence = [Call("normal_", torch.float32, n) for n in (3, 20, 7, 40, 5, 16)]
     expected = eager_states(sequence, start_at(6))
-
-    def interrupt_at(line: int) -> Seeker | None:
-        """A seeker that was interrupted at a line that it ran, if it ran so many."""
-        seeker, left = Seeker(start_at(6)), line
+    line, done = 0, False
+    while not done:
+        line += 1
+        seeker = Seeker(start_at(6))
         for i, call in enumerate(sequence):
             seeker.append(None if i in (1, 3) else consumption(call.draw()))
-
-        def trace(frame, event, _argument):
-            nonlocal left
-            if frame.f_code.co_filename != seeker_module.__file__:
-                return None
-            # No signal is handled before this one has run, which clears up.
-            clears = linecache.getline(seeker_module.__file__, frame.f_lineno).strip() == CLEARS
-            left -= event == "line" and not clears
-            if left == 0:
-                raise KeyboardInterrupt
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
+        # No signal is handled before the one line that clears up has run.
+        with (
+            suppress(KeyboardInterrupt),
+            interrupted_at(line, seeker_module.__file__, spared="self._running = None"),
+        ):
             seeker.state(len(sequence), Runner(sequence))
-        except KeyboardInterrupt:
-            return seeker
-        finally:
-            sys.settrace(before)
-        return None
-
-    line = 0
-    while (seeker := interrupt_at(line := line + 1)) is not None:
+            done = True
         states = [seeker.state(i, Runner(sequence)) for i in reversed(range(len(expected)))]
         assert states[::-1] == expected, line
     assert line > 50

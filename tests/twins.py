@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +18,8 @@ import lateinit
 from tests.snapshots import assert_same, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +56,30 @@ def assert_untouched(eager: nn.Module, model: nn.Module) -> None:
     """Nothing of a model was materialised or changed, and it can go on from here."""
     assert still_deferred(model) == [path for path, _ in tensors_of(model)]
     assert_same(eager, lateinit.materialize(model))
+
+
+@contextmanager
+def interrupted_at(line: int, file: str | None, spared: str = "") -> Iterator[None]:
+    """Interrupt a block at the n-th line that it runs of a file; not where ``spared`` stands."""
+    assert file is not None
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != file:
+            return None
+        if event == "line" and linecache.getline(file, frame.f_lineno).strip() != spared:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def run_alone(script: str, *arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -26,12 +27,14 @@ from lateinit.progress import Progress
 from lateinit.ranks import agree
 from lateinit.replay import Replay, without_modes
 from lateinit.sharding import reads_nothing
-from lateinit.tensors import is_dtensor
+from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.values import digest
 from lateinit.walk import find_tensors
 from lateinit.wanted import Only, Wanted, wanted_in
 
 T = TypeVar("T")
+# Replaying sets what holds for the whole process, and tensors on one storage are to share one.
+_one_thread = threading.RLock()
 
 
 def materialize(
@@ -48,7 +51,8 @@ def materialize(
     """Give deferred tensors their storage and their values, in place.
 
     Bit for bit what eager construction gives, whatever is materialised first. The global random
-    state is neither read nor moved. Tensors that are real already are left alone.
+    state is neither read nor moved. Tensors that are real already are left alone. Of several
+    threads that call this at once, one materialises after the other.
 
     Of a model that was sharded while it was deferred (``fully_shard``, ``parallelize_module``,
     ``distribute_tensor``) each rank computes its own shards, and nothing is sent but one digest.
@@ -103,15 +107,18 @@ def materialize(
     wanted = wanted_in(target, only)
     for group in wanted:
         _check_shards(group, seed, ask=check)
-        check_seed(group.program, seed)
-        check_shared(group, cast)
-    replays = [Replay(group.program, seed) for group in wanted]
-    for group, replay in zip(wanted, replays, strict=True):
-        check_constants(group, replay)
-    total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
-    with Progress("materialise", total, shown=progress) as bar:
+    with _one_thread:
+        for group in wanted:
+            _leave_real(group)
+            check_seed(group.program, seed)
+            check_shared(group, cast)
+        replays = [Replay(group.program, seed) for group in wanted]
         for group, replay in zip(wanted, replays, strict=True):
-            _materialize(group, cast, replay, threads, bar)
+            check_constants(group, replay)
+        total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
+        with Progress("materialise", total, shown=progress) as bar:
+            for group, replay in zip(wanted, replays, strict=True):
+                _materialize(group, cast, replay, threads, bar)
     return target
 
 
@@ -162,6 +169,16 @@ def check_seed(program: Program, seed: int | None) -> None:
                 f"seed={seed} cannot be honoured: the constructor read a random value "
                 f"({read.ref}) and seed {seed} gives another one; record again under that seed"
             )
+
+
+def _leave_real(group: Wanted) -> None:
+    """Ask no more for what another thread has materialised since."""
+    for number, tensors in list(group.tensors.items()):
+        if tensors[0][2].real is not None:
+            left = [entry for entry in tensors if is_deferred_tensor(entry[1])]
+            group.tensors[number] = left
+            if not left:
+                del group.tensors[number]
 
 
 def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:

@@ -289,8 +289,7 @@ class Program:
         self._reset()
 
     def _reset(self) -> None:
-        self._writers: list[list[int]] = []
-        self._indexed = 0
+        self._writers: tuple[int, list[list[int]]] = (0, [])  # of so many ops
         self.cache: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,20 +313,26 @@ class Program:
 
     def writers(self, storage: int) -> list[int]:
         """The numbers of the ops that write a storage, ascending."""
-        if self._indexed != len(self.ops) or len(self._writers) != len(self.storages):
-            self._index()
-        return self._writers[storage]
+        indexed, writers = self._writers
+        if indexed != len(self.ops) or len(writers) != len(self.storages):
+            writers = self._index()
+        return writers[storage]
 
-    def _index(self) -> None:
+    def _index(self) -> list[list[int]]:
         """Enter the ops that were recorded since into the lists of writers."""
-        while len(self._writers) < len(self.storages):
-            self._writers.append([])
-        for number in range(self._indexed, len(self.ops)):
+        (indexed, known), end = self._writers, len(self.ops)
+        found: dict[int, list[int]] = {}
+        for number in range(indexed, end):
             for ref in self.ops[number].written():
-                numbers = self._writers[ref.storage]
+                numbers = found.setdefault(ref.storage, [])
                 if not numbers or numbers[-1] != number:
                     numbers.append(number)
-        self._indexed = len(self.ops)
+        writers = [*known, *([] for _ in range(len(known), len(self.storages)))]
+        for storage, numbers in found.items():
+            writers[storage] = writers[storage] + numbers
+        # All at once: it may be interrupted, and threads may do the same at a time.
+        self._writers = end, writers
+        return writers
 
     def draws(self) -> int:
         """How many ops draw."""

@@ -60,18 +60,21 @@ class without_modes:  # noqa: N801 - reads as a statement
 
 
 class Replay:
-    """Runs the ops of one program, as from one seed.
+    """Runs the ops of one program, as from one seed, or along streams that are known.
 
     Generators of its own are used throughout: the global ones are neither read nor moved.
     """
 
-    def __init__(self, program: Program, seed: int | None = None) -> None:
+    def __init__(
+        self, program: Program, seed: int | None = None, streams: Streams | None = None
+    ) -> None:
         self.program = program
-        # What is known of the program's own streams is found once, whoever asks.
-        known = program.cache.get("streams") if seed is None else None
-        self.streams: Streams = known or Streams(program, draw_only, seed)
-        if seed is None:
-            program.cache["streams"] = self.streams
+        if streams is None:
+            streams = Streams(program, draw_only, seed)
+            if seed is None:
+                # What is known of the program's own streams is found once, whoever asks.
+                streams = program.cache.setdefault("streams", streams)
+        self.streams: Streams = streams
         # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
         # What the small storages of the last step were allocated as: no other window is needed.
@@ -288,8 +291,12 @@ def _differs(ref: TensorRef, result: Tensor) -> str:
     )
 
 
-def draw_only(program: Program, number: int, generator: torch.Generator) -> None:
-    """Make the draw of one op, for the sake of where it leaves the generator."""
+def draw_only(streams: Streams, number: int, generator: torch.Generator) -> None:
+    """Make the draw of one op, for the sake of where it leaves the generator.
+
+    How far that is may depend on what was drawn before, along the same streams.
+    """
+    program = streams.program
     op = program.ops[number]
     assert op.draw is not None
     fill = fill_of(program, Step((number,), ())) if op.name == ops.TRUNCATED else None
@@ -297,7 +304,7 @@ def draw_only(program: Program, number: int, generator: torch.Generator) -> None
         with without_modes():
             set_state(generator, after_redrawing(program, fill, state_of(generator)))
         return
-    replay = Replay(program)
+    replay = Replay(program, streams=streams)
     with replay.session():
         storages = replay.values((ref.storage for ref in op.read()), number)
         replay.cursor[op.draw.stream] = (op.draw.number, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -27,16 +28,16 @@ class _Seeker(Protocol):
 class Streams:
     """The generator states along a program's streams, from one starting state.
 
-    ``run(program, op number, generator)`` makes the draw of an op whose consumption cannot be
+    ``run(streams, op number, generator)`` makes the draw of an op whose consumption cannot be
     known without making it. ``seed`` replaces the state that the root streams start from. A hole
     that is not filled cannot be passed, unless it is taken to draw nothing (``past_holes``). The
-    program, which keeps this, is not kept alive by it.
+    program, which keeps this, is not kept alive by it. Threads may share it.
     """
 
     def __init__(
         self,
         program: Program,
-        run: Callable[[Program, int, torch.Generator], None],
+        run: Callable[[Streams, int, torch.Generator], None],
         seed: int | None = None,
         past_holes: bool = False,
     ) -> None:
@@ -45,6 +46,7 @@ class Streams:
         self.past_holes = past_holes
         self.make = run
         self._seekers: dict[int, _Seeker] = {}
+        self._lock = threading.RLock()
 
     @property
     def program(self) -> Program:
@@ -57,15 +59,17 @@ class Streams:
         """The state of the generator before a draw; an index past the last: after them all."""
         if draw.number == 0:
             return self._start(draw.stream)
-        seeker, run = self._until(draw)
-        return seeker.state(draw.number, run)
+        with self._lock:
+            seeker, run = self._until(draw)
+            return seeker.state(draw.number, run)
 
     def words(self, first: Draw, last: Draw) -> int | None:
         """How many words are drawn from before one draw to before a later one, if that is known."""
         if first.stream != last.stream or last.number < first.number:
             return None
-        seeker, run = self._until(last)
-        return seeker.words(first.number, last.number, run)
+        with self._lock:
+            seeker, run = self._until(last)
+            return seeker.words(first.number, last.number, run)
 
     def _until(self, draw: Draw) -> tuple[_Seeker, Run]:
         """The seeker of a stream, which knows of all draws before one; what makes its draws."""
@@ -83,7 +87,7 @@ class Streams:
     def _pass(self, number: int, generator: torch.Generator) -> None:
         """Move a generator past a draw of unknown consumption, or past a hole."""
         if number >= 0:
-            self.make(self.program, number, generator)
+            self.make(self, number, generator)
             return
         child = self.program.holes[-1 - number]
         if child is not None:
