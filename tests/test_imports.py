@@ -26,6 +26,7 @@ ROOMS = """
     errors
     units
     progress
+    modes
     memory
     folding
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lateinit.generators import device_number
+from lateinit.modes import without_modes
 from lateinit.recorder import Recorder
-from lateinit.replay import without_modes
 from lateinit.tensors import is_deferred_tensor
 
 Handler = Callable[..., Any]

@@ -14,11 +14,12 @@ from lateinit import mt19937
 from lateinit.chunks import PIECE, Fill, fill_of, is_small, late_of, pieces, run_piece, words_of
 from lateinit.cuts import UNIT
 from lateinit.memory import allocate
+from lateinit.modes import without_modes
 from lateinit.ops import TRUNCATED
 from lateinit.plan import Step
 from lateinit.program import Draw, Program
 from lateinit.redraw import Late
-from lateinit.replay import Replay, Storages, without_modes
+from lateinit.replay import Replay, Storages
 from lateinit.sharding import Shard, groups, run_leaves, shards_of
 
 _AHEAD = 3  # runs that wait for a thread, for each thread

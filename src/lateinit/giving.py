@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lateinit.errors import DeferredTensorError
 from lateinit.memory import allocate
+from lateinit.modes import without_modes
 from lateinit.program import TensorRef
-from lateinit.replay import Replay, without_modes
+from lateinit.replay import Replay
 from lateinit.tensors import DeferredTensor, Slot, held, is_dtensor, locate, slot_of, unguard
 
 

@@ -21,11 +21,12 @@ from lateinit.errors import (
 )
 from lateinit.execute import execute
 from lateinit.giving import Cast, cast_to, place
+from lateinit.modes import without_modes
 from lateinit.plan import Plan, Step, needed_ops, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.progress import Progress
 from lateinit.ranks import agree
-from lateinit.replay import Replay, without_modes
+from lateinit.replay import Replay
 from lateinit.sharding import reads_nothing
 from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.values import digest

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lateinit import truncated, whole
+from lateinit.modes import without_modes
 from lateinit.recorder import current
-from lateinit.replay import without_modes
 
 _get_rng_state = torch.random.get_rng_state
 _manual_seed = torch.random.manual_seed

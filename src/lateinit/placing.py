@@ -13,8 +13,9 @@ from lateinit.errors import ShardingError
 from lateinit.giving import Cast, home, place
 from lateinit.materialize import materialize
 from lateinit.memory import allocate
+from lateinit.modes import without_modes
 from lateinit.program import Program, TensorRef
-from lateinit.replay import Replay, without_modes
+from lateinit.replay import Replay
 from lateinit.tensors import ON_META, Slot, held, is_deferred_tensor, is_dtensor, locate, slot_of
 from lateinit.wanted import Wanted
 

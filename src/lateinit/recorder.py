@@ -21,9 +21,10 @@ from lateinit import bounds, ops
 from lateinit.arguments import META, has_tensor, tensors_in
 from lateinit.errors import RecordingError
 from lateinit.factories import RANDOM
+from lateinit.modes import without_modes
 from lateinit.ops import OpInfo, describe
 from lateinit.program import Op, Program
-from lateinit.replay import Replay, flat, without_modes
+from lateinit.replay import Replay, flat
 from lateinit.streams import Streams
 from lateinit.tensors import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit.writer import Writer

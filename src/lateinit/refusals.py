@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lateinit import ops
+from lateinit.modes import without_modes
 from lateinit.program import TensorRef
-from lateinit.replay import without_modes
 
 FAR = 3e4  # within what every floating-point dtype holds, and twice that too
 _USUAL: dict[str, Callable[..., bool]] = {

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit import ops
 from lateinit.chunks import after_redrawing, fill_of
@@ -21,6 +19,7 @@ from lateinit.errors import (
     is_out_of_memory,
 )
 from lateinit.memory import LARGE, allocate
+from lateinit.modes import without_modes
 from lateinit.mt19937 import set_state, state_of
 from lateinit.plan import Step, plan_storages
 from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
@@ -35,28 +34,6 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "aten::zero_": Tensor.zero_,
     "aten::fill_.Scalar": Tensor.fill_,
 }
-
-
-class without_modes:  # noqa: N801 - reads as a statement
-    """A block that runs as if no recording, no other mode and no tensor subclass were there."""
-
-    __slots__ = ("_functions", "_grad", "_modes")
-
-    def __enter__(self) -> None:
-        self._functions = torch._C.DisableTorchFunction()
-        self._functions.__enter__()
-        self._modes: contextlib.AbstractContextManager[Any] | None = None
-        if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
-            self._modes = _disable_current_modes()
-            self._modes.__enter__()
-        self._grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-
-    def __exit__(self, *error: object) -> None:
-        torch._C._set_grad_enabled(self._grad)
-        if self._modes is not None:
-            self._modes.__exit__(None, None, None)
-        self._functions.__exit__(None, None, None)
 
 
 class Replay:

@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from lateinit.errors import CheckpointError
 from lateinit.giving import Cast, home, swap
 from lateinit.lazy.snapshot import Lending, RandomStates, on_meta
+from lateinit.modes import without_modes
 from lateinit.reach import Reach, exchanged, is_wrapper
-from lateinit.replay import Replay, without_modes
+from lateinit.replay import Replay
 from lateinit.stand_ins import StandIns, Stands
 from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate, original_class
 from lateinit.walk import find_tensors

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lateinit.errors import OutOfMemoryError, is_out_of_memory, listing
 from lateinit.execute import execute
+from lateinit.modes import without_modes
 from lateinit.plan import plan_storages
 from lateinit.progress import Progress
-from lateinit.replay import Replay, Storages, without_modes
+from lateinit.replay import Replay, Storages
 from lateinit.safetensors_file import Writer
 from lateinit.shards import Item, Shard
 from lateinit.staging import Stage

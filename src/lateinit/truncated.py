@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937, ops
+from lateinit.modes import without_modes
 from lateinit.recorder import current
-from lateinit.replay import without_modes
 from lateinit.tensors import is_deferred_tensor
 
 original = torch.nn.init._no_grad_trunc_normal_

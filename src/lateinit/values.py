@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lateinit.memory import as_bytes
+from lateinit.modes import without_modes
 from lateinit.plan import needed_ops
 from lateinit.program import Program, Read, TensorRef
-from lateinit.replay import Replay, without_modes
+from lateinit.replay import Replay
 
 _KEPT = 1 << 26
 

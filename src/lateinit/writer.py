@@ -17,11 +17,12 @@ from lateinit.errors import RecordingError
 from lateinit.factories import FACTORIES, Fill, is_usual
 from lateinit.generators import Generators, default_generator
 from lateinit.labels import initializer
+from lateinit.modes import without_modes
 from lateinit.ops import OpInfo
 from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit.realdata import RealData, is_plain
 from lateinit.refusals import FAR
-from lateinit.replay import Replay, Storages, flat, without_modes
+from lateinit.replay import Replay, Storages, flat
 from lateinit.sharing import SharedMemory
 from lateinit.tensors import ON_META, Slot, attach, described, slot_of
 from lateinit.values import Values

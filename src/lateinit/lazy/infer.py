@@ -21,7 +21,7 @@ from lateinit.lazy.rules import evaluate
 from lateinit.lazy.shapes import ShapeMode, needs_values
 from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta, on_shapes
 from lateinit.lazy.values import real_stand_in
-from lateinit.replay import without_modes
+from lateinit.modes import without_modes
 
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
 

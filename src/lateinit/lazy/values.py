@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lateinit.replay import Replay, without_modes
+from lateinit.modes import without_modes
+from lateinit.replay import Replay
 from lateinit.tensors import is_deferred_tensor, locate
 
 
