@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
@@ -26,11 +27,13 @@ from lateinit.errors import (
 from lateinit.mt19937 import state_of
 from lateinit.program import Draw, Op, Program
 from lateinit.replay import Replay
+from lateinit.safetensors_reader import SafetensorsReader
 from tests.snapshots import assert_same, tensors_of
 from tests.twins import Net, assert_untouched, interrupted_at, run_alone, still_deferred, twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 # -- running out of memory, and other failures half-way --------------------------------------------
@@ -561,3 +564,34 @@ def test_view_that_outlives_its_tensor_in_a_block_is_refused_there() -> None:
         lateinit.materialize(layer)
         with pytest.raises(RecordingError, match="shares its memory"):
             view.fill_(3)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "with a hook"])
+def test_what_a_load_breaks_off_at_stays_deferred(
+    plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> nn.Module:
+        model = Net()
+        if not plain:
+            model.register_load_state_dict_post_hook(lambda *_: None)
+        return model
+
+    eager, model = twins(build)
+    path = tmp_path / "saved.safetensors"
+    state = {name: value.double() + 1 for name, value in Net().named_parameters()}
+    state = {name: value.detach() for name, value in state.items()}
+    save_file(state, path)
+    read = SafetensorsReader.read
+
+    def failing(reader: SafetensorsReader, name: str, *place: Any) -> torch.Tensor:
+        found = read(reader, name, *place)
+        return found.to("meta") if name == "dec.weight" else found  # which nothing copies from
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsReader, "read", failing)
+        with pytest.raises(NotImplementedError):
+            lateinit.load_checkpoint(model, path, dtype=torch.float32, strict=False)
+    assert "dec.weight" in still_deferred(model)
+    lateinit.load_checkpoint(model, path, dtype=torch.float32, strict=False)
+    eager.load_state_dict(state, strict=False)
+    assert_same(eager, model)

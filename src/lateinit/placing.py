@@ -106,22 +106,28 @@ class Placer:
         """Make a deferred tensor real; whether the values are in it already."""
         tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
         own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
-        taken = take and own and slot.real is None and self._may_take(source, program, ref)
-        if taken:
+        storage, strides, filled = slot.real, _NO_STRIDES, False
+        if storage is None and take and own and self._may_take(source, program, ref):
             self._taken.add(source.data_ptr())
-            slot.real = source.untyped_storage()
-        elif slot.real is None and is_dtensor(target):
-            slot.real = self._padded(target, program, ref)
-        elif slot.real is None and program.covers(ref):
-            dtype = self._cast.dtype_of(ref)
-            slot.real = allocate(ref.numel * dtype.itemsize, self._device(program, ref))
-        storage, strides = slot.real, _NO_STRIDES
+            storage, filled = source.untyped_storage(), True
+        elif storage is None and (is_dtensor(target) or program.covers(ref)):
+            storage, filled = self._made(target, program, ref), True
+            ref._replace(dtype=self._cast.dtype_of(ref)).on(storage).copy_(source)
+        if filled:  # no sooner: whoever breaks off here leaves a deferred tensor
+            slot.real = storage
         if storage is None:  # what the checkpoint has is a part of it: the rest is computed
             replay = Replay(program)
             storage = replay.values([ref.storage])[ref.storage]
             strides = replay.strides
         place(tensors, storage, self._cast, strides)
-        return taken
+        return filled
+
+    def _made(self, target: Tensor, program: Program, ref: TensorRef) -> torch.UntypedStorage:
+        """Memory for a tensor that is to be copied into."""
+        if is_dtensor(target):
+            return self._padded(target, program, ref)
+        dtype = self._cast.dtype_of(ref)
+        return allocate(ref.numel * dtype.itemsize, self._device(program, ref))
 
     def _padded(self, shard: Tensor, program: Program, ref: TensorRef) -> torch.UntypedStorage:
         """Memory for a shard, and for the zeros that follow it where shards are uneven."""
