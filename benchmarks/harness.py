@@ -1,13 +1,7 @@
-"""Measuring two ways in turn, so that what else the machine does falls on both.
-
-Models are built where a process begins, so each way is given the memory of a new process: what the
-one before left is collected, and the pages that glibc kept of it go back to the system.
-"""
+"""Measuring two ways in turn, so that what else the machine does falls on both."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import gc
 import json
 import math
@@ -120,25 +114,9 @@ def alternate(
     for number in range(rounds):
         for name, way in ways.items():
             if number < (most or {}).get(name, rounds):
-                fresh_memory()
+                gc.collect()
                 seconds[name].append(timed(way)[0])
     return seconds
-
-
-def fresh_memory() -> None:
-    """Free what is not used, down to the system where the C library is glibc."""
-    gc.collect()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return trim
 
 
 def timed(way: Callable[[], Any]) -> tuple[float, Any]:

@@ -8,17 +8,7 @@ import torch
 
 import lateinit
 from benchmarks.contenders import deferred, eager, materialized
-from benchmarks.harness import (
-    MB,
-    Goal,
-    Row,
-    Run,
-    alternate,
-    assert_equal,
-    fresh_memory,
-    in_process,
-    timed,
-)
+from benchmarks.harness import MB, Goal, Row, Run, alternate, assert_equal, in_process, timed
 from benchmarks.models import (
     MODELS,
     by_inverse_error_function,
@@ -116,7 +106,6 @@ def an_eighth(run: Run) -> list[Row]:
             def wanted(fqn: str, _: torch.Tensor, chosen: tuple[str, ...] = chosen) -> bool:
                 return fqn.startswith(chosen)
 
-            fresh_memory()
             took, _ = timed(lambda m=model, w=wanted: lateinit.materialize(m, only=w))
             seconds[name].append(took)
             expected = eager(make)

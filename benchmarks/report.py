@@ -18,11 +18,11 @@ HEADINGS = ("case", "what", "lateinit", "against", "theirs", "ratio", "goal", "m
 PAGE = """# Benchmarks
 
 Measured by `make bench`, ours and theirs in turn within one run; each memory in a process of its
-own. Before each turn all that is free goes back to the system (glibc's `malloc_trim`), so that both
-begin with the memory of a new process, which is where models are built. Times are the shortest of
-their rounds (medians are in `benchmarks.json`). *Ratio* is ours over theirs, or theirs over ours
-where the goal is to be so many times faster. *Equal*: in the same run, every bit was compared with
-eager construction.
+own. A turn finds the memory that those before it freed: what the first touch of new memory costs
+differs much between machines, and a virtual one has to ask its host for it. Times are the shortest
+of their rounds (medians are in `benchmarks.json`). *Ratio* is ours over theirs, or theirs over ours
+where the goal is to be so many times faster. *Equal*: in the same run,
+every bit was compared with eager construction.
 
 {machine}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 from benchmarks import __main__ as command
-from benchmarks import harness, materialize
+from benchmarks import materialize
 from benchmarks.contenders import CONTENDERS
-from benchmarks.harness import Goal, Row, Run, alternate, assert_equal, fresh_memory
-from benchmarks.memory import resident
+from benchmarks.harness import Goal, Row, Run, alternate, assert_equal
 from benchmarks.models import MODELS
 from benchmarks.report import page, write
 
@@ -87,26 +85,6 @@ def test_ways_take_turns():
     seconds = alternate(ways, 3, {"b": 1})
     assert "".join(called) == "abcacac"
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 1, "c": 3}
-
-
-def test_each_way_begins_with_the_memory_of_a_new_process(monkeypatch):
-    events = []
-    monkeypatch.setattr("gc.collect", lambda: events.append("collect"))
-    monkeypatch.setattr(harness, "_malloc_trim", lambda: lambda pad: events.append(f"trim {pad}"))
-    alternate({name: lambda name=name: events.append(name) for name in ("a", "b")}, 2)
-    assert events == ["collect", "trim 0", "a", "collect", "trim 0", "b"] * 2
-    monkeypatch.setattr(harness, "_malloc_trim", lambda: None)  # no glibc
-    assert alternate({"a": lambda: None}, 1).keys() == {"a"}
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
-def test_what_glibc_kept_is_given_back():
-    rows = [torch.ones(20_000) for _ in range(2000)]  # 160 MB in pieces that glibc would keep
-    kept = [torch.ones(20) for _ in range(10)]
-    before = resident()
-    del rows
-    fresh_memory()
-    assert before - resident() > 100e6, kept
 
 
 def test_a_goal_is_a_ratio_that_points_one_way():
