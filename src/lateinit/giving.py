@@ -100,6 +100,18 @@ def home(
     return asked
 
 
+def destination(tensor: Tensor, cast: Cast) -> torch.device:
+    """Where a deferred tensor will have its values."""
+    _, program, ref = locate(tensor)
+    recorded = program.storages[ref.storage].device
+    return home(tensor, recorded, cast.device) or recorded
+
+
+def as_cast(slot: Slot, ref: TensorRef) -> TensorRef:
+    """A window as it is on the real storage that took the place of its own."""
+    return ref._replace(dtype=Cast(*slot.cast).dtype_of(ref))
+
+
 def give(
     tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage, window: Tensor | None = None
 ) -> None:
@@ -163,7 +175,7 @@ def share(tensor: Tensor) -> None:
     if slot is not None and slot.real is not None:
         _, _, ref = locate(tensor)
         with without_modes():
-            give(tensor, ref._replace(dtype=Cast(*slot.cast).dtype_of(ref)), slot.real)
+            give(tensor, as_cast(slot, ref), slot.real)
 
 
 def adopt(tensor: Tensor, source: Tensor) -> None:

@@ -146,13 +146,13 @@ def _put(
     """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
     stands = Stands(reader, names.found)
     uses = Counter(name for _, name in rehearsal.copies if isinstance(name, str))
-
-    copies: list[str | None] = []
+    copies = 0
 
     def on_copy(target: Tensor, source: Tensor) -> None:
+        nonlocal copies
+        copies += 1
         stands.reveal(target)
         name = stands.source(source)
-        copies.append(name)
         whole = (0,) * source.dim(), tuple(source.shape)
         place = place_of(target) if is_dtensor(target) and not is_dtensor(source) else whole
         if name is None:
@@ -176,7 +176,7 @@ def _put(
         stands.reveal(tensor)
     # What FSDP2 copies when all is loaded is left out of a rehearsal, which has no shards.
     sharded = any(is_dtensor(found.tensor) for found in names.distinct)
-    as_often = sharded or len(copies) == len(rehearsal.copies)
+    as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(
             f"{type(module).__name__} loads {reader.path} otherwise the second time than in the "

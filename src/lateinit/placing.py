@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lateinit.errors import ShardingError
-from lateinit.giving import Cast, home, place
+from lateinit.giving import Cast, destination, home, place
 from lateinit.materialize import materialize
 from lateinit.memory import allocate
 from lateinit.modes import without_modes
@@ -49,9 +49,7 @@ class Placer:
 
     def device(self, tensor: Tensor) -> torch.device:
         """Where the values of a deferred tensor will be."""
-        _, program, ref = locate(tensor)
-        device = program.storages[ref.storage].device
-        return home(tensor, device, self._cast.device) or device
+        return destination(tensor, self._cast)
 
     def reveal(self, tensor: Tensor) -> None:
         """Materialise a tensor, if it is deferred, and those that share its memory."""
@@ -133,8 +131,7 @@ class Placer:
         """Memory for a shard, and for the zeros that follow it where shards are uneven."""
         known, dtype = program.storages[ref.storage], self._cast.dtype_of(ref)
         nbytes = known.nbytes // ref.dtype.itemsize * dtype.itemsize
-        device = self._device(program, ref)
-        storage = allocate(nbytes, home(shard, device, self._cast.device) or device)
+        storage = allocate(nbytes, self.device(shard))
         if not program.covers(ref):
             torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         return storage

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit.errors import CheckpointError
-from lateinit.giving import Cast, home, swap
+from lateinit.giving import Cast, as_cast, destination, swap
 from lateinit.lazy.snapshot import Lending, RandomStates, on_meta
 from lateinit.modes import without_modes
 from lateinit.reach import Reach, exchanged, is_wrapper
@@ -82,11 +82,8 @@ class Shadows(Lending, StandIns):
 
     def device(self, tensor: Tensor) -> torch.device:
         original = self.original(tensor)
-        if not is_deferred_tensor(original):
-            return original.device
-        _, program, ref = locate(original)
-        device = program.storages[ref.storage].device
-        return home(original, device, self._cast.device) or device
+        deferred = is_deferred_tensor(original)
+        return destination(original, self._cast) if deferred else original.device
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """``target.copy_(source)``; of what the checkpoint has only once the values are wanted."""
@@ -130,8 +127,7 @@ class Shadows(Lending, StandIns):
             return shadow.detach() if original.is_meta else copy.deepcopy(original.detach(), memo)
         slot, program, ref = locate(original)
         if slot.real is not None:
-            shown = ref._replace(dtype=Cast(*slot.cast).dtype_of(ref))
-            return copy.deepcopy(shown.on(slot.real), memo)
+            return copy.deepcopy(as_cast(slot, ref).on(slot.real), memo)
         if slot not in memo:
             refs = [locate(self._originals[id(other)])[2] for other in together]
             values = Replay(program).values([ref.storage])[ref.storage]

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit.arguments import tensors_in
+from lateinit.generators import device_number
 from lateinit.giving import swap
 from lateinit.reach import Reach
 from lateinit.reader import Reader
@@ -193,7 +194,7 @@ def _in_slices(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _number(device: torch.device) -> int:
-    return -1 if device.type == "cpu" else device.index or 0
+    return -1 if device.type == "cpu" else device_number(device)
 
 
 def _property(name: str) -> Any:
