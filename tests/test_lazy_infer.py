@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -394,18 +395,24 @@ def test_an_optimizer_built_before_inference_trains_every_parameter() -> None:
     }
 
 
-def test_hooks_stay_and_run_in_their_order() -> None:
-    called: list[str] = []
+def test_hooks_stay_run_in_their_order_and_leave_no_trace(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    noted: list[str] = []
+
+    def note(what: str) -> None:
+        noted.append(what)
+        os.write(1, f"{what} ".encode())
+
     layer = lateinit.nn.LazyLinear(3)
-    layer.register_forward_pre_hook(lambda *_: called.append("pre"))
-    layer.register_forward_hook(lambda *_: called.append("forward"))
-    layer.weight.register_hook(lambda grad: called.append("grad"))
+    layer.register_forward_pre_hook(lambda *_: note("pre"))
+    layer.register_forward_hook(lambda *_: note("forward"))
+    layer.weight.register_hook(lambda grad: note("grad"))
     model = nn.Sequential(layer)
     lateinit.infer_shapes(model, torch.ones(2, 4))
-    assert called == ["pre", "forward"]
-    called.clear()
+    assert (capfd.readouterr().out, noted) == ("pre forward ", [])
     model(torch.ones(2, 4)).sum().backward()
-    assert called == ["pre", "forward", "grad"]
+    assert noted == ["pre", "forward", "grad"]
 
 
 def test_functions_of_a_forward_see_meta_everywhere() -> None:

@@ -24,8 +24,7 @@ from lateinit.factories import RANDOM
 from lateinit.modes import without_modes
 from lateinit.ops import OpInfo, describe
 from lateinit.program import Op, Program
-from lateinit.replay import Replay, flat
-from lateinit.streams import Streams
+from lateinit.replay import flat, streams_of
 from lateinit.tensors import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit.writer import Writer
 
@@ -261,9 +260,7 @@ class Recorder(Writer, TorchDispatchMode):
     def settle(self) -> None:
         """Put the generators where eager construction would have them now."""
         with without_modes():
-            streams = Replay(self.program).streams
-            if None in self.program.holes:
-                streams = Streams(self.program, streams.make, past_holes=True)
+            streams = streams_of(self.program, past_holes=None in self.program.holes)
             self.generators.settle(streams.state)
 
     def _on_meta(self, result: Any) -> Any:

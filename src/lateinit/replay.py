@@ -40,18 +40,19 @@ class Replay:
     """Runs the ops of one program, as from one seed, or along streams that are known.
 
     Generators of its own are used throughout: the global ones are neither read nor moved.
+    ``past_holes`` says that holes which are not filled yet are taken to draw nothing.
     """
 
     def __init__(
-        self, program: Program, seed: int | None = None, streams: Streams | None = None
+        self,
+        program: Program,
+        seed: int | None = None,
+        streams: Streams | None = None,
+        *,
+        past_holes: bool = False,
     ) -> None:
         self.program = program
-        if streams is None:
-            streams = Streams(program, draw_only, seed)
-            if seed is None:
-                # What is known of the program's own streams is found once, whoever asks.
-                streams = program.cache.setdefault("streams", streams)
-        self.streams: Streams = streams
+        self.streams: Streams = streams or streams_of(program, seed, past_holes=past_holes)
         # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
         # What the small storages of the last step were allocated as: no other window is needed.
@@ -259,6 +260,19 @@ class Replay:
         for storage, place in last.items():
             uses.setdefault(place, []).append(storage)
         return uses
+
+
+def streams_of(program: Program, seed: int | None = None, *, past_holes: bool = False) -> Streams:
+    """The streams of a program; those from its own seed are kept, so that all is found once.
+
+    Positions after a hole depend on what fills it. Streams that pass over open holes are
+    therefore kept apart, and only for as long as the same holes are filled.
+    """
+    if seed is not None:
+        return Streams(program, draw_only, seed, past_holes)
+    key = f"streams past holes {program.holes}" if past_holes else "streams"
+    kept: Streams | None = program.cache.get(key)
+    return kept or program.cache.setdefault(key, Streams(program, draw_only, None, past_holes))
 
 
 def _differs(ref: TensorRef, result: Tensor) -> str:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit.errors import CheckpointError
-from lateinit.giving import Cast, as_cast, destination, swap
-from lateinit.lazy.snapshot import Lending, RandomStates, on_meta
+from lateinit.giving import Cast, destination, swap
+from lateinit.lazy.snapshot import Lending, RandomStates, dressed, on_meta
+from lateinit.lazy.values import own_copy
 from lateinit.modes import without_modes
-from lateinit.reach import Reach, exchanged, is_wrapper
-from lateinit.replay import Replay
+from lateinit.reach import Reach
 from lateinit.stand_ins import StandIns, Stands
-from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate, original_class
+from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate
 from lateinit.walk import find_tensors
 
 
@@ -49,14 +49,12 @@ class Shadows(Lending, StandIns):
             shadow = torch.empty(shape, dtype=tensor.dtype, device="meta")
         else:
             dtype = self._cast.dtype if is_deferred_tensor(tensor) else None
-            shadow = on_meta(tensor).detach()
+            shadow = on_meta(tensor)
             shadow = shadow.to(dtype) if dtype and shadow.is_floating_point() else shadow
-        if is_parameter(tensor):
+        if is_lazy(tensor) and is_parameter(tensor):
             shadow = nn.Parameter(shadow, tensor.requires_grad)
-        if not is_lazy(tensor) and not is_wrapper(tensor):
-            shadow.__class__ = original_class(tensor)
-            vars(shadow).update({k: exchanged(v, self.of) for k, v in vars(tensor).items()})
-            vars(shadow).pop("_is_param", None)  # that it was guarded
+        elif not is_lazy(tensor):
+            shadow = dressed(shadow, tensor, self.of)
         self._together.setdefault(_memory(tensor), []).append(shadow)
         self._originals[id(shadow)] = tensor
         self.add(shadow)
@@ -123,16 +121,13 @@ class Shadows(Lending, StandIns):
         if is_lazy(original) or is_dtensor(original):
             what = "its shape is not known yet" if is_lazy(original) else "load before sharding"
             raise CheckpointError(f"{self._name(shadow)} is computed with while loading: {what}")
-        if not is_deferred_tensor(original):
-            return shadow.detach() if original.is_meta else copy.deepcopy(original.detach(), memo)
-        slot, program, ref = locate(original)
-        if slot.real is not None:
-            return copy.deepcopy(as_cast(slot, ref).on(slot.real), memo)
-        if slot not in memo:
-            refs = [locate(self._originals[id(other)])[2] for other in together]
-            values = Replay(program).values([ref.storage])[ref.storage]
-            memo[slot] = self._cast.storage(values, refs)
-        return ref._replace(dtype=self._cast.dtype_of(ref)).on(memo[slot])
+        if original.is_meta and not is_deferred_tensor(original):
+            return shadow.detach()
+        refs = [locate(t)[2] for t in self._originals_of(together) if is_deferred_tensor(t)]
+        return own_copy(original, memo, cast=self._cast, together=refs)
+
+    def _originals_of(self, shadows: list[Tensor]) -> list[Tensor]:
+        return [self._originals[id(shadow)] for shadow in shadows]
 
     def _name(self, shadow: Tensor) -> str:
         found = self._found.get(id(self._originals[id(shadow)]))

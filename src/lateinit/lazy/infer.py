@@ -19,9 +19,11 @@ from lateinit.lazy.layers import LAYERS
 from lateinit.lazy.mixin import trying
 from lateinit.lazy.rules import evaluate
 from lateinit.lazy.shapes import ShapeMode, needs_values
-from lateinit.lazy.snapshot import Lending, RandomStates, Snapshot, on_meta, on_shapes
-from lateinit.lazy.values import real_stand_in
+from lateinit.lazy.snapshot import Lending, RandomStates, on_meta, on_shapes
+from lateinit.lazy.values import own_copy
 from lateinit.modes import without_modes
+from lateinit.reach import Reach
+from lateinit.tensors import is_deferred_tensor, is_parameter
 
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
 
@@ -45,7 +47,8 @@ def infer_shapes(
             are looked at. Tensors in containers count too.
         strict: raise if a lazy module is not reached.
         real: run the forward pass with values, for a model whose control flow depends on them.
-            The inputs must be real. Parameters that are deferred are computed and forgotten.
+            The inputs must be real. Tensors of the model are copied for it, and those that are
+            deferred are computed; the copies are then forgotten.
         **kwargs: keyword inputs.
 
     Returns:
@@ -91,20 +94,23 @@ class _Run:
         self.names = names
         self.real = real
         self.met: dict[int, tuple[nn.Module, Any, Any]] = {}
-        self.lending = Lending(real_stand_in if real else on_shapes)
+        self.lending = Lending(self._with_values if real else on_shapes)
+        self._memo: dict[Any, Any] = {}
         self._sizes: dict[int, dict[str, Any]] = {}
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the forward pass, and leave the model as it was."""
-        snapshot, states, grad = Snapshot(module), RandomStates(), torch.is_grad_enabled()
+        reach, states, grad = Reach(module), RandomStates(), torch.is_grad_enabled()
+        reach.keep()
         try:
             with outside(), torch.set_grad_enabled(grad), trying(self.real):
                 args, kwargs = self._inputs((args, kwargs))
+                reach.exchange(self.lending.of)
                 self._prepare(module)
                 with self._mode(), _said_where(self.real):
                     module(*args, **kwargs)
         finally:
-            snapshot.restore()
+            reach.restore()
             states.restore()
 
     def initialise(self) -> None:
@@ -112,11 +118,18 @@ class _Run:
         for module, args, kwargs in self.met.values():
             initialise(module, args, kwargs)
 
+    def _with_values(self, tensor: Tensor) -> Tensor:
+        return own_copy(tensor, self._memo, past_holes=True)
+
+    def _trial(self, tensor: Tensor) -> Tensor:
+        """What a trial of a lazy module has made on the side has a stand-in too."""
+        return self.lending.of(tensor) if is_deferred_tensor(tensor) else tensor
+
     def _mode(self) -> Any:
         return contextlib.nullcontext() if self.real else ShapeMode()  # type: ignore[no-untyped-call]
 
     def _inputs(self, inputs: Any) -> Any:
-        make = _real_input if self.real else on_meta
+        make = _real_input if self.real else _meta_input
         return pytree.tree_map(
             lambda leaf: _with_tensors(leaf, make),
             inputs,
@@ -124,8 +137,7 @@ class _Run:
         )
 
     def _prepare(self, module: nn.Module) -> None:
-        """Lend the model stand-ins, and have lazy modules report instead of initialising."""
-        self.lending.lend(module)
+        """Have lazy modules report instead of initialising."""
         for part in module.modules():
             if not is_lazy_module(part):
                 continue
@@ -149,7 +161,7 @@ class _Run:
                 f"{self.names.get(id(module), '') or 'the module'}: {error}"
             ) from error
         with outside():
-            self.lending.lend(module)
+            Reach(module).exchange(self._trial)
         self.met[id(module)] = module, *shapes
         rules = _rules_of(module)
         if rules is not None:
@@ -178,6 +190,11 @@ def _real_input(tensor: Tensor) -> Tensor:
             f"{tuple(tensor.shape)} is on meta: give real example inputs"
         )
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _meta_input(tensor: Tensor) -> Tensor:
+    made = on_meta(tensor).requires_grad_(tensor.requires_grad)
+    return nn.Parameter(made, tensor.requires_grad) if is_parameter(tensor) else made
 
 
 def _rules_of(module: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Lending a model's modules to a forward pass, and putting everything back.
+"""Stand-ins for a model's tensors, and the states of random generators, kept and put back.
 
 For the time of the pass each tensor of the model has a stand-in, so that nothing which the
 pass does to tensors, attributes, hooks or flags is seen afterwards.
@@ -19,85 +19,47 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit.errors import RecordingError
 from lateinit.lazy.placeholders import Placeholder
 from lateinit.lazy.shapes import readable
-from lateinit.lazy.values import real_stand_in
-from lateinit.tensors import is_deferred_tensor, original_class
+from lateinit.lazy.values import own_copy
+from lateinit.reach import exchanged, is_wrapper
+from lateinit.tensors import is_deferred_tensor, is_parameter, original_class
 from lateinit.walk import is_placeholder
 
-_CONTAINERS = (dict, list, set)
-StandIn = Callable[[Tensor], Tensor]
-
-
-class Snapshot:
-    """All that modules hold, by object: attributes, and what is in containers, however deep."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.modules = list(root.modules())
-        self._classes = [type(module) for module in self.modules]
-        self._held: dict[int, tuple[Any, Any]] = {}
-        for module in self.modules:
-            self._keep(module.__dict__)
-
-    def _keep(self, container: Any) -> None:
-        if id(container) in self._held:
-            return
-        self._held[id(container)] = container, copy.copy(container) if container else None
-        values = container.values() if isinstance(container, dict) else container
-        for value in values:
-            if isinstance(value, _CONTAINERS):
-                self._keep(value)
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for container, held in self._held.values():
-            if held is None and not container:
-                continue
-            container.clear()
-            if held is not None:
-                container.extend(held) if isinstance(container, list) else container.update(held)
-        for module, cls in zip(self.modules, self._classes, strict=True):
-            module.__class__ = cls
+MakeStandIn = Callable[[Tensor], Tensor]
 
 
 class Lending:
-    """Puts stand-ins in the place of tensors; one for each tensor, wherever it is met."""
+    """Stand-ins for tensors: one for each tensor, wherever it is met."""
 
-    def __init__(self, stand_in: StandIn) -> None:
+    def __init__(self, stand_in: MakeStandIn) -> None:
         self._stand_in = stand_in
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
-        self._ours: set[int] = set()
 
     def of(self, tensor: Tensor) -> Tensor:
         """The stand-in of a tensor."""
-        if id(tensor) in self._ours and not is_deferred_tensor(tensor):
-            return tensor
         known = self._made.get(id(tensor))
         if known is None:
-            made = self.make(tensor)
-            known = self._made[id(tensor)] = tensor, made
-            self._ours.add(id(made))
+            known = self._made[id(tensor)] = tensor, self.make(tensor)
         return known[1]
 
     def make(self, tensor: Tensor) -> Tensor:
         """A stand-in for a tensor that is met for the first time."""
-        return clone_placeholder(tensor) if is_placeholder(tensor) else self._stand_in(tensor)
+        if is_placeholder(tensor):
+            placeholder: Tensor = clone_placeholder(tensor)
+            return placeholder
+        return dressed(self._stand_in(tensor), tensor, self.of)
 
-    def lend(self, root: nn.Module) -> None:
-        """Put stand-ins in a module and all below it."""
-        for module in root.modules():
-            self._replace(module.__dict__, set())
 
-    def _replace(self, container: Any, seen: set[int]) -> None:
-        seen.add(id(container))
-        items = list(container.items() if isinstance(container, dict) else enumerate(container))
-        for key, value in items:
-            if isinstance(value, Tensor):
-                container[key] = self.of(value)
-            elif type(value) is tuple and any(isinstance(item, Tensor) for item in value):
-                container[key] = tuple(
-                    self.of(item) if isinstance(item, Tensor) else item for item in value
-                )
-            elif isinstance(value, (dict, list)) and value and id(value) not in seen:
-                self._replace(value, seen)
+def dressed(stand_in: Tensor, tensor: Tensor, of: MakeStandIn) -> Tensor:
+    """Let a stand-in have the class, the attributes and the flags of its tensor."""
+    if is_parameter(tensor):
+        stand_in = nn.Parameter(stand_in, tensor.requires_grad)
+    elif tensor.requires_grad:
+        stand_in.requires_grad_()
+    if not is_wrapper(tensor):
+        stand_in.__class__ = original_class(tensor)
+        held = {key: exchanged(value, of) for key, value in vars(tensor).items()}
+        vars(stand_in).update({key: value for key, value in held.items() if key != "_is_param"})
+    return stand_in
 
 
 def clone_placeholder(placeholder: Any) -> Any:
@@ -111,15 +73,14 @@ def clone_placeholder(placeholder: Any) -> Any:
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """A stand-in without memory."""
+    """A meta tensor with the layout of another one."""
     with torch._C.DisableTorchFunctionSubclass():
-        shape, grad = tensor.size(), tensor.requires_grad
+        shape, dtype = tensor.size(), tensor.dtype
         try:
-            made = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            made = torch.empty_strided(shape, tensor.stride(), dtype=dtype, device="meta")
         except RuntimeError:  # layouts that have no strides
-            made = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        return nn.Parameter(made, grad) if is_parameter else made.requires_grad_(grad)
+            made = torch.empty(shape, dtype=dtype, device="meta")
+        return made
 
 
 def on_shapes(tensor: Tensor) -> Tensor:
@@ -132,7 +93,7 @@ def on_shapes(tensor: Tensor) -> Tensor:
     if not counts or (tensor.is_meta and not is_deferred_tensor(tensor)):
         return on_meta(tensor)
     try:
-        return readable(real_stand_in(tensor, past_holes=False))
+        return readable(own_copy(tensor, {}))
     except RecordingError:  # it depends on what lazy modules will draw
         return on_meta(tensor)
 

@@ -1,36 +1,48 @@
-"""Values for a forward pass that is run truly, on copies."""
+"""The values that tensors have now, in memory of their own."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import copy
+from typing import Any
 
+from torch import Tensor
+
+from lateinit.giving import Cast, as_cast
 from lateinit.modes import without_modes
+from lateinit.program import TensorRef
 from lateinit.replay import Replay
 from lateinit.tensors import is_deferred_tensor, locate
 
+_AS_RECORDED = Cast(None, None)
 
-def real_stand_in(tensor: Tensor, *, past_holes: bool = True) -> Tensor:
-    """A real tensor to compute with in the place of one of the model.
 
-    Parameters are shared, since forward passes do not write them; a deferred tensor is computed,
-    as if lazy modules before it drew nothing if their shapes are not known yet (``past_holes``).
+def own_copy(
+    tensor: Tensor,
+    memo: dict[Any, Any],
+    *,
+    cast: Cast = _AS_RECORDED,
+    together: list[TensorRef] | None = None,
+    past_holes: bool = False,
+) -> Tensor:
+    """A real copy of a tensor; a deferred one is computed, and stays deferred.
+
+    Copies with the same ``memo`` share memory as their originals do, and share it with nothing
+    else: whoever writes to one changes no original.
+
+    Args:
+        tensor: a tensor with values, or a deferred one.
+        memo: what was copied before, as for ``copy.deepcopy``.
+        cast: where computed values go.
+        together: the windows on the same storage that are copied too; a cast depends on them.
+        past_holes: take lazy modules whose shapes are not known yet to draw nothing.
     """
-    if is_deferred_tensor(tensor):
-        made = _computed(tensor, past_holes=past_holes)
-    elif isinstance(tensor, nn.Parameter):
-        made = tensor.detach()
-    else:
-        made = tensor.detach().clone()
-    grad = tensor.requires_grad
-    return nn.Parameter(made, grad) if isinstance(tensor, nn.Parameter) else made
-
-
-def _computed(tensor: Tensor, *, past_holes: bool) -> Tensor:
+    if not is_deferred_tensor(tensor):
+        return copy.deepcopy(tensor.detach(), memo)
     slot, program, ref = locate(tensor)
-    if slot.real is not None:
-        return ref.on(slot.real)
-    replay = Replay(program)
-    replay.streams.past_holes = past_holes
-    with without_modes(), torch.no_grad():
-        return replay.value(ref)
+    with without_modes():
+        if slot.real is not None:
+            return copy.deepcopy(as_cast(slot, ref).on(slot.real), memo)
+        if slot not in memo:
+            values = Replay(program, past_holes=past_holes).values([ref.storage])
+            memo[slot] = cast.storage(values[ref.storage], together or [ref])
+        return ref._replace(dtype=cast.dtype_of(ref)).on(memo[slot])
