@@ -1,4 +1,4 @@
-"""What importing does, and in which direction modules import each other."""
+"""What importing does. Which room may import which is checked by import-linter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,114 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGE = Path(lateinit.__file__).parent
-
-# The rooms, lowest first: a module imports only those above it in this list. One line each.
-ROOMS = """
-    version
-    errors
-    units
-    progress
-    modes
-    memory
-    folding
-
-    ops
-    program
-    arguments
-    bounds
-    realdata
-    mt19937
-    seeker
-    rng
-    cuts
-    redraw
-    streams
-
-    plan
-    chunks
-    replay
-    sharding
-    execute
-    values
-    ranks
-    labels
-
-    tensors
-    walk
-    generators
-    sharing
-    wanted
-    giving
-    materialize
-    factories
-    refusals
-    writer
-    recorder
-    quick
-    truncated
-    converting
-    whole
-    masquerade
-    following
-    holes
-    patches
-    recording
-    skip
-
-    lazy
-    lazy.signature
-    lazy.rules
-    lazy.shortcuts
-    lazy.shapes
-    lazy.values
-    lazy.placeholders
-    lazy.snapshot
-    lazy.aside
-    lazy.layout
-    lazy.mixin
-    lazy.declare
-    lazy.foreign
-    lazy.loading
-    lazy.transplant
-    lazy.make
-    lazy.layers
-    lazy.pfn
-    lazy.infer
-    nn
-    pfn_extras
-
-    safetensors_file
-    staging
-    shards
-    fingerprint
-    streaming
-    reader
-    safetensors_reader
-    zip_records
-    torch_reader
-    zip_block
-    dcp_reader
-    readers
-    hf_names
-    translated
-    reach
-    stand_ins
-    shadows
-    rehearsal
-    fitting
-    placing
-    loading
-    checkpoint
-    summary
-    sizing
-    parity
-    verify
-    hf_models
-    specs
-    cli
-    __main__
-"""
-ORDER = ROOMS.split()
 
 OPTIONAL = {
     *("timm", "torchvision", "transformers", "lateinit.hf_models"),
@@ -158,12 +49,6 @@ def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
                 yield node, full if known else str(node.module)
 
 
-def own_imports(name: str) -> set[str]:
-    tree = ast.parse(FILES[name].read_text())
-    found = {full for _, full in imports(tree) if full.split(".")[0] == "lateinit"}
-    return {full.removeprefix("lateinit").removeprefix(".") for full in found}
-
-
 def run(script: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
@@ -174,22 +59,6 @@ def run(script: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert sorted(ORDER) == sorted(name for name in FILES if name)
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_module_imports_downward_only(name: str) -> None:
-    below = ORDER[: ORDER.index(name)]
-    # `lateinit.lazy` is an empty package: naming it imports nothing.
-    wrong = [other for other in own_imports(name) if other not in below]
-    assert not wrong
-
-
-def test_lazy_package_itself_imports_nothing() -> None:
-    assert own_imports("lazy") == set()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -302,9 +171,3 @@ check("after inferring shapes")
 
 def test_nothing_of_torch_is_changed_by_importing_or_by_a_block() -> None:
     run(UNCHANGED)
-
-
-def test_order_is_written_from_the_bottom_up() -> None:
-    rank = {name: place for place, name in enumerate(ORDER)}
-    chain = ("errors", "program", "plan", "replay", "materialize", "recording", "checkpoint", "cli")
-    assert all(rank[lower] < rank[upper] for lower, upper in pairwise(chain))
