@@ -14,8 +14,8 @@ from torch import nn
 
 import lateinit
 from lateinit import errors
+from lateinit._units import format_bytes, parse_bytes
 from lateinit.folding import fold
-from lateinit.units import format_bytes, parse_bytes
 from tests.cases import Bag
 
 

@@ -6,15 +6,15 @@ exactly the model that eager construction would have given.
 
 from lateinit import errors, nn, pfn_extras
 from lateinit import following as _following  # noqa: F401 - installs what guards deferred tensors
+from lateinit._skip_init import skip_init
+from lateinit._version import __version__ as __version__
 from lateinit.checkpoint import load_checkpoint, save_checkpoint
 from lateinit.lazy.infer import infer_shapes
 from lateinit.lazy.make import lazy
 from lateinit.lazy.rules import size
 from lateinit.materialize import is_deferred, materialize, plan
 from lateinit.recording import deferred, deferred_init
-from lateinit.skip import skip_init
 from lateinit.summary import summary
-from lateinit.version import __version__ as __version__
 
 __all__ = [
     "deferred",

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from lateinit._progress import Progress
+from lateinit._units import format_bytes, parse_bytes
+from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError
 from lateinit.fingerprint import fingerprint
 from lateinit.giving import cast_to
 from lateinit.lazy.aside import outside
 from lateinit.loading import Loaded, load
 from lateinit.materialize import check_seed
-from lateinit.progress import Progress
 from lateinit.recorder import current
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged
 from lateinit.streaming import write_shards
 from lateinit.streams import recorded_seed
-from lateinit.units import format_bytes, parse_bytes
-from lateinit.version import __version__
 
 _INDEX = "model.safetensors.index.json"
 _ROOM = 5 * 10**9  # bytes in memory at once while one file is written

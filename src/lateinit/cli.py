@@ -18,14 +18,14 @@ from rich.console import Console
 from torch import nn
 
 from lateinit import parity, sizing, specs
+from lateinit._units import parse_bytes
+from lateinit._version import __version__
 from lateinit.checkpoint import save_checkpoint
 from lateinit.errors import LateinitError
 from lateinit.recording import deferred_init
 from lateinit.safetensors_file import DTYPES
 from lateinit.summary import summary
-from lateinit.units import parse_bytes
 from lateinit.verify import Verification, verify
-from lateinit.version import __version__
 
 app = typer.Typer(
     name="lateinit",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._progress import Progress
+from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
 from lateinit.giving import Cast
@@ -19,7 +21,6 @@ from lateinit.lazy.loading import wrong_sizes
 from lateinit.lazy.placeholders import known_shape
 from lateinit.materialize import check_constants, check_shared, materialize
 from lateinit.placing import Placer, place_of
-from lateinit.progress import Progress
 from lateinit.reader import Reader, block
 from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse, run
@@ -28,7 +29,6 @@ from lateinit.safetensors_file import Entry
 from lateinit.stand_ins import Loading, Stands
 from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.translated import translated
-from lateinit.units import format_bytes
 from lateinit.walk import Found
 from lateinit.wanted import Wanted, wanted_in
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lateinit._progress import Progress
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
@@ -24,7 +25,6 @@ from lateinit.giving import Cast, cast_to, place
 from lateinit.modes import without_modes
 from lateinit.plan import Plan, Step, needed_ops, plan_storages
 from lateinit.program import Program, TensorRef
-from lateinit.progress import Progress
 from lateinit.ranks import agree
 from lateinit.replay import Replay
 from lateinit.sharding import reads_nothing

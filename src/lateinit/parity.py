@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lateinit._units import format_bytes
 from lateinit.errors import LateinitError
 from lateinit.materialize import materialize
 from lateinit.memory import as_bytes, in_a_row
 from lateinit.recording import deferred_init
-from lateinit.units import format_bytes
 from lateinit.walk import Found, find_tensors, is_placeholder
 
 Build = Callable[[], nn.Module]

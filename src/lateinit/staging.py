@@ -22,8 +22,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, OutputError, OutputExistsError, listing
-from lateinit.units import format_bytes
 
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 

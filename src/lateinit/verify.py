@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._units import format_bytes
 from lateinit.memory import as_bytes
 from lateinit.parity import values_differ
 from lateinit.reader import Reader
@@ -17,7 +18,6 @@ from lateinit.readers import open_checkpoint
 from lateinit.shards import Item, collect
 from lateinit.streaming import Values, batches
 from lateinit.translated import translated
-from lateinit.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
