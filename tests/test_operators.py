@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lateinit
+from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError
-from lateinit.memory import as_bytes
 from lateinit.tensors import is_deferred_tensor
 
 if TYPE_CHECKING:

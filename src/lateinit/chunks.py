@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937, redraw, rng
+from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit.cuts import UNIT, cut
-from lateinit.ops import TRUNCATED, by_name
 from lateinit.plan import Step
 from lateinit.program import NUMBERS, Draw, Op, Program, TensorRef
 

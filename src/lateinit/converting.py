@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._torch.modes import without_modes
 from lateinit.generators import device_number
-from lateinit.modes import without_modes
 from lateinit.recorder import Recorder
 from lateinit.tensors import is_deferred_tensor
 

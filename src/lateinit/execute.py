@@ -11,11 +11,11 @@ from functools import partial
 import torch
 
 from lateinit import mt19937
+from lateinit._torch.modes import without_modes
+from lateinit._torch.operators import TRUNCATED
+from lateinit._torch.storage import allocate
 from lateinit.chunks import PIECE, Fill, fill_of, is_small, late_of, pieces, run_piece, words_of
 from lateinit.cuts import UNIT
-from lateinit.memory import allocate
-from lateinit.modes import without_modes
-from lateinit.ops import TRUNCATED
 from lateinit.plan import Step
 from lateinit.program import Draw, Program
 from lateinit.redraw import Late

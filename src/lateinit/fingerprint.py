@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lateinit.memory import as_bytes
+from lateinit._torch.storage import as_bytes
 from lateinit.program import Program
 from lateinit.shards import Shard
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._torch.modes import without_modes
+from lateinit._torch.storage import allocate
 from lateinit.errors import DeferredTensorError
-from lateinit.memory import allocate
-from lateinit.modes import without_modes
 from lateinit.program import TensorRef
 from lateinit.replay import Replay
 from lateinit.tensors import DeferredTensor, Slot, held, is_dtensor, locate, slot_of, unguard

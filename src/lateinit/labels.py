@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lateinit import ops
+from lateinit._torch import operators
 from lateinit.plan import needed_ops
 from lateinit.program import Const, Op, Program, TensorRef
 
@@ -156,7 +156,7 @@ def _truncated(scaled: Op, moved: Op, clamped: Op) -> str | None:
 def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
     """The words for one write, or None if other tensors take part in it."""
     base = _base(op)
-    if op.name == ops.CONSTANT:
+    if op.name == operators.CONSTANT:
         return "constant"
     if base in _COPY:
         source = op.args[_COPY[base]]
@@ -165,7 +165,7 @@ def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
         if type(source) is TensorRef and depth:
             return _describe(program, source, number, depth - 1)
         return None
-    own = 1 if ops.by_name(op.name).mutates or base in _ONLY_LIKE else 0
+    own = 1 if operators.by_name(op.name).mutates or base in _ONLY_LIKE else 0
     if _mentions_tensor(op.args[own:]) or _mentions_tensor(
         value for key, value in op.kwargs.items() if key != "out"
     ):

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lateinit import converting, quick, whole
+from lateinit._torch.modes import without_modes
 from lateinit.converting import evaluate, of_deferred
 from lateinit.generators import device_number
-from lateinit.modes import without_modes
 from lateinit.recorder import Recorder
 from lateinit.tensors import copied_by_deepcopy, is_deferred_tensor
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._progress import Progress
+from lateinit._torch.modes import without_modes
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
@@ -22,7 +23,6 @@ from lateinit.errors import (
 )
 from lateinit.execute import execute
 from lateinit.giving import Cast, cast_to, place
-from lateinit.modes import without_modes
 from lateinit.plan import Plan, Step, needed_ops, plan_storages
 from lateinit.program import Program, TensorRef
 from lateinit.ranks import agree

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lateinit import truncated, whole
-from lateinit.modes import without_modes
+from lateinit._torch.modes import without_modes
 from lateinit.recorder import current
 
 _get_rng_state = torch.random.get_rng_state

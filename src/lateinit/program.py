@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit import ops
+from lateinit._torch import operators
 
 CONJUGATE, NEGATIVE = 1, 2
 
@@ -110,9 +110,9 @@ class Op(NamedTuple):
 
     def fills(self) -> TensorRef | None:
         """The window that this op overwrites, if that and nothing else is what it does."""
-        if self.outs or self.kwargs or self.name == ops.CONSTANT:
+        if self.outs or self.kwargs or self.name == operators.CONSTANT:
             return None
-        if not ops.by_name(self.name).overwrites or type(self.args[0]) is not TensorRef:
+        if not operators.by_name(self.name).overwrites or type(self.args[0]) is not TensorRef:
             return None
         for value in self.args[1:]:
             if type(value) not in NUMBERS:
@@ -125,8 +125,8 @@ class Op(NamedTuple):
         if filled is not None:
             return [filled]
         found: list[TensorRef] = []
-        if self.name != ops.CONSTANT:
-            info = ops.by_name(self.name)
+        if self.name != operators.CONSTANT:
+            info = operators.by_name(self.name)
             for position in info.mutates:
                 if position < len(self.args):
                     found += tensor_refs(self.args[position])
@@ -138,7 +138,7 @@ class Op(NamedTuple):
 
     def read(self) -> list[TensorRef]:
         """The windows that this op reads."""
-        own = self.name != ops.CONSTANT and ops.by_name(self.name).overwrites
+        own = self.name != operators.CONSTANT and operators.by_name(self.name).overwrites
         found: list[TensorRef] = []
         for value in self.args[1:] if own else self.args:
             found += tensor_refs(value)
@@ -154,7 +154,7 @@ class Op(NamedTuple):
     def __str__(self) -> str:
         shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
         outs = ", ".join(str(out) for out in self.outs)
-        call = f"{ops.spoken(self.name)}({', '.join(shown)})"
+        call = f"{operators.spoken(self.name)}({', '.join(shown)})"
         draw = f"  # draw {self.draw.number} of stream {self.draw.stream}" if self.draw else ""
         return (f"{outs} = {call}" if outs else call) + draw
 

@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from lateinit.memory import as_bytes
+from lateinit._torch.storage import as_bytes
 from lateinit.program import Const, Constant, Program
 
 _SMALL = 1 << 16

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lateinit import bounds, ops
-from lateinit.arguments import META, has_tensor, tensors_in
+from lateinit import bounds
+from lateinit._torch import operators
+from lateinit._torch.arguments import META, has_tensor, tensors_in
+from lateinit._torch.modes import without_modes
+from lateinit._torch.operators import OpInfo, describe
 from lateinit.errors import RecordingError
 from lateinit.factories import RANDOM
-from lateinit.modes import without_modes
-from lateinit.ops import OpInfo, describe
 from lateinit.program import Op, Program
 from lateinit.replay import flat, streams_of
 from lateinit.tensors import ON_META, attach, is_deferred_tensor, slot_of
@@ -149,14 +150,16 @@ class Recorder(Writer, TorchDispatchMode):
         if fill == "random_" and not like and given.get("dtype") is None:
             given["dtype"] = torch.int64
         name = "aten::empty_like" if like else "aten::empty.memory_format"
-        tensor: Tensor = self.dispatch(ops.by_name(name), (args[shape_at],), given)
+        tensor: Tensor = self.dispatch(operators.by_name(name), (args[shape_at],), given)
         if fill == "random_":
             bounds_ = bounds_ if len(bounds_) == 2 else (0, *bounds_)
             fill = "random_.from"
         generator = {"generator": kwargs["generator"]} if kwargs.get("generator") else {}
         if tensor.is_meta and slot_of(tensor) is ON_META:
             return tensor
-        filled: Tensor = self.dispatch(ops.by_name(f"aten::{fill}"), (tensor, *bounds_), generator)
+        filled: Tensor = self.dispatch(
+            operators.by_name(f"aten::{fill}"), (tensor, *bounds_), generator
+        )
         return filled
 
     # -- real data and values that leave -------------------------------------------------------
@@ -190,7 +193,7 @@ class Recorder(Writer, TorchDispatchMode):
         """``torch.tensor(...)``: data that nobody else can see becomes a deferred constant."""
         tensor: Tensor = self._mirror(data, data.device)
         constant, outs = self.data.own(data), (self.ref(tensor),)
-        op = Op(ops.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
+        op = Op(operators.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
         self.program.ops.append(op)
         return tensor
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lateinit import mt19937, rng
+from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit.bounds import surely_within
 from lateinit.cuts import UNIT, cut
-from lateinit.ops import TRUNCATED, by_name
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
 _FEW = 8  # outliers in a part up to which only the 16 elements around each are drawn

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from lateinit import ops
-from lateinit.modes import without_modes
+from lateinit._torch import operators
+from lateinit._torch.modes import without_modes
 from lateinit.program import TensorRef
 
 FAR = 3e4  # within what every floating-point dtype holds, and twice that too
 _USUAL: dict[str, Callable[..., bool]] = {
     "aten::normal_": lambda mean=0.0, std=1.0: std >= 0,
     "aten::uniform_": lambda low=0.0, high=1.0: -FAR <= low <= high <= FAR,
-    ops.TRUNCATED: lambda *_: True,  # tried where it is recorded
+    operators.TRUNCATED: lambda *_: True,  # tried where it is recorded
 }
 """Which numbers of the most frequent fills nothing refuses; of others nothing is known."""
 _UNREFUSED = {
@@ -32,14 +32,16 @@ _UNREFUSED = {
 _REAL = frozenset({int, float})
 
 
-def check(info: ops.OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...]) -> None:
+def check(
+    info: operators.OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...]
+) -> None:
     """Raise what an op in place raises for its numbers; only the CPU's kernels are tried."""
     usual = _USUAL.get(info.name)
     if (usual is None or not usual(*numbers)) and device.type == "cpu":
         _try(info.name, ref.dtype, min(ref.numel, 2), numbers)  # one element has its own kernel
 
 
-def never_refuses(info: ops.OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def never_refuses(info: operators.OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an op in place takes these numbers for every floating-point tensor."""
     if info.name not in _UNREFUSED:
         return False
@@ -51,7 +53,7 @@ def never_refuses(info: ops.OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, 
 
 @functools.lru_cache(maxsize=1024)
 def _try(name: str, dtype: torch.dtype, numel: int, numbers: tuple[Any, ...]) -> None:
-    info = ops.by_name(name)
+    info = operators.by_name(name)
     with without_modes():
         own = {"generator": torch.Generator()} if info.random else {}
         info.func(torch.zeros(numel, dtype=dtype, device="cpu"), *numbers, **own)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import ops
+from lateinit._torch import operators
+from lateinit._torch.modes import without_modes
+from lateinit._torch.storage import LARGE, allocate
 from lateinit.chunks import after_redrawing, fill_of
 from lateinit.errors import (
     ConstantChangedError,
@@ -18,8 +20,6 @@ from lateinit.errors import (
     SeedError,
     is_out_of_memory,
 )
-from lateinit.memory import LARGE, allocate
-from lateinit.modes import without_modes
 from lateinit.mt19937 import set_state, state_of
 from lateinit.plan import Step, plan_storages
 from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
@@ -158,10 +158,10 @@ class Replay:
     def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
         """Call an op with real arguments; gives what it returns, as a flat tuple."""
         args = [a if type(a) in NUMBERS else self._real(a, storages) for a in op.args]
-        if op.name == ops.CONSTANT:
+        if op.name == operators.CONSTANT:
             return (args[0].clone(memory_format=torch.preserve_format),)
         kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}
-        info = ops.by_name(op.name)
+        info = operators.by_name(op.name)
         func = _METHODS.get(op.name, info.func)
         if op.draw is None:
             if info.foreign:
@@ -290,7 +290,7 @@ def draw_only(streams: Streams, number: int, generator: torch.Generator) -> None
     program = streams.program
     op = program.ops[number]
     assert op.draw is not None
-    fill = fill_of(program, Step((number,), ())) if op.name == ops.TRUNCATED else None
+    fill = fill_of(program, Step((number,), ())) if op.name == operators.TRUNCATED else None
     if fill is not None:
         with without_modes():
             set_state(generator, after_redrawing(program, fill, state_of(generator)))

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lateinit.memory import in_a_row
+from lateinit._torch.storage import in_a_row
 
 DTYPES = {
     torch.bool: "BOOL",

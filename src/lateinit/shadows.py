@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._torch.modes import without_modes
 from lateinit.errors import CheckpointError
 from lateinit.giving import Cast, destination, swap
 from lateinit.lazy.snapshot import Lending, RandomStates, dressed, on_meta
 from lateinit.lazy.values import own_copy
-from lateinit.modes import without_modes
 from lateinit.reach import Reach
 from lateinit.stand_ins import StandIns, Stands
 from lateinit.tensors import is_deferred_tensor, is_dtensor, is_parameter, locate

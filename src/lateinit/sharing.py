@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lateinit.modes import without_modes
+from lateinit._torch.modes import without_modes
 from lateinit.program import TensorRef
 from lateinit.realdata import RealData
 from lateinit.tensors import slot_of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lateinit.arguments import tensors_in
+from lateinit._torch.arguments import tensors_in
 from lateinit.generators import device_number
 from lateinit.giving import swap
 from lateinit.reach import Reach

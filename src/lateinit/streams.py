@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from lateinit import redraw, rng
+from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit.errors import RecordingError
 from lateinit.mt19937 import set_state, state_of
-from lateinit.ops import TRUNCATED, by_name
 from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 from lateinit.seeker import Cost, Run, Seeker
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lateinit import hf_names
+from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
 from lateinit.hf_names import Conversion
-from lateinit.memory import as_bytes
 from lateinit.reader import Reader, block
 from lateinit.safetensors_file import Entry
 from lateinit.walk import is_placeholder

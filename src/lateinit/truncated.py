@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import mt19937, ops
-from lateinit.modes import without_modes
+from lateinit import mt19937
+from lateinit._torch import operators
+from lateinit._torch.modes import without_modes
 from lateinit.recorder import current
 from lateinit.tensors import is_deferred_tensor
 
@@ -32,7 +33,7 @@ def _run(
         return original(tensor, mean, std, a, b, generator=generator)
 
 
-_OP = ops.register(ops.TRUNCATED, _run)
+_OP = operators.register(operators.TRUNCATED, _run)
 
 
 @functools.cache

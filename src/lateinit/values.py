@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lateinit.memory import as_bytes
-from lateinit.modes import without_modes
+from lateinit._torch.modes import without_modes
+from lateinit._torch.storage import as_bytes
 from lateinit.plan import needed_ops
 from lateinit.program import Program, Read, TensorRef
 from lateinit.replay import Replay

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._torch.storage import as_bytes
 from lateinit._units import format_bytes
-from lateinit.memory import as_bytes
 from lateinit.parity import values_differ
 from lateinit.reader import Reader
 from lateinit.readers import open_checkpoint

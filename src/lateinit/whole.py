@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lateinit.arguments import tensors_in
-from lateinit.ops import by_name
+from lateinit._torch.arguments import tensors_in
+from lateinit._torch.operators import by_name
 from lateinit.recorder import Recorder, current
 from lateinit.replay import flat
 from lateinit.tensors import is_deferred_tensor

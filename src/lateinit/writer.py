@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import ops, refusals
-from lateinit.arguments import META, kwargs_to_meta, tensors_in, to_meta
+from lateinit import refusals
+from lateinit._torch import operators
+from lateinit._torch.arguments import META, kwargs_to_meta, tensors_in, to_meta
+from lateinit._torch.modes import without_modes
+from lateinit._torch.operators import OpInfo
 from lateinit.errors import RecordingError
 from lateinit.factories import FACTORIES, Fill, is_usual
 from lateinit.generators import Generators, default_generator
 from lateinit.labels import initializer
-from lateinit.modes import without_modes
-from lateinit.ops import OpInfo
 from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit.realdata import RealData, is_plain
 from lateinit.refusals import FAR
@@ -175,7 +176,7 @@ class Writer:
     def refuse(self, tensor: Tensor, what: str) -> None:
         """Note that the values of a tensor cannot be had."""
         with without_modes():
-            self._append(ops.by_name(ops.REFUSED), (tensor, what), {}, ())
+            self._append(operators.by_name(operators.REFUSED), (tensor, what), {}, ())
 
     def _note(
         self,
@@ -328,4 +329,4 @@ class Writer:
         return tensor
 
     def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
-        self._append(ops.by_name("aten::copy_"), (tensor, data), {}, ())
+        self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lateinit.memory import as_bytes
+from lateinit._torch.storage import as_bytes
 from lateinit.walk import find_tensors
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from lateinit import holes
-from lateinit.arguments import tensors_in
+from lateinit._torch.arguments import tensors_in
 from lateinit.lazy.mixin import finish, initialising
 from lateinit.lazy.placeholders import become
 from lateinit.tensors import is_deferred_tensor

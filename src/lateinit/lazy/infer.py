@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from lateinit._torch.modes import without_modes
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 from lateinit.lazy.aside import outside
 from lateinit.lazy.foreign import initialise, is_lazy_module
@@ -21,7 +22,6 @@ from lateinit.lazy.rules import evaluate
 from lateinit.lazy.shapes import ShapeMode, needs_values
 from lateinit.lazy.snapshot import Lending, RandomStates, on_meta, on_shapes
 from lateinit.lazy.values import own_copy
-from lateinit.modes import without_modes
 from lateinit.reach import Reach
 from lateinit.tensors import is_deferred_tensor, is_parameter
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._torch.modes import without_modes
 from lateinit.errors import ShapeError, UninitializedError
-from lateinit.modes import without_modes
 from lateinit.recorder import current
 from lateinit.tensors import guard, is_deferred_tensor
 from lateinit.walk import is_placeholder

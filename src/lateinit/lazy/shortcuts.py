@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit.ops import OpInfo
+from lateinit._torch.operators import OpInfo
 
 Shortcut = Callable[..., Any]
 

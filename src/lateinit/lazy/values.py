@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lateinit._torch.modes import without_modes
 from lateinit.giving import Cast, as_cast
-from lateinit.modes import without_modes
 from lateinit.program import TensorRef
 from lateinit.replay import Replay
 from lateinit.tensors import is_deferred_tensor, locate
