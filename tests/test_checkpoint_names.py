@@ -19,7 +19,7 @@ from tests.twins import assert_untouched, run_alone
 
 transformers = pytest.importorskip("transformers")
 
-from lateinit import hf_names  # noqa: E402 - of use with transformers alone
+from lateinit._integrations import transformers_names  # noqa: E402 - of use with transformers alone
 from lateinit.readers import open_checkpoint  # noqa: E402
 from lateinit.translated import Translated, translated  # noqa: E402
 from lateinit.verify import verify  # noqa: E402
@@ -330,7 +330,9 @@ class Halves:
 def test_what_is_split_is_computed_once_and_given_away(tmp_path: Path) -> None:
     halves, model = Halves(), bert("BertModel")
     path = write({"ab": torch.arange(4.0), "c": torch.ones(1)}, tmp_path)
-    names = hf_names.Names(conversions=[hf_names.Conversion("a", halves, model, [("ab", "ab")])])
+    names = transformers_names.Names(
+        conversions=[transformers_names.Conversion("a", halves, model, [("ab", "ab")])]
+    )
     names.strangers = ["c"]
     reader = Translated(model, open_checkpoint(path), names)
     assert {name: entry.shape for name, entry in reader.entries.items()} == {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(lateinit.__file__).parent
 
 OPTIONAL = {
-    *("timm", "torchvision", "transformers", "lateinit.hf_models"),
+    *("timm", "torchvision", "transformers", "lateinit._integrations.transformers_models"),
     "torch.distributed.tensor._utils",  # takes long, and is there where it is needed
 }
 NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
@@ -94,7 +94,7 @@ for name in {names!r}:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each module")
 def test_each_module_can_be_imported_alone() -> None:
-    skipped = {"__main__", "hf_models"}  # one runs, the other needs transformers
+    skipped = {"__main__", "_integrations.transformers_models"}  # one runs, the other needs transformers
     names = [f"lateinit.{name}".rstrip(".") for name in FILES if name not in skipped]
     assert run(ALONE.format(names=names, package=str(PACKAGE))) == ""
 

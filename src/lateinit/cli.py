@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from lateinit import parity, sizing, specs
+from lateinit import parity, sizing
+from lateinit._integrations import model_specs
 from lateinit._units import parse_bytes
 from lateinit._version import __version__
 from lateinit.checkpoint import save_checkpoint
@@ -95,8 +96,8 @@ def inspect(
     """Show every tensor of a model and how it is initialised, without allocating the model."""
     with _errors():
         axes = None if mesh is None else sizing.parse_mesh(mesh)
-        plan = specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
-        model = deferred_init(_building(specs.load(spec, specs.parse_kwargs(kwargs))))
+        plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
+        model = deferred_init(_building(model_specs.load(spec, model_specs.parse_kwargs(kwargs))))
         if axes is not None:
             share = sizing.share(model, axes, plan)
             if as_json:
@@ -134,7 +135,7 @@ def check(
     if cast is not None and checkpoint is None:
         raise typer.BadParameter("--dtype is for --checkpoint")
     with _errors():
-        build = _building(specs.load(spec, specs.parse_kwargs(kwargs)))
+        build = _building(model_specs.load(spec, model_specs.parse_kwargs(kwargs)))
         found: parity.Parity | Verification
         if checkpoint is None:
             found = parity.check(build, seed=seed)
@@ -170,7 +171,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     """Write an initialised checkpoint, without ever holding the model in memory."""
     cast = _dtype(dtype)
     with _errors():
-        build = _building(specs.load(spec, specs.parse_kwargs(kwargs)))
+        build = _building(model_specs.load(spec, model_specs.parse_kwargs(kwargs)))
         parity.seed_all(seed)
         saved = save_checkpoint(
             deferred_init(build),

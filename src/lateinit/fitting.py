@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._integrations.transformers_names import left_out
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
-from lateinit.hf_names import left_out
 from lateinit.lazy.placeholders import known_shape, show
 from lateinit.reader import Reader
 from lateinit.rehearsal import Rehearsal

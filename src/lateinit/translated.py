@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit import hf_names
+from lateinit._integrations import transformers_names
+from lateinit._integrations.transformers_names import Conversion
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
-from lateinit.hf_names import Conversion
 from lateinit.reader import Reader, block
 from lateinit.safetensors_file import Entry
 from lateinit.walk import is_placeholder
@@ -28,17 +28,17 @@ def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | Non
     Raises:
         MismatchError: something of the checkpoint cannot be brought into the form of the model.
     """
-    if not hf_names.is_theirs(module):
+    if not transformers_names.is_theirs(module):
         return reader
     if state is None:
         state = module.state_dict(keep_vars=True)
     if all(name in state and _fits(state[name], entry) for name, entry in reader.entries.items()):
         return reader  # as load_state_dict would take it
     try:
-        names = hf_names.translate(module, state, reader.entries)
-    except hf_names.UnknownTablesError as error:
+        names = transformers_names.translate(module, state, reader.entries)
+    except transformers_names.UnknownTablesError as error:
         reader.hint = (
-            f"(if it was written by save_pretrained: {hf_names.version()} renames weights in a way "
+            f"(if it was written by save_pretrained: {transformers_names.version()} renames weights in a way "
             f"that lateinit cannot follow, {error}; {type(module).__name__}.from_pretrained can)"
         )
         return reader
@@ -58,7 +58,7 @@ class Translated(Reader):
     not asked for are kept until others are computed.
     """
 
-    def __init__(self, module: nn.Module, reader: Reader, names: hf_names.Names) -> None:
+    def __init__(self, module: nn.Module, reader: Reader, names: transformers_names.Names) -> None:
         super().__init__(reader.path)
         self._reader = reader
         self.objects, self.versions = reader.objects, reader.versions
@@ -90,7 +90,7 @@ class Translated(Reader):
             alias: forward[kept] for alias, kept in reader.aliases.items() if kept in forward
         }
 
-    def _doubled(self, names: hf_names.Names) -> list[str]:
+    def _doubled(self, names: transformers_names.Names) -> list[str]:
         """Names that become one; that is well where they have the same bits."""
         wrong = []
         for new, (first, *others) in names.renamed.items():
@@ -144,6 +144,6 @@ def _failed(conversion: Conversion, reader: Reader, error: Exception) -> str:
         (f"{name} {tuple(reader.entries[name].shape)}" for name, _ in conversion.sources), _SHOWN
     )
     return (
-        f"{conversion.first}: {hf_names.version()} cannot make it of {sources}: "
+        f"{conversion.first}: {transformers_names.version()} cannot make it of {sources}: "
         f"{type(error).__name__}: {error}"
     )

@@ -184,9 +184,9 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> Build:
 
 def _transformers(what: str, kwargs: dict[str, Any]) -> Build:
     _library("transformers")
-    from lateinit import hf_models  # noqa: PLC0415 - it imports transformers
+    from lateinit._integrations import transformers_models  # noqa: PLC0415 - imports transformers
 
-    return hf_models.load(what, kwargs)
+    return transformers_models.load(what, kwargs)
 
 
 _LIBRARIES: dict[str, Callable[[str, dict[str, Any]], Build]] = {
