@@ -18,13 +18,13 @@ from torch import nn
 import lateinit
 from lateinit import giving, streams
 from lateinit import program as program_module
+from lateinit._rng.mt19937 import state_of
 from lateinit.errors import (
     LateinitError,
     MaterializeError,
     OutOfMemoryError,
     RecordingError,
 )
-from lateinit.mt19937 import state_of
 from lateinit.program import Draw, Op, Program
 from lateinit.replay import Replay
 from lateinit.safetensors_reader import SafetensorsReader

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lateinit import mt19937
-from lateinit.mt19937 import generator_at, has_normal, jump, state_of, without_normal
+from lateinit._rng import mt19937
+from lateinit._rng.mt19937 import generator_at, has_normal, jump, state_of, without_normal
 
 BLOCK = 624
 TWIST = 0x9908B0DF

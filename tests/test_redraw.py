@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import chunks, execute, redraw, truncated
-from lateinit.mt19937 import state_of
+from lateinit import chunks, execute, truncated
+from lateinit._rng import truncated_normal
+from lateinit._rng.mt19937 import state_of
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BOUNDS = [
-    redraw.Normal(0.0, 0.02, -0.04, 0.04),
-    redraw.Normal(0.5, 1.0, -1.0, 1.7),
-    redraw.Normal(0.0, 1.0, -0.5, 0.5),
-    redraw.Normal(0.0, 1.0, 0.0, float("inf")),
-    redraw.Normal(0.0, 1.0, 1.0, 1.5),  # torch draws these by another method
-    redraw.Normal(0.0, 1.0, 4.0, 5.0),  # and warns here
+    truncated_normal.Normal(0.0, 0.02, -0.04, 0.04),
+    truncated_normal.Normal(0.5, 1.0, -1.0, 1.7),
+    truncated_normal.Normal(0.0, 1.0, -0.5, 0.5),
+    truncated_normal.Normal(0.0, 1.0, 0.0, float("inf")),
+    truncated_normal.Normal(0.0, 1.0, 1.0, 1.5),  # torch draws these by another method
+    truncated_normal.Normal(0.0, 1.0, 4.0, 5.0),  # and warns here
 ]
 
 redraws = pytest.mark.skipif(
@@ -31,13 +32,17 @@ redraws = pytest.mark.skipif(
 )
 
 
-def filled(sizes: list[int], dtype: torch.dtype, normal: redraw.Normal, draws: int) -> nn.Module:
+def filled(
+    sizes: list[int], dtype: torch.dtype, normal: truncated_normal.Normal, draws: int
+) -> nn.Module:
     torch.manual_seed(5)
     torch.randn(draws)  # any state, a cached sample of a small normal included
     return filled_from_here(sizes, dtype, normal)
 
 
-def filled_from_here(sizes: list[int], dtype: torch.dtype, normal: redraw.Normal) -> nn.Module:
+def filled_from_here(
+    sizes: list[int], dtype: torch.dtype, normal: truncated_normal.Normal
+) -> nn.Module:
     model = nn.Module()
     for number, size in enumerate(sizes):
         tensor = torch.empty(size, dtype=dtype)
@@ -67,7 +72,7 @@ def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
 def test_any_cut_gives_the_bits_of_one_call(
     sizes: list[int],
     dtype: torch.dtype,
-    normal: redraw.Normal,
+    normal: truncated_normal.Normal,
     draws: int,
     threads: int,
     lengths: tuple[int, int, int],
@@ -82,11 +87,11 @@ def test_any_cut_gives_the_bits_of_one_call(
         patch.setattr(execute, "PIECE", piece)
         patch.setattr(chunks, "PIECE", piece)
         patch.setattr(execute, "_LEAST", 16)
-        patch.setattr(redraw, "_PART", part)
-        patch.setattr(redraw, "_APART", 64)
-        patch.setattr(redraw, "_AT_ONCE", piece)
-        patch.setattr(redraw, "_FEW", few)
-        patch.setattr(redraw, "_MOST_KEPT", most_kept)
+        patch.setattr(truncated_normal, "_PART", part)
+        patch.setattr(truncated_normal, "_APART", 64)
+        patch.setattr(truncated_normal, "_AT_ONCE", piece)
+        patch.setattr(truncated_normal, "_FEW", few)
+        patch.setattr(truncated_normal, "_MOST_KEPT", most_kept)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         with lateinit.deferred():
             model = filled(sizes, dtype, normal, draws)
@@ -96,7 +101,7 @@ def test_any_cut_gives_the_bits_of_one_call(
 
 @redraws
 def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, normal = [2_200_000, 300_007], redraw.Normal(0.0, 0.02, -0.04, 0.04)
+    sizes, normal = [2_200_000, 300_007], truncated_normal.Normal(0.0, 0.02, -0.04, 0.04)
     expected = filled(sizes, torch.float32, normal, 0)
     ended = torch.get_rng_state()
     with lateinit.deferred():
@@ -111,26 +116,26 @@ def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 def test_rounds_that_were_made_to_count_them_are_not_made_again(
     bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, normal = [300_000, 400_007], redraw.Normal(0.0, 1.0, -bound, bound)
+    sizes, normal = [300_000, 400_007], truncated_normal.Normal(0.0, 1.0, -bound, bound)
     expected = filled(sizes, torch.float32, normal, 3)
     with lateinit.deferred() as program:
         model = filled(sizes, torch.float32, normal, 3)
     kept = list(chunks.kept_of(program)._found.values())
     assert 0 < sum(len(late.places) for late in kept) < sum(sizes) / 200
-    again, made = redraw._Part.again, []
+    again, made = truncated_normal._Part.again, []
 
-    def counted(part: redraw._Part, look: bool = True) -> Any:
+    def counted(part: truncated_normal._Part, look: bool = True) -> Any:
         made.append(part.rounds + 1)
         return again(part, look)
 
-    monkeypatch.setattr(redraw._Part, "again", counted)
+    monkeypatch.setattr(truncated_normal._Part, "again", counted)
     assert_equal(lateinit.materialize(model), expected)
     assert max(made, default=1) == kept[0].rounds
 
 
 @redraws
 def test_what_is_kept_is_not_taken_for_another_seed() -> None:
-    sizes, normal = [300_000, 400_007], redraw.Normal(0.0, 1.0, -2.0, 2.0)
+    sizes, normal = [300_000, 400_007], truncated_normal.Normal(0.0, 1.0, -2.0, 2.0)
     torch.manual_seed(8)
     expected = filled_from_here(sizes, torch.float32, normal)
     with lateinit.deferred():
@@ -140,8 +145,8 @@ def test_what_is_kept_is_not_taken_for_another_seed() -> None:
 
 @redraws
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, normal = [300_000] * 5, redraw.Normal(0.0, 1.0, -2.0, 2.0)  # of each some 620
-    monkeypatch.setattr(redraw, "_MOST_KEPT", 2000)
+    sizes, normal = [300_000] * 5, truncated_normal.Normal(0.0, 1.0, -2.0, 2.0)  # of each some 620
+    monkeypatch.setattr(truncated_normal, "_MOST_KEPT", 2000)
     expected = filled(sizes, torch.float32, normal, 0)
     with lateinit.deferred() as program:
         model = filled(sizes, torch.float32, normal, 0)
@@ -153,7 +158,7 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @redraws
 def test_what_is_kept_is_wanted_by_the_same_draw_alone() -> None:
-    kept, normal = redraw.Kept(), redraw.Normal(0.0, 1.0, -2.0, 2.0)
+    kept, normal = truncated_normal.Kept(), truncated_normal.Normal(0.0, 1.0, -2.0, 2.0)
     state, other = (state_of(torch.Generator().manual_seed(seed)) for seed in (1, 2))
     end = kept.after(state, torch.float32, 5000, normal)
     assert kept.late(state, torch.float32, 5000, normal) is not None
@@ -166,7 +171,7 @@ def test_what_is_kept_is_wanted_by_the_same_draw_alone() -> None:
 
 def test_trials_are_no_part_of_what_is_recorded() -> None:
     truncated.may_redraw.cache_clear()
-    redraw.is_exact.cache_clear()
+    truncated_normal.is_exact.cache_clear()
     with lateinit.deferred() as program:
         weight = nn.init.trunc_normal_(torch.empty(600, 500), a=-1.0, b=1.0)
         assert weight[0, 0].item() <= 1.0  # a read: the cost of the draw is asked for in the block
@@ -176,7 +181,7 @@ def test_trials_are_no_part_of_what_is_recorded() -> None:
 
 @redraws
 def test_another_seed_takes_another_number_of_rounds() -> None:
-    normal = redraw.Normal(0.0, 1.0, -2.0, 2.0)
+    normal = truncated_normal.Normal(0.0, 1.0, -2.0, 2.0)
 
     def build() -> nn.Module:
         return nn.Sequential(*(init(nn.Linear(600, 500, bias=False), normal) for _ in range(3)))
@@ -190,7 +195,7 @@ def test_another_seed_takes_another_number_of_rounds() -> None:
         assert torch.equal(ours, theirs)
 
 
-def init(layer: nn.Linear, normal: redraw.Normal) -> nn.Linear:
+def init(layer: nn.Linear, normal: truncated_normal.Normal) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, *normal)
     return layer
 
@@ -211,7 +216,7 @@ def test_numbers_may_be_of_any_kind(std: Any) -> None:
 @pytest.mark.filterwarnings("ignore:mean is more than 2 std")
 def test_bounds_that_no_normal_meets_are_drawn_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_SMALLEST", 16)  # where it is asked whether parts can be drawn
-    normal = redraw.Normal(0.0, 1.0, 9.0, 10.0)
+    normal = truncated_normal.Normal(0.0, 1.0, 9.0, 10.0)
     expected = filled([50, 30], torch.float32, normal, 0)
     ended = torch.get_rng_state()
     with lateinit.deferred():
@@ -225,31 +230,33 @@ def test_bounds_that_no_normal_meets_are_drawn_by_torch(monkeypatch: pytest.Monk
 def test_bounds_that_are_hardly_ever_met_are_not_tried(
     dtype: torch.dtype, bounds: tuple[float, float]
 ) -> None:
-    assert not redraw.is_exact(dtype, redraw.Normal(0.0, 1.0, *bounds))
+    assert not truncated_normal.is_exact(dtype, truncated_normal.Normal(0.0, 1.0, *bounds))
 
 
 @redraws
 @pytest.mark.parametrize("wrong", ["words", "_outside", "late", "torch"])
 def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    normal = redraw.Normal(0.0, 0.5, -1.1, 1.0)  # numbers that were not tried before
+    normal = truncated_normal.Normal(0.0, 0.5, -1.1, 1.0)  # numbers that were not tried before
     if wrong == "words":
-        words = redraw.words
-        monkeypatch.setattr(redraw, "words", lambda dtype, numel: words(dtype, numel) + 1)
+        words = truncated_normal.words
+        monkeypatch.setattr(truncated_normal, "words", lambda dtype, numel: words(dtype, numel) + 1)
     elif wrong == "_outside":
-        outside = redraw._outside
-        monkeypatch.setattr(redraw, "_outside", lambda v, low, high: outside(v, low, high / 2))
+        outside = truncated_normal._outside
+        monkeypatch.setattr(
+            truncated_normal, "_outside", lambda v, low, high: outside(v, low, high / 2)
+        )
     elif wrong == "late":
-        monkeypatch.setattr(redraw.Late, "within", lambda late, start, end: late)
+        monkeypatch.setattr(truncated_normal.Late, "within", lambda late, start, end: late)
     else:  # a torch that redraws all where one lies outside
-        monkeypatch.setattr(redraw, "by_name", lambda name: truncated_otherwise)
-    assert not redraw.is_exact.__wrapped__(torch.float32, normal)
+        monkeypatch.setattr(truncated_normal, "by_name", lambda name: truncated_otherwise)
+    assert not truncated_normal.is_exact.__wrapped__(torch.float32, normal)
     monkeypatch.undo()
-    assert redraw.is_exact.__wrapped__(torch.float32, normal)
+    assert truncated_normal.is_exact.__wrapped__(torch.float32, normal)
     expected = filled([5000], torch.float32, normal, 0)
     ended = torch.get_rng_state()
     monkeypatch.setattr(chunks, "_SMALLEST", 16)
-    monkeypatch.setattr(redraw, "is_exact", lambda dtype, normal: False)
-    monkeypatch.setattr(redraw, "draw", None)  # any use of it fails
+    monkeypatch.setattr(truncated_normal, "is_exact", lambda dtype, normal: False)
+    monkeypatch.setattr(truncated_normal, "draw", None)  # any use of it fails
     with lateinit.deferred():
         model = filled([5000], torch.float32, normal, 0)
     assert torch.equal(ended, torch.get_rng_state())

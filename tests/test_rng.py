@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lateinit import rng
-from lateinit import seeker as seeker_module
-from lateinit.mt19937 import generator_at, has_normal, jump, state_of
-from lateinit.rng import Draw, consumption
-from lateinit.seeker import Cost, Seeker
+from lateinit._rng import consumption as consumption_module
+from lateinit._rng import position as seeker_module
+from lateinit._rng.consumption import Draw, consumption
+from lateinit._rng.mt19937 import generator_at, has_normal, jump, state_of
+from lateinit._rng.position import Cost, Seeker
 from tests.twins import interrupted_at
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -23,7 +23,7 @@ SIZES = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 311, 312, 313, 623, 624, 625,
 
 def overload(op):
     """The overload of an op that takes a generator; None where this torch has none."""
-    name, _, variant = rng._PROBES[f"aten::{op}"].overload.partition(".")
+    name, _, variant = consumption_module._PROBES[f"aten::{op}"].overload.partition(".")
     return getattr(getattr(torch.ops.aten, name), variant or "default", None)
 
 
@@ -66,7 +66,7 @@ class Call:
     args: tuple = ()
 
     def draw(self):
-        fills = rng._PROBES[f"aten::{self.op}"].fills
+        fills = consumption_module._PROBES[f"aten::{self.op}"].fills
         filled = torch.empty_like(self.tensor()) if fills == "like" else self.tensor()
         contiguous = fills in ("size", "count") or filled.is_contiguous()
         return Draw(f"aten::{self.op}", self.numel, self.dtype, contiguous, self.args)
@@ -83,7 +83,7 @@ class Call:
 
     def make(self, generator):
         op = overload(self.op)
-        fills = rng._PROBES[f"aten::{self.op}"].fills
+        fills = consumption_module._PROBES[f"aten::{self.op}"].fills
         if fills == "count":
             op(self.numel, dtype=self.dtype, generator=generator)
         elif fills == "size":
@@ -255,20 +255,24 @@ def test_draws_are_made_where_the_self_test_fails(monkeypatch):
     sequence = [Call("uniform_", torch.float32, 20), Call("normal_", torch.float32, 5)] * 3
     expected = eager_states(sequence, start_at(2))
     runner = Runner(sequence)
-    monkeypatch.setattr(rng, "_follows", lambda *_: False)
-    rng._rule.cache_clear()
+    monkeypatch.setattr(consumption_module, "_follows", lambda *_: False)
+    consumption_module._rule.cache_clear()
     try:
         seeker = seeker_over(sequence, start_at(2))
         assert [seeker.state(i, runner) for i in range(7)] == expected
         assert seeker_over(sequence, start_at(2)).state(6, runner) == expected[6]
     finally:
-        rng._rule.cache_clear()
+        consumption_module._rule.cache_clear()
     assert runner.made == [0, 1, 2, 3, 4, 5] * 2
 
 
 def test_a_rule_that_torch_does_not_follow_is_not_believed(monkeypatch):
-    monkeypatch.setattr(rng, "_RULES", (rng._each(2), rng._seed(1), rng._swaps))
-    rng._rule.cache_clear()
+    monkeypatch.setattr(
+        consumption_module,
+        "_RULES",
+        (consumption_module._each(2), consumption_module._seed(1), consumption_module._swaps),
+    )
+    consumption_module._rule.cache_clear()
     try:
         for numel in (5, 100):
             draw = Draw("aten::uniform_", numel, torch.float32, contiguous=True)
@@ -276,29 +280,31 @@ def test_a_rule_that_torch_does_not_follow_is_not_believed(monkeypatch):
             wide = Draw("aten::uniform_", numel, torch.float64, contiguous=True)
             assert consumption(wide) == Cost(2 * numel)
     finally:
-        rng._rule.cache_clear()
+        consumption_module._rule.cache_clear()
 
 
 def test_one_seed_for_another_engine_is_found_out(monkeypatch):
     def seed_another_engine(_probe, dtype, _contiguous, numel, _args):
         before = start_at(1)
-        yield rng._elements(numel, dtype), before, jump(before, 1 if numel else 0)
+        yield consumption_module._elements(numel, dtype), before, jump(before, 1 if numel else 0)
 
-    monkeypatch.setattr(rng, "_trials", seed_another_engine)
-    rng._rule.cache_clear()
+    monkeypatch.setattr(consumption_module, "_trials", seed_another_engine)
+    consumption_module._rule.cache_clear()
     try:
         costs = [
             consumption(Draw("aten::exponential_", n, torch.float32, contiguous=True))
             for n in (0, 1, 15, 16, 10**6)
         ]
     finally:
-        rng._rule.cache_clear()
+        consumption_module._rule.cache_clear()
     assert costs == [Cost(0), Cost(1), Cost(1), Cost(1), Cost(1)]
 
 
 def test_an_overload_that_this_torch_lacks_is_unknown(monkeypatch):
-    probe = rng._Probe("uniform_.of_another_version", "self", rng._any())
-    monkeypatch.setitem(rng._PROBES, "aten::uniform_.of_another_version", probe)
+    probe = consumption_module._Probe(
+        "uniform_.of_another_version", "self", consumption_module._any()
+    )
+    monkeypatch.setitem(consumption_module._PROBES, "aten::uniform_.of_another_version", probe)
     draw = Draw("aten::uniform_.of_another_version", 20, torch.float32, contiguous=True)
     assert consumption(draw) is None
 
@@ -400,7 +406,7 @@ def test_a_seeker_that_is_interrupted_anywhere_goes_on_from_there():
 
 def test_the_global_generator_is_not_used():
     before = torch.get_rng_state()
-    rng._rule.cache_clear()
+    consumption_module._rule.cache_clear()
     for op, (dtypes, numbers) in OPS.items():
         consumption(Draw(f"aten::{op}", 40, dtypes[0], contiguous=True, args=numbers[0]))
     assert torch.equal(torch.get_rng_state(), before)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import mt19937, redraw, rng
+from lateinit._rng import consumption, mt19937, truncated_normal
+from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
-from lateinit.cuts import UNIT, cut
 from lateinit.plan import Step
 from lateinit.program import NUMBERS, Draw, Op, Program, TensorRef
 
@@ -100,7 +100,7 @@ def is_small(fill: Fill) -> bool:
 
 def _in_pieces(op: Op, ref: TensorRef) -> bool:
     if op.name == TRUNCATED:
-        return redraw.is_exact(ref.dtype, redraw.Normal(*op.args[1:]))
+        return truncated_normal.is_exact(ref.dtype, truncated_normal.Normal(*op.args[1:]))
     others = (*op.args[1:], *op.kwargs.values())
     if any(type(value) not in NUMBERS for value in others) or _scaled(op):
         return False
@@ -126,25 +126,25 @@ def words_of(fill: Fill, numel: int) -> int:
     if fill.draw is None:
         return 0
     if fill.ops[0].name == TRUNCATED:
-        return redraw.words(fill.ref.dtype, numel)
-    return rng.words(fill.ops[0].name, fill.ref.dtype, numel)
+        return truncated_normal.words(fill.ref.dtype, numel)
+    return consumption.words(fill.ops[0].name, fill.ref.dtype, numel)
 
 
-def kept_of(program: Program) -> redraw.Kept:
+def kept_of(program: Program) -> truncated_normal.Kept:
     """What is kept of the late rounds of a program's draws."""
-    kept: redraw.Kept = program.cache.setdefault("late", redraw.Kept())
+    kept: truncated_normal.Kept = program.cache.setdefault("late", truncated_normal.Kept())
     return kept
 
 
 def after_redrawing(program: Program, fill: Fill, state: bytes) -> bytes:
     """Where the generator stands after a ``trunc_normal_`` that begins at ``state``."""
-    normal = redraw.Normal(*fill.ops[0].args[1:])
+    normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept_of(program).after(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
-def late_of(program: Program, fill: Fill, state: bytes) -> redraw.Late | None:
+def late_of(program: Program, fill: Fill, state: bytes) -> truncated_normal.Late | None:
     """What is kept of the late rounds of a ``trunc_normal_`` that begins at ``state``."""
-    normal = redraw.Normal(*fill.ops[0].args[1:])
+    normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept_of(program).late(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
@@ -153,7 +153,7 @@ def run_piece(
     storage: torch.UntypedStorage,
     piece: tuple[int, int],
     generator: torch.Generator | None,
-    late: redraw.Late | None = None,
+    late: truncated_normal.Late | None = None,
 ) -> None:
     """Fill one piece; with several kernels, in parts that stay in cache.
 
@@ -175,7 +175,7 @@ def run_piece(
 
 
 def calls_of(
-    fill: Fill, generator: torch.Generator | None, late: redraw.Late | None = None
+    fill: Fill, generator: torch.Generator | None, late: truncated_normal.Late | None = None
 ) -> list[Callable[[Tensor], Any]]:
     """The kernels of a fill, each to be called with a part; what draws, draws from a generator.
 
@@ -186,11 +186,11 @@ def calls_of(
 
 
 def _call(
-    op: Op, generator: torch.Generator | None, period: int, late: redraw.Late | None
+    op: Op, generator: torch.Generator | None, period: int, late: truncated_normal.Late | None
 ) -> Callable[[Tensor], Any]:
     if op.name == TRUNCATED and generator is not None:
-        normal = redraw.Normal(*op.args[1:])
-        return lambda part: redraw.draw(part, normal, generator, period, late)
+        normal = truncated_normal.Normal(*op.args[1:])
+        return lambda part: truncated_normal.draw(part, normal, generator, period, late)
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
     if op.draw is not None:
         kwargs["generator"] = generator
@@ -222,7 +222,9 @@ def _trial(name: str, dtype: torch.dtype) -> bool:
     halves = whole.clone()
     if info.random:
         before = mt19937.state_of(generators[0])
-        generators[1] = mt19937.generator_at(mt19937.jump(before, rng.words(name, dtype, middle)))
+        generators[1] = mt19937.generator_at(
+            mt19937.jump(before, consumption.words(name, dtype, middle))
+        )
         info.func(whole, 0.0, 1.0, generator=generators[0])
         info.func(halves[middle:], 0.0, 1.0, generator=generators[1])
         info.func(halves[:middle], 0.0, 1.0, generator=mt19937.generator_at(before))

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from lateinit._rng.mt19937 import set_state, state_of
 from lateinit.errors import RecordingError
-from lateinit.mt19937 import set_state, state_of
 from lateinit.program import Draw, Program, Stream
 
 _MAGIC = 0x9A17E1A7

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import LARGE, allocate
@@ -20,7 +21,6 @@ from lateinit.errors import (
     SeedError,
     is_out_of_memory,
 )
-from lateinit.mt19937 import set_state, state_of
 from lateinit.plan import Step, plan_storages
 from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
 from lateinit.realdata import checksum

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit import mt19937
+from lateinit._rng import mt19937
+from lateinit._rng.alignment import UNIT
 from lateinit.chunks import PIECE, Fill, calls_of, words_of
-from lateinit.cuts import UNIT
 from lateinit.plan import Step, needed_ops
 from lateinit.program import Op, Program, TensorRef
 

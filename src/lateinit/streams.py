@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from lateinit import redraw, rng
+from lateinit._rng import consumption, truncated_normal
+from lateinit._rng.mt19937 import set_state, state_of
+from lateinit._rng.position import Cost, Run, Seeker
 from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit.errors import RecordingError
-from lateinit.mt19937 import set_state, state_of
 from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
-from lateinit.seeker import Cost, Run, Seeker
 
 
 class _Seeker(Protocol):
@@ -159,12 +159,12 @@ def cost(op: Op) -> Cost | None:
 @functools.lru_cache(maxsize=4096)
 def _cost(name: str, filled: TensorRef, numbers: tuple[Any, ...]) -> Cost | None:
     if name == TRUNCATED:
-        normal = redraw.Normal(*numbers)
-        if not redraw.draws_once(filled.dtype, normal):
+        normal = truncated_normal.Normal(*numbers)
+        if not truncated_normal.draws_once(filled.dtype, normal):
             return None
         name, numbers = "aten::normal_", normal[:2]
-    draw = rng.Draw(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
-    return rng.consumption(draw)
+    draw = consumption.Draw(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
+    return consumption.consumption(draw)
 
 
 def recorded_seed(program: Program) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import mt19937
+from lateinit._rng import mt19937
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
 from lateinit.recorder import current

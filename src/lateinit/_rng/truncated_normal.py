@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lateinit import mt19937, rng
+from lateinit._rng import consumption, mt19937
+from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit.bounds import surely_within
-from lateinit.cuts import UNIT, cut
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
 _FEW = 8  # outliers in a part up to which only the 16 elements around each are drawn
@@ -48,7 +48,7 @@ class Normal(NamedTuple):
 
 def words(dtype: torch.dtype, numel: int) -> int:
     """How many words it takes to draw so many elements once: none, or 16 or more."""
-    return rng.words("aten::normal_", dtype, numel)
+    return consumption.words("aten::normal_", dtype, numel)
 
 
 class Late(NamedTuple):

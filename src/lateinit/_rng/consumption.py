@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit.mt19937 import generator_at, jump, state_of
-from lateinit.seeker import Cost, Seeker, paired
+from lateinit._rng.mt19937 import generator_at, jump, state_of
+from lateinit._rng.position import Cost, Seeker, paired
 
 
 class Draw(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from lateinit.mt19937 import generator_at, has_normal, jump, state_of, without_normal
+from lateinit._rng.mt19937 import generator_at, has_normal, jump, state_of, without_normal
 
 Run = Callable[[int, torch.Generator], None]
 _PAIR = 4
