@@ -17,7 +17,8 @@ from torch import nn
 
 import lateinit
 from lateinit import giving, streams
-from lateinit import program as program_module
+from lateinit._program import program as program_module
+from lateinit._program.program import Draw, Op, Program
 from lateinit._rng.mt19937 import state_of
 from lateinit.errors import (
     LateinitError,
@@ -25,7 +26,6 @@ from lateinit.errors import (
     OutOfMemoryError,
     RecordingError,
 )
-from lateinit.program import Draw, Op, Program
 from lateinit.replay import Replay
 from lateinit.safetensors_reader import SafetensorsReader
 from tests.snapshots import assert_same, tensors_of

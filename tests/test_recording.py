@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit.program import Program
+from lateinit._program.program import Program
 from lateinit.replay import Replay
 from tests.snapshots import assert_same
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lateinit.program import Program, TensorRef
+from lateinit._program.program import Program, TensorRef
 
 _FARTHEST = 8.6
 _NORMAL_DTYPES = (torch.float32, torch.float64)

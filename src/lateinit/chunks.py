@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._program.plan import Step
+from lateinit._program.program import NUMBERS, Draw, Op, Program, TensorRef
 from lateinit._rng import consumption, mt19937, truncated_normal
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
-from lateinit.plan import Step
-from lateinit.program import NUMBERS, Draw, Op, Program, TensorRef
 
 _SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
 PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost

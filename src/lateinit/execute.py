@@ -10,6 +10,8 @@ from functools import partial
 
 import torch
 
+from lateinit._program.plan import Step
+from lateinit._program.program import Draw, Program
 from lateinit._rng import mt19937
 from lateinit._rng.alignment import UNIT
 from lateinit._rng.truncated_normal import Late
@@ -17,8 +19,6 @@ from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import TRUNCATED
 from lateinit._torch.storage import allocate
 from lateinit.chunks import PIECE, Fill, fill_of, is_small, late_of, pieces, run_piece, words_of
-from lateinit.plan import Step
-from lateinit.program import Draw, Program
 from lateinit.replay import Replay, Storages
 from lateinit.sharding import Shard, groups, run_leaves, shards_of
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from lateinit._program.program import Program
 from lateinit._torch.storage import as_bytes
-from lateinit.program import Program
 from lateinit.shards import Shard
 
 

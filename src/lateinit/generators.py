@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from lateinit._program.program import Draw, Program, Stream
 from lateinit._rng.mt19937 import set_state, state_of
 from lateinit.errors import RecordingError
-from lateinit.program import Draw, Program, Stream
 
 _MAGIC = 0x9A17E1A7
 _NONCES = itertools.count(secrets.randbits(24))

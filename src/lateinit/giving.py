@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._program.program import TensorRef
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import allocate
 from lateinit.errors import DeferredTensorError
-from lateinit.program import TensorRef
 from lateinit.replay import Replay
 from lateinit.tensors import DeferredTensor, Slot, held, is_dtensor, locate, slot_of, unguard
 

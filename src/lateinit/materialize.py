@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
+from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
 from lateinit._torch.modes import without_modes
 from lateinit.errors import (
@@ -23,8 +25,6 @@ from lateinit.errors import (
 )
 from lateinit.execute import execute
 from lateinit.giving import Cast, cast_to, place
-from lateinit.plan import Plan, Step, needed_ops, plan_storages
-from lateinit.program import Program, TensorRef
 from lateinit.ranks import agree
 from lateinit.replay import Replay
 from lateinit.sharding import reads_nothing

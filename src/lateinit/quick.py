@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lateinit._program.labels import called
 from lateinit._torch.arguments import META
 from lateinit._torch.operators import by_name
 from lateinit.factories import Fill
-from lateinit.labels import called
 from lateinit.recorder import Recorder
 from lateinit.tensors import is_deferred_tensor
 

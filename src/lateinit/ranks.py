@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lateinit._program.program import Const, Op, Program, TensorRef
 from lateinit.errors import ShardingError, listing
-from lateinit.program import Const, Op, Program, TensorRef
 from lateinit.streams import recorded_seed
 from lateinit.values import digest
 

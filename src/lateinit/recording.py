@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._program.program import Program
 from lateinit.holes import Hole, reserve
 from lateinit.masquerade import Masquerade
 from lateinit.patches import Patches
-from lateinit.program import Program
 from lateinit.recorder import Recorder, current, in_force
 from lateinit.tensors import (
     ON_META,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from lateinit._program.program import TensorRef
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
-from lateinit.program import TensorRef
 
 FAR = 3e4  # within what every floating-point dtype holds, and twice that too
 _USUAL: dict[str, Callable[..., bool]] = {

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._program.constants import checksum
+from lateinit._program.plan import Step, plan_storages
+from lateinit._program.program import NUMBERS, Const, Draw, Op, Program, TensorRef
 from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
@@ -21,9 +24,6 @@ from lateinit.errors import (
     SeedError,
     is_out_of_memory,
 )
-from lateinit.plan import Step, plan_storages
-from lateinit.program import NUMBERS, Const, Draw, Op, Program, TensorRef
-from lateinit.realdata import checksum
 from lateinit.streams import Streams
 
 Storages = dict[int, torch.UntypedStorage]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lateinit._program.program import Program, TensorRef
 from lateinit.errors import CheckpointError, NotRecordedError, listing
-from lateinit.program import Program, TensorRef
 from lateinit.safetensors_file import DTYPES, Entry
 from lateinit.tensors import Slot, is_deferred_tensor, locate
 from lateinit.walk import is_placeholder

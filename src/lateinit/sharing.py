@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lateinit._program.constants import RealData
+from lateinit._program.program import TensorRef
 from lateinit._torch.modes import without_modes
-from lateinit.program import TensorRef
-from lateinit.realdata import RealData
 from lateinit.tensors import slot_of
 from lateinit.values import Values
 

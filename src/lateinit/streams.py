@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
+from lateinit._program.program import Draw, Op, Program, TensorRef, tensor_refs
 from lateinit._rng import consumption, truncated_normal
 from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._rng.position import Cost, Run, Seeker
 from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit.errors import RecordingError
-from lateinit.program import Draw, Op, Program, TensorRef, tensor_refs
 
 
 class _Seeker(Protocol):

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lateinit._program.labels import describe
 from lateinit._units import format_bytes
 from lateinit.errors import listing
 from lateinit.folding import fold
-from lateinit.labels import describe
 from lateinit.lazy.placeholders import known_shape, show
 from lateinit.tensors import locate
 from lateinit.walk import Found, Kind, find_tensors, is_placeholder

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._program.program import Program, TensorRef
 from lateinit.errors import DeferredTensorError, NotRecordedError
-from lateinit.program import Program, TensorRef
 
 _ATTRIBUTE = "_lateinit_slot"
 

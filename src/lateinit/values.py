@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lateinit._program.plan import needed_ops
+from lateinit._program.program import Program, Read, TensorRef
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import as_bytes
-from lateinit.plan import needed_ops
-from lateinit.program import Program, Read, TensorRef
 from lateinit.replay import Replay
 
 _KEPT = 1 << 26

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._program.program import Program, TensorRef
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,
@@ -18,7 +19,6 @@ from lateinit.errors import (
     candidates,
     listing,
 )
-from lateinit.program import Program, TensorRef
 from lateinit.tensors import ON_META, Slot, held, is_dtensor, slot_of
 from lateinit.walk import Found, find_tensors
 

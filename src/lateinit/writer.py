@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from lateinit import refusals
+from lateinit._program.constants import RealData, is_plain
+from lateinit._program.labels import initializer
+from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.modes import without_modes
@@ -19,9 +22,6 @@ from lateinit._torch.operators import OpInfo
 from lateinit.errors import RecordingError
 from lateinit.factories import FACTORIES, Fill, is_usual
 from lateinit.generators import Generators, default_generator
-from lateinit.labels import initializer
-from lateinit.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
-from lateinit.realdata import RealData, is_plain
 from lateinit.refusals import FAR
 from lateinit.replay import Replay, Storages, flat
 from lateinit.sharing import SharedMemory

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lateinit._program.program import TensorRef
 from lateinit._torch.modes import without_modes
 from lateinit.giving import Cast, as_cast
-from lateinit.program import TensorRef
 from lateinit.replay import Replay
 from lateinit.tensors import is_deferred_tensor, locate
 

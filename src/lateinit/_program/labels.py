@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lateinit._program.plan import needed_ops
+from lateinit._program.program import Const, Op, Program, TensorRef
 from lateinit._torch import operators
-from lateinit.plan import needed_ops
-from lateinit.program import Const, Op, Program, TensorRef
 
 _INIT = vars(torch.nn.init)
 _BETWEEN = ("lateinit", "torch")

@@ -7,8 +7,8 @@ import zlib
 import torch
 from torch import Tensor
 
+from lateinit._program.program import Const, Constant, Program
 from lateinit._torch.storage import as_bytes
-from lateinit.program import Const, Constant, Program
 
 _SMALL = 1 << 16
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lateinit.program import Program, TensorRef
+from lateinit._program.program import Program, TensorRef
 
 
 class Step(NamedTuple):
