@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import chunks, execute
+from lateinit import execute
+from lateinit._replay import chunks
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

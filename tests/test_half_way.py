@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
-from lateinit import giving, streams
+from lateinit import giving
 from lateinit._program import program as program_module
 from lateinit._program.program import Draw, Op, Program
+from lateinit._replay import streams
+from lateinit._replay.replay import Replay
 from lateinit._rng.mt19937 import state_of
 from lateinit.errors import (
     LateinitError,
@@ -26,7 +28,6 @@ from lateinit.errors import (
     OutOfMemoryError,
     RecordingError,
 )
-from lateinit.replay import Replay
 from lateinit.safetensors_reader import SafetensorsReader
 from tests.snapshots import assert_same, tensors_of
 from tests.twins import Net, assert_untouched, interrupted_at, run_alone, still_deferred, twins

@@ -15,8 +15,8 @@ from torch.nn.utils.prune import L1Unstructured
 from torch.utils.weak import WeakIdKeyDictionary
 
 import lateinit
+from lateinit._replay.replay import Replay
 from lateinit.errors import DeferredTensorError
-from lateinit.replay import Replay
 from tests.cases import Bag
 from tests.snapshots import assert_same, snapshot, tensors_of
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import lateinit
 from lateinit._program.program import Program
-from lateinit.replay import Replay
+from lateinit._replay.replay import Replay
 from tests.snapshots import assert_same
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import chunks, execute, truncated
+from lateinit import execute, truncated
+from lateinit._replay import chunks
 from lateinit._rng import truncated_normal
 from lateinit._rng.mt19937 import state_of
 
@@ -106,7 +107,7 @@ def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     ended = torch.get_rng_state()
     with lateinit.deferred():
         model = filled(sizes, torch.float32, normal, 0)
-        monkeypatch.setattr("lateinit.replay.Replay.call", None)  # any use of it fails
+        monkeypatch.setattr("lateinit._replay.replay.Replay.call", None)  # any use of it fails
     assert torch.equal(ended, torch.get_rng_state())
     assert_equal(lateinit.materialize(model, threads=2), expected)
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
-from lateinit import chunks, execute, sharding
+from lateinit import execute, sharding
+from lateinit._replay import chunks
 from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
 from lateinit.giving import home
 from tests.laws import deferred, eager

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lateinit._progress import Progress
+from lateinit._replay.streams import recorded_seed
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError
@@ -26,7 +27,6 @@ from lateinit.recorder import current
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged
 from lateinit.streaming import write_shards
-from lateinit.streams import recorded_seed
 
 _INDEX = "model.safetensors.index.json"
 _ROOM = 5 * 10**9  # bytes in memory at once while one file is written

@@ -12,14 +12,23 @@ import torch
 
 from lateinit._program.plan import Step
 from lateinit._program.program import Draw, Program
+from lateinit._replay.chunks import (
+    PIECE,
+    Fill,
+    fill_of,
+    is_small,
+    late_of,
+    pieces,
+    run_piece,
+    words_of,
+)
+from lateinit._replay.replay import Replay, Storages
 from lateinit._rng import mt19937
 from lateinit._rng.alignment import UNIT
 from lateinit._rng.truncated_normal import Late
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import TRUNCATED
 from lateinit._torch.storage import allocate
-from lateinit.chunks import PIECE, Fill, fill_of, is_small, late_of, pieces, run_piece, words_of
-from lateinit.replay import Replay, Storages
 from lateinit.sharding import Shard, groups, run_leaves, shards_of
 
 _AHEAD = 3  # runs that wait for a thread, for each thread

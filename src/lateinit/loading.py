@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._progress import Progress
+from lateinit._replay.replay import Replay
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
@@ -24,7 +25,6 @@ from lateinit.placing import Placer, place_of
 from lateinit.reader import Reader, block
 from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse, run
-from lateinit.replay import Replay
 from lateinit.safetensors_file import Entry
 from lateinit.stand_ins import Loading, Stands
 from lateinit.tensors import is_deferred_tensor, is_dtensor

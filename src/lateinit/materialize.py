@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
 from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
+from lateinit._replay.replay import Replay
 from lateinit._torch.modes import without_modes
 from lateinit.errors import (
     ConstantChangedError,
@@ -26,7 +27,6 @@ from lateinit.errors import (
 from lateinit.execute import execute
 from lateinit.giving import Cast, cast_to, place
 from lateinit.ranks import agree
-from lateinit.replay import Replay
 from lateinit.sharding import reads_nothing
 from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.values import digest

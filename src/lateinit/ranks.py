@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from lateinit._program.program import Const, Op, Program, TensorRef
+from lateinit._replay.streams import recorded_seed
 from lateinit.errors import ShardingError, listing
-from lateinit.streams import recorded_seed
 from lateinit.values import digest
 
 T = TypeVar("T")

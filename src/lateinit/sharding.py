@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lateinit._program.plan import Step, needed_ops
 from lateinit._program.program import Op, Program, TensorRef
+from lateinit._replay.chunks import PIECE, Fill, calls_of, words_of
 from lateinit._rng import mt19937
 from lateinit._rng.alignment import UNIT
-from lateinit.chunks import PIECE, Fill, calls_of, words_of
 
 _ROWS = 1 << 19  # elements that are drawn at a time
 _APART = 1 << 22  # elements from which on one shard is given to several threads

@@ -19,8 +19,8 @@ from torch import nn
 
 from lateinit._program.plan import Step, plan_storages
 from lateinit._program.program import Program
+from lateinit._replay.chunks import fill_of
 from lateinit._units import format_bytes
-from lateinit.chunks import fill_of
 from lateinit.errors import ShardingError, candidates, listing
 from lateinit.tensors import locate
 from lateinit.walk import Found, find_tensors

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lateinit._replay.replay import flat
 from lateinit._torch.arguments import tensors_in
 from lateinit.generators import device_number
 from lateinit.giving import swap
 from lateinit.reach import Reach
 from lateinit.reader import Reader
-from lateinit.replay import flat
 from lateinit.tensors import is_dtensor
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lateinit._program.plan import needed_ops
 from lateinit._program.program import Program, Read, TensorRef
+from lateinit._replay.replay import Replay
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import as_bytes
-from lateinit.replay import Replay
 
 _KEPT = 1 << 26
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lateinit._replay.replay import flat
 from lateinit._torch.arguments import tensors_in
 from lateinit._torch.operators import by_name
 from lateinit.recorder import Recorder, current
-from lateinit.replay import flat
 from lateinit.tensors import is_deferred_tensor
 
 Handler = Callable[..., Any]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 import lateinit
-from lateinit import chunks, execute
+from lateinit import execute
+from lateinit._replay import chunks
 from tests.laws import EAGER_POISON, LATE_POISON, SEED, poison
 from tests.snapshots import Snapshot, first_difference, snapshot, tensors_of
 from tests.zoo import catalog

@@ -12,11 +12,12 @@ from torch import Tensor
 from lateinit._program.constants import checksum
 from lateinit._program.plan import Step, plan_storages
 from lateinit._program.program import NUMBERS, Const, Draw, Op, Program, TensorRef
+from lateinit._replay.chunks import after_redrawing, fill_of
+from lateinit._replay.streams import Streams
 from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import LARGE, allocate
-from lateinit.chunks import after_redrawing, fill_of
 from lateinit.errors import (
     ConstantChangedError,
     LateinitError,
@@ -24,7 +25,6 @@ from lateinit.errors import (
     SeedError,
     is_out_of_memory,
 )
-from lateinit.streams import Streams
 
 Storages = dict[int, torch.UntypedStorage]
 # Calling an overload takes as long again as a small fill: these are the same ops.

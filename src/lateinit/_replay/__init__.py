@@ -1,0 +1,1 @@
+"""Run recorded ops on real memory, each random one at its own place in the random stream."""
