@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit.giving import Cast
+from lateinit._tensors.realize import Cast
 from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Rehearsal, plain_state, rehearse
 from tests import laws

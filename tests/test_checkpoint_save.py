@@ -21,9 +21,9 @@ from torch import nn
 
 import lateinit
 from lateinit import errors, staging, streaming
+from lateinit._tensors.walk import find_tensors
 from lateinit.safetensors_file import DTYPES, Entry, Writer, header
 from lateinit.shards import collect
-from lateinit.walk import find_tensors
 from tests import laws
 from tests.cases import Bag
 from tests.models import MODELS

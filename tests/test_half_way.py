@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
-from lateinit import giving
 from lateinit._program import program as program_module
 from lateinit._program.program import Draw, Op, Program
 from lateinit._replay import streams
 from lateinit._replay.replay import Replay
 from lateinit._rng.mt19937 import state_of
+from lateinit._tensors import realize
 from lateinit.errors import (
     LateinitError,
     MaterializeError,
@@ -115,8 +115,8 @@ def test_memory_that_only_some_were_given_is_given_to_the_rest(
             raise KeyboardInterrupt
         give(*arguments)
 
-    give = giving.give
-    monkeypatch.setattr(giving, "give", breaks_off)
+    give = realize.give
+    monkeypatch.setattr(realize, "give", breaks_off)
     with pytest.raises(KeyboardInterrupt):
         lateinit.materialize(model)
     monkeypatch.undo()

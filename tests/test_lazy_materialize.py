@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lateinit
+from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import CheckpointError, RecordingError, UninitializedError
-from lateinit.walk import is_placeholder
 from tests.snapshots import assert_same
 
 if TYPE_CHECKING:

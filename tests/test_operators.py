@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lateinit
+from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError
-from lateinit.tensors import is_deferred_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lateinit
 from lateinit import execute, sharding
 from lateinit._replay import chunks
+from lateinit._tensors.realize import home
 from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
-from lateinit.giving import home
 from tests.laws import deferred, eager
 from tests.models import MODELS
 from tests.sharding.compare import differences

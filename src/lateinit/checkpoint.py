@@ -15,11 +15,11 @@ from torch import nn
 
 from lateinit._progress import Progress
 from lateinit._replay.streams import recorded_seed
+from lateinit._tensors.realize import cast_to
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError
 from lateinit.fingerprint import fingerprint
-from lateinit.giving import cast_to
 from lateinit.lazy.aside import outside
 from lateinit.loading import Loaded, load
 from lateinit.materialize import check_seed

@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from lateinit._replay.replay import flat
+from lateinit._tensors.deferred import (
+    DeferredTensor,
+    described,
+    guard,
+    is_deferred_tensor,
+    locate,
+    slot_of,
+)
+from lateinit._tensors.realize import share
 from lateinit._torch.arguments import META, tensors_in
 from lateinit._torch.operators import OpInfo, spoken
 from lateinit.errors import DeferredTensorError
-from lateinit.giving import share
 from lateinit.masquerade import Masquerade
 from lateinit.recorder import Recorder, current, in_force
-from lateinit.tensors import DeferredTensor, described, guard, is_deferred_tensor, locate, slot_of
 
 
 class Follower(Recorder):

@@ -14,10 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay
+from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor
+from lateinit._tensors.realize import Cast
+from lateinit._tensors.selection import Wanted, wanted_in
+from lateinit._tensors.walk import Found
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
-from lateinit.giving import Cast
 from lateinit.lazy.loading import wrong_sizes
 from lateinit.lazy.placeholders import known_shape
 from lateinit.materialize import check_constants, check_shared, materialize
@@ -27,10 +30,7 @@ from lateinit.readers import open_checkpoint
 from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse, run
 from lateinit.safetensors_file import Entry
 from lateinit.stand_ins import Loading, Stands
-from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.translated import translated
-from lateinit.walk import Found
-from lateinit.wanted import Wanted, wanted_in
 
 
 @dataclass(frozen=True, slots=True)

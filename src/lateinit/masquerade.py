@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lateinit import converting, quick, whole
+from lateinit._tensors.deferred import copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch.modes import without_modes
 from lateinit.converting import evaluate, of_deferred
 from lateinit.generators import device_number
 from lateinit.recorder import Recorder
-from lateinit.tensors import copied_by_deepcopy, is_deferred_tensor
 
 Handler = Callable[..., Any]
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled

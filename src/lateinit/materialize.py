@@ -13,6 +13,10 @@ from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
 from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay
+from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor
+from lateinit._tensors.realize import Cast, cast_to, place
+from lateinit._tensors.selection import Only, Wanted, wanted_in
+from lateinit._tensors.walk import find_tensors
 from lateinit._torch.modes import without_modes
 from lateinit.errors import (
     ConstantChangedError,
@@ -25,13 +29,9 @@ from lateinit.errors import (
     listing,
 )
 from lateinit.execute import execute
-from lateinit.giving import Cast, cast_to, place
 from lateinit.ranks import agree
 from lateinit.sharding import reads_nothing
-from lateinit.tensors import is_deferred_tensor, is_dtensor
 from lateinit.values import digest
-from lateinit.walk import find_tensors
-from lateinit.wanted import Only, Wanted, wanted_in
 
 T = TypeVar("T")
 # Replaying sets what holds for the whole process, and tensors on one storage are to share one.

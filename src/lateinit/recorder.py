@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lateinit import bounds
 from lateinit._program.program import Op, Program
 from lateinit._replay.replay import flat, streams_of
+from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, has_tensor, tensors_in
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import OpInfo, describe
 from lateinit.errors import RecordingError
 from lateinit.factories import RANDOM
-from lateinit.tensors import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit.writer import Writer
 
 _active = threading.local()

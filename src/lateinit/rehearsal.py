@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._tensors.deferred import DeferredTensor
+from lateinit._tensors.realize import Cast
+from lateinit._tensors.walk import find_tensors
 from lateinit.errors import CheckpointError, LateinitError
-from lateinit.giving import Cast
 from lateinit.lazy.snapshot import on_meta
 from lateinit.reader import Reader
 from lateinit.shadows import shadowed
 from lateinit.stand_ins import Loading, Stands
-from lateinit.tensors import DeferredTensor
-from lateinit.walk import find_tensors
 
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
 # It only adds the counter that older versions did not save.

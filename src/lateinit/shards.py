@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lateinit._program.program import Program, TensorRef
+from lateinit._tensors.deferred import Slot, is_deferred_tensor, locate
+from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 from lateinit.safetensors_file import DTYPES, Entry
-from lateinit.tensors import Slot, is_deferred_tensor, locate
-from lateinit.walk import is_placeholder
 
 
 @dataclass(frozen=True, slots=True)

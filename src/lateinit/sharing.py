@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lateinit._program.constants import RealData
 from lateinit._program.program import TensorRef
+from lateinit._tensors.deferred import slot_of
 from lateinit._torch.modes import without_modes
-from lateinit.tensors import slot_of
 from lateinit.values import Values
 
 

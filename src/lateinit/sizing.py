@@ -20,10 +20,10 @@ from torch import nn
 from lateinit._program.plan import Step, plan_storages
 from lateinit._program.program import Program
 from lateinit._replay.chunks import fill_of
+from lateinit._tensors.deferred import locate
+from lateinit._tensors.walk import Found, find_tensors
 from lateinit._units import format_bytes
 from lateinit.errors import ShardingError, candidates, listing
-from lateinit.tensors import locate
-from lateinit.walk import Found, find_tensors
 
 AXES = ("replicate", "fsdp", "tp")
 _TRIAL = 1 << 22  # elements that are drawn to see how fast this machine draws

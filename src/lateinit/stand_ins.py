@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit._replay.replay import flat
+from lateinit._tensors.deferred import is_dtensor
+from lateinit._tensors.object_graph import Reach
+from lateinit._tensors.realize import swap
 from lateinit._torch.arguments import tensors_in
 from lateinit.generators import device_number
-from lateinit.giving import swap
-from lateinit.reach import Reach
 from lateinit.reader import Reader
-from lateinit.tensors import is_dtensor
 
 
 class Held(Protocol):

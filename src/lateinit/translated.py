@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lateinit._integrations import transformers_names
 from lateinit._integrations.transformers_names import Conversion
+from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
 from lateinit.reader import Reader, block
 from lateinit.safetensors_file import Entry
-from lateinit.walk import is_placeholder
 
 _SHOWN = 3
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lateinit._rng import mt19937
+from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
 from lateinit.recorder import current
-from lateinit.tensors import is_deferred_tensor
 
 original = torch.nn.init._no_grad_trunc_normal_
 

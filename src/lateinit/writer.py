@@ -16,6 +16,7 @@ from lateinit._program.constants import RealData, is_plain
 from lateinit._program.labels import initializer
 from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit._replay.replay import Replay, Storages, flat
+from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.modes import without_modes
@@ -25,7 +26,6 @@ from lateinit.factories import FACTORIES, Fill, is_usual
 from lateinit.generators import Generators, default_generator
 from lateinit.refusals import FAR
 from lateinit.sharing import SharedMemory
-from lateinit.tensors import ON_META, Slot, attach, described, slot_of
 from lateinit.values import Values
 
 _CPU = torch.device("cpu")

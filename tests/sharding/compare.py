@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from lateinit._tensors.walk import find_tensors
 from lateinit._torch.storage import as_bytes
-from lateinit.walk import find_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,10 +10,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from lateinit import holes
+from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import tensors_in
 from lateinit.lazy.mixin import finish, initialising
 from lateinit.lazy.placeholders import become
-from lateinit.tensors import is_deferred_tensor
 
 
 def is_lazy_module(module: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
+from lateinit._tensors.object_graph import Reach
 from lateinit._torch.modes import without_modes
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 from lateinit.lazy.aside import outside
@@ -22,8 +24,6 @@ from lateinit.lazy.rules import evaluate
 from lateinit.lazy.shapes import ShapeMode, needs_values
 from lateinit.lazy.snapshot import Lending, RandomStates, on_meta, on_shapes
 from lateinit.lazy.values import own_copy
-from lateinit.reach import Reach
-from lateinit.tensors import is_deferred_tensor, is_parameter
 
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
 

@@ -14,11 +14,11 @@ from torch.nn.modules import lazy as torch_lazy
 from torch.nn.parameter import is_lazy
 
 from lateinit import holes
+from lateinit._tensors.deferred import guard, is_deferred_tensor
 from lateinit.errors import UninitializedError
 from lateinit.lazy.aside import aside, outside
 from lateinit.lazy.placeholders import mismatch, show
 from lateinit.recording import fill
-from lateinit.tensors import guard, is_deferred_tensor
 
 Trial = Literal["aside", "real"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lateinit._program.program import TensorRef
 from lateinit._replay.replay import Replay
+from lateinit._tensors.deferred import is_deferred_tensor, locate
+from lateinit._tensors.realize import Cast, as_cast
 from lateinit._torch.modes import without_modes
-from lateinit.giving import Cast, as_cast
-from lateinit.tensors import is_deferred_tensor, locate
 
 _AS_RECORDED = Cast(None, None)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lateinit._program.program import Program, TensorRef
+from lateinit._tensors.deferred import ON_META, Slot, held, is_dtensor, slot_of
+from lateinit._tensors.walk import Found, find_tensors
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,
@@ -19,8 +21,6 @@ from lateinit.errors import (
     candidates,
     listing,
 )
-from lateinit.tensors import ON_META, Slot, held, is_dtensor, slot_of
-from lateinit.walk import Found, find_tensors
 
 _CAST_FIRST = "; cast it before it is sharded, or by materialize(dtype=)"
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]

@@ -14,10 +14,18 @@ from torch import Tensor
 
 from lateinit._program.program import TensorRef
 from lateinit._replay.replay import Replay
+from lateinit._tensors.deferred import (
+    DeferredTensor,
+    Slot,
+    held,
+    is_dtensor,
+    locate,
+    slot_of,
+    unguard,
+)
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import allocate
 from lateinit.errors import DeferredTensorError
-from lateinit.tensors import DeferredTensor, Slot, held, is_dtensor, locate, slot_of, unguard
 
 
 @dataclass(frozen=True, slots=True)

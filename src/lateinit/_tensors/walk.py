@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit.tensors import ORDINARY, is_deferred_tensor, slot_of
+from lateinit._tensors.deferred import ORDINARY, is_deferred_tensor, slot_of
 
 Kind = Literal["parameter", "buffer", "attribute"]
 _OWN = frozenset(nn.Module().__dict__)
