@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import execute, truncated
+from lateinit import execute
+from lateinit._recording import trunc_normal
 from lateinit._replay import chunks
 from lateinit._rng import truncated_normal
 from lateinit._rng.mt19937 import state_of
@@ -29,7 +30,7 @@ BOUNDS = [
 ]
 
 redraws = pytest.mark.skipif(
-    not truncated.may_redraw(), reason="this torch draws truncated normals by inversion"
+    not trunc_normal.may_redraw(), reason="this torch draws truncated normals by inversion"
 )
 
 
@@ -171,7 +172,7 @@ def test_what_is_kept_is_wanted_by_the_same_draw_alone() -> None:
 
 
 def test_trials_are_no_part_of_what_is_recorded() -> None:
-    truncated.may_redraw.cache_clear()
+    trunc_normal.may_redraw.cache_clear()
     truncated_normal.is_exact.cache_clear()
     with lateinit.deferred() as program:
         weight = nn.init.trunc_normal_(torch.empty(600, 500), a=-1.0, b=1.0)
@@ -274,7 +275,7 @@ class truncated_otherwise:  # noqa: N801 - stands for an OpInfo
         return tensor
 
 
-@pytest.mark.skipif(truncated.may_redraw(), reason="this torch redraws")
+@pytest.mark.skipif(trunc_normal.may_redraw(), reason="this torch redraws")
 def test_inversion_is_recorded_op_by_op() -> None:
     with lateinit.deferred() as program:
         nn.init.trunc_normal_(torch.empty(300, 300), std=1.0, a=-1.0, b=1.0)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit import execute, recorder
+from lateinit import execute
+from lateinit._recording import recorder
 
 transformers = pytest.importorskip("transformers")
 

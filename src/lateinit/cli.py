@@ -19,11 +19,11 @@ from torch import nn
 
 from lateinit import parity, sizing
 from lateinit._integrations import model_specs
+from lateinit._recording.block import deferred_init
 from lateinit._units import parse_bytes
 from lateinit._version import __version__
 from lateinit.checkpoint import save_checkpoint
 from lateinit.errors import LateinitError
-from lateinit.recording import deferred_init
 from lateinit.safetensors_file import DTYPES
 from lateinit.summary import summary
 from lateinit.verify import Verification, verify

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
 from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
+from lateinit._recording.value_reads import digest
 from lateinit._replay.replay import Replay
 from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor
 from lateinit._tensors.realize import Cast, cast_to, place
@@ -31,7 +32,6 @@ from lateinit.errors import (
 from lateinit.execute import execute
 from lateinit.ranks import agree
 from lateinit.sharding import reads_nothing
-from lateinit.values import digest
 
 T = TypeVar("T")
 # Replaying sets what holds for the whole process, and tensors on one storage are to share one.

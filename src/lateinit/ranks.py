@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from lateinit._program.program import Const, Op, Program, TensorRef
+from lateinit._recording.value_reads import digest
 from lateinit._replay.streams import recorded_seed
 from lateinit.errors import ShardingError, listing
-from lateinit.values import digest
 
 T = TypeVar("T")
 _HASH = 8  # bytes of each op's digest

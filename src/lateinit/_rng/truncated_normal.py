@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lateinit._recording.value_bounds import surely_within
 from lateinit._rng import consumption, mt19937
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
-from lateinit.bounds import surely_within
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
 _FEW = 8  # outliers in a part up to which only the 16 elements around each are drawn

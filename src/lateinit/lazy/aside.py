@@ -12,8 +12,8 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lateinit.recorder import Recorder
-from lateinit.recording import block
+from lateinit._recording.block import block
+from lateinit._recording.recorder import Recorder
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit import holes
+from lateinit._recording import holes
 from lateinit.lazy.aside import aside
 from lateinit.lazy.layout import Layout, Name, Spec, measure
 from lateinit.lazy.placeholders import UninitializedBuffer

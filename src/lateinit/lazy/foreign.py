@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from lateinit import holes
+from lateinit._recording import holes
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import tensors_in
 from lateinit.lazy.mixin import finish, initialising

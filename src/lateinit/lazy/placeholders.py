@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._recording.recorder import current
 from lateinit._tensors.deferred import guard, is_deferred_tensor
 from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.modes import without_modes
 from lateinit.errors import ShapeError, UninitializedError
-from lateinit.recorder import current
 
 Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lateinit._program.constants import RealData
 from lateinit._program.program import TensorRef
+from lateinit._recording.value_reads import Values
 from lateinit._tensors.deferred import slot_of
 from lateinit._torch.modes import without_modes
-from lateinit.values import Values
 
 
 @dataclass(slots=True)

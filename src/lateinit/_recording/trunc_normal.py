@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._recording.recorder import current
 from lateinit._rng import mt19937
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
-from lateinit.recorder import current
 
 original = torch.nn.init._no_grad_trunc_normal_
 

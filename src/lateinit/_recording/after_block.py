@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._recording.function_mode import Masquerade
+from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._replay.replay import flat
 from lateinit._tensors.deferred import (
     DeferredTensor,
@@ -26,8 +28,6 @@ from lateinit._tensors.realize import share
 from lateinit._torch.arguments import META, tensors_in
 from lateinit._torch.operators import OpInfo, spoken
 from lateinit.errors import DeferredTensorError
-from lateinit.masquerade import Masquerade
-from lateinit.recorder import Recorder, current, in_force
 
 
 class Follower(Recorder):

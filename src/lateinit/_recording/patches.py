@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lateinit import truncated, whole
+from lateinit._recording import composite_ops, trunc_normal
+from lateinit._recording.recorder import current
 from lateinit._torch.modes import without_modes
-from lateinit.recorder import current
 
 _get_rng_state = torch.random.get_rng_state
 _manual_seed = torch.random.manual_seed
@@ -56,8 +56,13 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch.random, "get_rng_state", _get_rng_state, _settled_rng_state),
     (torch, "manual_seed", _manual_seed, _noted_seed),
     (torch.random, "manual_seed", _manual_seed, _noted_seed),
-    (nn.init, "_no_grad_trunc_normal_", truncated.original, truncated.recorded),
-    (functional, "scaled_dot_product_attention", whole.original_attention, whole.attention),
+    (nn.init, "_no_grad_trunc_normal_", trunc_normal.original, trunc_normal.recorded),
+    (
+        functional,
+        "scaled_dot_product_attention",
+        composite_ops.original_attention,
+        composite_ops.attention,
+    ),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
 )
 

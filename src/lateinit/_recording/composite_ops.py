@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lateinit._recording.recorder import Recorder, current
 from lateinit._replay.replay import flat
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import tensors_in
 from lateinit._torch.operators import by_name
-from lateinit.recorder import Recorder, current
 
 Handler = Callable[..., Any]
 Policy = Literal["same", "leave", "refuse"]

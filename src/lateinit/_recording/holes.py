@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lateinit._program.program import Draw, Program
-from lateinit.recorder import current
+from lateinit._recording.recorder import current
 
 _ATTRIBUTE = "_lateinit_hole"
 

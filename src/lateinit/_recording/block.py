@@ -14,12 +14,12 @@ from torch.nn.modules import module as hooks
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program.program import Program
+from lateinit._recording.function_mode import Masquerade
+from lateinit._recording.holes import Hole, reserve
+from lateinit._recording.patches import Patches
+from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors.deferred import ON_META, DeferredTensor, guard, is_deferred_tensor, slot_of
 from lateinit._tensors.walk import own_tensors
-from lateinit.holes import Hole, reserve
-from lateinit.masquerade import Masquerade
-from lateinit.patches import Patches
-from lateinit.recorder import Recorder, current, in_force
 
 T = TypeVar("T")
 # Blocks leave tokens in the default generator, which all threads share: one thread at a time.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._program.labels import called
+from lateinit._recording.factories import Fill
+from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import META
 from lateinit._torch.operators import by_name
-from lateinit.factories import Fill
-from lateinit.recorder import Recorder
 
 Handler = Callable[..., Any]
 _CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lateinit import converting, quick, whole
+from lateinit._recording import composite_ops, conversions, fast_paths
+from lateinit._recording.conversions import evaluate, of_deferred
+from lateinit._recording.generators import device_number
+from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch.modes import without_modes
-from lateinit.converting import evaluate, of_deferred
-from lateinit.generators import device_number
-from lateinit.recorder import Recorder
 
 Handler = Callable[..., Any]
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -49,7 +49,7 @@ class Masquerade(TorchFunctionMode):
         recorder.call = args, kwargs
         recorder.autocasting = _is_any_autocast_enabled()
         if handler is None:
-            func = quick.replaced(func) or func
+            func = fast_paths.replaced(func) or func
             handler = _HANDLERS.get(func)
             if handler is None:
                 return func(*args, **kwargs) if kwargs else func(*args)
@@ -201,7 +201,7 @@ _HANDLERS: dict[Any, Handler] = {
     torch.sparse_bsr_tensor: _by_value,
     torch.sparse_bsc_tensor: _by_value,
     torch.sparse_compressed_tensor: _by_value,
-    **converting.HANDLERS,
-    **whole.HANDLERS,
-    **quick.HANDLERS,
+    **conversions.HANDLERS,
+    **composite_ops.HANDLERS,
+    **fast_paths.HANDLERS,
 }

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit import refusals
 from lateinit._program.constants import RealData, is_plain
 from lateinit._program.labels import initializer
 from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
+from lateinit._recording import argument_checks
+from lateinit._recording.argument_checks import FAR
+from lateinit._recording.factories import FACTORIES, Fill, is_usual
+from lateinit._recording.generators import Generators, default_generator
+from lateinit._recording.shared_memory import SharedMemory
+from lateinit._recording.value_reads import Values
 from lateinit._replay.replay import Replay, Storages, flat
 from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
@@ -22,11 +27,6 @@ from lateinit._torch.arguments import META, kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import OpInfo
 from lateinit.errors import RecordingError
-from lateinit.factories import FACTORIES, Fill, is_usual
-from lateinit.generators import Generators, default_generator
-from lateinit.refusals import FAR
-from lateinit.sharing import SharedMemory
-from lateinit.values import Values
 
 _CPU = torch.device("cpu")
 
@@ -100,11 +100,11 @@ class Writer:
         """Note an op, and give the deferred tensors that it would return."""
         alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
         floating = alone and args[0].is_floating_point()
-        if floating and refusals.never_refuses(info, args[1:], kwargs):
+        if floating and argument_checks.never_refuses(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
         if floating and complex in map(type, args[1:]):  # which meta kernels take
-            refusals.check(info, self.ref(args[0]), self.device_of(args[0]), args[1:])
+            argument_checks.check(info, self.ref(args[0]), self.device_of(args[0]), args[1:])
         if not self.autocasting or info.mutates:
             try:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
@@ -152,7 +152,7 @@ class Writer:
             device = self.program.storages[ref.storage].device
             # Nearly always this tells; a call would cost as much as all else here.
             if not (len(values) == 2 and -FAR <= values[0] <= values[1] <= FAR and values[1] >= 0):
-                refusals.check(info, ref, device, values)
+                argument_checks.check(info, ref, device, values)
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._recording.generators import device_number
+from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.modes import without_modes
-from lateinit.generators import device_number
-from lateinit.recorder import Recorder
 
 Handler = Callable[..., Any]
 _SEQUENCES = frozenset({list, tuple, range})

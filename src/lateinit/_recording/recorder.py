@@ -17,8 +17,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lateinit import bounds
 from lateinit._program.program import Op, Program
+from lateinit._recording import value_bounds
+from lateinit._recording.factories import RANDOM
+from lateinit._recording.writer import Writer
 from lateinit._replay.replay import flat, streams_of
 from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
@@ -26,8 +28,6 @@ from lateinit._torch.arguments import META, has_tensor, tensors_in
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import OpInfo, describe
 from lateinit.errors import RecordingError
-from lateinit.factories import RANDOM
-from lateinit.writer import Writer
 
 _active = threading.local()
 
@@ -217,7 +217,7 @@ class Recorder(Writer, TorchDispatchMode):
     def _answer(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a value that leaves: ``item``, ``equal`` and the like."""
         if info.name == "aten::_local_scalar_dense":
-            certain = bounds.certain_value(self.program, self.ref(args[0]))
+            certain = value_bounds.certain_value(self.program, self.ref(args[0]))
             if certain is not None:
                 return certain
         return info.func(*(self._evaluated(item) for item in args), **kwargs)
