@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
-from lateinit import execute, sharding
+from lateinit import execute
+from lateinit._distributed import shard_ranges
 from lateinit._replay import chunks
 from lateinit._tensors.realize import home
 from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
@@ -48,9 +49,9 @@ def alone_as(rank: int, ranks: int) -> Iterator[None]:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have small tensors cut into shards as large ones are."""
     monkeypatch.setattr(chunks, "_SMALLEST", 32)
-    monkeypatch.setattr(sharding, "_ROWS", 48)
-    monkeypatch.setattr(sharding, "_GAP", 16)
-    monkeypatch.setattr(sharding, "_APART", 64)
+    monkeypatch.setattr(shard_ranges, "_ROWS", 48)
+    monkeypatch.setattr(shard_ranges, "_GAP", 16)
+    monkeypatch.setattr(shard_ranges, "_APART", 64)
 
 
 def ways() -> Iterator[tuple[str, int]]:
@@ -97,7 +98,7 @@ class Drawn:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.elements = self.wholes = 0
-        draw, run = sharding._Reader._draw, execute.run_piece
+        draw, run = shard_ranges._Reader._draw, execute.run_piece
 
         def counted(reader: Any, values: torch.Tensor, start: int) -> None:
             self.elements += values.numel()
@@ -107,7 +108,7 @@ class Drawn:
             self.wholes += 1
             run(*arguments)
 
-        monkeypatch.setattr(sharding._Reader, "_draw", counted)
+        monkeypatch.setattr(shard_ranges._Reader, "_draw", counted)
         monkeypatch.setattr(execute, "run_piece", whole)
 
 
@@ -120,12 +121,12 @@ def test_rows_are_drawn_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> Non
         lateinit.materialize(model, check=False)
     share = sum(p.numel() for p in big().parameters()) // 4
     assert drawn.wholes == 0
-    assert share <= drawn.elements <= share + 3 * 2 * sharding.UNIT
+    assert share <= drawn.elements <= share + 3 * 2 * shard_ranges.UNIT
 
 
 def test_columns_are_drawn_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    read = sharding._Reader.read
+    read = shard_ranges._Reader.read
 
     def measured(reader: Any, start: int, end: int) -> torch.Tensor:
         nonlocal largest
@@ -133,13 +134,13 @@ def test_columns_are_drawn_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
         largest = max(largest, reader._values.numel())
         return values
 
-    monkeypatch.setattr(sharding, "_ROWS", 512)
-    monkeypatch.setattr(sharding._Reader, "read", measured)
+    monkeypatch.setattr(shard_ranges, "_ROWS", 512)
+    monkeypatch.setattr(shard_ranges._Reader, "read", measured)
     with alone_as(2, 4):
         model = lateinit.deferred_init(big)
         PLACEMENTS["columns"](model, line(4), 0)
         lateinit.materialize(model, check=False)
-    assert 0 < largest <= 512 + 160 + 3 * sharding.UNIT
+    assert 0 < largest <= 512 + 160 + 3 * shard_ranges.UNIT
 
 
 def test_what_is_not_flat_is_computed_whole_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:

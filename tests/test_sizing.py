@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import lateinit
 from lateinit import cli
+from lateinit._distributed.mesh_cost import parse_mesh, share
 from lateinit.errors import ShardingError
-from lateinit.sizing import parse_mesh, share
 from tests.sharding.placements import Block, fsdp, tensor_parallel
 from tests.test_sharding import alone_as
 

@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from lateinit import parity, sizing
+from lateinit import parity
+from lateinit._distributed import mesh_cost
 from lateinit._integrations import model_specs
 from lateinit._recording.block import deferred_init
 from lateinit._units import parse_bytes
@@ -95,11 +96,11 @@ def inspect(
 ) -> None:
     """Show every tensor of a model and how it is initialised, without allocating the model."""
     with _errors():
-        axes = None if mesh is None else sizing.parse_mesh(mesh)
+        axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
         plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
         model = deferred_init(_building(model_specs.load(spec, model_specs.parse_kwargs(kwargs))))
         if axes is not None:
-            share = sizing.share(model, axes, plan)
+            share = mesh_cost.share(model, axes, plan)
             if as_json:
                 _print_json({"spec": spec, **share.to_dict()})
             else:

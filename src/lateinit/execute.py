@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from lateinit._distributed.shard_ranges import Shard, groups, run_leaves, shards_of
 from lateinit._program.plan import Step
 from lateinit._program.program import Draw, Program
 from lateinit._replay.chunks import (
@@ -29,7 +30,6 @@ from lateinit._rng.truncated_normal import Late
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import TRUNCATED
 from lateinit._torch.storage import allocate
-from lateinit.sharding import Shard, groups, run_leaves, shards_of
 
 _AHEAD = 3  # runs that wait for a thread, for each thread
 _LEAST = 1 << 21  # elements below which a run is not worth its jump

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lateinit._distributed.rank_agreement import agree
+from lateinit._distributed.shard_ranges import reads_nothing
 from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
 from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
@@ -30,8 +32,6 @@ from lateinit.errors import (
     listing,
 )
 from lateinit.execute import execute
-from lateinit.ranks import agree
-from lateinit.sharding import reads_nothing
 
 T = TypeVar("T")
 # Replaying sets what holds for the whole process, and tensors on one storage are to share one.
