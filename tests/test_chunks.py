@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import execute
+from lateinit._materialize import scheduler
 from lateinit._replay import chunks
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -24,8 +24,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut what is tiny: otherwise only tensors of millions of elements are cut."""
     monkeypatch.setattr(chunks, "_SMALLEST", 16)
     monkeypatch.setattr(chunks, "_IN_CACHE", 32)
-    monkeypatch.setattr(execute, "PIECE", 64)
-    monkeypatch.setattr(execute, "_LEAST", 16)
+    monkeypatch.setattr(scheduler, "PIECE", 64)
+    monkeypatch.setattr(scheduler, "_LEAST", 16)
 
 
 def filled(dtype: torch.dtype, sizes: list[int], op: str, chain: bool, draws: int) -> nn.Module:
@@ -78,8 +78,8 @@ def test_any_cut_gives_the_bits_of_one_call(
         patch.setattr(chunks, "_SMALLEST", smallest)
         patch.setattr(chunks, "_IN_CACHE", in_cache)
         patch.setattr(chunks, "_DRAWN", in_cache)
-        patch.setattr(execute, "PIECE", piece)
-        patch.setattr(execute, "_LEAST", 16)
+        patch.setattr(scheduler, "PIECE", piece)
+        patch.setattr(scheduler, "_LEAST", 16)
         lateinit.materialize(model, threads=threads)
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffer.view(torch.uint8), model.get_buffer(name).view(torch.uint8)), name
@@ -94,16 +94,16 @@ def test_what_is_drawn_right_after_a_large_tensor_is_drawn_by_its_thread(
     with lateinit.deferred():
         model = filled(torch.float32, sizes, "uniform_", chain=True, draws=0)
     monkeypatch.setattr(chunks, "_SMALLEST", 64)
-    monkeypatch.setattr(execute, "PIECE", piece)
-    monkeypatch.setattr(execute, "_LEAST", piece)
-    monkeypatch.setattr(execute, "_MOST_JOINED", 3)
-    work, runs = execute._work, []
+    monkeypatch.setattr(scheduler, "PIECE", piece)
+    monkeypatch.setattr(scheduler, "_LEAST", piece)
+    monkeypatch.setattr(scheduler, "_MOST_JOINED", 3)
+    work, runs = scheduler._work, []
 
     def noted(jobs: list[Any], state: bytes | None) -> None:
         runs.append([job.fill.ref.numel for job in jobs])
         work(jobs, state)
 
-    monkeypatch.setattr(execute, "_work", noted)
+    monkeypatch.setattr(scheduler, "_work", noted)
     lateinit.materialize(model, threads=1)
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name)), name
@@ -177,7 +177,7 @@ def test_kernel_that_fails_its_trial_is_run_whole(
     with lateinit.deferred():
         model = filled(torch.float32, [1000], "normal_", chain=True, draws=0)
     monkeypatch.setattr(chunks, "is_exact", lambda name, dtype: False)
-    monkeypatch.setattr("lateinit.execute.run_piece", None)  # any use of it fails
+    monkeypatch.setattr("lateinit._materialize.scheduler.run_piece", None)  # any use of it fails
     assert torch.equal(lateinit.materialize(model).b0, expected.b0)
 
 
@@ -187,7 +187,7 @@ def test_wrong_position_of_a_piece_would_be_seen(
     expected = filled(torch.float32, [1000], "normal_", chain=False, draws=0)
     with lateinit.deferred():
         model = filled(torch.float32, [1000], "normal_", chain=False, draws=0)
-    monkeypatch.setattr("lateinit.execute.words_of", lambda fill, numel: 1)
+    monkeypatch.setattr("lateinit._materialize.scheduler.words_of", lambda fill, numel: 1)
     assert not torch.equal(lateinit.materialize(model).b0, expected.b0)
 
 
@@ -204,11 +204,11 @@ def test_failure_in_a_thread_is_raised_and_the_call_can_be_repeated(
             raise MemoryError
         original(fill, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("lateinit.execute.run_piece", failing)
+    monkeypatch.setattr("lateinit._materialize.scheduler.run_piece", failing)
     with pytest.raises(lateinit.errors.OutOfMemoryError, match="b1"):
         lateinit.materialize(model)
     assert not lateinit.is_deferred(model.b0)
-    monkeypatch.setattr("lateinit.execute.run_piece", original)
+    monkeypatch.setattr("lateinit._materialize.scheduler.run_piece", original)
     lateinit.materialize(model)
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name)), name
@@ -222,16 +222,16 @@ def test_nobody_waits_for_a_run_that_cannot_be_begun(
     expected = filled(torch.float32, sizes, "uniform_", chain=False, draws=0)
     with lateinit.deferred():
         model = filled(torch.float32, sizes, "uniform_", chain=False, draws=0)
-    state, left = execute._Crew._state, run
+    state, left = scheduler._Crew._state, run
 
-    def short(crew: execute._Crew, run: execute._Run) -> bytes | None:
+    def short(crew: scheduler._Crew, run: scheduler._Run) -> bytes | None:
         nonlocal left
         left -= 1
         if left == 0:
             raise MemoryError
         return state(crew, run)
 
-    monkeypatch.setattr(execute._Crew, "_state", short)
+    monkeypatch.setattr(scheduler._Crew, "_state", short)
     raised: list[BaseException] = []
 
     def work() -> None:

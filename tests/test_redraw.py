@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lateinit
-from lateinit import execute
+from lateinit._materialize import scheduler
 from lateinit._recording import trunc_normal
 from lateinit._replay import chunks
 from lateinit._rng import truncated_normal
@@ -86,9 +86,9 @@ def test_any_cut_gives_the_bits_of_one_call(
         expected = filled(sizes, dtype, normal, draws)
         ended = torch.get_rng_state()
         patch.setattr(chunks, "_SMALLEST", 16)
-        patch.setattr(execute, "PIECE", piece)
+        patch.setattr(scheduler, "PIECE", piece)
         patch.setattr(chunks, "PIECE", piece)
-        patch.setattr(execute, "_LEAST", 16)
+        patch.setattr(scheduler, "_LEAST", 16)
         patch.setattr(truncated_normal, "_PART", part)
         patch.setattr(truncated_normal, "_APART", 64)
         patch.setattr(truncated_normal, "_AT_ONCE", piece)

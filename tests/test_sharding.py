@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
-from lateinit import execute
 from lateinit._distributed import shard_ranges
+from lateinit._materialize import scheduler
 from lateinit._replay import chunks
 from lateinit._tensors.realize import home
 from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
@@ -98,7 +98,7 @@ class Drawn:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.elements = self.wholes = 0
-        draw, run = shard_ranges._Reader._draw, execute.run_piece
+        draw, run = shard_ranges._Reader._draw, scheduler.run_piece
 
         def counted(reader: Any, values: torch.Tensor, start: int) -> None:
             self.elements += values.numel()
@@ -109,7 +109,7 @@ class Drawn:
             run(*arguments)
 
         monkeypatch.setattr(shard_ranges._Reader, "_draw", counted)
-        monkeypatch.setattr(execute, "run_piece", whole)
+        monkeypatch.setattr(scheduler, "run_piece", whole)
 
 
 @pytest.mark.parametrize("rank", range(4))

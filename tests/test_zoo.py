@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit import execute
+from lateinit._materialize import scheduler
 from lateinit._recording import recorder
 
 transformers = pytest.importorskip("transformers")
@@ -98,12 +98,12 @@ def test_parts_that_differ_are_told(monkeypatch):
 
 
 def test_threads_that_differ_are_told(monkeypatch):
-    work = execute._work
+    work = scheduler._work
 
     def wrong(jobs, state):
         work([*jobs[:-1], dataclasses.replace(jobs[-1], after=jobs[-1].after + 1)], state)
 
-    monkeypatch.setattr(execute, "_work", wrong)
+    monkeypatch.setattr(scheduler, "_work", wrong)
     outcome = compared(lambda: nn.Linear(40, 40))
     assert outcome.status == DIFFERENT
     assert outcome.detail.startswith("by threads: 1: bias")

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lateinit._materialize.materialize import materialize
 from lateinit._recording.block import deferred
 from lateinit._tensors.deferred import locate
 from lateinit._tensors.realize import adopt_uninitialized
 from lateinit._tensors.walk import find_tensors
-from lateinit.materialize import materialize
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lateinit._materialize.materialize import check_seed
 from lateinit._progress import Progress
 from lateinit._recording.recorder import current
 from lateinit._replay.streams import recorded_seed
@@ -23,7 +24,6 @@ from lateinit.errors import DeferredTensorError
 from lateinit.fingerprint import fingerprint
 from lateinit.lazy.aside import outside
 from lateinit.loading import Loaded, load
-from lateinit.materialize import check_seed
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged
 from lateinit.streaming import write_shards

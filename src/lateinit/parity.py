@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lateinit._materialize.materialize import materialize
 from lateinit._recording.block import deferred_init
 from lateinit._tensors.walk import Found, find_tensors, is_placeholder
 from lateinit._torch.storage import as_bytes, in_a_row
 from lateinit._units import format_bytes
 from lateinit.errors import LateinitError
-from lateinit.materialize import materialize
 
 Build = Callable[[], nn.Module]
 

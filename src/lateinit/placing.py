@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lateinit._materialize.materialize import materialize
 from lateinit._program.program import Program, TensorRef
 from lateinit._replay.replay import Replay
 from lateinit._tensors.deferred import (
@@ -25,7 +26,6 @@ from lateinit._tensors.selection import Wanted
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import allocate
 from lateinit.errors import ShardingError
-from lateinit.materialize import materialize
 
 _NO_STRIDES: dict[TensorRef, tuple[int, ...]] = {}
 _Entry = tuple[str, Tensor, Slot, TensorRef]

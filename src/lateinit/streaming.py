@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from lateinit._materialize.scheduler import execute
 from lateinit._program.plan import plan_storages
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay, Storages
 from lateinit._torch.modes import without_modes
 from lateinit.errors import OutOfMemoryError, is_out_of_memory, listing
-from lateinit.execute import execute
 from lateinit.safetensors_file import Writer
 from lateinit.shards import Item, Shard
 from lateinit.staging import Stage

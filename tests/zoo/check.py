@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import lateinit
-from lateinit import execute
+from lateinit._materialize import scheduler
 from lateinit._replay import chunks
 from tests.laws import EAGER_POISON, LATE_POISON, SEED, poison
 from tests.snapshots import Snapshot, first_difference, snapshot, tensors_of
@@ -198,7 +198,11 @@ def in_parts(build: Callable[[], nn.Module], reference: Built, undefined: set[st
 
 def by_threads(build: Callable[[], nn.Module], reference: Built, undefined: set[str]) -> str | None:
     """The same by one, two and four threads, which fill these small tensors as they fill large."""
-    small = ((chunks, "_SMALLEST", 256), (execute, "_LEAST", 1 << 12), (execute, "PIECE", 1 << 18))
+    small = (
+        (chunks, "_SMALLEST", 256),
+        (scheduler, "_LEAST", 1 << 12),
+        (scheduler, "PIECE", 1 << 18),
+    )
     for threads in (1, 2, 4):
         seed(LATE_POISON)
         model = lateinit.deferred_init(build)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lateinit._distributed.rank_agreement import agree
 from lateinit._distributed.shard_ranges import reads_nothing
+from lateinit._materialize.scheduler import execute
 from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
 from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
@@ -31,7 +32,6 @@ from lateinit.errors import (
     is_out_of_memory,
     listing,
 )
-from lateinit.execute import execute
 
 T = TypeVar("T")
 # Replaying sets what holds for the whole process, and tensors on one storage are to share one.

@@ -1,0 +1,1 @@
+"""Run a plan, in parallel where that pays, and put the values into the deferred tensors."""
