@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
-from lateinit.lazy import mixin
-from lateinit.lazy.layers import LAYERS
+from lateinit._lazy import mixin
+from lateinit._lazy.layers import LAYERS
 from tests.lazy_cases import CASES, LazyCase
 from tests.snapshots import assert_same
 

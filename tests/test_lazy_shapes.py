@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lateinit
+from lateinit._lazy.shape_mode import ShapeMode
 from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import NeedsValuesError, ShapeError, UninitializedError
-from lateinit.lazy.shapes import ShapeMode
 from tests.snapshots import assert_same
 
 

@@ -5,15 +5,15 @@ exactly the model that eager construction would have given.
 """
 
 from lateinit import errors, nn, pfn_extras
+from lateinit._lazy.infer import infer_shapes
+from lateinit._lazy.lazy_class import lazy
+from lateinit._lazy.rules import size
 from lateinit._materialize.materialize import is_deferred, materialize, plan
 from lateinit._recording import after_block as _following  # noqa: F401 - installs what guards deferred tensors
 from lateinit._recording.block import deferred, deferred_init
 from lateinit._skip_init import skip_init
 from lateinit._version import __version__ as __version__
 from lateinit.checkpoint import load_checkpoint, save_checkpoint
-from lateinit.lazy.infer import infer_shapes
-from lateinit.lazy.make import lazy
-from lateinit.lazy.rules import size
 from lateinit.summary import summary
 
 __all__ = [

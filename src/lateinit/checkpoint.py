@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lateinit._lazy.scratch_recording import outside
 from lateinit._materialize.materialize import check_seed
 from lateinit._progress import Progress
 from lateinit._recording.recorder import current
@@ -22,7 +23,6 @@ from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError
 from lateinit.fingerprint import fingerprint
-from lateinit.lazy.aside import outside
 from lateinit.loading import Loaded, load
 from lateinit.shards import Item, Shard, collect, divide
 from lateinit.staging import Stage, check_room, check_target, staged

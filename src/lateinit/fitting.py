@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._integrations.transformers_names import left_out
+from lateinit._lazy.placeholders import known_shape, show
 from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor
 from lateinit._tensors.walk import Found, find_tensors
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
-from lateinit.lazy.placeholders import known_shape, show
 from lateinit.reader import Reader
 from lateinit.rehearsal import Rehearsal
 from lateinit.shards import window

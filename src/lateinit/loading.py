@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy.checkpoint_sizes import wrong_sizes
+from lateinit._lazy.placeholders import known_shape
 from lateinit._materialize.materialize import check_constants, check_shared, materialize
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay
@@ -22,8 +24,6 @@ from lateinit._tensors.walk import Found
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError
 from lateinit.fitting import Fit, Names, fit
-from lateinit.lazy.loading import wrong_sizes
-from lateinit.lazy.placeholders import known_shape
 from lateinit.placing import Placer, place_of
 from lateinit.reader import Reader, block
 from lateinit.readers import open_checkpoint

@@ -3,7 +3,7 @@
 ``LazyX`` becomes ``torch.nn.X`` when it sees its first input, or in ``lateinit.infer_shapes``.
 """
 
-from lateinit.lazy.layers import (
+from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
     LazyBatchNorm1d,
     LazyBatchNorm2d,
@@ -35,8 +35,8 @@ from lateinit.lazy.layers import (
     LazyTransformerDecoderLayer,
     LazyTransformerEncoderLayer,
 )
-from lateinit.lazy.mixin import LazyModuleMixin
-from lateinit.lazy.placeholders import UninitializedBuffer, UninitializedParameter
+from lateinit._lazy.mixin import LazyModuleMixin
+from lateinit._lazy.placeholders import UninitializedBuffer, UninitializedParameter
 
 __all__ = [
     "LazyAdaptiveLogSoftmaxWithLoss",

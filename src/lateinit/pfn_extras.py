@@ -5,7 +5,7 @@ the originals they draw what the eager twin draws, know what is known of their s
 their parameter objects, so that an optimizer may be built before the first forward pass.
 """
 
-from lateinit.lazy.pfn import (
+from lateinit._lazy.pfn_layers import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._lazy.borrowed_model import on_meta
 from lateinit._tensors.deferred import DeferredTensor
 from lateinit._tensors.realize import Cast
 from lateinit._tensors.walk import find_tensors
 from lateinit.errors import CheckpointError, LateinitError
-from lateinit.lazy.snapshot import on_meta
 from lateinit.reader import Reader
 from lateinit.shadows import shadowed
 from lateinit.stand_ins import Loading, Stands

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy.declare import layout_of
+from lateinit._lazy.mixin import check_known, named_tensors
+from lateinit._lazy.placeholders import show
+from lateinit._lazy.trials import Layout, Name, solve
 from lateinit.errors import listing
-from lateinit.lazy.declare import layout_of
-from lateinit.lazy.layout import Layout, Name, solve
-from lateinit.lazy.mixin import check_known, named_tensors
-from lateinit.lazy.placeholders import show
 
 
 def load_sizes(

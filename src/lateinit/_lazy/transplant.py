@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy.placeholders import become, converted, show
+from lateinit._lazy.trials import Name
 from lateinit.errors import ShapeError
-from lateinit.lazy.layout import Name
-from lateinit.lazy.placeholders import become, converted, show
 
 _PLUMBING = frozenset(nn.Module().__dict__) | {"_initialize_hook", "_load_hook"}
 

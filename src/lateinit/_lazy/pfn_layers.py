@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy import placeholders
+from lateinit._lazy.lazy_class import Lazy
+from lateinit._lazy.mixin import check_known
+from lateinit._lazy.placeholders import become
+from lateinit._lazy.rules import size
 from lateinit.errors import UninitializedError
-from lateinit.lazy import placeholders
-from lateinit.lazy.make import Lazy
-from lateinit.lazy.mixin import check_known
-from lateinit.lazy.placeholders import become
-from lateinit.lazy.rules import size
 
 
 class UninitializedParameter(placeholders.UninitializedParameter):

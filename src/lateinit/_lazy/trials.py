@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lateinit._lazy.placeholders import Shape, known_shape
+from lateinit._lazy.rules import Rule, size
+from lateinit._lazy.scratch_recording import Settings, aside
+from lateinit._lazy.signature import call_with
 from lateinit.errors import RuleError
-from lateinit.lazy.aside import Settings, aside
-from lateinit.lazy.placeholders import Shape, known_shape
-from lateinit.lazy.rules import Rule, size
-from lateinit.lazy.signature import call_with
 
 Name = tuple[str, str]  # the path of a module, and the name of something on it
 _OWN = frozenset(nn.Module().__dict__)

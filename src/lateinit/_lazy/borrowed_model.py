@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._lazy.own_copy import own_copy
+from lateinit._lazy.placeholders import Placeholder
+from lateinit._lazy.shape_mode import readable
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter, original_class
 from lateinit._tensors.object_graph import exchanged, is_wrapper
 from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import RecordingError
-from lateinit.lazy.placeholders import Placeholder
-from lateinit.lazy.shapes import readable
-from lateinit.lazy.values import own_copy
 
 MakeStandIn = Callable[[Tensor], Tensor]
 

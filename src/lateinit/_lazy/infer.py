@@ -12,18 +12,18 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from lateinit._lazy.borrowed_model import Lending, RandomStates, on_meta, on_shapes
+from lateinit._lazy.layers import LAYERS
+from lateinit._lazy.mixin import trying
+from lateinit._lazy.own_copy import own_copy
+from lateinit._lazy.protocols import initialise, is_lazy_module
+from lateinit._lazy.rules import evaluate
+from lateinit._lazy.scratch_recording import outside
+from lateinit._lazy.shape_mode import ShapeMode, needs_values
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
 from lateinit._tensors.object_graph import Reach
 from lateinit._torch.modes import without_modes
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
-from lateinit.lazy.aside import outside
-from lateinit.lazy.foreign import initialise, is_lazy_module
-from lateinit.lazy.layers import LAYERS
-from lateinit.lazy.mixin import trying
-from lateinit.lazy.rules import evaluate
-from lateinit.lazy.shapes import ShapeMode, needs_values
-from lateinit.lazy.snapshot import Lending, RandomStates, on_meta, on_shapes
-from lateinit.lazy.values import own_copy
 
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from lateinit._lazy.mixin import finish, initialising
+from lateinit._lazy.placeholders import become
 from lateinit._recording import holes
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import tensors_in
-from lateinit.lazy.mixin import finish, initialising
-from lateinit.lazy.placeholders import become
 
 
 def is_lazy_module(module: nn.Module) -> bool:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy.placeholders import UninitializedBuffer
+from lateinit._lazy.scratch_recording import aside
+from lateinit._lazy.trials import Layout, Name, Spec, measure
 from lateinit._recording import holes
-from lateinit.lazy.aside import aside
-from lateinit.lazy.layout import Layout, Name, Spec, measure
-from lateinit.lazy.placeholders import UninitializedBuffer
 
 
 def declare(module: nn.Module, spec: Spec) -> None:

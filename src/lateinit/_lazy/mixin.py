@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules import lazy as torch_lazy
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy.placeholders import mismatch, show
+from lateinit._lazy.scratch_recording import aside, outside
 from lateinit._recording import holes
 from lateinit._recording.block import fill
 from lateinit._tensors.deferred import guard, is_deferred_tensor
 from lateinit.errors import UninitializedError
-from lateinit.lazy.aside import aside, outside
-from lateinit.lazy.placeholders import mismatch, show
 
 Trial = Literal["aside", "real"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lateinit.lazy.make import lazy_class
-from lateinit.lazy.rules import Rule, size
+from lateinit._lazy.lazy_class import lazy_class
+from lateinit._lazy.rules import Rule, size
 
 
 def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:

@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._lazy.checkpoint_sizes import load_sizes
+from lateinit._lazy.declare import declare, layout_of
+from lateinit._lazy.mixin import LazyModuleMixin, finish, initialising
+from lateinit._lazy.placeholders import UninitializedParameter
+from lateinit._lazy.rules import Rule, check_rules, evaluate
+from lateinit._lazy.scratch_recording import Settings
+from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
+from lateinit._lazy.transplant import Transplant
+from lateinit._lazy.trials import Spec
 from lateinit.errors import ShapeError
-from lateinit.lazy.aside import Settings
-from lateinit.lazy.declare import declare, layout_of
-from lateinit.lazy.layout import Spec
-from lateinit.lazy.loading import load_sizes
-from lateinit.lazy.mixin import LazyModuleMixin, finish, initialising
-from lateinit.lazy.placeholders import UninitializedParameter
-from lateinit.lazy.rules import Rule, check_rules, evaluate
-from lateinit.lazy.signature import accepts_any, bind, parameters_of, without
-from lateinit.lazy.transplant import Transplant
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lateinit._lazy.meta_kernels import numel_of_factory, range_on_meta, shortcut
 from lateinit._torch.arguments import kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.operators import OpInfo, describe
 from lateinit.errors import NeedsValuesError
-from lateinit.lazy.shortcuts import numel_of_factory, range_on_meta, shortcut
 
 _SMALL = 4096  # elements that a tensor made in a forward pass may have to be computed for real
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))

@@ -1,0 +1,1 @@
+"""Modules whose sizes are not known yet: declare them, infer their shapes, initialise them."""

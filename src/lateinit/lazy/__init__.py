@@ -1,1 +1,0 @@
-"""Lazy shapes: modules declared without their input sizes."""
