@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lateinit
-from lateinit.placing import Placer
+from lateinit._checkpoint.load.assign import Placer
 from tests.formats import FORMATS
 from tests.killed_saves import in_a_child
 from tests.snapshots import assert_same

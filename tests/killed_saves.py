@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit import staging
+from lateinit._checkpoint.formats.safetensors import Writer
+from lateinit._checkpoint.save import atomic_output
 from lateinit.errors import OutputExistsError
-from lateinit.safetensors_file import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,7 +118,7 @@ def main(folder: Path, scenario: str) -> None:
     target = folder / ("model.safetensors" if scenario == "file" else "model")
     force = scenario in ("replace", "two-renames")
     if scenario == "two-renames":  # a system that cannot exchange two folders in one step
-        staging.ctypes = SimpleNamespace(CDLL=lambda *_, **__: SimpleNamespace())
+        atomic_output.ctypes = SimpleNamespace(CDLL=lambda *_, **__: SimpleNamespace())
     in_a_child(lambda: save(target))
     new = content(target)
     old = None

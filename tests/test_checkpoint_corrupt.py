@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
+from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit.errors import CheckpointError, CorruptCheckpointError
-from lateinit.readers import open_checkpoint
 from tests.formats import FORMATS
 from tests.snapshots import assert_same
 from tests.twins import Net, assert_untouched, twins

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lateinit
+from lateinit._checkpoint.formats.open import open_checkpoint
+from lateinit._checkpoint.load.dry_run import Rehearsal, plain_state, rehearse
 from lateinit._tensors.realize import Cast
-from lateinit.readers import open_checkpoint
-from lateinit.rehearsal import Rehearsal, plain_state, rehearse
 from tests import laws
 from tests.formats import FORMATS, SAFETENSORS
 from tests.models import MODELS

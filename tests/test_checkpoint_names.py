@@ -19,9 +19,9 @@ from tests.twins import assert_untouched, run_alone
 
 transformers = pytest.importorskip("transformers")
 
+from lateinit._checkpoint.formats.open import open_checkpoint  # noqa: E402
+from lateinit._checkpoint.load.renamed import Translated, translated  # noqa: E402
 from lateinit._integrations import transformers_names  # noqa: E402 - of use with transformers alone
-from lateinit.readers import open_checkpoint  # noqa: E402
-from lateinit.translated import Translated, translated  # noqa: E402
 from lateinit.verify import verify  # noqa: E402
 
 if TYPE_CHECKING:

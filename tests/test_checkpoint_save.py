@@ -20,10 +20,11 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import lateinit
-from lateinit import errors, staging, streaming
+from lateinit import errors
+from lateinit._checkpoint.formats.safetensors import DTYPES, Entry, Writer, header
+from lateinit._checkpoint.save import atomic_output, pipeline
+from lateinit._checkpoint.save.manifest import collect
 from lateinit._tensors.walk import find_tensors
-from lateinit.safetensors_file import DTYPES, Entry, Writer, header
-from lateinit.shards import collect
 from tests import laws
 from tests.cases import Bag
 from tests.models import MODELS
@@ -182,7 +183,7 @@ def test_dtype_casts_floating_point_and_nothing_else(tmp_path: Path) -> None:
 def test_large_tensors_are_cast_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lateinit.safetensors_file._PIECE", 64)
+    monkeypatch.setattr("lateinit._checkpoint.formats.safetensors._PIECE", 64)
     lateinit.save_checkpoint(late(tower), tmp_path / "a.safetensors", dtype=torch.float16)
     expected = {name: t.half() for name, t in eager(tower).state_dict().items()}
     assert_holds(load_file(tmp_path / "a.safetensors"), expected)
@@ -457,16 +458,16 @@ def test_a_save_killed_at_any_step_tears_nothing_and_can_be_continued(
 
 def interrupted(path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **options: Any) -> None:
     """A save that is interrupted once some of its files are finished."""
-    finish, done = staging.Stage.finish, []
+    finish, done = atomic_output.Stage.finish, []
 
-    def stop(stage: staging.Stage, name: str, digest: str) -> None:
+    def stop(stage: atomic_output.Stage, name: str, digest: str) -> None:
         finish(stage, name, digest)
         done.append(name)
         if len(done) == after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.Stage, "finish", stop)
+        patch.setattr(atomic_output.Stage, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             save(path, **options)
 
@@ -489,13 +490,13 @@ def test_resume_does_not_compute_again_what_is_finished(
     interrupted(tmp_path / "out", monkeypatch, after=2)
     assert not (tmp_path / "out").exists()
     computed: list[str] = []
-    of = streaming.Values.of
+    of = pipeline.Values.of
 
-    def noting(values: streaming.Values, items: Any) -> Any:
+    def noting(values: pipeline.Values, items: Any) -> Any:
         computed.extend(item.entry.name for item in items)
         return of(values, items)
 
-    monkeypatch.setattr(streaming.Values, "of", noting)
+    monkeypatch.setattr(pipeline.Values, "of", noting)
     save(tmp_path / "out", resume=True)
     assert computed == ["2.weight", "2.bias", "3.weight", "3.bias"]
     assert contents(tmp_path / "out") == whole
@@ -542,14 +543,14 @@ def test_files_with_real_tensors_are_written_again(
         nn.init.constant_(model[0].bias, value)
         return model
 
-    finish = staging.Stage.finish
+    finish = atomic_output.Stage.finish
 
-    def stop(stage: staging.Stage, name: str, digest: str) -> None:
+    def stop(stage: atomic_output.Stage, name: str, digest: str) -> None:
         finish(stage, name, digest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.Stage, "finish", stop)
+        patch.setattr(atomic_output.Stage, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             lateinit.save_checkpoint(half_real(1.0), tmp_path / "out", max_shard_size=300)
     lateinit.save_checkpoint(half_real(2.0), tmp_path / "out", max_shard_size=300, resume=True)
@@ -568,11 +569,11 @@ def test_all_that_the_bytes_follow_from_must_be_the_same(
         torch.rand(value)
         return lateinit.deferred_init(tower)
 
-    def stop(stage: staging.Stage) -> None:
+    def stop(stage: atomic_output.Stage) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.Stage, "publish", stop)
+        patch.setattr(atomic_output.Stage, "publish", stop)
         with pytest.raises(KeyboardInterrupt):
             lateinit.save_checkpoint(model(1), tmp_path / "out")
     with pytest.raises(errors.CheckpointError, match="is of another model"):
@@ -582,7 +583,7 @@ def test_all_that_the_bytes_follow_from_must_be_the_same(
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with staging.staged(target, "something", resume=False, force=False):
+    with atomic_output.staged(target, "something", resume=False, force=False):
         with pytest.raises(errors.OutputExistsError, match="another process is writing"):
             save(target, force=True)
         assert (tmp_path / ".out.partial" / "files").is_dir()
@@ -618,7 +619,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(staging.Stage, "open", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr(atomic_output.Stage, "open", lambda *_, **__: pytest.fail("it began"))
     with pytest.raises(errors.OutputError, match=r"needs 1\.2 kB and its disk has 1\.0 kB free"):
         save(tmp_path / "out")
 
@@ -705,8 +706,8 @@ def test_copies_of_one_layer_are_not_all_held_at_once() -> None:
 
     items = collect(late(encoder), None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_BATCH", 1)
-        runs = list(streaming.batches(items))
+        patch.setattr(pipeline, "_BATCH", 1)
+        runs = list(pipeline.batches(items))
     assert [len(run) for run in runs] == [1] * len(items)
 
 
@@ -717,13 +718,13 @@ def test_views_of_one_storage_are_computed_together() -> None:
 
     items = collect(late(split), None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_BATCH", 1)
-        runs = list(streaming.batches(items))
+        patch.setattr(pipeline, "_BATCH", 1)
+        runs = list(pipeline.batches(items))
     assert [len(run) for run in runs] == [1, 64]
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
-    module = sys.modules["lateinit.checkpoint"]
+    module = sys.modules["lateinit._checkpoint.api"]
     names = {"lateinit": lateinit, "torch": torch, "tmp_path": tmp_path}
     found = doctest.testmod(module, extraglobs=names)
     assert found.attempted > 0

@@ -20,7 +20,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lateinit
-from lateinit import cli, parity, staging
+from lateinit import cli, parity
+from lateinit._checkpoint.save import atomic_output
 from tests.cases import Bag
 
 if TYPE_CHECKING:
@@ -232,14 +233,14 @@ def test_init_refuses_overwrites_and_resumes(
     assert refused.exit_code == 2
     assert "--force" in refused.stderr
     assert lateinit_command(*command, "--force").exit_code == 0
-    finish = staging.Stage.finish
+    finish = atomic_output.Stage.finish
 
-    def stop(stage: staging.Stage, name: str, digest: str) -> None:
+    def stop(stage: atomic_output.Stage, name: str, digest: str) -> None:
         finish(stage, name, digest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.Stage, "finish", stop)
+        patch.setattr(atomic_output.Stage, "finish", stop)
         stopped = lateinit_command(*command, "--force")
     assert stopped.exit_code == 130
     assert "--resume" in stopped.stderr

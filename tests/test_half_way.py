@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
+from lateinit._checkpoint.formats.safetensors_reader import SafetensorsReader
 from lateinit._program import program as program_module
 from lateinit._program.program import Draw, Op, Program
 from lateinit._replay import streams
@@ -28,7 +29,6 @@ from lateinit.errors import (
     OutOfMemoryError,
     RecordingError,
 )
-from lateinit.safetensors_reader import SafetensorsReader
 from tests.snapshots import assert_same, tensors_of
 from tests.twins import Net, assert_untouched, interrupted_at, run_alone, still_deferred, twins
 

@@ -5,6 +5,7 @@ exactly the model that eager construction would have given.
 """
 
 from lateinit import errors, nn, pfn_extras
+from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
 from lateinit._lazy.infer import infer_shapes
 from lateinit._lazy.lazy_class import lazy
 from lateinit._lazy.rules import size
@@ -13,7 +14,6 @@ from lateinit._recording import after_block as _following  # noqa: F401 - instal
 from lateinit._recording.block import deferred, deferred_init
 from lateinit._skip_init import skip_init
 from lateinit._version import __version__ as __version__
-from lateinit.checkpoint import load_checkpoint, save_checkpoint
 from lateinit.summary import summary
 
 __all__ = [

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._checkpoint.formats.base import Reader
+from lateinit._checkpoint.formats.open import open_checkpoint
+from lateinit._checkpoint.load.renamed import translated
+from lateinit._checkpoint.save.manifest import Item, collect
+from lateinit._checkpoint.save.pipeline import Values, batches
 from lateinit._torch.storage import as_bytes
 from lateinit._units import format_bytes
 from lateinit.parity import values_differ
-from lateinit.reader import Reader
-from lateinit.readers import open_checkpoint
-from lateinit.shards import Item, collect
-from lateinit.streaming import Values, batches
-from lateinit.translated import translated
 
 
 @dataclass(frozen=True, slots=True)

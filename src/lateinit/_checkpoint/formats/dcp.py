@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._checkpoint.formats.base import Reader, block, inside, mapped, size_of, tensor_at
+from lateinit._checkpoint.formats.safetensors import Entry
+from lateinit._checkpoint.formats.zip_block import Layout, Part, layout_of
 from lateinit.errors import CorruptCheckpointError, listing
-from lateinit.reader import Reader, block, inside, mapped, size_of, tensor_at
-from lateinit.safetensors_file import Entry
-from lateinit.zip_block import Layout, Part, layout_of
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lateinit._checkpoint.load.load import Loaded, load
+from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_target, staged
+from lateinit._checkpoint.save.manifest import Item, Shard, collect, divide
+from lateinit._checkpoint.save.pipeline import write_shards
+from lateinit._checkpoint.save.resume_digest import fingerprint
 from lateinit._lazy.scratch_recording import outside
 from lateinit._materialize.materialize import check_seed
 from lateinit._progress import Progress
@@ -22,11 +27,6 @@ from lateinit._tensors.realize import cast_to
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError
-from lateinit.fingerprint import fingerprint
-from lateinit.loading import Loaded, load
-from lateinit.shards import Item, Shard, collect, divide
-from lateinit.staging import Stage, check_room, check_target, staged
-from lateinit.streaming import write_shards
 
 _INDEX = "model.safetensors.index.json"
 _ROOM = 5 * 10**9  # bytes in memory at once while one file is written

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lateinit._checkpoint.formats.base import Reader, block, mapped, size_of, tensor_at
+from lateinit._checkpoint.formats.safetensors import DTYPES, Entry
 from lateinit.errors import CorruptCheckpointError
-from lateinit.reader import Reader, block, mapped, size_of, tensor_at
-from lateinit.safetensors_file import DTYPES, Entry
 
 _LONGEST_HEADER = 100_000_000
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}

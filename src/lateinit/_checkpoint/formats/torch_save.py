@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lateinit._checkpoint.formats.base import Reader, block, size_of
+from lateinit._checkpoint.formats.safetensors import Entry
+from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit.errors import CorruptCheckpointError, listing
-from lateinit.reader import Reader, block, size_of
-from lateinit.safetensors_file import Entry
-from lateinit.zip_records import Records
 
 
 class TorchReader(Reader):

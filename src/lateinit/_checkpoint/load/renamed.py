@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._checkpoint.formats.base import Reader, block
+from lateinit._checkpoint.formats.safetensors import Entry
 from lateinit._integrations import transformers_names
 from lateinit._integrations.transformers_names import Conversion
 from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
-from lateinit.reader import Reader, block
-from lateinit.safetensors_file import Entry
 
 _SHOWN = 3
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._checkpoint.formats.base import Reader
+from lateinit._checkpoint.load.dry_run import Rehearsal
+from lateinit._checkpoint.save.manifest import window
 from lateinit._integrations.transformers_names import left_out
 from lateinit._lazy.placeholders import known_shape, show
 from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor
 from lateinit._tensors.walk import Found, find_tensors
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
-from lateinit.reader import Reader
-from lateinit.rehearsal import Rehearsal
-from lateinit.shards import window
 
 _SIZES = re.compile(
     r"size mismatch for (.+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "

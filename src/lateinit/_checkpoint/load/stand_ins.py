@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lateinit._checkpoint.formats.base import Reader
 from lateinit._recording.generators import device_number
 from lateinit._replay.replay import flat
 from lateinit._tensors.deferred import is_dtensor
 from lateinit._tensors.object_graph import Reach
 from lateinit._tensors.realize import swap
 from lateinit._torch.arguments import tensors_in
-from lateinit.reader import Reader
 
 
 class Held(Protocol):

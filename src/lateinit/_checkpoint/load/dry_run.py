@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._checkpoint.formats.base import Reader
+from lateinit._checkpoint.load.module_stand_ins import shadowed
+from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy.borrowed_model import on_meta
 from lateinit._tensors.deferred import DeferredTensor
 from lateinit._tensors.realize import Cast
 from lateinit._tensors.walk import find_tensors
 from lateinit.errors import CheckpointError, LateinitError
-from lateinit.reader import Reader
-from lateinit.shadows import shadowed
-from lateinit.stand_ins import Loading, Stands
 
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
 # It only adds the counter that older versions did not save.

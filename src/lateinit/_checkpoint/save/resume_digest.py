@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from lateinit._checkpoint.save.manifest import Shard
 from lateinit._program.program import Program
 from lateinit._torch.storage import as_bytes
-from lateinit.shards import Shard
 
 
 def fingerprint(shards: Iterable[Shard], metadata: dict[str, str], seed: int | None) -> str:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lateinit._checkpoint.formats.safetensors import DTYPES, Entry
 from lateinit._program.program import Program, TensorRef
 from lateinit._tensors.deferred import Slot, is_deferred_tensor, locate
 from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import CheckpointError, NotRecordedError, listing
-from lateinit.safetensors_file import DTYPES, Entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lateinit.dcp_reader import METADATA, DcpReader
+from lateinit._checkpoint.formats.base import Reader, inside, size_of
+from lateinit._checkpoint.formats.dcp import METADATA, DcpReader
+from lateinit._checkpoint.formats.safetensors_reader import SafetensorsReader
+from lateinit._checkpoint.formats.torch_save import TorchReader, starts_as_zip
 from lateinit.errors import CorruptCheckpointError, listing
-from lateinit.reader import Reader, inside, size_of
-from lateinit.safetensors_reader import SafetensorsReader
-from lateinit.torch_reader import TorchReader, starts_as_zip
 
 _POINTER = b"version https://git-lfs"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._checkpoint.formats.safetensors import Entry
 from lateinit.errors import CorruptCheckpointError, candidates
-from lateinit.safetensors_file import Entry
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)  # only what is written needs memory of its own
 

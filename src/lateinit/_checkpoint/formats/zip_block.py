@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lateinit.zip_records import Records
+from lateinit._checkpoint.formats.torch_zip import Records
 
 
 class Part(io.RawIOBase):

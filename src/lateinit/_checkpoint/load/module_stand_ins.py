@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._checkpoint.load.stand_ins import StandIns, Stands
 from lateinit._lazy.borrowed_model import Lending, RandomStates, dressed, on_meta
 from lateinit._lazy.own_copy import own_copy
 from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor, is_parameter, locate
@@ -20,7 +21,6 @@ from lateinit._tensors.realize import Cast, destination, swap
 from lateinit._tensors.walk import find_tensors
 from lateinit._torch.modes import without_modes
 from lateinit.errors import CheckpointError
-from lateinit.stand_ins import StandIns, Stands
 
 
 class Shadows(Lending, StandIns):

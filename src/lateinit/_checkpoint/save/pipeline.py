@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from lateinit._checkpoint.formats.safetensors import Writer
+from lateinit._checkpoint.save.atomic_output import Stage
+from lateinit._checkpoint.save.manifest import Item, Shard
 from lateinit._materialize.scheduler import execute
 from lateinit._program.plan import plan_storages
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay, Storages
 from lateinit._torch.modes import without_modes
 from lateinit.errors import OutOfMemoryError, is_out_of_memory, listing
-from lateinit.safetensors_file import Writer
-from lateinit.shards import Item, Shard
-from lateinit.staging import Stage
 
 _BATCH = 1 << 25  # bytes that are computed together, where single tensors are smaller
 

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._checkpoint.formats.base import Reader, block
+from lateinit._checkpoint.formats.open import open_checkpoint
+from lateinit._checkpoint.formats.safetensors import Entry
+from lateinit._checkpoint.load.assign import Placer, place_of
+from lateinit._checkpoint.load.compatibility import Fit, Names, fit
+from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
+from lateinit._checkpoint.load.renamed import translated
+from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy.checkpoint_sizes import wrong_sizes
 from lateinit._lazy.placeholders import known_shape
 from lateinit._materialize.materialize import check_constants, check_shared, materialize
@@ -23,14 +31,6 @@ from lateinit._tensors.selection import Wanted, wanted_in
 from lateinit._tensors.walk import Found
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError
-from lateinit.fitting import Fit, Names, fit
-from lateinit.placing import Placer, place_of
-from lateinit.reader import Reader, block
-from lateinit.readers import open_checkpoint
-from lateinit.rehearsal import Rehearsal, caught, plain_state, rehearse, run
-from lateinit.safetensors_file import Entry
-from lateinit.stand_ins import Loading, Stands
-from lateinit.translated import translated
 
 
 @dataclass(frozen=True, slots=True)

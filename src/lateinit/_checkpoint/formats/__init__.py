@@ -1,0 +1,1 @@
+"""Checkpoint formats: read safetensors, ``torch.save`` archives and DCP folders by tensor."""

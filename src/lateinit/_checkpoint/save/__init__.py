@@ -1,0 +1,1 @@
+"""Save a model as safetensors, in a stream, resumable and all or nothing."""
