@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 from lateinit._checkpoint.formats.open import open_checkpoint  # noqa: E402
 from lateinit._checkpoint.load.renamed import Translated, translated  # noqa: E402
 from lateinit._integrations import transformers_names  # noqa: E402 - of use with transformers alone
-from lateinit.verify import verify  # noqa: E402
+from lateinit._report.verify import verify  # noqa: E402
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,8 +20,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lateinit
-from lateinit import cli, parity
+from lateinit import cli
 from lateinit._checkpoint.save import atomic_output
+from lateinit._report import parity
 from tests.cases import Bag
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import nn
 
 import lateinit
 from lateinit import errors
+from lateinit._report.name_folding import fold
 from lateinit._units import format_bytes, parse_bytes
-from lateinit.folding import fold
 from tests.cases import Bag
 
 
@@ -268,7 +268,7 @@ def test_nothing_at_all_can_be_summarised() -> None:
 
 
 def test_the_example_runs() -> None:
-    module = sys.modules["lateinit.summary"]
+    module = sys.modules["lateinit._report.summary"]
     found = doctest.testmod(module, extraglobs={"lateinit": lateinit, "torch": torch})
     assert found.attempted > 0
     assert found.failed == 0

@@ -12,9 +12,9 @@ from lateinit._lazy.rules import size
 from lateinit._materialize.materialize import is_deferred, materialize, plan
 from lateinit._recording import after_block as _following  # noqa: F401 - installs what guards deferred tensors
 from lateinit._recording.block import deferred, deferred_init
+from lateinit._report.summary import summary
 from lateinit._skip_init import skip_init
 from lateinit._version import __version__ as __version__
-from lateinit.summary import summary
 
 __all__ = [
     "deferred",

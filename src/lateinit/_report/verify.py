@@ -15,9 +15,9 @@ from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.save.manifest import Item, collect
 from lateinit._checkpoint.save.pipeline import Values, batches
+from lateinit._report.parity import values_differ
 from lateinit._torch.storage import as_bytes
 from lateinit._units import format_bytes
-from lateinit.parity import values_differ
 
 
 @dataclass(frozen=True, slots=True)

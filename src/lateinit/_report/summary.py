@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lateinit._lazy.placeholders import known_shape, show
 from lateinit._program.labels import describe
+from lateinit._report.name_folding import fold
 from lateinit._tensors.deferred import locate
 from lateinit._tensors.selection import Only, select
 from lateinit._tensors.walk import Found, Kind, find_tensors, is_placeholder
 from lateinit._units import format_bytes
 from lateinit.errors import listing
-from lateinit.folding import fold
 
 State = Literal["deferred", "lazy", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
