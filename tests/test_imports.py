@@ -94,7 +94,8 @@ for name in {names!r}:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each module")
 def test_each_module_can_be_imported_alone() -> None:
-    skipped = {"__main__", "_integrations.transformers_models"}  # one runs, the other needs transformers
+    # One runs, the other needs transformers.
+    skipped = {"__main__", "_integrations.transformers_models"}
     names = [f"lateinit.{name}".rstrip(".") for name in FILES if name not in skipped]
     assert run(ALONE.format(names=names, package=str(PACKAGE))) == ""
 

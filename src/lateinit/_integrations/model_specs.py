@@ -46,8 +46,8 @@ def load(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
             is called: what it built is no module.
 
     Example:
-        >>> from lateinit import specs
-        >>> build = specs.load("torch.nn:Linear", {"in_features": 4, "out_features": 2})
+        >>> from lateinit._integrations import model_specs
+        >>> build = model_specs.load("torch.nn:Linear", {"in_features": 4, "out_features": 2})
         >>> build()
         Linear(in_features=4, out_features=2, bias=True)
     """

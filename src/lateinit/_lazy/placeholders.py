@@ -48,7 +48,7 @@ def known_shape(tensor: Tensor) -> Shape | None:
     """What is known of a tensor's shape, None for an unknown size; None if not even its rank is.
 
     Example:
-        >>> from lateinit.lazy.placeholders import known_shape
+        >>> from lateinit._lazy.placeholders import known_shape
         >>> known_shape(lateinit.nn.LazyLinear(10).weight)
         (10, None)
     """

@@ -98,7 +98,7 @@ def check(build: Build, *, seed: int = 0) -> Parity:
     generators are seeded too. All generators are left as they were.
 
     Example:
-        >>> from lateinit import parity
+        >>> from lateinit._report import parity
         >>> parity.check(lambda: torch.nn.Linear(4, 2)).equal
         True
     """

@@ -70,7 +70,7 @@ def verify(
         CorruptCheckpointError: this is no checkpoint, or not a whole one.
 
     Example:
-        >>> from lateinit.verify import verify
+        >>> from lateinit._report.verify import verify
         >>> _ = torch.manual_seed(0)
         >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2)
         >>> _ = lateinit.save_checkpoint(layer, tmp_path / "verified.safetensors")

@@ -38,8 +38,9 @@ def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | Non
         names = transformers_names.translate(module, state, reader.entries)
     except transformers_names.UnknownTablesError as error:
         reader.hint = (
-            f"(if it was written by save_pretrained: {transformers_names.version()} renames weights in a way "
-            f"that lateinit cannot follow, {error}; {type(module).__name__}.from_pretrained can)"
+            f"(if it was written by save_pretrained: {transformers_names.version()} renames "
+            f"weights in a way that lateinit cannot follow, {error}; "
+            f"{type(module).__name__}.from_pretrained can)"
         )
         return reader
     if not names.conversions and all([k] == v for k, v in names.renamed.items()):
