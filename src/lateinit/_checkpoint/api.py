@@ -18,12 +18,12 @@ from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_tar
 from lateinit._checkpoint.save.manifest import Item, Shard, collect, divide
 from lateinit._checkpoint.save.pipeline import write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
-from lateinit._lazy.scratch_recording import outside
 from lateinit._materialize.materialize import check_seed
 from lateinit._progress import Progress
 from lateinit._recording.recorder import current
 from lateinit._replay.streams import recorded_seed
 from lateinit._tensors.realize import cast_to
+from lateinit._torch.modes import outside
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from lateinit._program.program import Const, Op, Program, TensorRef
-from lateinit._recording.value_reads import digest
 from lateinit._replay.streams import recorded_seed
+from lateinit._torch.storage import digest
 from lateinit.errors import ShardingError, listing
 
 T = TypeVar("T")

@@ -18,11 +18,10 @@ from lateinit._lazy.mixin import trying
 from lateinit._lazy.own_copy import own_copy
 from lateinit._lazy.protocols import initialise, is_lazy_module
 from lateinit._lazy.rules import evaluate
-from lateinit._lazy.scratch_recording import outside
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
 from lateinit._tensors.object_graph import Reach
-from lateinit._torch.modes import without_modes
+from lateinit._torch.modes import outside, without_modes
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 
 _RULES = {layer._plain: layer._rules for layer in LAYERS}

@@ -14,10 +14,11 @@ from torch.nn.modules import lazy as torch_lazy
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.placeholders import mismatch, show
-from lateinit._lazy.scratch_recording import aside, outside
+from lateinit._lazy.scratch_recording import aside
 from lateinit._recording import holes
 from lateinit._recording.block import fill
 from lateinit._tensors.deferred import guard, is_deferred_tensor
+from lateinit._torch.modes import outside
 from lateinit.errors import UninitializedError
 
 Trial = Literal["aside", "real"]

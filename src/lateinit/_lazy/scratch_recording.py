@@ -8,26 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch._C import _len_torch_function_stack
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lateinit._recording.block import block
 from lateinit._recording.recorder import Recorder
-
-
-@contextlib.contextmanager
-def outside() -> Iterator[None]:
-    """Run a block as if no mode were in force: no recording, no default device, no inference."""
-    modes = []
-    while _len_torch_function_stack():
-        modes.append(_pop_mode())
-    try:
-        with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
+from lateinit._torch.modes import default_device_in_force, outside
 
 
 @contextlib.contextmanager
@@ -57,7 +41,7 @@ class Settings:
     @classmethod
     def now(cls) -> Settings:
         """Those in force now."""
-        return cls(torch.get_default_dtype(), _default_device())
+        return cls(torch.get_default_dtype(), default_device_in_force())
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
@@ -69,12 +53,3 @@ class Settings:
                 yield
         finally:
             torch.set_default_dtype(dtype)
-
-
-def _default_device() -> torch.device | None:
-    """The device of the innermost ``with torch.device(...)``, if there is one."""
-    for mode in reversed(_get_current_function_mode_stack()):
-        device = getattr(mode, "device", None)
-        if isinstance(device, torch.device):
-            return device
-    return None

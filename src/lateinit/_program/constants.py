@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
-import torch
 from torch import Tensor
 
 from lateinit._program.program import Const, Constant, Program
-from lateinit._torch.storage import as_bytes
+from lateinit._torch.storage import checksum, copied_with_strides, is_plain
 
 _SMALL = 1 << 16
 
@@ -32,7 +29,7 @@ class RealData:
         storage = tensor.untyped_storage()
         small = tensor.numel() * tensor.element_size() <= _SMALL
         if small or not storage.resizable() or tensor.is_inference():
-            return self.own(copied(tensor))
+            return self.own(copied_with_strides(tensor))
         constant = self._keep(Constant(tensor, checksum(tensor)))
         self._kept.setdefault(storage._cdata, []).append(constant.number)
         return constant
@@ -51,24 +48,4 @@ class RealData:
             return
         for number in self._kept.pop(tensor.untyped_storage()._cdata, ()):
             constant = self.program.constants[number]
-            self.program.constants[number] = Constant(copied(constant.tensor), None)
-
-
-def checksum(tensor: Tensor) -> int:
-    """A checksum of a tensor's bits, for a caller that no mode hears."""
-    return zlib.crc32(as_bytes(tensor).cpu().numpy().data)
-
-
-def copied(tensor: Tensor) -> Tensor:
-    """A copy with the very strides of the original: results are laid out after their arguments."""
-    if tensor.numel() == 0:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    window = tensor.as_strided((span,), (1,), tensor.storage_offset()).clone()
-    return window.as_strided(tensor.size(), tensor.stride())
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a window on a storage: not sparse, quantised or nested."""
-    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+            self.program.constants[number] = Constant(copied_with_strides(constant.tensor), None)

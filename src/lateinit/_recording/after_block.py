@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.recorder import Recorder, current, in_force
-from lateinit._replay.replay import flat
 from lateinit._tensors.deferred import (
     DeferredTensor,
     described,
@@ -25,7 +24,7 @@ from lateinit._tensors.deferred import (
     slot_of,
 )
 from lateinit._tensors.realize import share
-from lateinit._torch.arguments import META, tensors_in
+from lateinit._torch.arguments import META, flat, tensors_in
 from lateinit._torch.operators import OpInfo, spoken
 from lateinit.errors import DeferredTensorError
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lateinit._recording.recorder import Recorder, current
-from lateinit._replay.replay import flat
 from lateinit._tensors.deferred import is_deferred_tensor
-from lateinit._torch.arguments import tensors_in
+from lateinit._torch.arguments import flat, tensors_in
 from lateinit._torch.operators import by_name
 
 Handler = Callable[..., Any]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._recording.generators import device_number
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import is_deferred_tensor
+from lateinit._torch.devices import device_number
 from lateinit._torch.modes import without_modes
 
 Handler = Callable[..., Any]

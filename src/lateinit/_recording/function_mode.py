@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.conversions import evaluate, of_deferred
-from lateinit._recording.generators import device_number
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import copied_by_deepcopy, is_deferred_tensor
+from lateinit._torch.devices import device_number
 from lateinit._torch.modes import without_modes
 
 Handler = Callable[..., Any]

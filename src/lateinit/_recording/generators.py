@@ -34,7 +34,6 @@ _PHILOX_KEY = (0, 16)
 _PHILOX_INDEX = 8
 _PHILOX_TOKEN = struct.Struct("=QQ")
 _INDEX = struct.Struct("=Q")  # where the token's last number is
-_CPU = torch.device("cpu")
 _UNUSED = (624, 1, 0)  # what `left`, `seeded` and `next` say where no word is drawn
 
 
@@ -145,25 +144,6 @@ def _address(generator: torch.Generator) -> int:
     # Two Python objects may stand for one generator.
     address: int = generator._cdata  # type: ignore[attr-defined]
     return address
-
-
-def device_number(device: torch.device) -> int:
-    """The number of a CUDA device, that of the current one where it has none."""
-    number: Any = device.index  # None where it was not given, whatever the stubs say
-    return torch.cuda.current_device() if number is None else int(number)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that random ops on a device draw from unless told otherwise."""
-    if device == _CPU or device.type == "cpu":
-        return torch.default_generator
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.init()
-        return torch.cuda.default_generators[device_number(device)]
-    raise RecordingError(
-        f"the constructor draws random numbers on {device}, whose generator is not available "
-        "here: build the model on a machine that has this device, or on the CPU"
-    )
 
 
 class _Watch:

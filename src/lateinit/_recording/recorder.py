@@ -21,10 +21,10 @@ from lateinit._program.program import Op, Program
 from lateinit._recording import value_bounds
 from lateinit._recording.factories import RANDOM
 from lateinit._recording.writer import Writer
-from lateinit._replay.replay import flat, streams_of
+from lateinit._replay.replay import streams_of
 from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
-from lateinit._torch.arguments import META, has_tensor, tensors_in
+from lateinit._torch.arguments import META, flat, has_tensor, tensors_in
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import OpInfo, describe
 from lateinit.errors import RecordingError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +11,7 @@ from lateinit._program.plan import needed_ops
 from lateinit._program.program import Program, Read, TensorRef
 from lateinit._replay.replay import Replay
 from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import as_bytes
+from lateinit._torch.storage import digest
 
 _KEPT = 1 << 26
 
@@ -56,10 +55,3 @@ class Values:
             self._known.clear()
         if size <= _KEPT:
             self._known[number] = known
-
-
-def digest(value: Tensor) -> bytes:
-    """A digest of the bits of a tensor, to compare what another seed would have shown."""
-    with without_modes():
-        value = value if value.layout is torch.strided else value.to_dense()
-        return hashlib.sha256(as_bytes(value).cpu().numpy().tobytes()).digest()

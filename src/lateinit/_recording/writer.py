@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.constants import RealData, is_plain
+from lateinit._program.constants import RealData
 from lateinit._program.labels import initializer
 from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit._recording import argument_checks
 from lateinit._recording.argument_checks import FAR
 from lateinit._recording.factories import FACTORIES, Fill, is_usual
-from lateinit._recording.generators import Generators, default_generator
+from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import Values
-from lateinit._replay.replay import Replay, Storages, flat
+from lateinit._replay.replay import Replay, Storages
 from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
-from lateinit._torch.arguments import META, kwargs_to_meta, tensors_in, to_meta
+from lateinit._torch.arguments import META, flat, kwargs_to_meta, tensors_in, to_meta
+from lateinit._torch.devices import default_generator
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import OpInfo
+from lateinit._torch.storage import is_plain
 from lateinit.errors import RecordingError
 
 _CPU = torch.device("cpu")

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.constants import checksum
 from lateinit._program.plan import Step, plan_storages
 from lateinit._program.program import NUMBERS, Const, Draw, Op, Program, TensorRef
 from lateinit._replay.chunks import after_redrawing, fill_of
 from lateinit._replay.streams import Streams
 from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._torch import operators
+from lateinit._torch.arguments import flat
 from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import LARGE, allocate
+from lateinit._torch.storage import LARGE, allocate, checksum
 from lateinit.errors import (
     ConstantChangedError,
     LateinitError,
@@ -337,10 +337,3 @@ def _where_long(ref: TensorRef, strides: tuple[int, ...]) -> tuple[int, ...]:
         return strides
     triples = zip(ref.size, ref.stride, strides, strict=True)
     return tuple(other if length == 1 else stride for length, stride, other in triples)
-
-
-def flat(result: Any) -> tuple[Any, ...]:
-    """What an op returned, as a flat tuple."""
-    if isinstance(result, (tuple, list)):
-        return tuple(leaf for item in result for leaf in flat(item))
-    return (result,)

@@ -49,3 +49,10 @@ def kwargs_to_meta(info: OpInfo, kwargs: dict[str, Any]) -> dict[str, Any]:
     if info.takes_device and (not info.from_sizes or kwargs.get("device") is not None):
         changed["device"] = META
     return changed
+
+
+def flat(result: Any) -> tuple[Any, ...]:
+    """What an op returned, as a flat tuple."""
+    if isinstance(result, (tuple, list)):
+        return tuple(leaf for item in result for leaf in flat(item))
+    return (result,)

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import mmap
 import sys
+import zlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from lateinit._torch.modes import without_modes
 
 LARGE = 4 << 20
 _HUGE_PAGE = 2 << 20
@@ -52,3 +57,30 @@ def _madvise() -> Callable[..., int] | None:
         return None
     madvise: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
     return madvise
+
+
+def digest(value: Tensor) -> bytes:
+    """A digest of the bits of a tensor, to compare what another seed would have shown."""
+    with without_modes():
+        value = value if value.layout is torch.strided else value.to_dense()
+        return hashlib.sha256(as_bytes(value).cpu().numpy().tobytes()).digest()
+
+
+def checksum(tensor: Tensor) -> int:
+    """A checksum of a tensor's bits, for a caller that no mode hears."""
+    return zlib.crc32(as_bytes(tensor).cpu().numpy().data)
+
+
+def copied_with_strides(tensor: Tensor) -> Tensor:
+    """A copy with the very strides of the original: results are laid out after their arguments."""
+    if tensor.numel() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    window = tensor.as_strided((span,), (1,), tensor.storage_offset()).clone()
+    return window.as_strided(tensor.size(), tensor.stride())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a window on a storage: not sparse, quantised or nested."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested

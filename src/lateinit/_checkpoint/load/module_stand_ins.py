@@ -17,9 +17,10 @@ from lateinit._lazy.borrowed_model import Lending, RandomStates, dressed, on_met
 from lateinit._lazy.own_copy import own_copy
 from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor, is_parameter, locate
 from lateinit._tensors.object_graph import Reach
-from lateinit._tensors.realize import Cast, destination, swap
+from lateinit._tensors.realize import Cast, destination
 from lateinit._tensors.walk import find_tensors
 from lateinit._torch.modes import without_modes
+from lateinit._torch.swap import swap
 from lateinit.errors import CheckpointError
 
 

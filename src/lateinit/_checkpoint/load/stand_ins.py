@@ -18,12 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit._checkpoint.formats.base import Reader
-from lateinit._recording.generators import device_number
-from lateinit._replay.replay import flat
 from lateinit._tensors.deferred import is_dtensor
 from lateinit._tensors.object_graph import Reach
-from lateinit._tensors.realize import swap
-from lateinit._torch.arguments import tensors_in
+from lateinit._torch.arguments import flat, tensors_in
+from lateinit._torch.devices import device_number
+from lateinit._torch.swap import swap
 
 
 class Held(Protocol):
