@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import lateinit
-from lateinit._checkpoint.formats.safetensors import Writer
 from lateinit._checkpoint.save import atomic_output
+from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter
 from lateinit.errors import OutputExistsError
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def die_at(last: int, target: Path) -> None:
         if (below and event.startswith(("open", "os.", "shutil."))) or event == "ctypes.dlsym":
             step()
 
-    put = Writer._put
+    put = SafetensorsWriter._put
 
-    def torn_put(writer: Writer, data: bytes) -> None:
+    def torn_put(writer: SafetensorsWriter, data: bytes) -> None:
         def tear() -> None:
             writer._file.write(data[: len(data) // 2])
             writer._file.flush()
@@ -67,7 +67,7 @@ def die_at(last: int, target: Path) -> None:
         step(tear)
         put(writer, data)
 
-    Writer._put = torn_put  # type: ignore[method-assign]
+    SafetensorsWriter._put = torn_put  # type: ignore[method-assign]
     sys.addaudithook(hook)
 
 

@@ -21,9 +21,11 @@ from torch import nn
 
 import lateinit
 from lateinit import errors
-from lateinit._checkpoint.formats.safetensors import DTYPES, Entry, Writer, header
+from lateinit._checkpoint.formats.base import StoredTensor
+from lateinit._checkpoint.formats.safetensors import DTYPES
 from lateinit._checkpoint.save import atomic_output, pipeline
 from lateinit._checkpoint.save.manifest import collect
+from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter, header
 from lateinit._tensors.walk import find_tensors
 from tests import laws
 from tests.cases import Bag
@@ -183,7 +185,7 @@ def test_dtype_casts_floating_point_and_nothing_else(tmp_path: Path) -> None:
 def test_large_tensors_are_cast_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lateinit._checkpoint.formats.safetensors._PIECE", 64)
+    monkeypatch.setattr("lateinit._checkpoint.save.safetensors_writer._PIECE", 64)
     lateinit.save_checkpoint(late(tower), tmp_path / "a.safetensors", dtype=torch.float16)
     expected = {name: t.half() for name, t in eager(tower).state_dict().items()}
     assert_holds(load_file(tmp_path / "a.safetensors"), expected)
@@ -215,7 +217,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path: Path) -
 
 
 def test_a_header_holds_names_of_any_script() -> None:
-    made = header([Entry('größe"\n', torch.float32, (2,))], {})
+    made = header([StoredTensor('größe"\n', torch.float32, (2,))], {})
     assert list(json.loads(made[8:])) == ['größe"\n']
 
 
@@ -599,15 +601,15 @@ def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put, calls = Writer._put, []
+    put, calls = SafetensorsWriter._put, []
 
-    def full(writer: Writer, data: bytes) -> None:
+    def full(writer: SafetensorsWriter, data: bytes) -> None:
         calls.append(len(data))
         if len(calls) > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         put(writer, data)
 
-    monkeypatch.setattr(Writer, "_put", full)
+    monkeypatch.setattr(SafetensorsWriter, "_put", full)
     with pytest.raises(errors.OutputError, match=r"No space left.*nothing was left") as caught:
         save(tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC

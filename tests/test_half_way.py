@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
-from lateinit._checkpoint.formats.safetensors_reader import SafetensorsReader
+from lateinit._checkpoint.formats.safetensors import SafetensorsReader
 from lateinit._program import program as program_module
 from lateinit._program.program import Draw, Op, Program
 from lateinit._replay import streams

@@ -6,16 +6,30 @@ import abc
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lateinit._checkpoint.formats.safetensors import Entry
 from lateinit.errors import CorruptCheckpointError, candidates
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)  # only what is written needs memory of its own
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a file holds it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Reader(abc.ABC):
@@ -34,7 +48,7 @@ class Reader(abc.ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         self.objects: dict[str, Any] = {}
         self.aliases: dict[str, str] = {}
         self.shared: dict[str, list[str]] = {}
@@ -90,7 +104,7 @@ def mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def tensor_at(data: mmap.mmap, start: int, entry: Entry) -> Tensor:
+def tensor_at(data: mmap.mmap, start: int, entry: StoredTensor) -> Tensor:
     """A tensor that starts at a byte of a mapped file; copied if that is no place for its dtype."""
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")

@@ -16,8 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._checkpoint.formats.base import Reader, block, inside, mapped, size_of, tensor_at
-from lateinit._checkpoint.formats.safetensors import Entry
+from lateinit._checkpoint.formats.base import (
+    Reader,
+    StoredTensor,
+    block,
+    inside,
+    mapped,
+    size_of,
+    tensor_at,
+)
 from lateinit._checkpoint.formats.zip_block import Layout, Part, layout_of
 from lateinit.errors import CorruptCheckpointError, listing
 
@@ -94,7 +101,7 @@ class DcpReader(Reader):
             if not hasattr(about, "chunks"):
                 self.objects[name] = self._object(self._place(name, places.get((name, None))))
                 continue
-            self.entries[name] = Entry(name, about.properties.dtype, tuple(about.size))
+            self.entries[name] = StoredTensor(name, about.properties.dtype, tuple(about.size))
             self._blocks[name] = [
                 self._block(name, places.get((name, tuple(chunk.offsets))), chunk)
                 for chunk in about.chunks
@@ -201,7 +208,7 @@ class DcpReader(Reader):
 
     def _open(self, part: _Block) -> Tensor:
         layout = part.layout
-        whole = Entry("", layout.dtype, (layout.numel,))
+        whole = StoredTensor("", layout.dtype, (layout.numel,))
         data = tensor_at(self._files[part.at.file], part.at.start + layout.start, whole)
         return data.as_strided(layout.size, layout.stride, layout.offset)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lateinit._checkpoint.formats.base import Reader, inside, size_of
 from lateinit._checkpoint.formats.dcp import METADATA, DcpReader
-from lateinit._checkpoint.formats.safetensors_reader import SafetensorsReader
+from lateinit._checkpoint.formats.safetensors import SafetensorsReader
 from lateinit._checkpoint.formats.torch_save import TorchReader, starts_as_zip
 from lateinit.errors import CorruptCheckpointError, listing
 

@@ -1,21 +1,24 @@
-"""Writing a safetensors file from first byte to last, holding one piece of it at a time.
-
-The format: the length of the header (8 bytes, little-endian), the header (JSON: for each tensor its
-dtype, shape and place in the data), the data without gaps.
-"""
+"""Reading a safetensors file: header and lengths checked, data mapped."""
 
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lateinit._torch.storage import in_a_row
+from lateinit._checkpoint.formats.base import (
+    Reader,
+    StoredTensor,
+    block,
+    mapped,
+    size_of,
+    tensor_at,
+)
+from lateinit.errors import CorruptCheckpointError
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -37,66 +40,110 @@ DTYPES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
-_PIECE = 1 << 24  # bytes that are cast and written at a time
+_LONGEST_HEADER = 100_000_000
+_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor as a file holds it."""
+class SafetensorsReader(Reader):
+    """One safetensors file, mapped into memory."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Everything before the data, for tensors that follow each other in this order."""
-    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.nbytes
-        described[entry.name] = {
-            "dtype": DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        size = size_of(path)
+        self._starts: dict[str, int] = {}
+        try:
+            base, described = _header(path, size)
+            self.metadata = _metadata(described)
+            self._place(base, size, described)
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"{path} is no whole safetensors file: {error}; fetch or write it again"
+            ) from error
+        self.aliases = {
+            name: kept
+            for name, kept in self.metadata.items()
+            if kept in self.entries and name not in self.entries
         }
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8, for memory maps
-    return len(text).to_bytes(8, "little") + text
+        self._data = mapped(path)
+
+    def _place(self, base: int, size: int, described: dict[str, Any]) -> None:
+        """Check that the tensors fill the file exactly."""
+        spans = []
+        for name, value in described.items():
+            entry, start, end = _entry(name, value)
+            spans.append((start, end, name))
+            self.entries[name] = entry
+            self._starts[name] = base + start
+        spans.sort()
+        for (_, end, name), (start, _, other) in pairwise([(0, 0, "the header"), *spans]):
+            if start != end:
+                raise ValueError(f"{other!r} starts at byte {start}, but {name!r} ends at {end}")
+        end = spans[-1][1] if spans else 0
+        if base + end != size:
+            raise ValueError(f"it has {size:,} bytes, but its header describes {base + end:,}")
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        return block(tensor_at(self._data, self._starts[name], self.entries[name]), offsets, sizes)
 
 
-class Writer:
-    """Writes a file's header, then its tensors in the header's order, and sums up the bytes."""
+def _header(path: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """Where the data start, and what the header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8:
+            raise ValueError(f"it has {size} bytes")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"its header would take {length:,} bytes of {size:,}")
+        text = file.read(length)
+    try:
+        described = json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("its header is nested without end") from error
+    if not isinstance(described, dict):
+        raise ValueError("its header is no JSON object")  # noqa: TRY004 - of the file's
+    return 8 + length, described
 
-    def __init__(
-        self, file: BinaryIO, entries: Iterable[Entry], metadata: Mapping[str, str]
-    ) -> None:
-        self._file = file
-        self._due = list(reversed(list(entries)))
-        self._sum = 0
-        self._put(header(reversed(self._due), metadata))
 
-    def write(self, tensor: Tensor) -> int:
-        """Write the next tensor, cast to the dtype that the header says; gives its bytes."""
-        entry = self._due.pop()
-        assert tuple(tensor.shape) == entry.shape, entry.name
-        flat = in_a_row(tensor)
-        step = max(1, _PIECE // max(flat.element_size(), entry.dtype.itemsize))
-        for start in range(0, flat.numel(), step):
-            piece = flat[start : start + step].to(device="cpu", dtype=entry.dtype)
-            self._put(piece.view(torch.uint8).numpy().data)
-        return entry.nbytes
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has a name twice")
+    return found
 
-    def finish(self) -> str:
-        """Check that all was written; gives the checksum of the file."""
-        assert not self._due, f"{len(self._due)} tensors were not written"
-        return f"{self._sum:08x}"
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._sum = zlib.crc32(data, self._sum)
-        self._file.write(data)
+def _metadata(described: dict[str, Any]) -> dict[str, str]:
+    found = described.pop("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("its __metadata__ holds something else than strings")
+    return found
+
+
+def _entry(name: str, value: Any) -> tuple[StoredTensor, int, int]:
+    """What the header says of one tensor."""
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"its header has no dtype, shape and place of {name!r}")
+    code, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in _BY_CODE:
+        raise ValueError(f"{name!r} has the dtype {code!r}, which torch has not")
+    if not _sizes(shape) or not _sizes(place) or len(place) != 2:
+        raise ValueError(f"{name!r} has the shape {shape} and the place {place}")
+    entry = StoredTensor(name, _BY_CODE[code], tuple(shape))
+    start, end = place
+    nbytes = _numel(shape) * entry.dtype.itemsize
+    if end - start != nbytes:
+        raise ValueError(f"{name!r} takes {end - start:,} bytes, but its shape asks for {nbytes:,}")
+    return entry, start, end
+
+
+def _sizes(value: Any) -> bool:
+    """Whether this is a list of sizes that torch can count."""
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in value
+    )
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

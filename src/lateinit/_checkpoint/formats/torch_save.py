@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lateinit._checkpoint.formats.base import Reader, block, size_of
-from lateinit._checkpoint.formats.safetensors import Entry
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block, size_of
 from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit.errors import CorruptCheckpointError, listing
 
@@ -42,7 +41,7 @@ class TorchReader(Reader):
                 f"under {listing(map(repr, nested))} alone, or give it to module.load_state_dict()"
             )
         self.entries = {
-            name: Entry(name, value.dtype, tuple(value.shape))
+            name: StoredTensor(name, value.dtype, tuple(value.shape))
             for name, value in self._tensors.items()
         }
         places: dict[int, list[str]] = {}

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._checkpoint.formats.base import Reader, block
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block
 from lateinit._checkpoint.formats.open import open_checkpoint
-from lateinit._checkpoint.formats.safetensors import Entry
 from lateinit._checkpoint.load.assign import Placer, place_of
 from lateinit._checkpoint.load.compatibility import Fit, Names, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
@@ -48,10 +47,10 @@ class Loaded:
     """
 
     path: Path
-    loaded: tuple[Entry, ...]
-    initialised: tuple[Entry, ...]
-    computed: tuple[Entry, ...]
-    unexpected: tuple[Entry, ...]
+    loaded: tuple[StoredTensor, ...]
+    initialised: tuple[StoredTensor, ...]
+    computed: tuple[StoredTensor, ...]
+    unexpected: tuple[StoredTensor, ...]
     nbytes: int
 
     def __str__(self) -> str:
@@ -213,9 +212,9 @@ def _report(
     )
 
 
-def _entries(names: Names, wanted: Iterable[str]) -> tuple[Entry, ...]:
+def _entries(names: Names, wanted: Iterable[str]) -> tuple[StoredTensor, ...]:
     return tuple(
-        Entry(name, tensor.dtype, tuple(size or 0 for size in known_shape(tensor) or ()))
+        StoredTensor(name, tensor.dtype, tuple(size or 0 for size in known_shape(tensor) or ()))
         for name in wanted
         if name in names.found and (tensor := names.found[name].tensor) is not None
     )

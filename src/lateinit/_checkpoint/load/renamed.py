@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats.base import Reader, block
-from lateinit._checkpoint.formats.safetensors import Entry
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block
 from lateinit._integrations import transformers_names
 from lateinit._integrations.transformers_names import Conversion
 from lateinit._tensors.walk import is_placeholder
@@ -48,7 +47,7 @@ def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | Non
     return Translated(module, reader, names)
 
 
-def _fits(tensor: Any, entry: Entry) -> bool:
+def _fits(tensor: Any, entry: StoredTensor) -> bool:
     return is_placeholder(tensor) or tuple(getattr(tensor, "shape", ())) == entry.shape
 
 
@@ -66,7 +65,7 @@ class Translated(Reader):
         self._plain = {new: old[0] for new, old in names.renamed.items()}
         self._plain |= {name: name for name in names.strangers}
         self.entries = {
-            new: Entry(new, reader.entries[old].dtype, reader.entries[old].shape)
+            new: StoredTensor(new, reader.entries[old].dtype, reader.entries[old].shape)
             for new, old in self._plain.items()
         }
         self._computed: dict[str, Conversion] = {}
@@ -121,7 +120,7 @@ class Translated(Reader):
                 if name in self.entries:
                     others = listing((n for n, _ in conversion.sources), _SHOWN)
                     wrong.append(f"{name}: the checkpoint has several tensors for it, {others}")
-                self.entries[name] = Entry(name, tensor.dtype, tuple(tensor.shape))
+                self.entries[name] = StoredTensor(name, tensor.dtype, tuple(tensor.shape))
                 self._computed[name] = conversion
         return wrong
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lateinit._checkpoint.formats.safetensors import DTYPES, Entry
+from lateinit._checkpoint.formats.base import StoredTensor
+from lateinit._checkpoint.formats.safetensors import DTYPES
 from lateinit._program.program import Program, TensorRef
 from lateinit._tensors.deferred import Slot, is_deferred_tensor, locate
 from lateinit._tensors.walk import is_placeholder
@@ -22,7 +23,7 @@ from lateinit.errors import CheckpointError, NotRecordedError, listing
 class Item:
     """One tensor of a checkpoint; ``aliases`` are the names that are tied to its own."""
 
-    entry: Entry
+    entry: StoredTensor
     tensor: Tensor
     aliases: tuple[str, ...]
     place: tuple[Slot, Program, TensorRef] | None
@@ -64,7 +65,7 @@ def _item(
 ) -> Item:
     tensor = state[name]
     return Item(
-        entry=Entry(name, _saved_dtype(tensor, dtype), tuple(tensor.shape)),
+        entry=StoredTensor(name, _saved_dtype(tensor, dtype), tuple(tensor.shape)),
         tensor=tensor,
         aliases=tuple(other for other in names if other != name),
         place=locate(tensor) if is_deferred_tensor(tensor) else None,

@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from lateinit._checkpoint.formats.safetensors import Writer
 from lateinit._checkpoint.save.atomic_output import Stage
 from lateinit._checkpoint.save.manifest import Item, Shard
+from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter
 from lateinit._materialize.scheduler import execute
 from lateinit._program.plan import plan_storages
 from lateinit._progress import Progress
@@ -46,7 +46,7 @@ def write_shards(
                 continue
             file = files.enter_context((stage.files / shard.file).open("wb"))
             tied = {alias: item.entry.name for item in shard.items for alias in item.aliases}
-            writer = Writer(file, [item.entry for item in shard.items], tied | metadata)
+            writer = SafetensorsWriter(file, [item.entry for item in shard.items], tied | metadata)
             for batch in batches(shard.items):
                 nbytes = sum(_working_bytes(batch))
                 pipe.make_room(nbytes)
@@ -121,7 +121,7 @@ def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
 
 
 def _writing(
-    writer: Writer, file: BinaryIO, tensors: list[Tensor], bar: Progress
+    writer: SafetensorsWriter, file: BinaryIO, tensors: list[Tensor], bar: Progress
 ) -> Callable[[], None]:
     def write() -> None:
         tensors.reverse()
@@ -140,7 +140,9 @@ def _to_disk(file: BinaryIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _finishing(writer: Writer, file: BinaryIO, stage: Stage, name: str) -> Callable[[], None]:
+def _finishing(
+    writer: SafetensorsWriter, file: BinaryIO, stage: Stage, name: str
+) -> Callable[[], None]:
     def finish() -> None:
         checksum = writer.finish()
         file.flush()

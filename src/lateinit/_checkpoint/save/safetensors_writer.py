@@ -1,0 +1,69 @@
+"""Writing a safetensors file from first byte to last, holding one piece of it at a time.
+
+The format: the length of the header (8 bytes, little-endian), the header (JSON: for each tensor its
+dtype, shape and place in the data), the data without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lateinit._checkpoint.formats.base import StoredTensor
+from lateinit._checkpoint.formats.safetensors import DTYPES
+from lateinit._torch.storage import in_a_row
+
+_PIECE = 1 << 24  # bytes that are cast and written at a time
+
+
+def header(entries: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
+    """Everything before the data, for tensors that follow each other in this order."""
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        described[entry.name] = {
+            "dtype": DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8, for memory maps
+    return len(text).to_bytes(8, "little") + text
+
+
+class SafetensorsWriter:
+    """Writes a file's header, then its tensors in the header's order, and sums up the bytes."""
+
+    def __init__(
+        self, file: BinaryIO, entries: Iterable[StoredTensor], metadata: Mapping[str, str]
+    ) -> None:
+        self._file = file
+        self._due = list(reversed(list(entries)))
+        self._sum = 0
+        self._put(header(reversed(self._due), metadata))
+
+    def write(self, tensor: Tensor) -> int:
+        """Write the next tensor, cast to the dtype that the header says; gives its bytes."""
+        entry = self._due.pop()
+        assert tuple(tensor.shape) == entry.shape, entry.name
+        flat = in_a_row(tensor)
+        step = max(1, _PIECE // max(flat.element_size(), entry.dtype.itemsize))
+        for start in range(0, flat.numel(), step):
+            piece = flat[start : start + step].to(device="cpu", dtype=entry.dtype)
+            self._put(piece.view(torch.uint8).numpy().data)
+        return entry.nbytes
+
+    def finish(self) -> str:
+        """Check that all was written; gives the checksum of the file."""
+        assert not self._due, f"{len(self._due)} tensors were not written"
+        return f"{self._sum:08x}"
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._sum = zlib.crc32(data, self._sum)
+        self._file.write(data)
