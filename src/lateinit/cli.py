@@ -25,6 +25,7 @@ from lateinit._recording.block import deferred_init
 from lateinit._report import parity
 from lateinit._report.summary import summary
 from lateinit._report.verify import Verification, verify
+from lateinit._rng.global_states import seed_all
 from lateinit._units import parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import LateinitError
@@ -141,7 +142,7 @@ def check(
         if checkpoint is None:
             found = parity.check(build, seed=seed)
         else:
-            parity.seed_all(seed)
+            seed_all(seed)
             found = verify(deferred_init(build), checkpoint, seed=seed, dtype=cast)
         if as_json:
             _print_json({"spec": spec, **found.to_dict()})
@@ -173,7 +174,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     cast = _dtype(dtype)
     with _errors():
         build = _building(model_specs.load(spec, model_specs.parse_kwargs(kwargs)))
-        parity.seed_all(seed)
+        seed_all(seed)
         saved = save_checkpoint(
             deferred_init(build),
             output,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_tar
 from lateinit._checkpoint.save.manifest import Item, Shard, collect, divide
 from lateinit._checkpoint.save.pipeline import write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
+from lateinit._integrations.transformers_names import saved_config
 from lateinit._materialize.materialize import check_seed
 from lateinit._progress import Progress
 from lateinit._recording.recorder import current
@@ -229,14 +228,4 @@ def _describe(stage: Stage, module: nn.Module, shards: list[Shard]) -> None:
     config = getattr(module, "config", None)
     if hasattr(config, "to_json_string"):
         floats = (i.entry.dtype for s in shards for i in s.items if i.entry.dtype.is_floating_point)
-        stage.write_text("config.json", _config(config, module, next(floats, None)))
-
-
-def _config(config: Any, module: nn.Module, dtype: torch.dtype | None) -> str:
-    """A configuration that names the class and the dtype that were saved."""
-    config = copy.deepcopy(config)
-    config.architectures = [type(module).__name__]
-    if dtype is not None:
-        config.dtype = str(dtype).removeprefix("torch.")
-    text: str = config.to_json_string()
-    return text
+        stage.write_text("config.json", saved_config(config, module, next(floats, None)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -150,3 +151,29 @@ def _natural(name: str) -> list[tuple[int, int | str, int]]:
         else:
             found.append((1, word, int(digits) if digits else -1))
     return found
+
+
+def tied_targets(module: nn.Module) -> Iterable[str]:
+    """The names that a ``transformers`` model expects not to find in a checkpoint, as patterns."""
+    tied = getattr(module, "all_tied_weights_keys", None)
+    if tied is not None:
+        return [re.escape(name) for name in tied]
+    return getattr(module, "_tied_weights_keys", None) or ()
+
+
+def preferred_name(names: list[str], targets: Iterable[str]) -> str:
+    """The name that tied tensors are written under."""
+    for name in names:
+        if not any(re.fullmatch(pattern, name) for pattern in targets):
+            return name
+    return names[0]
+
+
+def saved_config(config: Any, module: nn.Module, dtype: torch.dtype | None) -> str:
+    """A configuration that names the class and the dtype that were saved."""
+    config = copy.deepcopy(config)
+    config.architectures = [type(module).__name__]
+    if dtype is not None:
+        config.dtype = str(dtype).removeprefix("torch.")
+    text: str = config.to_json_string()
+    return text

@@ -7,20 +7,18 @@ pass does to tensors, attributes, hooks or flags is seen afterwards.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._lazy.own_copy import own_copy
 from lateinit._lazy.placeholders import Placeholder
 from lateinit._lazy.shape_mode import readable
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter, original_class
 from lateinit._tensors.object_graph import exchanged, is_wrapper
+from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import RecordingError
 
@@ -96,21 +94,3 @@ def on_shapes(tensor: Tensor) -> Tensor:
         return readable(own_copy(tensor, {}))
     except RecordingError:  # it depends on what lazy modules will draw
         return on_meta(tensor)
-
-
-class RandomStates:
-    """The states of the global random generators, kept and put back."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        self._torch = torch.default_generator.get_state()
-        ready = torch.cuda.is_available() and torch.cuda.is_initialized()
-        self._cuda = torch.cuda.get_rng_state_all() if ready else []
-
-    def restore(self) -> None:
-        """Put them back."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        torch.default_generator.set_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)

@@ -12,15 +12,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lateinit._lazy.borrowed_model import Lending, RandomStates, on_meta, on_shapes
+from lateinit._lazy.borrowed_model import Lending, on_meta, on_shapes
 from lateinit._lazy.layers import LAYERS
 from lateinit._lazy.mixin import trying
-from lateinit._lazy.own_copy import own_copy
 from lateinit._lazy.protocols import initialise, is_lazy_module
 from lateinit._lazy.rules import evaluate
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
+from lateinit._rng.global_states import RandomStates
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
 from lateinit._tensors.object_graph import Reach
+from lateinit._tensors.values import own_copy
 from lateinit._torch.modes import outside, without_modes
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from lateinit._program.program import Program, TensorRef
+from lateinit._rng.truncated_normal import BOUNDED_DTYPES, FARTHEST
 
-_FARTHEST = 8.6
-_NORMAL_DTYPES = (torch.float32, torch.float64)
 Interval = tuple[float, float]
 _UNKNOWN: Interval = (-math.inf, math.inf)
 
@@ -51,15 +50,9 @@ def _interval(program: Program, ref: Any, before: int, depth: int) -> Interval:
 
 
 def _normal(ref: TensorRef, mean: float = 0.0, std: float = 1.0) -> Interval:
-    if ref.dtype not in _NORMAL_DTYPES:
+    if ref.dtype not in BOUNDED_DTYPES:
         return _UNKNOWN
-    return mean - _FARTHEST * std, mean + _FARTHEST * std
-
-
-def surely_within(dtype: torch.dtype, mean: float, std: float, low: float, high: float) -> bool:
-    """Whether a normal draw of this dtype lies within bounds whatever is drawn."""
-    reach = _FARTHEST * std
-    return dtype in _NORMAL_DTYPES and low < mean - reach and mean + reach < high
+    return mean - FARTHEST * std, mean + FARTHEST * std
 
 
 def _less(a: Interval, b: Interval) -> Interval:

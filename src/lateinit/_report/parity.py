@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lateinit._materialize.materialize import materialize
 from lateinit._recording.block import deferred_init
+from lateinit._rng.global_states import seed_all
 from lateinit._tensors.walk import Found, find_tensors, is_placeholder
 from lateinit._torch.storage import as_bytes, in_a_row
 from lateinit._units import format_bytes
@@ -160,13 +161,6 @@ def _has_shape(_: str, tensor: Tensor) -> bool:
 
 def _numel(tensor: Tensor) -> int:
     return 0 if is_placeholder(tensor) else tensor.numel()
-
-
-def seed_all(seed: int) -> None:
-    """Seed every generator that a constructor may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the one that constructors use
-    torch.manual_seed(seed)
 
 
 def _timed(seconds: dict[str, float], what: str, call: Callable[[], Any]) -> Any:

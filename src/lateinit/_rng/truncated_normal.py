@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lateinit._recording.value_bounds import surely_within
 from lateinit._rng import consumption, mt19937
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
@@ -298,3 +297,15 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
         if not torch.equal(whole, parts):
             return False
     return ended == end
+
+
+def surely_within(dtype: torch.dtype, mean: float, std: float, low: float, high: float) -> bool:
+    """Whether a normal draw of this dtype lies within bounds whatever is drawn."""
+    reach = FARTHEST * std
+    return dtype in BOUNDED_DTYPES and low < mean - reach and mean + reach < high
+
+
+FARTHEST = 8.6
+
+
+BOUNDED_DTYPES = (torch.float32, torch.float64)

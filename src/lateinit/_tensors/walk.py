@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -140,3 +141,17 @@ class _Walk:
 
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
+
+
+def window_key(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that show the same memory in the same way."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return (
+            tensor.untyped_storage()._cdata,
+            tensor.dtype,
+            tensor.storage_offset(),
+            tuple(tensor.size()),
+            tuple(tensor.stride()),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from lateinit._tensors.realize import Cast, destination, home, place
 from lateinit._tensors.selection import Wanted
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import allocate
-from lateinit.errors import ShardingError
 
 _NO_STRIDES: dict[TensorRef, tuple[int, ...]] = {}
 _Entry = tuple[str, Tensor, Slot, TensorRef]
@@ -164,21 +162,3 @@ class Placer:
 
     def _device(self, program: Program, ref: TensorRef) -> torch.device:
         return self._cast.device or program.storages[ref.storage].device
-
-
-def place_of(shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where in the whole tensor the local part of a ``DTensor`` starts, and its shape."""
-    # Imported by whoever made the shard, and long to import.
-    from torch.distributed.tensor._utils import (  # noqa: PLC0415
-        compute_local_shape_and_global_offset,
-    )
-
-    shape, start = compute_local_shape_and_global_offset(
-        shard.shape, shard.device_mesh, shard.placements
-    )
-    if tuple(shape) != tuple(held(shard).shape):
-        raise ShardingError(
-            f"a shard {tuple(held(shard).shape)} of a tensor {tuple(shard.shape)}, sharded as "
-            f"{shard.placements}, is no block of it: load before sharding"
-        )
-    return tuple(start), tuple(shape)

@@ -14,11 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._checkpoint.formats.base import Reader
 from lateinit._checkpoint.load.dry_run import Rehearsal
-from lateinit._checkpoint.save.manifest import window
 from lateinit._integrations.transformers_names import left_out
 from lateinit._lazy.placeholders import known_shape, show
 from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor
-from lateinit._tensors.walk import Found, find_tensors
+from lateinit._tensors.walk import Found, find_tensors, window_key
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
 
@@ -57,7 +56,7 @@ class Names:
         if id(tensor) not in self._keys:
             plain = not is_lazy(tensor) and not is_dtensor(tensor)
             whole = plain and tensor.layout is torch.strided
-            self._keys[id(tensor)] = window(tensor) if whole else id(tensor)
+            self._keys[id(tensor)] = window_key(tensor) if whole else id(tensor)
         return self._keys[id(tensor)]
 
     def of(self, tensor: Tensor) -> list[str]:

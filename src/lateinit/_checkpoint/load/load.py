@@ -14,11 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block
 from lateinit._checkpoint.formats.open import open_checkpoint
-from lateinit._checkpoint.load.assign import Placer, place_of
+from lateinit._checkpoint.load.assign import Placer
 from lateinit._checkpoint.load.compatibility import Fit, Names, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
+from lateinit._distributed.placement import place_of
 from lateinit._lazy.checkpoint_sizes import wrong_sizes
 from lateinit._lazy.placeholders import known_shape
 from lateinit._materialize.materialize import check_constants, check_shared, materialize

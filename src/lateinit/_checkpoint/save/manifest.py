@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lateinit._checkpoint.formats.base import StoredTensor
 from lateinit._checkpoint.formats.safetensors import DTYPES
+from lateinit._integrations.transformers_names import preferred_name, tied_targets
 from lateinit._program.program import Program, TensorRef
 from lateinit._tensors.deferred import Slot, is_deferred_tensor, locate
-from lateinit._tensors.walk import is_placeholder
+from lateinit._tensors.walk import is_placeholder, window_key
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
 
@@ -55,9 +55,9 @@ def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
     _check(state, dtype)
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
-        tied.setdefault(window(tensor), []).append(name)
-    targets = _tied_targets(module)
-    return [_item(_preferred(names, targets), names, state, dtype) for names in tied.values()]
+        tied.setdefault(window_key(tensor), []).append(name)
+    targets = tied_targets(module)
+    return [_item(preferred_name(names, targets), names, state, dtype) for names in tied.values()]
 
 
 def _item(
@@ -109,36 +109,6 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
 def _is_wrapper(tensor: Tensor) -> bool:
     """Whether a tensor is a shell around others, as distributed and quantised ones are."""
     return is_traceable_wrapper_subclass(tensor)
-
-
-def window(tensor: Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common that show the same memory in the same way."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return (
-            tensor.untyped_storage()._cdata,
-            tensor.dtype,
-            tensor.storage_offset(),
-            tuple(tensor.size()),
-            tuple(tensor.stride()),
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
-
-
-def _tied_targets(module: nn.Module) -> Iterable[str]:
-    """The names that a ``transformers`` model expects not to find in a checkpoint, as patterns."""
-    tied = getattr(module, "all_tied_weights_keys", None)
-    if tied is not None:
-        return [re.escape(name) for name in tied]
-    return getattr(module, "_tied_weights_keys", None) or ()
-
-
-def _preferred(names: list[str], targets: Iterable[str]) -> str:
-    """The name that tied tensors are written under."""
-    for name in names:
-        if not any(re.fullmatch(pattern, name) for pattern in targets):
-            return name
-    return names[0]
 
 
 def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[Shard]:
