@@ -330,7 +330,7 @@ class Halves:
 def test_what_is_split_is_computed_once_and_given_away(tmp_path: Path) -> None:
     halves, model = Halves(), bert("BertModel")
     path = write({"ab": torch.arange(4.0), "c": torch.ones(1)}, tmp_path)
-    names = transformers_names.Names(
+    names = transformers_names.Translation(
         conversions=[transformers_names.Conversion("a", halves, model, [("ab", "ab")])]
     )
     names.strangers = ["c"]

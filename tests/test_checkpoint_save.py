@@ -492,13 +492,13 @@ def test_resume_does_not_compute_again_what_is_finished(
     interrupted(tmp_path / "out", monkeypatch, after=2)
     assert not (tmp_path / "out").exists()
     computed: list[str] = []
-    of = pipeline.Values.of
+    of = pipeline.TensorComputer.of
 
-    def noting(values: pipeline.Values, items: Any) -> Any:
+    def noting(values: pipeline.TensorComputer, items: Any) -> Any:
         computed.extend(item.entry.name for item in items)
         return of(values, items)
 
-    monkeypatch.setattr(pipeline.Values, "of", noting)
+    monkeypatch.setattr(pipeline.TensorComputer, "of", noting)
     save(tmp_path / "out", resume=True)
     assert computed == ["2.weight", "2.bias", "3.weight", "3.bias"]
     assert contents(tmp_path / "out") == whole

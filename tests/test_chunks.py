@@ -199,7 +199,7 @@ def test_failure_in_a_thread_is_raised_and_the_call_can_be_repeated(
         model = filled(torch.float32, [100, 200, 300], "uniform_", chain=False, draws=0)
     original = chunks.run_piece
 
-    def failing(fill: chunks.Fill, *rest: object) -> None:
+    def failing(fill: chunks.ChunkedFill, *rest: object) -> None:
         if fill.ref.numel == 200:
             raise MemoryError
         original(fill, *rest)  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def differing(*things: Callable[[], nn.Module]) -> dict[str, str]:
     def build() -> nn.Module:
         return next(made)()
 
-    return dict(parity.check(build).differences)
+    return dict(parity.check_parity(build).differences)
 
 
 def test_every_kind_of_difference_is_found() -> None:
@@ -193,7 +193,7 @@ def test_check_leaves_every_generator_where_it_was() -> None:
     def drawing() -> nn.Module:
         return Bag(x=torch.randn(3) * random.random() * np.random.rand())  # noqa: NPY002
 
-    assert parity.check(drawing).equal
+    assert parity.check_parity(drawing).equal
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]

@@ -173,7 +173,7 @@ def test_what_is_kept_is_wanted_by_the_same_draw_alone() -> None:
 
 def test_trials_are_no_part_of_what_is_recorded() -> None:
     trunc_normal.may_redraw.cache_clear()
-    truncated_normal.is_exact.cache_clear()
+    truncated_normal.is_exact_in_parts.cache_clear()
     with lateinit.deferred() as program:
         weight = nn.init.trunc_normal_(torch.empty(600, 500), a=-1.0, b=1.0)
         assert weight[0, 0].item() <= 1.0  # a read: the cost of the draw is asked for in the block
@@ -232,7 +232,7 @@ def test_bounds_that_no_normal_meets_are_drawn_by_torch(monkeypatch: pytest.Monk
 def test_bounds_that_are_hardly_ever_met_are_not_tried(
     dtype: torch.dtype, bounds: tuple[float, float]
 ) -> None:
-    assert not truncated_normal.is_exact(dtype, truncated_normal.Normal(0.0, 1.0, *bounds))
+    assert not truncated_normal.is_exact_in_parts(dtype, truncated_normal.Normal(0.0, 1.0, *bounds))
 
 
 @redraws
@@ -240,7 +240,7 @@ def test_bounds_that_are_hardly_ever_met_are_not_tried(
 def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     normal = truncated_normal.Normal(0.0, 0.5, -1.1, 1.0)  # numbers that were not tried before
     if wrong == "words":
-        words = truncated_normal.words
+        words = truncated_normal.words_a_round
         monkeypatch.setattr(truncated_normal, "words", lambda dtype, numel: words(dtype, numel) + 1)
     elif wrong == "_outside":
         outside = truncated_normal._outside
@@ -251,9 +251,9 @@ def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(truncated_normal.Late, "within", lambda late, start, end: late)
     else:  # a torch that redraws all where one lies outside
         monkeypatch.setattr(truncated_normal, "by_name", lambda name: truncated_otherwise)
-    assert not truncated_normal.is_exact.__wrapped__(torch.float32, normal)
+    assert not truncated_normal.is_exact_in_parts.__wrapped__(torch.float32, normal)
     monkeypatch.undo()
-    assert truncated_normal.is_exact.__wrapped__(torch.float32, normal)
+    assert truncated_normal.is_exact_in_parts.__wrapped__(torch.float32, normal)
     expected = filled([5000], torch.float32, normal, 0)
     ended = torch.get_rng_state()
     monkeypatch.setattr(chunks, "_SMALLEST", 16)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lateinit._rng import consumption as consumption_module
 from lateinit._rng import position as seeker_module
-from lateinit._rng.consumption import Draw, consumption
+from lateinit._rng.consumption import DrawSpec, consumption
 from lateinit._rng.mt19937 import generator_at, has_normal, jump, state_of
 from lateinit._rng.position import Cost, Seeker
 from tests.twins import interrupted_at
@@ -69,7 +69,7 @@ class Call:
         fills = consumption_module._PROBES[f"aten::{self.op}"].fills
         filled = torch.empty_like(self.tensor()) if fills == "like" else self.tensor()
         contiguous = fills in ("size", "count") or filled.is_contiguous()
-        return Draw(f"aten::{self.op}", self.numel, self.dtype, contiguous, self.args)
+        return DrawSpec(f"aten::{self.op}", self.numel, self.dtype, contiguous, self.args)
 
     def tensor(self):
         if self.layout == "strided":
@@ -205,23 +205,23 @@ def test_integers_from_a_wide_range_take_what_torch_takes(dtype, args):
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("numel", [2, 15, 16, 10**9])
 def test_what_initialises_most_models_is_known(op, dtype, contiguous, numel):
-    assert consumption(Draw(f"aten::{op}", numel, dtype, contiguous)) is not None
+    assert consumption(DrawSpec(f"aten::{op}", numel, dtype, contiguous)) is not None
 
 
 @pytest.mark.parametrize("numel", [0, 1])
 def test_what_has_at_most_one_element_counts_as_contiguous(numel):
-    costs = {consumption(Draw("aten::normal_", numel, torch.float32, c)) for c in (True, False)}
+    costs = {consumption(DrawSpec("aten::normal_", numel, torch.float32, c)) for c in (True, False)}
     assert costs == {Cost(0, numel)}
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        Draw("aten::multinomial", 10, torch.int64, contiguous=True),
-        Draw("aten::normal_", 10, torch.int64, contiguous=True),
-        Draw("aten::randint", 10, torch.int64, contiguous=True),
-        Draw("aten::random_.from", 10, torch.float32, contiguous=True, args=(0, 2**30)),
-        Draw("aten::randperm", 2**30, torch.int64, contiguous=True),
+        DrawSpec("aten::multinomial", 10, torch.int64, contiguous=True),
+        DrawSpec("aten::normal_", 10, torch.int64, contiguous=True),
+        DrawSpec("aten::randint", 10, torch.int64, contiguous=True),
+        DrawSpec("aten::random_.from", 10, torch.float32, contiguous=True, args=(0, 2**30)),
+        DrawSpec("aten::randperm", 2**30, torch.int64, contiguous=True),
     ],
     ids=["no such op", "no such dtype", "no bound", "rounded bounds", "another shuffle"],
 )
@@ -246,7 +246,7 @@ def test_a_cached_normal_outlives_the_draws_that_do_not_use_it():
 def test_positions_far_beyond_what_could_be_drawn_are_found():
     seeker = Seeker(start_at(0))
     for _ in range(3):
-        draw = Draw("aten::normal_", 10**13, torch.float32, contiguous=True)
+        draw = DrawSpec("aten::normal_", 10**13, torch.float32, contiguous=True)
         seeker.append(consumption(draw))
     assert seeker.state(3, never) == jump(start_at(0), 3 * 10**13)
 
@@ -275,9 +275,9 @@ def test_a_rule_that_torch_does_not_follow_is_not_believed(monkeypatch):
     consumption_module._rule.cache_clear()
     try:
         for numel in (5, 100):
-            draw = Draw("aten::uniform_", numel, torch.float32, contiguous=True)
+            draw = DrawSpec("aten::uniform_", numel, torch.float32, contiguous=True)
             assert consumption(draw) is None
-            wide = Draw("aten::uniform_", numel, torch.float64, contiguous=True)
+            wide = DrawSpec("aten::uniform_", numel, torch.float64, contiguous=True)
             assert consumption(wide) == Cost(2 * numel)
     finally:
         consumption_module._rule.cache_clear()
@@ -292,7 +292,7 @@ def test_one_seed_for_another_engine_is_found_out(monkeypatch):
     consumption_module._rule.cache_clear()
     try:
         costs = [
-            consumption(Draw("aten::exponential_", n, torch.float32, contiguous=True))
+            consumption(DrawSpec("aten::exponential_", n, torch.float32, contiguous=True))
             for n in (0, 1, 15, 16, 10**6)
         ]
     finally:
@@ -305,7 +305,7 @@ def test_an_overload_that_this_torch_lacks_is_unknown(monkeypatch):
         "uniform_.of_another_version", "self", consumption_module._any()
     )
     monkeypatch.setitem(consumption_module._PROBES, "aten::uniform_.of_another_version", probe)
-    draw = Draw("aten::uniform_.of_another_version", 20, torch.float32, contiguous=True)
+    draw = DrawSpec("aten::uniform_.of_another_version", 20, torch.float32, contiguous=True)
     assert consumption(draw) is None
 
 
@@ -408,5 +408,5 @@ def test_the_global_generator_is_not_used():
     before = torch.get_rng_state()
     consumption_module._rule.cache_clear()
     for op, (dtypes, numbers) in OPS.items():
-        consumption(Draw(f"aten::{op}", 40, dtypes[0], contiguous=True, args=numbers[0]))
+        consumption(DrawSpec(f"aten::{op}", 40, dtypes[0], contiguous=True, args=numbers[0]))
     assert torch.equal(torch.get_rng_state(), before)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lateinit
 from lateinit import cli
-from lateinit._distributed.mesh_cost import parse_mesh, share
+from lateinit._distributed.mesh_cost import parse_mesh, share_of_rank
 from lateinit.errors import ShardingError
 from tests.sharding.placements import Block, fsdp, tensor_parallel
 from tests.test_sharding import alone_as
@@ -32,7 +32,7 @@ def local(model: nn.Module) -> tuple[int, int]:
 @pytest.mark.parametrize(("parts", "axis"), [(1, 1), (3, 1), (8, 1), (1, 2), (3, 2)])
 def test_share_is_what_rank_0_holds(parts: int, axis: int) -> None:
     model = lateinit.deferred_init(Block, **WIDE)
-    told = share(model, {"fsdp": parts, "tp": axis}, PLAN)
+    told = share_of_rank(model, {"fsdp": parts, "tp": axis}, PLAN)
     with alone_as(0, parts * axis):
         mesh = init_device_mesh("cpu", (parts, axis), mesh_dim_names=("dp", "tp"))
         if axis > 1:
@@ -50,13 +50,13 @@ def test_share_is_what_rank_0_holds(parts: int, axis: int) -> None:
 
 def test_copies_hold_everything() -> None:
     model = lateinit.deferred_init(Block, **WIDE)
-    told = share(model, {"replicate": 4})
+    told = share_of_rank(model, {"replicate": 4})
     assert told.rank_bytes == told.model_bytes
     assert told.whole is None
 
 
 def test_what_must_be_whole_is_named() -> None:
-    told = share(lateinit.deferred_init(Block, **WIDE), {"fsdp": 4})
+    told = share_of_rank(lateinit.deferred_init(Block, **WIDE), {"fsdp": 4})
     assert told.whole == "down.weight"  # orthogonal
     assert told.whole_bytes == 4 * 384 * 1536
     rows = math.ceil(1001 / 4) * 384 + math.ceil(1536 / 4) * 384
@@ -71,7 +71,7 @@ def test_the_models_own_plan_is_taken() -> None:
     model = lateinit.deferred_init(transformers.LlamaForCausalLM, config)
     whole = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert share(model, {"tp": 2}).rank_parameters == whole // 2 + norms
+    assert share_of_rank(model, {"tp": 2}).rank_parameters == whole // 2 + norms
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_a_mesh_that_is_none(text: str, message: str) -> None:
 def test_a_plan_that_is_missing_or_matches_nothing() -> None:
     model = lateinit.deferred_init(Block)
     with pytest.raises(ShardingError, match="Block has no plan of tensor parallelism"):
-        share(model, {"tp": 2})
+        share_of_rank(model, {"tp": 2})
     with pytest.raises(ShardingError, match=r"\*\.upp matches no parameter"):
-        share(model, {"tp": 2}, {"*.upp": "colwise"})
+        share_of_rank(model, {"tp": 2}, {"*.upp": "colwise"})
 
 
 def test_command() -> None:

@@ -44,7 +44,7 @@ def imports_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def test_a_class_in_a_module() -> None:
-    build = model_specs.load("torch.nn:Linear", {"in_features": 3, "out_features": 2})
+    build = model_specs.load_spec("torch.nn:Linear", {"in_features": 3, "out_features": 2})
     first, second = build(), build()
     assert isinstance(first, nn.Linear)
     assert first is not second
@@ -62,7 +62,7 @@ def test_a_dotted_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "        return net\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert model_specs.load("dotted_models:Net.small", {"width": 3})().width == 3
+    assert model_specs.load_spec("dotted_models:Net.small", {"width": 3})().width == 3
 
 
 def test_a_file_that_imports_its_neighbour(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_file_that_imports_its_neighbour(tmp_path: Path) -> None:
         "def make(depth=1):\n"
         "    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(depth)])\n"
     )
-    model = model_specs.load(f"{tmp_path}/spec_file.py:make", {"depth": 2})()
+    model = model_specs.load_spec(f"{tmp_path}/spec_file.py:make", {"depth": 2})()
     assert len(model) == 2
 
 
@@ -94,18 +94,18 @@ def test_a_file_that_imports_its_neighbour(tmp_path: Path) -> None:
 )
 def test_a_bad_name_says_what_there_is(spec: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        model_specs.load(spec)
+        model_specs.load_spec(spec)
 
 
 def test_unknown_arguments_are_refused_before_anything_is_built() -> None:
     with pytest.raises(SpecError, match=r"unexpected keyword argument 'width'.*in_features"):
-        model_specs.load("torch.nn:Linear", {"in_features": 1, "out_features": 1, "width": 3})
+        model_specs.load_spec("torch.nn:Linear", {"in_features": 1, "out_features": 1, "width": 3})
 
 
 def test_near_files_are_listed(tmp_path: Path) -> None:
     (tmp_path / "models.py").touch()
     with pytest.raises(SpecError, match=r"there is no file .*model\.py; there are: models\.py"):
-        model_specs.load(f"{tmp_path}/model.py:make")
+        model_specs.load_spec(f"{tmp_path}/model.py:make")
 
 
 def test_a_module_that_cannot_import_something_says_so_itself(
@@ -114,12 +114,12 @@ def test_a_module_that_cannot_import_something_says_so_itself(
     (tmp_path / "needs_much.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        model_specs.load("needs_much:make")
+        model_specs.load_spec("needs_much:make")
 
 
 def test_what_is_no_module_is_refused_when_built() -> None:
     with pytest.raises(SpecError, match=r"gave a OrderedDict and not an nn\.Module"):
-        model_specs.load("collections:OrderedDict")()
+        model_specs.load_spec("collections:OrderedDict")()
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -143,17 +143,19 @@ def test_bad_kwargs_are_refused(text: str, message: str) -> None:
 
 
 def test_a_model_type_is_a_causal_model_where_there_is_one() -> None:
-    assert type(model_specs.load("transformers:gpt2", TINY_GPT2)()).__name__ == "GPT2LMHeadModel"
+    assert (
+        type(model_specs.load_spec("transformers:gpt2", TINY_GPT2)()).__name__ == "GPT2LMHeadModel"
+    )
 
 
 def test_a_model_type_is_the_bare_model_elsewhere() -> None:
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     tiny |= {"intermediate_size": 8}
-    assert type(model_specs.load("transformers:vit", tiny)()).__name__ == "ViTModel"
+    assert type(model_specs.load_spec("transformers:vit", tiny)()).__name__ == "ViTModel"
 
 
 def test_a_class_can_be_named() -> None:
-    model = model_specs.load("transformers:gpt2:GPT2Model", TINY_GPT2)()
+    model = model_specs.load_spec("transformers:gpt2:GPT2Model", TINY_GPT2)()
     assert type(model).__name__ == "GPT2Model"
 
 
@@ -162,18 +164,20 @@ def test_a_configuration_file_and_its_architecture(tmp_path: Path, folder: bool)
     path = tmp_path / "config.json"
     config = {"model_type": "llama", "architectures": ["LlamaModel"], "dtype": "bfloat16"}
     path.write_text(json.dumps(config | TINY_LLAMA))
-    build = model_specs.load(f"transformers:{tmp_path if folder else path}", {"vocab_size": 48})
+    build = model_specs.load_spec(
+        f"transformers:{tmp_path if folder else path}", {"vocab_size": 48}
+    )
     for model in (build(), build()):
         assert type(model).__name__ == "LlamaModel"
         assert model.embed_tokens.weight.shape == (48, 8)
         assert model.embed_tokens.weight.dtype is torch.bfloat16
-    named = model_specs.load(f"transformers:{path}:LlamaForCausalLM")()
+    named = model_specs.load_spec(f"transformers:{path}:LlamaForCausalLM")()
     assert type(named).__name__ == "LlamaForCausalLM"
 
 
 def test_a_configuration_without_an_architecture_is_a_causal_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | TINY_LLAMA))
-    model = model_specs.load(f"transformers:{tmp_path}")()
+    model = model_specs.load_spec(f"transformers:{tmp_path}")()
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
@@ -190,7 +194,7 @@ def test_a_configuration_without_an_architecture_is_a_causal_model(tmp_path: Pat
 )
 def test_a_bad_transformers_name(what: str, kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        model_specs.load(f"transformers:{what}", kwargs)
+        model_specs.load_spec(f"transformers:{what}", kwargs)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_a_bad_configuration_file(tmp_path: Path, text: str, message: str) -> No
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(SpecError, match=message):
-        model_specs.load(f"transformers:{path}")
+        model_specs.load_spec(f"transformers:{path}")
 
 
 # -- optional libraries --------------------------------------------------------------------------
@@ -223,7 +227,7 @@ def test_an_absent_library_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(SpecError, match=f"not installed: pip install {library}"):
-        model_specs.load(f"{library}:resnet18")
+        model_specs.load_spec(f"{library}:resnet18")
 
 
 def test_timm_models_are_made_without_pretrained_weights(
@@ -240,9 +244,9 @@ def test_timm_models_are_made_without_pretrained_weights(
     monkeypatch.syspath_prepend(tmp_path)
     if "timm" in sys.modules:
         monkeypatch.delitem(sys.modules, "timm")
-    assert model_specs.load("timm:resnet18", {"num_classes": 3})().out_features == 3
+    assert model_specs.load_spec("timm:resnet18", {"num_classes": 3})().out_features == 3
     with pytest.raises(SpecError, match="timm has no model 'resnet19'; near: resnet18"):
-        model_specs.load("timm:resnet19")
+        model_specs.load_spec("timm:resnet19")
 
 
 def test_torchvision_models_are_made_without_any_pretrained_weights(
@@ -262,15 +266,15 @@ def test_torchvision_models_are_made_without_any_pretrained_weights(
     monkeypatch.syspath_prepend(tmp_path)
     for name in {"torchvision", "torchvision.models"} & set(sys.modules):
         monkeypatch.delitem(sys.modules, name)
-    assert model_specs.load("torchvision:fcn", {"num_classes": 3})().out_features == 3
+    assert model_specs.load_spec("torchvision:fcn", {"num_classes": 3})().out_features == 3
     with pytest.raises(SpecError, match="torchvision has no model 'fcm'; near: fcn"):
-        model_specs.load("torchvision:fcm")
+        model_specs.load_spec("torchvision:fcm")
 
 
 def test_the_optional_libraries_are_not_imported_unasked() -> None:
     code = (
         "import sys; from lateinit._integrations import model_specs; "
-        "model_specs.load('torch.nn:Identity'); "
+        "model_specs.load_spec('torch.nn:Identity'); "
         "assert not {'transformers', 'timm', 'torchvision'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

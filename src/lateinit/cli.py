@@ -99,9 +99,11 @@ def inspect(
     with _errors():
         axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
         plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
-        model = deferred_init(_building(model_specs.load(spec, model_specs.parse_kwargs(kwargs))))
+        model = deferred_init(
+            _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
+        )
         if axes is not None:
-            share = mesh_cost.share(model, axes, plan)
+            share = mesh_cost.share_of_rank(model, axes, plan)
             if as_json:
                 _print_json({"spec": spec, **share.to_dict()})
             else:
@@ -137,10 +139,10 @@ def check(
     if cast is not None and checkpoint is None:
         raise typer.BadParameter("--dtype is for --checkpoint")
     with _errors():
-        build = _building(model_specs.load(spec, model_specs.parse_kwargs(kwargs)))
+        build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
         found: parity.Parity | Verification
         if checkpoint is None:
-            found = parity.check(build, seed=seed)
+            found = parity.check_parity(build, seed=seed)
         else:
             seed_all(seed)
             found = verify(deferred_init(build), checkpoint, seed=seed, dtype=cast)
@@ -173,7 +175,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     """Write an initialised checkpoint, without ever holding the model in memory."""
     cast = _dtype(dtype)
     with _errors():
-        build = _building(model_specs.load(spec, model_specs.parse_kwargs(kwargs)))
+        build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
         seed_all(seed)
         saved = save_checkpoint(
             deferred_init(build),

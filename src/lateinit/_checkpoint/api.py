@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lateinit._checkpoint.load.load import Loaded, load
+from lateinit._checkpoint.load.load import Loaded, load_into
 from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_target, staged
-from lateinit._checkpoint.save.manifest import Item, Shard, collect, divide
+from lateinit._checkpoint.save.manifest import Item, ShardFile, collect, divide
 from lateinit._checkpoint.save.pipeline import write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
 from lateinit._integrations.transformers_names import saved_config
@@ -195,7 +195,7 @@ def load_checkpoint(
         )
     grad = torch.is_grad_enabled()
     with outside(), torch.set_grad_enabled(grad):  # as hooks always see it
-        return load(module, Path(path), cast, strict=strict, progress=progress)
+        return load_into(module, Path(path), cast, strict=strict, progress=progress)
 
 
 def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:
@@ -216,7 +216,7 @@ def _metadata(seed: int | None) -> dict[str, str]:
     return {"format": "pt", "lateinit": __version__, "torch": torch.__version__, **known}
 
 
-def _describe(stage: Stage, module: nn.Module, shards: list[Shard]) -> None:
+def _describe(stage: Stage, module: nn.Module, shards: list[ShardFile]) -> None:
     """Write the index of several shards, and the configuration of a ``transformers`` model."""
     if len(shards) > 1:
         places = {item.entry.name: shard.file for shard in shards for item in shard.items}

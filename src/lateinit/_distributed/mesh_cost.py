@@ -87,7 +87,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return mesh
 
 
-def share(
+def share_of_rank(
     model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None = None
 ) -> Share:
     """What rank 0 of a mesh would hold of a deferred model, and how long it would draw.

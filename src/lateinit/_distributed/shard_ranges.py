@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lateinit._program.plan import Step, needed_ops
 from lateinit._program.program import Op, Program, TensorRef
-from lateinit._replay.chunks import PIECE, Fill, calls_of, words_of
+from lateinit._replay.chunks import PIECE, ChunkedFill, calls_of, words_of
 from lateinit._rng import mt19937
 from lateinit._rng.alignment import UNIT
 
@@ -121,10 +121,10 @@ class Shard:
 
     storage: int
     copied: Copied
-    fill: Fill
+    fill: ChunkedFill
 
 
-def shards_of(program: Program, step: Step, fill: Fill) -> list[Shard] | None:
+def shards_of(program: Program, step: Step, fill: ChunkedFill) -> list[Shard] | None:
     """The shards that a step gives, if they are blocks of what its fill computes, copied."""
     ref = fill.ref
     if ref.storage in step.gives:
@@ -282,7 +282,7 @@ def run_leaves(
 class _Reader:
     """The elements of a tensor that a fill would compute, read forward from one place on."""
 
-    def __init__(self, fill: Fill, start: int, state: bytes | None) -> None:
+    def __init__(self, fill: ChunkedFill, start: int, state: bytes | None) -> None:
         self._fill = fill
         # A last piece of less than 16 elements would be drawn in another way.
         self._last = (fill.ref.numel - UNIT) // UNIT * UNIT

@@ -23,7 +23,7 @@ _FORMS = (
 )
 
 
-def load(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
+def load_spec(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
     """Find the model that a specification names, without building it.
 
     Args:
@@ -47,7 +47,7 @@ def load(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
 
     Example:
         >>> from lateinit._integrations import model_specs
-        >>> build = model_specs.load("torch.nn:Linear", {"in_features": 4, "out_features": 2})
+        >>> build = model_specs.load_spec("torch.nn:Linear", {"in_features": 4, "out_features": 2})
         >>> build()
         Linear(in_features=4, out_features=2, bias=True)
     """
@@ -186,7 +186,7 @@ def _transformers(what: str, kwargs: dict[str, Any]) -> Build:
     _library("transformers")
     from lateinit._integrations import transformers_models  # noqa: PLC0415 - imports transformers
 
-    return transformers_models.load(what, kwargs)
+    return transformers_models.load_transformers(what, kwargs)
 
 
 _LIBRARIES: dict[str, Callable[[str, dict[str, Any]], Build]] = {

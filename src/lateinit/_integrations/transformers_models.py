@@ -18,7 +18,7 @@ from lateinit.errors import SpecError, candidates
 Build = Callable[[], nn.Module]
 
 
-def load(what: str, kwargs: dict[str, Any]) -> Build:
+def load_transformers(what: str, kwargs: dict[str, Any]) -> Build:
     """Find the model that ``MODEL_TYPE``, ``PATH`` or ``MODEL_TYPE_OR_PATH:CLASS`` names."""
     source, _, class_name = what.partition(":")
     path = Path(source)

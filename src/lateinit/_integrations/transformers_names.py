@@ -47,7 +47,7 @@ class Conversion:
 
 
 @dataclass(slots=True)
-class Names:
+class Translation:
     """What becomes of the names of a checkpoint.
 
     Attributes:
@@ -89,7 +89,7 @@ def left_out(
     return before[0] - set(info.missing_keys), before[1] - set(info.unexpected_keys)
 
 
-def translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]) -> Names:
+def translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]) -> Translation:
     """What ``from_pretrained`` of a model makes of the names of a checkpoint.
 
     Args:
@@ -106,13 +106,13 @@ def translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str])
         raise UnknownTablesError(f"{type(error).__name__}: {error}") from error
 
 
-def _translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]) -> Names:
+def _translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]) -> Translation:
     tables, core = _tables()
     mapping = tables.get_model_conversion_mapping(module)
     converters = [entry for entry in mapping if isinstance(entry, core.WeightConverter)]
     renamings = [entry for entry in mapping if isinstance(entry, core.WeightRenaming)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    found = Names()
+    found = Translation()
     conversions: dict[str, Conversion] = {}
     prefix = module.base_model_prefix
     # The order in which tensors are stacked, and in which some renamings look at them.

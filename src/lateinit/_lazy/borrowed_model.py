@@ -81,7 +81,7 @@ def on_meta(tensor: Tensor) -> Tensor:
         return made
 
 
-def on_shapes(tensor: Tensor) -> Tensor:
+def counting_stand_in(tensor: Tensor) -> Tensor:
     """A stand-in without memory; of a counter one with its value, which steers a forward pass.
 
     A batch norm that averages over all batches reads how many there were.

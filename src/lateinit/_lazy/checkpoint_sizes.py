@@ -10,13 +10,13 @@ from torch.nn.parameter import is_lazy
 from lateinit._lazy.declare import layout_of
 from lateinit._lazy.mixin import check_known, named_tensors
 from lateinit._lazy.placeholders import show
-from lateinit._lazy.trials import Layout, Name, solve
+from lateinit._lazy.trials import ModuleLayout, Name, solve
 from lateinit.errors import listing
 
 
 def load_sizes(
     module: nn.Module,
-    layout: Layout,
+    layout: ModuleLayout,
     state_dict: dict[str, Any],
     prefix: str,
     error_msgs: list[str],

@@ -12,11 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.placeholders import UninitializedBuffer
 from lateinit._lazy.scratch_recording import aside
-from lateinit._lazy.trials import Layout, Name, Spec, measure
+from lateinit._lazy.trials import LazySpec, ModuleLayout, Name, measure
 from lateinit._recording import holes
 
 
-def declare(module: nn.Module, spec: Spec) -> None:
+def declare(module: nn.Module, spec: LazySpec) -> None:
     """Give a module the structure of the plain class, with placeholders for tensors."""
     layout = layout_of(spec)
     first = layout.families[-1].base.sizes
@@ -31,10 +31,10 @@ def declare(module: nn.Module, spec: Spec) -> None:
     module.__dict__["_spec"] = spec
 
 
-Facts = tuple[int, torch.dtype, torch.device, bool]
+AskedFor = tuple[int, torch.dtype, torch.device, bool]
 
 
-def _facts(tensor: Tensor) -> Facts:
+def _facts(tensor: Tensor) -> AskedFor:
     if is_lazy(tensor):
         return id(tensor), tensor.data.dtype, tensor.data.device, tensor.requires_grad
     return id(tensor), tensor.dtype, tensor.device, tensor.requires_grad
@@ -50,7 +50,7 @@ def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
     ]
 
 
-def _place(module: nn.Module, layout: Layout, asked: dict[Name, Facts]) -> None:
+def _place(module: nn.Module, layout: ModuleLayout, asked: dict[Name, AskedFor]) -> None:
     """Put placeholders where tensors are or may come to be; tied tensors share theirs."""
     parts = dict(module.named_modules(remove_duplicate=False))
     made: dict[int, Any] = {}
@@ -70,7 +70,7 @@ def _place(module: nn.Module, layout: Layout, asked: dict[Name, Facts]) -> None:
         held[name] = made[key]
 
 
-def _forget_sizes(module: nn.Module, layout: Layout) -> None:
+def _forget_sizes(module: nn.Module, layout: ModuleLayout) -> None:
     """Attributes that follow from sizes tell nothing yet: 0, as in torch's lazy layers."""
     parts = dict(module.named_modules(remove_duplicate=False))
     for path, name in layout.varying:
@@ -89,7 +89,7 @@ def _blanked(value: Any) -> Any:
     return None if isinstance(value, Tensor) else value
 
 
-def layout_of(spec: Spec) -> Layout:
+def layout_of(spec: LazySpec) -> ModuleLayout:
     """The layout of what a lazy module will be, found once."""
     parts = (spec.cls, _frozen(spec.rules), _frozen(spec.arguments), spec.settings)
     try:
@@ -102,7 +102,7 @@ def layout_of(spec: Spec) -> Layout:
 class _Key:
     """A spec that is hashed and compared by what determines its layout."""
 
-    def __init__(self, key: Any, spec: Spec) -> None:
+    def __init__(self, key: Any, spec: LazySpec) -> None:
         self.key = key
         self.spec = spec
         hash(key)
@@ -117,7 +117,7 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=512)
-def _layout(key: _Key) -> Layout:
+def _layout(key: _Key) -> ModuleLayout:
     return measure(key.spec)
 
 

@@ -12,11 +12,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lateinit._lazy.borrowed_model import Lending, on_meta, on_shapes
+from lateinit._lazy.borrowed_model import Lending, counting_stand_in, on_meta
 from lateinit._lazy.layers import LAYERS
 from lateinit._lazy.mixin import trying
 from lateinit._lazy.protocols import initialise, is_lazy_module
-from lateinit._lazy.rules import evaluate
+from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
 from lateinit._rng.global_states import RandomStates
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
@@ -94,7 +94,7 @@ class _Run:
         self.names = names
         self.real = real
         self.met: dict[int, tuple[nn.Module, Any, Any]] = {}
-        self.lending = Lending(self._with_values if real else on_shapes)
+        self.lending = Lending(self._with_values if real else counting_stand_in)
         self._memo: dict[Any, Any] = {}
         self._sizes: dict[int, dict[str, Any]] = {}
 
@@ -172,7 +172,7 @@ class _Run:
         """A hook for later calls of a module: their sizes must be those of the first."""
 
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
-            sizes = evaluate(rules, module, args, kwargs)
+            sizes = evaluate_rules(rules, module, args, kwargs)
             first = self._sizes.setdefault(id(module), sizes)
             if sizes != first:
                 raise ShapeError(

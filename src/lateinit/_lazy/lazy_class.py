@@ -13,11 +13,11 @@ from lateinit._lazy.checkpoint_sizes import load_sizes
 from lateinit._lazy.declare import declare, layout_of
 from lateinit._lazy.mixin import LazyModuleMixin, finish, initialising
 from lateinit._lazy.placeholders import UninitializedParameter
-from lateinit._lazy.rules import Rule, check_rules, evaluate
+from lateinit._lazy.rules import Rule, check_rules, evaluate_rules
 from lateinit._lazy.scratch_recording import Settings
 from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
-from lateinit._lazy.trials import Spec
+from lateinit._lazy.trials import LazySpec
 from lateinit.errors import ShapeError
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
@@ -40,7 +40,7 @@ class Lazy(LazyModuleMixin):
         arguments = {**self._defaults, **given}
         rules = {name: rule for name, rule in self._rules.items() if arguments.get(name) is None}
         arguments = {name: value for name, value in arguments.items() if name not in rules}
-        spec = Spec(self._plain, rules, arguments, Settings.now())
+        spec = LazySpec(self._plain, rules, arguments, Settings.now())
         if not rules:
             spec.construct_on(self, {})  # type: ignore[arg-type]
             self.__class__ = self.cls_to_become or type(self)
@@ -70,14 +70,14 @@ class Lazy(LazyModuleMixin):
             ShapeError: the inputs have not the shapes that the rules expect.
         """
         if not self.is_initialized:
-            self._initialize(evaluate(self._spec.rules, self, args, kwargs))
+            self._initialize(evaluate_rules(self._spec.rules, self, args, kwargs))
 
     def _initialising(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # _initialize opens its own, around the constructor alone
 
     def _initialize(self: Any, sizes: Mapping[str, Any]) -> None:
         """Be what the plain class would be with these sizes."""
-        spec: Spec = self._spec
+        spec: LazySpec = self._spec
         layout = layout_of(spec)
         with initialising(self):
             try:

@@ -21,9 +21,9 @@ from lateinit._tensors.deferred import guard, is_deferred_tensor
 from lateinit._torch.modes import outside
 from lateinit.errors import UninitializedError
 
-Trial = Literal["aside", "real"]
+TrialKind = Literal["aside", "real"]
 
-_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+_trial: ContextVar[TrialKind | None] = ContextVar("trial", default=None)
 
 
 @contextlib.contextmanager

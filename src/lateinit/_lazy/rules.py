@@ -93,7 +93,7 @@ class size:  # noqa: N801 - reads as a function in a rule
 Rule = size | Callable[..., Any]
 
 
-def evaluate(
+def evaluate_rules(
     rules: Mapping[str, Rule], module: nn.Module, args: Any, kwargs: Any
 ) -> dict[str, Any]:
     """The sizes that a forward call tells.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lateinit._recording.block import block
+from lateinit._recording.block import recording_block
 from lateinit._recording.recorder import Recorder
 from lateinit._torch.modes import default_device_in_force, outside
 
@@ -25,7 +25,7 @@ def aside() -> Iterator[Recorder]:
         warnings.simplefilter("ignore")
         recorder.generators.watch(torch.default_generator)
         try:
-            with block(recorder):
+            with recording_block(recorder):
                 yield recorder
         finally:
             recorder.generators.restore()

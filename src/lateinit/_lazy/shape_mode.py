@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lateinit._lazy.meta_kernels import numel_of_factory, range_on_meta, shortcut
 from lateinit._torch.arguments import kwargs_to_meta, tensors_in, to_meta
-from lateinit._torch.operators import OpInfo, describe
+from lateinit._torch.operators import OpInfo, op_info
 from lateinit.errors import NeedsValuesError
 
 _SMALL = 4096  # elements that a tensor made in a forward pass may have to be computed for real
@@ -40,7 +40,7 @@ class ShapeMode(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        info = describe(func)
+        info = op_info(func)
         tensors = tensors_in(args, kwargs)
         real = [tensor for tensor in tensors if not tensor.is_meta]
         if len(real) == len(tensors):

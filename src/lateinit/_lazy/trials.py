@@ -26,7 +26,7 @@ _STEPS = (48, 5040)
 
 
 @dataclass(frozen=True)
-class Spec:
+class LazySpec:
     """What a lazy module will be: a class, its arguments, and rules for those that are missing."""
 
     cls: type[nn.Module]
@@ -70,7 +70,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModuleLayout:
     """What the trials have in common; in the last family all sizes are equal."""
 
     families: tuple[Family, ...]
@@ -96,14 +96,14 @@ def unknowns(sizes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         )
 
 
-def replaced(sizes: Mapping[str, Any], unknown: tuple[str, int], value: int) -> dict[str, Any]:
+def with_size(sizes: Mapping[str, Any], unknown: tuple[str, int], value: int) -> dict[str, Any]:
     """Sizes with one of them changed."""
     name, place = unknown
     old = sizes[name]
     return {**sizes, name: value if place < 0 else (*old[:place], value, *old[place + 1 :])}
 
 
-def measure(spec: Spec) -> Layout:
+def measure(spec: LazySpec) -> ModuleLayout:
     """Construct a class with trial sizes and compare.
 
     Raises:
@@ -136,7 +136,7 @@ def _integers(value: Any) -> list[int]:
     return [value] if isinstance(value, int) and not isinstance(value, bool) and value > 1 else []
 
 
-def _measure(spec: Spec, step: int) -> Layout:
+def _measure(spec: LazySpec, step: int) -> ModuleLayout:
     equal = trial_sizes(spec.rules, itertools.repeat(step))
     twice = trial_sizes(spec.rules, itertools.repeat(2 * step))
     every = list(unknowns(equal))
@@ -147,19 +147,19 @@ def _measure(spec: Spec, step: int) -> Layout:
     return _compare((apart, together) if apart is not None else (together,))
 
 
-def _apart(spec: Spec, step: int) -> Family | None:
+def _apart(spec: LazySpec, step: int) -> Family | None:
     """A family with all sizes different; None if the class wants some of them equal."""
     base = trial_sizes(spec.rules, itertools.count(3 * step, step))
     try:
         return Family(
             _try(spec, base),
-            {u: _try(spec, replaced(base, u, 30 * step)) for u in unknowns(base)},
+            {u: _try(spec, with_size(base, u, 30 * step)) for u in unknowns(base)},
         )
     except Exception:  # noqa: BLE001 - any class of the user's may fail in any way
         return None
 
 
-def _try(spec: Spec, sizes: dict[str, Any]) -> Trial:
+def _try(spec: LazySpec, sizes: dict[str, Any]) -> Trial:
     with aside():
         module = spec.construct(sizes)
         return look(module, sizes)
@@ -183,14 +183,14 @@ def look(module: nn.Module, sizes: dict[str, Any]) -> Trial:
     return Trial(sizes, shapes, frozenset(buffers), attributes)
 
 
-def _compare(families: tuple[Family, ...]) -> Layout:
+def _compare(families: tuple[Family, ...]) -> ModuleLayout:
     trials = [t for f in families for t in (f.base, *f.moved.values())]
     names = dict.fromkeys(n for t in trials for n in t.shapes)
     known = {n: _common([t.shapes[n] for t in trials if n in t.shapes]) for n in names}
     attributes = dict.fromkeys(n for t in trials for n in t.attributes)
     varying = frozenset(n for n in attributes if _varies([t.attributes.get(n) for t in trials]))
     buffers = frozenset(n for t in trials for n in t.buffers)
-    return Layout(tuple(_bare(family) for family in families), known, buffers, varying)
+    return ModuleLayout(tuple(_bare(family) for family in families), known, buffers, varying)
 
 
 def _bare(family: Family) -> Family:
@@ -233,7 +233,7 @@ def _holds_tensors(value: Any) -> bool:
 Solved = dict[str, Any]
 
 
-def solve(layout: Layout, shapes: Callable[[Name], tuple[int, ...] | None]) -> Solved | None:
+def solve(layout: ModuleLayout, shapes: Callable[[Name], tuple[int, ...] | None]) -> Solved | None:
     """The sizes that give tensors the shapes they have in a checkpoint; None if it has too few."""
     for family in sorted(
         layout.families, key=lambda f: -sum(shapes(n) is not None for n in f.base.shapes)
@@ -244,7 +244,7 @@ def solve(layout: Layout, shapes: Callable[[Name], tuple[int, ...] | None]) -> S
             for unknown, value in found.items():
                 assert value is not None
                 for each in unknowns(sizes) if unknown is None else [unknown]:
-                    sizes = replaced(sizes, each, value)
+                    sizes = with_size(sizes, each, value)
             return sizes
     return None
 

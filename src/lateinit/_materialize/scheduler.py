@@ -15,7 +15,7 @@ from lateinit._program.plan import Step
 from lateinit._program.program import Draw, Program
 from lateinit._replay.chunks import (
     PIECE,
-    Fill,
+    ChunkedFill,
     fill_of,
     is_small,
     late_of,
@@ -85,13 +85,13 @@ def execute(
             crew.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, Fill | None]]:
+def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedFill | None]]:
     """The steps, each with the fill that threads are to make, if any.
 
     A small one is among them where it is drawn right after a large one, as a bias is after
     a weight: the thread's generator stands there already, and another one would have to jump.
     """
-    found: list[tuple[Step, Fill | None]] = []
+    found: list[tuple[Step, ChunkedFill | None]] = []
     following, joined = None, 0
     for step in steps:
         fill, joined = fill_of(program, step), joined + 1
@@ -107,12 +107,12 @@ def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, Fill | N
     return found
 
 
-def _counted(step: Step, fill: Fill) -> bool:
+def _counted(step: Step, fill: ChunkedFill) -> bool:
     """Whether a fill is made as a whole, and ends where its elements say in the random stream."""
     return fill.ref.storage in step.gives and fill.ops[0].name != TRUNCATED
 
 
-def _followed(found: list[tuple[Step, Fill | None]], number: int) -> bool:
+def _followed(found: list[tuple[Step, ChunkedFill | None]], number: int) -> bool:
     """Whether the next step fills a storage that joins the run of this one."""
     fill = found[number + 1][1] if number + 1 < len(found) else None
     return fill is not None and is_small(fill)
@@ -136,7 +136,7 @@ class _Job:
     ``late`` is what is known of the late rounds of a ``trunc_normal_``.
     """
 
-    fill: Fill
+    fill: ChunkedFill
     storage: torch.UntypedStorage
     piece: tuple[int, int]
     after: int
@@ -164,7 +164,7 @@ class _Crew:
         self._run = _Run()
         self._last: tuple[Draw, int, bytes] | None = None
 
-    def start(self, step: Step, fill: Fill, length: int, followed: bool = False) -> _Started:
+    def start(self, step: Step, fill: ChunkedFill, length: int, followed: bool = False) -> _Started:
         """Have a storage filled, in runs of about ``length`` elements.
 
         The last one is not begun yet where it is ``followed`` by something small.
@@ -224,7 +224,7 @@ class _Crew:
         self.runs += 1
 
     def _add(
-        self, fill: Fill, storage: torch.UntypedStorage, piece: tuple[int, int]
+        self, fill: ChunkedFill, storage: torch.UntypedStorage, piece: tuple[int, int]
     ) -> Future[None]:
         draw, into = fill.draw, words_of(fill, piece[0])
         after = 0
@@ -241,7 +241,7 @@ class _Crew:
         self._run.numel += piece[1] - piece[0]
         return job.done
 
-    def _late(self, fill: Fill) -> Late | None:
+    def _late(self, fill: ChunkedFill) -> Late | None:
         if fill.draw is None or fill.ops[0].name != TRUNCATED:
             return None
         return late_of(self._replay.program, fill, self._replay.streams.state(fill.draw))

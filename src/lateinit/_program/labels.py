@@ -89,7 +89,7 @@ _DEFAULTS = _initialisers()
 # -- from the recorded ops -----------------------------------------------------------------------
 
 
-def describe(program: Program, ref: TensorRef) -> str:
+def describe_initialisation(program: Program, ref: TensorRef) -> str:
     """How a tensor of a program gets its values.
 
     Says what the live writes say where they are few and simple, and else how many ops it takes.

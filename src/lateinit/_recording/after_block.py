@@ -23,7 +23,7 @@ from lateinit._tensors.deferred import (
     locate,
     slot_of,
 )
-from lateinit._tensors.realize import share
+from lateinit._tensors.realize import share_real_storage
 from lateinit._torch.arguments import META, flat, tensors_in
 from lateinit._torch.operators import OpInfo, spoken
 from lateinit.errors import DeferredTensorError
@@ -115,7 +115,7 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     tensors = tensors_in(args, kwargs)
     deferred = [t for t in tensors if is_deferred_tensor(t)]
     for tensor in deferred:
-        share(tensor)  # what was materialised may have been changed since
+        share_real_storage(tensor)  # what was materialised may have been changed since
     first = next(filter(is_deferred_tensor, deferred), None)
     if first is None or first is not deferred[0]:
         return func(*args, **kwargs)

@@ -32,7 +32,7 @@ _UNREFUSED = {
 _REAL = frozenset({int, float})
 
 
-def check(
+def check_numbers(
     info: operators.OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...]
 ) -> None:
     """Raise what an op in place raises for its numbers; only the CPU's kernels are tried."""

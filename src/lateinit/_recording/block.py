@@ -62,7 +62,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             try:
                 recorder = Recorder()
                 recorder.generators.watch(torch.default_generator)
-                block_ = block(recorder)
+                block_ = recording_block(recorder)
                 block_.__enter__()
             except BaseException:
                 _one_thread.release()
@@ -95,7 +95,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
 
 
 @contextlib.contextmanager
-def block(recorder: Recorder) -> Iterator[None]:
+def recording_block(recorder: Recorder) -> Iterator[None]:
     """Record what a block does, and guard what it made."""
     modules = _Modules()
     try:
@@ -117,7 +117,7 @@ def fill(hole: Hole) -> Iterator[Recorder]:
     recorder = Recorder(program)
     stream = recorder.generators.watch_from(torch.default_generator, place)
     try:
-        with block(recorder):
+        with recording_block(recorder):
             yield recorder
     finally:
         recorder.generators.restore()

@@ -33,7 +33,7 @@ def of_deferred(handler: Handler) -> Handler:
     return asked
 
 
-def evaluate(recorder: Recorder, tensor: Tensor) -> Tensor:
+def computed(recorder: Recorder, tensor: Tensor) -> Tensor:
     """The values that a deferred tensor has now; that they were read is noted."""
     with without_modes():
         return recorder.read(tensor).clone()
@@ -166,7 +166,7 @@ def _from_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any
 def _real(recorder: Recorder, data: Any) -> Any:
     """Data with the deferred tensors in its lists read; itself, if it has none."""
     if isinstance(data, Tensor):
-        return evaluate(recorder, data) if is_deferred_tensor(data) else data
+        return computed(recorder, data) if is_deferred_tensor(data) else data
     if not isinstance(data, (list, tuple)):
         return data
     items = [_real(recorder, item) for item in data]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Fill = tuple[str, tuple[Any, ...]]
+FillOp = tuple[str, tuple[Any, ...]]
 """The in-place op that a factory ends in, and its numbers."""
 
 
@@ -16,19 +16,19 @@ def _empty(args: tuple[Any, ...]) -> None:
     return None
 
 
-def _zeros(args: tuple[Any, ...]) -> Fill:
+def _zeros(args: tuple[Any, ...]) -> FillOp:
     return "aten::zero_", ()
 
 
-def _ones(args: tuple[Any, ...]) -> Fill:
+def _ones(args: tuple[Any, ...]) -> FillOp:
     return "aten::fill_.Scalar", (1,)
 
 
-def _full(value_at: int) -> Callable[[tuple[Any, ...]], Fill]:
+def _full(value_at: int) -> Callable[[tuple[Any, ...]], FillOp]:
     return lambda args: ("aten::fill_.Scalar", (args[value_at],))
 
 
-FACTORIES: dict[str, Callable[[tuple[Any, ...]], Fill | None]] = {
+FACTORIES: dict[str, Callable[[tuple[Any, ...]], FillOp | None]] = {
     "aten::empty.memory_format": _empty,
     "aten::empty_strided": _empty,
     "aten::empty_like": _empty,

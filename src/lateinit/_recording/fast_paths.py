@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._program.labels import called
-from lateinit._recording.factories import Fill
+from lateinit._recording.factories import FillOp
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import META
@@ -42,7 +42,7 @@ def _alone() -> bool:
     )
 
 
-def _making(fill: Fill | None) -> Handler:
+def _making(fill: FillOp | None) -> Handler:
     """A handler of a factory that takes sizes."""
 
     def make(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ _INITIALISERS: dict[str, Any] = {
 _DEEPEST = 4  # frames from a handler up to the initialiser that is running
 
 
-def replaced(func: Any) -> Handler | None:
+def initialiser_behind(func: Any) -> Handler | None:
     """The function of ``nn.init`` that is running, where another one has its name just now.
 
     Libraries put functions of their own there, which then call torch's; that one names itself to

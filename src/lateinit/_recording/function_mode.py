@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lateinit._recording import composite_ops, conversions, fast_paths
-from lateinit._recording.conversions import evaluate, of_deferred
+from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch.devices import device_number
@@ -49,7 +49,7 @@ class Masquerade(TorchFunctionMode):
         recorder.call = args, kwargs
         recorder.autocasting = _is_any_autocast_enabled()
         if handler is None:
-            func = fast_paths.replaced(func) or func
+            func = fast_paths.initialiser_behind(func) or func
             handler = _HANDLERS.get(func)
             if handler is None:
                 return func(*args, **kwargs) if kwargs else func(*args)
@@ -102,7 +102,7 @@ def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
     def value(item: Any) -> Any:
         deferred = isinstance(item, Tensor) and is_deferred_tensor(item)
-        return evaluate(recorder, item) if deferred else item
+        return computed(recorder, item) if deferred else item
 
     real = [value(item) for item in args], {key: value(item) for key, item in kwargs.items()}
     with without_modes():
@@ -111,7 +111,7 @@ def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     """``tolist``, ``repr`` and the like: asked of the value."""
-    value = evaluate(recorder, args[0])
+    value = computed(recorder, args[0])
     with without_modes():
         return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
 

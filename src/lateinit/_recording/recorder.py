@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lateinit._program.program import Op, Program
 from lateinit._recording import value_bounds
 from lateinit._recording.factories import RANDOM
-from lateinit._recording.writer import Writer
+from lateinit._recording.writer import ProgramWriter
 from lateinit._replay.replay import streams_of
 from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, flat, has_tensor, tensors_in
 from lateinit._torch.modes import without_modes
-from lateinit._torch.operators import OpInfo, describe
+from lateinit._torch.operators import OpInfo, op_info
 from lateinit.errors import RecordingError
 
 _active = threading.local()
@@ -38,7 +38,7 @@ def current() -> Recorder | None:
     return recorder
 
 
-class Recorder(Writer, TorchDispatchMode):
+class Recorder(ProgramWriter, TorchDispatchMode):
     """Decides what everything that a thread does in torch is to a program."""
 
     @classmethod
@@ -47,7 +47,7 @@ class Recorder(Writer, TorchDispatchMode):
         return False
 
     def __init__(self, program: Program | None = None) -> None:
-        Writer.__init__(self, program or Program())
+        ProgramWriter.__init__(self, program or Program())
         TorchDispatchMode.__init__(self)
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
@@ -61,7 +61,7 @@ class Recorder(Writer, TorchDispatchMode):
     ) -> Any:
         busy, self.busy = self.busy, True
         try:
-            return self.dispatch(describe(func), args, kwargs or {})
+            return self.dispatch(op_info(func), args, kwargs or {})
         finally:
             self.busy = busy
 

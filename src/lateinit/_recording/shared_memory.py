@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lateinit._program.constants import RealData
 from lateinit._program.program import TensorRef
-from lateinit._recording.value_reads import Values
+from lateinit._recording.value_reads import ValueReads
 from lateinit._tensors.deferred import slot_of
 from lateinit._torch.modes import without_modes
 
@@ -43,7 +43,7 @@ class SharedMemory:
     """All that one recording shares. ``write(tensor, data)`` records ``tensor.copy_(data)``."""
 
     def __init__(
-        self, values: Values, data: RealData, write: Callable[[Tensor, Tensor], None]
+        self, values: ValueReads, data: RealData, write: Callable[[Tensor, Tensor], None]
     ) -> None:
         self._values = values
         self._data = data

@@ -16,7 +16,7 @@ from lateinit._torch.storage import digest
 _KEPT = 1 << 26
 
 
-class Values:
+class ValueReads:
     """Answers reads by replaying just what they need, and keeps up to 64 MiB for the next one."""
 
     def __init__(self, program: Program) -> None:

@@ -16,10 +16,10 @@ from lateinit._program.labels import initializer
 from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit._recording import argument_checks
 from lateinit._recording.argument_checks import FAR
-from lateinit._recording.factories import FACTORIES, Fill, is_usual
+from lateinit._recording.factories import FACTORIES, FillOp, is_usual
 from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
-from lateinit._recording.value_reads import Values
+from lateinit._recording.value_reads import ValueReads
 from lateinit._replay.replay import Replay, Storages
 from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
@@ -33,7 +33,7 @@ from lateinit.errors import RecordingError
 _CPU = torch.device("cpu")
 
 
-class Writer:
+class ProgramWriter:
     """Writes ops into a program, with all that they depend on."""
 
     def __init__(self, program: Program) -> None:
@@ -42,7 +42,7 @@ class Writer:
         self.born: list[weakref.ref[Tensor]] = []
         self.autocasting = False
         self._ambient_key: tuple[Any, ...] = ()
-        self.values = Values(program)
+        self.values = ValueReads(program)
         self.data = RealData(program)
         self.shared = SharedMemory(self.values, self.data, self._overwrite)
 
@@ -106,7 +106,9 @@ class Writer:
             self._append(info, args, kwargs, ())
             return args[0]
         if floating and complex in map(type, args[1:]):  # which meta kernels take
-            argument_checks.check(info, self.ref(args[0]), self.device_of(args[0]), args[1:])
+            argument_checks.check_numbers(
+                info, self.ref(args[0]), self.device_of(args[0]), args[1:]
+            )
         if not self.autocasting or info.mutates:
             try:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
@@ -117,7 +119,7 @@ class Writer:
         self._note(info, args, kwargs, deferred, result)
         return result
 
-    def made(self, tensor: Tensor, device: torch.device, fill: Fill | None) -> Tensor:
+    def made(self, tensor: Tensor, device: torch.device, fill: FillOp | None) -> Tensor:
         """Note a new tensor and what it is filled with; its memory needs no op."""
         number = len(self.program.storages)
         storage = tensor.untyped_storage()
@@ -154,7 +156,7 @@ class Writer:
             device = self.program.storages[ref.storage].device
             # Nearly always this tells; a call would cost as much as all else here.
             if not (len(values) == 2 and -FAR <= values[0] <= values[1] <= FAR and values[1] >= 0):
-                argument_checks.check(info, ref, device, values)
+                argument_checks.check_numbers(info, ref, device, values)
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)

@@ -56,7 +56,7 @@ _NO_NUMBERS = frozenset({"aten::zero_", "aten::neg_", "aten::abs_", "aten::erfin
 
 
 @dataclass(frozen=True, slots=True)
-class Fill:
+class ChunkedFill:
     """The first ops of a step, if they fill one whole storage element by element."""
 
     ref: TensorRef
@@ -68,7 +68,7 @@ class Fill:
         return self.ops[0].draw
 
 
-def fill_of(program: Program, step: Step, smallest: int | None = None) -> Fill | None:
+def fill_of(program: Program, step: Step, smallest: int | None = None) -> ChunkedFill | None:
     """The fill that a step begins with, or None if it is better run as it is.
 
     That is so below ``smallest`` elements, by default as many as are worth their trouble.
@@ -90,21 +90,21 @@ def fill_of(program: Program, step: Step, smallest: int | None = None) -> Fill |
         if op.name not in _POINTWISE or op.args[0] != ref or not _in_pieces(op, ref):
             break
         ops.append(op)
-    return Fill(ref, tuple(ops))
+    return ChunkedFill(ref, tuple(ops))
 
 
-def is_small(fill: Fill) -> bool:
+def is_small(fill: ChunkedFill) -> bool:
     """Whether a fill is not worth a thread of its own."""
     return fill.ref.numel < _SMALLEST
 
 
 def _in_pieces(op: Op, ref: TensorRef) -> bool:
     if op.name == TRUNCATED:
-        return truncated_normal.is_exact(ref.dtype, truncated_normal.Normal(*op.args[1:]))
+        return truncated_normal.is_exact_in_parts(ref.dtype, truncated_normal.Normal(*op.args[1:]))
     others = (*op.args[1:], *op.kwargs.values())
     if any(type(value) not in NUMBERS for value in others) or _scaled(op):
         return False
-    return ref.dtype.is_floating_point and is_exact(op.name, ref.dtype)
+    return ref.dtype.is_floating_point and is_exact_in_pieces(op.name, ref.dtype)
 
 
 def _scaled(op: Op) -> bool:
@@ -113,7 +113,7 @@ def _scaled(op: Op) -> bool:
     return any(value != 1 for value in multiples)
 
 
-def pieces(fill: Fill, length: int) -> list[tuple[int, int]]:
+def pieces(fill: ChunkedFill, length: int) -> list[tuple[int, int]]:
     """Flat ranges for threads, of up to about ``length`` elements."""
     if fill.ops[0].name == TRUNCATED:
         length = max(length, PIECE)  # a piece makes a jump in every round
@@ -121,13 +121,13 @@ def pieces(fill: Fill, length: int) -> list[tuple[int, int]]:
     return cut(numel, -(-numel // max(1, -(-numel // length))))
 
 
-def words_of(fill: Fill, numel: int) -> int:
+def words_of(fill: ChunkedFill, numel: int) -> int:
     """How many words a fill draws for its first so many elements, a multiple of 16."""
     if fill.draw is None:
         return 0
     if fill.ops[0].name == TRUNCATED:
-        return truncated_normal.words(fill.ref.dtype, numel)
-    return consumption.words(fill.ops[0].name, fill.ref.dtype, numel)
+        return truncated_normal.words_a_round(fill.ref.dtype, numel)
+    return consumption.words_drawn(fill.ops[0].name, fill.ref.dtype, numel)
 
 
 def kept_of(program: Program) -> truncated_normal.Kept:
@@ -136,20 +136,20 @@ def kept_of(program: Program) -> truncated_normal.Kept:
     return kept
 
 
-def after_redrawing(program: Program, fill: Fill, state: bytes) -> bytes:
+def after_redrawing(program: Program, fill: ChunkedFill, state: bytes) -> bytes:
     """Where the generator stands after a ``trunc_normal_`` that begins at ``state``."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept_of(program).after(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
-def late_of(program: Program, fill: Fill, state: bytes) -> truncated_normal.Late | None:
+def late_of(program: Program, fill: ChunkedFill, state: bytes) -> truncated_normal.Late | None:
     """What is kept of the late rounds of a ``trunc_normal_`` that begins at ``state``."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept_of(program).late(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
 def run_piece(
-    fill: Fill,
+    fill: ChunkedFill,
     storage: torch.UntypedStorage,
     piece: tuple[int, int],
     generator: torch.Generator | None,
@@ -175,7 +175,7 @@ def run_piece(
 
 
 def calls_of(
-    fill: Fill, generator: torch.Generator | None, late: truncated_normal.Late | None = None
+    fill: ChunkedFill, generator: torch.Generator | None, late: truncated_normal.Late | None = None
 ) -> list[Callable[[Tensor], Any]]:
     """The kernels of a fill, each to be called with a part; what draws, draws from a generator.
 
@@ -205,7 +205,7 @@ def _call(
 
 
 @functools.cache
-def is_exact(name: str, dtype: torch.dtype) -> bool:
+def is_exact_in_pieces(name: str, dtype: torch.dtype) -> bool:
     """Whether a kernel gives the same bits in pieces as in one call, on the torch that runs."""
     try:
         return _trial(name, dtype)
@@ -223,7 +223,7 @@ def _trial(name: str, dtype: torch.dtype) -> bool:
     if info.random:
         before = mt19937.state_of(generators[0])
         generators[1] = mt19937.generator_at(
-            mt19937.jump(before, consumption.words(name, dtype, middle))
+            mt19937.jump(before, consumption.words_drawn(name, dtype, middle))
         )
         info.func(whole, 0.0, 1.0, generator=generators[0])
         info.func(halves[middle:], 0.0, 1.0, generator=generators[1])

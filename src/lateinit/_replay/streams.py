@@ -163,7 +163,7 @@ def _cost(name: str, filled: TensorRef, numbers: tuple[Any, ...]) -> Cost | None
         if not truncated_normal.draws_once(filled.dtype, normal):
             return None
         name, numbers = "aten::normal_", normal[:2]
-    draw = consumption.Draw(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
+    draw = consumption.DrawSpec(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
     return consumption.consumption(draw)
 
 

@@ -26,7 +26,7 @@ Build = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class TensorFacts:
     """All that is compared of one tensor.
 
     ``memory`` is the first name on its storage and the distance in bytes to that one's first
@@ -92,7 +92,7 @@ class Parity:
         return "\n".join([*lines, verdict])
 
 
-def check(build: Build, *, seed: int = 0) -> Parity:
+def check_parity(build: Build, *, seed: int = 0) -> Parity:
     """Build a model eagerly and deferred from one seed, materialise it, and compare every bit.
 
     One of the two models is in memory at a time, unless they differ. Python's and numpy's random
@@ -100,7 +100,7 @@ def check(build: Build, *, seed: int = 0) -> Parity:
 
     Example:
         >>> from lateinit._report import parity
-        >>> parity.check(lambda: torch.nn.Linear(4, 2)).equal
+        >>> parity.check_parity(lambda: torch.nn.Linear(4, 2)).equal
         True
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
@@ -170,13 +170,13 @@ def _timed(seconds: dict[str, float], what: str, call: Callable[[], Any]) -> Any
     return result
 
 
-def facts(module: nn.Module) -> dict[str, Facts]:
+def facts(module: nn.Module) -> dict[str, TensorFacts]:
     """The facts of every tensor of a module, by its first name."""
     first: dict[int, tuple[str, int]] = {}
     return {found.name: _facts(found, first) for found in find_tensors(module)}
 
 
-def _facts(found: Found, first: dict[int, tuple[str, int]]) -> Facts:
+def _facts(found: Found, first: dict[int, tuple[str, int]]) -> TensorFacts:
     tensor = found.tensor
     lazy = is_placeholder(tensor)
     strided = not lazy and tensor.layout is torch.strided
@@ -185,7 +185,7 @@ def _facts(found: Found, first: dict[int, tuple[str, int]]) -> Facts:
         start = int(tensor.storage_offset()) * tensor.element_size()
         owner, its_start = first.setdefault(tensor.untyped_storage()._cdata, (found.name, start))
         memory = owner, start - its_start
-    return Facts(
+    return TensorFacts(
         names=tuple(found.names),
         kind=found.kind,
         persistent=found.persistent,
@@ -216,7 +216,9 @@ def _components(tensor: Tensor) -> list[Tensor]:
     return [tensor.to_dense()]
 
 
-def compare(expected: dict[str, Facts], found: dict[str, Facts]) -> list[tuple[str, str]]:
+def compare(
+    expected: dict[str, TensorFacts], found: dict[str, TensorFacts]
+) -> list[tuple[str, str]]:
     """What differs between two models' facts: pairs of a name and what is wrong there."""
     differences = [(name, "missing") for name in expected if name not in found]
     differences += [(name, "one too many") for name in found if name not in expected]
@@ -224,7 +226,9 @@ def compare(expected: dict[str, Facts], found: dict[str, Facts]) -> list[tuple[s
         theirs = found.get(name)
         if theirs is not None and theirs != ours:
             wrong = [
-                f.name for f in fields(Facts) if getattr(ours, f.name) != getattr(theirs, f.name)
+                f.name
+                for f in fields(TensorFacts)
+                if getattr(ours, f.name) != getattr(theirs, f.name)
             ]
             told = [
                 "values differ"

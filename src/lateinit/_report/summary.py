@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lateinit._lazy.placeholders import known_shape, show
-from lateinit._program.labels import describe
+from lateinit._program.labels import describe_initialisation
 from lateinit._report.name_folding import fold
 from lateinit._tensors.deferred import locate
 from lateinit._tensors.selection import Only, select
@@ -252,7 +252,7 @@ def _state(found: Found) -> tuple[State, str, str | None]:
         return "meta" if tensor.is_meta else "real", str(tensor.device), None
     _, program, ref = locate(tensor)
     device = str(program.storages[ref.storage].device)
-    return "deferred", device, describe(program, ref)
+    return "deferred", device, describe_initialisation(program, ref)
 
 
 def _storage_key(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from lateinit._checkpoint.formats.base import Reader
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.save.manifest import Item, collect
-from lateinit._checkpoint.save.pipeline import Values, batches
+from lateinit._checkpoint.save.pipeline import TensorComputer, batches
 from lateinit._report.parity import values_differ
 from lateinit._torch.storage import as_bytes
 from lateinit._units import format_bytes
@@ -81,7 +81,7 @@ def verify(
     items = collect(module, dtype)
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
     differences = [(name, "not in the model") for name in reader.entries if name not in known]
-    values = Values(None)
+    values = TensorComputer(None)
     for batch in batches(items):
         for item, value in zip(batch, values.of(batch), strict=True):
             differences += _differences(reader, item, value)

@@ -17,7 +17,7 @@ from lateinit._rng.mt19937 import generator_at, jump, state_of
 from lateinit._rng.position import Cost, Seeker, paired
 
 
-class Draw(NamedTuple):
+class DrawSpec(NamedTuple):
     """One random op that fills a tensor from a CPU generator.
 
     Attributes:
@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 _Rule = Callable[[int], Cost | None]
 
 
-def consumption(draw: Draw) -> Cost | None:
+def consumption(draw: DrawSpec) -> Cost | None:
     """What a draw takes from its generator, or None where that is not known.
 
     The first call for a class of draws runs its op some twenty times on tensors of up to a few
@@ -71,9 +71,9 @@ def consumption(draw: Draw) -> Cost | None:
     return rule(elements) if rule else None
 
 
-def words(op: str, dtype: torch.dtype, numel: int) -> int:
+def words_drawn(op: str, dtype: torch.dtype, numel: int) -> int:
     """How many words a known op draws for so many contiguous elements: none, or 16 or more."""
-    cost = consumption(Draw(op, numel, dtype, contiguous=True))
+    cost = consumption(DrawSpec(op, numel, dtype, contiguous=True))
     assert cost is not None
     return cost.words
 
@@ -111,7 +111,7 @@ _RULES: tuple[_Rule, ...] = (
     *(_samples, _swaps, _seed(1), _seed(2)),
 )
 
-_Args = Callable[[Draw], tuple[Any, ...] | None]
+_Args = Callable[[DrawSpec], tuple[Any, ...] | None]
 
 
 class _Probe(NamedTuple):
@@ -131,14 +131,14 @@ def _any(*numbers: float) -> _Args:
     return lambda _draw: numbers
 
 
-def _same(draw: Draw) -> tuple[Any, ...]:
+def _same(draw: DrawSpec) -> tuple[Any, ...]:
     return draw.args
 
 
 def _range(length: int) -> _Args:
     """For integers from a range: a wide one, of 2**28 or 2**32 on, takes two words."""
 
-    def args(draw: Draw) -> tuple[Any, ...] | None:
+    def args(draw: DrawSpec) -> tuple[Any, ...] | None:
         if len(draw.args) != length:
             return None
         low, high = (0, *draw.args)[-2:]

@@ -45,9 +45,9 @@ class Normal(NamedTuple):
     high: float
 
 
-def words(dtype: torch.dtype, numel: int) -> int:
+def words_a_round(dtype: torch.dtype, numel: int) -> int:
     """How many words it takes to draw so many elements once: none, or 16 or more."""
-    return consumption.words("aten::normal_", dtype, numel)
+    return consumption.words_drawn("aten::normal_", dtype, numel)
 
 
 class Late(NamedTuple):
@@ -98,7 +98,7 @@ class _Part:
         self._dtype, self._numel, self._normal, self._period = dtype, numel, normal, period
         bounds = (torch.tensor(bound, dtype=dtype, device="cpu").item() for bound in normal[2:])
         self._low, self._high = bounds
-        self._unit = words(dtype, UNIT)
+        self._unit = words_a_round(dtype, UNIT)
         self._scratch = torch.empty(_PART + UNIT, dtype=dtype, device="cpu")
 
     def first(self, generator: torch.Generator, target: Tensor | None, look: bool) -> None:
@@ -147,7 +147,7 @@ class _Part:
         mt19937.move(self._later, begin - self._at)
         part = self._scratch[first - start : end - start]
         part.normal_(*self._normal[:2], generator=self._later)
-        self._at = begin + words(self._dtype, end - first)
+        self._at = begin + words_a_round(self._dtype, end - first)
 
 
 def _outside(values: Tensor, low: float, high: float) -> Tensor:
@@ -158,7 +158,7 @@ def _outside(values: Tensor, low: float, high: float) -> Tensor:
 
 def draws_once(dtype: torch.dtype, normal: Normal) -> bool:
     """Whether a ``trunc_normal_`` with these numbers is one ``normal_``, whatever it draws."""
-    return surely_within(dtype, *normal) and is_exact(dtype, normal)
+    return surely_within(dtype, *normal) and is_exact_in_parts(dtype, normal)
 
 
 def after(
@@ -174,11 +174,11 @@ def after(
     What the late rounds give comes with it, unless that is more than ``most`` elements.
     """
     count = (threads or torch.get_num_threads()) if numel >= _APART else 1
-    period = words(dtype, numel)
+    period = words_a_round(dtype, numel)
 
     def surveyed(part: tuple[int, int]) -> tuple[int, Late]:
         start, end = part
-        generator = mt19937.generator_at(mt19937.jump(state, words(dtype, start)))
+        generator = mt19937.generator_at(mt19937.jump(state, words_a_round(dtype, start)))
         with torch.no_grad():
             rounds, late = _survey(dtype, end - start, normal, generator, period)
         return rounds, late._replace(places=late.places + start)
@@ -269,7 +269,7 @@ def _key(state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> tuple[
 
 
 @functools.lru_cache(maxsize=1024)
-def is_exact(dtype: torch.dtype, normal: Normal) -> bool:
+def is_exact_in_parts(dtype: torch.dtype, normal: Normal) -> bool:
     """Whether parts are drawn as the torch that runs draws the whole, with these numbers."""
     try:
         return _agrees(dtype, normal) and _agrees(dtype, Normal(0.5, 1.0, -1.0, 1.7))
@@ -283,7 +283,7 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
     state = mt19937.state_of(torch.Generator().manual_seed(1))
     generator = mt19937.generator_at(state)
     by_name(TRUNCATED).func(whole, *normal, generator=generator)
-    period, ended = words(dtype, numel), mt19937.state_of(generator)
+    period, ended = words_a_round(dtype, numel), mt19937.state_of(generator)
     # What lies mostly outside is drawn in another way, by rounds of normals never.
     if all(mt19937.jump(state, n * period) != ended for n in range(1, _MOST_ROUNDS + 1)):
         return False
@@ -291,7 +291,7 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
     for known in (None, late):
         parts = torch.zeros(numel, dtype=dtype, device="cpu")
         for start, stop in ((middle, numel), (0, middle)):
-            place = mt19937.generator_at(mt19937.jump(state, words(dtype, start)))
+            place = mt19937.generator_at(mt19937.jump(state, words_a_round(dtype, start)))
             part_late = known and known.within(start, stop)
             draw(parts[start:stop], normal, place, period, part_late)
         if not torch.equal(whole, parts):

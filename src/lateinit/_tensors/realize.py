@@ -146,7 +146,7 @@ def _rewrap(tensor: Any) -> None:
     tensor._local_tensor = local
 
 
-def share(tensor: Tensor) -> None:
+def share_real_storage(tensor: Tensor) -> None:
     """Let a deferred tensor have the storage that took the place of its own, if one did."""
     slot = slot_of(tensor)
     if slot is not None and slot.real is not None:
@@ -172,7 +172,7 @@ def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None
         known = program.storages[ref.storage]
         with without_modes():
             slot.real = allocate(known.nbytes, torch.device(device or known.device))
-    share(tensor)
+    share_real_storage(tensor)
 
 
 DeferredTensor.adopt = staticmethod(adopt)

@@ -94,7 +94,7 @@ _KNOWN: dict[OpOverload, OpInfo] = {}
 _BY_NAME: dict[str, OpInfo] = {}
 
 
-def describe(func: OpOverload) -> OpInfo:
+def op_info(func: OpOverload) -> OpInfo:
     """The facts about ``func``."""
     info = _KNOWN.get(func)
     if info is None:
@@ -136,7 +136,7 @@ def by_name(name: str) -> OpInfo:
         namespace, _, rest = name.partition("::")
         base, _, overload = rest.partition(".")
         packet = getattr(getattr(torch.ops, namespace), base)
-        info = describe(getattr(packet, overload or "default"))
+        info = op_info(getattr(packet, overload or "default"))
     return info
 
 

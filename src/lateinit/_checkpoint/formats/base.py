@@ -87,7 +87,7 @@ class Reader(abc.ABC):
         """A block that is known to lie inside its tensor."""
 
 
-def block(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def block_of(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """The block of a tensor, without a copy."""
     for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
         if size != tensor.shape[dim]:

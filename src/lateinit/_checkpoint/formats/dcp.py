@@ -19,13 +19,13 @@ from torch import Tensor
 from lateinit._checkpoint.formats.base import (
     Reader,
     StoredTensor,
-    block,
+    block_of,
     inside,
     mapped,
     size_of,
     tensor_at,
 )
-from lateinit._checkpoint.formats.zip_block import Layout, Part, layout_of
+from lateinit._checkpoint.formats.zip_block import Part, StoredLayout, stored_layout
 from lateinit.errors import CorruptCheckpointError, listing
 
 METADATA = ".metadata"
@@ -74,7 +74,7 @@ class _Block:
 
     at: _Bytes
     offsets: tuple[int, ...]
-    layout: Layout
+    layout: StoredLayout
 
 
 class DcpReader(Reader):
@@ -142,7 +142,7 @@ class DcpReader(Reader):
                 f"{self.path}: the block {sizes} at {offsets} of {name!r} is not in {entry.shape}"
             )
         try:
-            layout = layout_of(self._part(at))
+            layout = stored_layout(self._part(at))
         except ValueError as error:
             raise CorruptCheckpointError(
                 f"{at.file}: the block of {name!r} at byte {at.start:,} is corrupt: {error}"
@@ -190,7 +190,7 @@ class DcpReader(Reader):
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         blocks = self._blocks[name]
         if len(blocks) == 1:
-            return block(self._open(blocks[0]), offsets, sizes)
+            return block_of(self._open(blocks[0]), offsets, sizes)
         result = torch.empty(sizes, dtype=self.entries[name].dtype, device="cpu")
         for part in blocks:
             start = [max(a, b) for a, b in zip(offsets, part.offsets, strict=True)]
@@ -203,7 +203,7 @@ class DcpReader(Reader):
             if min(ends, default=1) > 0:
                 there = [s - o for s, o in zip(start, part.offsets, strict=True)]
                 here = [s - o for s, o in zip(start, offsets, strict=True)]
-                block(result, here, ends).copy_(block(self._open(part), there, ends))
+                block_of(result, here, ends).copy_(block_of(self._open(part), there, ends))
         return result
 
     def _open(self, part: _Block) -> Tensor:

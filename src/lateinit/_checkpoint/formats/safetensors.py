@@ -13,7 +13,7 @@ from torch import Tensor
 from lateinit._checkpoint.formats.base import (
     Reader,
     StoredTensor,
-    block,
+    block_of,
     mapped,
     size_of,
     tensor_at,
@@ -83,7 +83,9 @@ class SafetensorsReader(Reader):
             raise ValueError(f"it has {size:,} bytes, but its header describes {base + end:,}")
 
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        return block(tensor_at(self._data, self._starts[name], self.entries[name]), offsets, sizes)
+        return block_of(
+            tensor_at(self._data, self._starts[name], self.entries[name]), offsets, sizes
+        )
 
 
 def _header(path: Path, size: int) -> tuple[int, dict[str, Any]]:

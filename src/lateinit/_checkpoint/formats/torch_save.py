@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lateinit._checkpoint.formats.base import Reader, StoredTensor, block, size_of
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
 from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit.errors import CorruptCheckpointError, listing
 
@@ -51,7 +51,7 @@ class TorchReader(Reader):
         self.versions = getattr(state, "_metadata", None)
 
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        return block(self._tensors[name].detach(), offsets, sizes)
+        return block_of(self._tensors[name].detach(), offsets, sizes)
 
 
 def _load(path: Path) -> Any:

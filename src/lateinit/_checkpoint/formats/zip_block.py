@@ -51,7 +51,7 @@ class Part(io.RawIOBase):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class StoredLayout:
     """Where a tensor's storage is in the part, in bytes, and how the tensor lies on it."""
 
     start: int
@@ -62,7 +62,7 @@ class Layout:
     stride: tuple[int, ...]
 
 
-def layout_of(part: Part) -> Layout:
+def stored_layout(part: Part) -> StoredLayout:
     """Find the one tensor of a file.
 
     Raises:
@@ -76,7 +76,7 @@ def layout_of(part: Part) -> Layout:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _layout_of(records: Records) -> Layout:
+def _layout_of(records: Records) -> StoredLayout:
     found = _Unpickler(io.BytesIO(records.read("data.pkl"))).load()
     if not isinstance(found, _Tensor):
         raise pickle.UnpicklingError(f"a {type(found).__name__}, no tensor")
@@ -86,12 +86,14 @@ def _layout_of(records: Records) -> Layout:
     itemsize = found.storage.dtype.itemsize
     if length != found.storage.numel * itemsize:
         raise pickle.UnpicklingError("its data have another length")
-    layout = Layout(start, found.storage.numel, found.dtype, found.offset, found.size, found.stride)
+    layout = StoredLayout(
+        start, found.storage.numel, found.dtype, found.offset, found.size, found.stride
+    )
     _check(layout, itemsize)
     return layout
 
 
-def _check(layout: Layout, itemsize: int) -> None:
+def _check(layout: StoredLayout, itemsize: int) -> None:
     """Check that a tensor lies on its storage."""
     numbers = (layout.offset, *layout.size, *layout.stride)
     last = layout.offset + sum((n - 1) * s for n, s in zip(layout.size, layout.stride, strict=True))

@@ -40,7 +40,7 @@ class Fit:
     repeated: frozenset[int]  # the places among the copies that bring a tied tensor's value again
 
 
-class Names:
+class TensorNames:
     """The tensors of a module by name, and which of them are one."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,7 +70,7 @@ class Names:
 
 def fit(
     module: nn.Module,
-    names: Names,
+    names: TensorNames,
     reader: Reader,
     rehearsal: Rehearsal,
     wanted: Callable[[Tensor], torch.dtype],
@@ -120,7 +120,10 @@ def _as_told(message: str, reader: Reader) -> str:
 
 
 def _kinds(
-    names: Names, reader: Reader, rehearsal: Rehearsal, wanted: Callable[[Tensor], torch.dtype]
+    names: TensorNames,
+    reader: Reader,
+    rehearsal: Rehearsal,
+    wanted: Callable[[Tensor], torch.dtype],
 ) -> Iterable[str]:
     """Casts that would lose more than precision: a float to an integer, a complex to a real."""
     for target, source in rehearsal.copies:
@@ -131,7 +134,7 @@ def _kinds(
                 yield f"{name}: the checkpoint has the dtype {dtype}, the model {wanted(target)}"
 
 
-def _unwritable(names: Names, rehearsal: Rehearsal) -> Iterable[str]:
+def _unwritable(names: TensorNames, rehearsal: Rehearsal) -> Iterable[str]:
     """Tensors that torch copies nothing into; it would say so half way through."""
     for target in {id(target): target for target, _ in rehearsal.copies}.values():
         if is_lazy(target) or is_dtensor(target) or target.layout is not torch.strided:
@@ -145,7 +148,9 @@ def _unwritable(names: Names, rehearsal: Rehearsal) -> Iterable[str]:
             yield f"{name}: made in inference mode, and can be changed in none but that"
 
 
-def _tied(names: Names, reader: Reader, rehearsal: Rehearsal) -> tuple[frozenset[int], list[str]]:
+def _tied(
+    names: TensorNames, reader: Reader, rehearsal: Rehearsal
+) -> tuple[frozenset[int], list[str]]:
     """Copies that bring what a tied tensor has already; and those that bring something else.
 
     What a hook brings from under another name is its own affair: the last copy counts.
@@ -179,7 +184,7 @@ def same_bits(reader: Reader, first: str, second: str) -> bool:
 
 
 def _strangers(
-    module: nn.Module, names: Names, reader: Reader, missing: list[str], unexpected: list[str]
+    module: nn.Module, names: TensorNames, reader: Reader, missing: list[str], unexpected: list[str]
 ) -> Iterable[str]:
     """Names that only one side has, but for those that the model's class says do not matter."""
     no_need, no_use = left_out(module, missing, unexpected)

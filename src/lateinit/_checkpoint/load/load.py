@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._checkpoint.formats.base import Reader, StoredTensor, block
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.assign import Placer
-from lateinit._checkpoint.load.compatibility import Fit, Names, fit
+from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
@@ -71,10 +71,10 @@ class Loaded:
         return "\n".join(lines)
 
 
-def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
+def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
     """See ``load_checkpoint``."""
     reader = open_checkpoint(path)
-    names, state = Names(module), plain_state(module)
+    names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
     for found in names.distinct:
         if is_dtensor(found.tensor):
@@ -101,7 +101,7 @@ def load(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: b
     if rehearsal.plain:  # no hook has exchanged anything
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
-        names = Names(module)
+        names = TensorNames(module)
     materialize(left, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
     return _report(names, path, reader, fitting, computed)
 
@@ -135,7 +135,7 @@ def _put_plainly(
 
 def _put(
     module: nn.Module,
-    names: Names,
+    names: TensorNames,
     reader: Reader,
     rehearsal: Rehearsal,
     placer: Placer,
@@ -158,7 +158,7 @@ def _put(
         if name is None:
             stands.reveal(source)
             placer.reveal(source)
-            placer.put(target, block(source, *place), take=False)
+            placer.put(target, block_of(source, *place), take=False)
         else:
             # What was loaded may be written to by a hook before the same memory is read again.
             once = uses[name] == 1 and name not in rehearsal.revealed
@@ -192,14 +192,14 @@ def _to_compute(group: Wanted, loaded: set[str]) -> Iterator[int]:
             yield number
 
 
-def _computed(names: Names, fitting: Fit) -> list[Found]:
+def _computed(names: TensorNames, fitting: Fit) -> list[Found]:
     """Deferred tensors that no checkpoint would hold."""
     known = {*fitting.loaded, *fitting.missing}
     return [f for f in names.distinct if f.deferred and not known.intersection(f.names)]
 
 
 def _report(
-    names: Names, path: Path, reader: Reader, fitting: Fit, computed: list[Found]
+    names: TensorNames, path: Path, reader: Reader, fitting: Fit, computed: list[Found]
 ) -> Loaded:
     loaded = _entries(names, fitting.loaded)
     distinct = {names.key(names.found[entry.name].tensor): entry.nbytes for entry in loaded}
@@ -213,7 +213,7 @@ def _report(
     )
 
 
-def _entries(names: Names, wanted: Iterable[str]) -> tuple[StoredTensor, ...]:
+def _entries(names: TensorNames, wanted: Iterable[str]) -> tuple[StoredTensor, ...]:
     return tuple(
         StoredTensor(name, tensor.dtype, tuple(size or 0 for size in known_shape(tensor) or ()))
         for name in wanted

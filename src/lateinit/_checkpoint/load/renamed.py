@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats.base import Reader, StoredTensor, block
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of
 from lateinit._integrations import transformers_names
 from lateinit._integrations.transformers_names import Conversion
 from lateinit._tensors.walk import is_placeholder
@@ -58,7 +58,9 @@ class Translated(Reader):
     not asked for are kept until others are computed.
     """
 
-    def __init__(self, module: nn.Module, reader: Reader, names: transformers_names.Names) -> None:
+    def __init__(
+        self, module: nn.Module, reader: Reader, names: transformers_names.Translation
+    ) -> None:
         super().__init__(reader.path)
         self._reader = reader
         self.objects, self.versions = reader.objects, reader.versions
@@ -90,7 +92,7 @@ class Translated(Reader):
             alias: forward[kept] for alias, kept in reader.aliases.items() if kept in forward
         }
 
-    def _doubled(self, names: transformers_names.Names) -> list[str]:
+    def _doubled(self, names: transformers_names.Translation) -> list[str]:
         """Names that become one; that is well where they have the same bits."""
         wrong = []
         for new, (first, *others) in names.renamed.items():
@@ -136,7 +138,7 @@ class Translated(Reader):
             self._kept.clear()
             self._kept = self._computed[name].run(self._reader.read)
             found = self._kept.pop(name)
-        return block(found, offsets, sizes)
+        return block_of(found, offsets, sizes)
 
 
 def _failed(conversion: Conversion, reader: Reader, error: Exception) -> str:

@@ -30,7 +30,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardFile:
     """One file of a checkpoint."""
 
     file: str
@@ -111,7 +111,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[Shard]:
+def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[ShardFile]:
     """Divide tensors among files of at most ``limit`` bytes, a larger tensor alone in one.
 
     ``file`` is the name of a single file. Otherwise the names are those of the Hugging Face hub:
@@ -126,7 +126,7 @@ def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[S
         groups[-1].append(item)
         room = None if room is None else room - item.entry.nbytes
     return [
-        Shard(file or _file_name(number, len(groups)), tuple(_aligned(group)))
+        ShardFile(file or _file_name(number, len(groups)), tuple(_aligned(group)))
         for number, group in enumerate(groups, 1)
     ]
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from lateinit._checkpoint.save.atomic_output import Stage
-from lateinit._checkpoint.save.manifest import Item, Shard
+from lateinit._checkpoint.save.manifest import Item, ShardFile
 from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter
 from lateinit._materialize.scheduler import execute
 from lateinit._program.plan import plan_storages
@@ -25,7 +25,7 @@ _BATCH = 1 << 25  # bytes that are computed together, where single tensors are s
 
 def write_shards(
     stage: Stage,
-    shards: Iterable[Shard],
+    shards: Iterable[ShardFile],
     metadata: dict[str, str],
     *,
     seed: int | None,
@@ -36,7 +36,7 @@ def write_shards(
 
     While some tensors are written the next ones are computed, if both take at most ``room`` bytes.
     """
-    values = Values(seed)
+    values = TensorComputer(seed)
     with contextlib.ExitStack() as files, ThreadPoolExecutor(1, "lateinit-write") as thread:
         pipe = Pipe(thread, room)
         for shard in shards:
@@ -67,7 +67,7 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-class Values:
+class TensorComputer:
     """Gives tensors their values, and keeps nothing of them."""
 
     def __init__(self, seed: int | None) -> None:

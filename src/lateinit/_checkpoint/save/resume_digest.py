@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lateinit._checkpoint.save.manifest import Shard
+from lateinit._checkpoint.save.manifest import ShardFile
 from lateinit._program.program import Program
 from lateinit._torch.storage import as_bytes
 
 
-def fingerprint(shards: Iterable[Shard], metadata: dict[str, str], seed: int | None) -> str:
+def fingerprint(shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None) -> str:
     """The digest of what the shards will hold, without computing that.
 
     Tensors that are real already count by name, dtype and shape only: files with such tensors are
@@ -27,7 +27,7 @@ def fingerprint(shards: Iterable[Shard], metadata: dict[str, str], seed: int | N
 
 
 def _parts(
-    shards: Iterable[Shard], metadata: dict[str, str], seed: int | None
+    shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None
 ) -> Iterator[bytes | memoryview]:
     programs: dict[int, Program] = {}
     yield repr((sorted(metadata.items()), seed)).encode()
