@@ -14,7 +14,7 @@ QUIET_CORES := OMP_NUM_THREADS=1
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
 	@echo "make test    everything that CI runs"
-	@echo "make lint    ruff and mypy alone"
+	@echo "make lint    ruff, mypy and the walls between rooms"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
@@ -34,6 +34,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
