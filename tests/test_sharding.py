@@ -10,8 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
@@ -19,7 +25,13 @@ from lateinit._distributed import shard_ranges
 from lateinit._materialize import scheduler
 from lateinit._replay import chunks
 from lateinit._tensors.realize import home
-from lateinit.errors import CheckpointError, NotRecordedError, ShardingError
+from lateinit._torch.modules import REGISTRATION_HOOKS
+from lateinit.errors import (
+    CheckpointError,
+    DeferredTensorError,
+    NotRecordedError,
+    ShardingError,
+)
 from tests.laws import deferred, eager
 from tests.models import MODELS
 from tests.sharding.compare import differences
@@ -52,6 +64,22 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_ranges, "_ROWS", 48)
     monkeypatch.setattr(shard_ranges, "_GAP", 16)
     monkeypatch.setattr(shard_ranges, "_APART", 64)
+
+
+def columns_by_hand(model: nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight, mesh, [Shard(0)]))
+
+
+def by_from_local(model: nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    local = model[0].weight.detach()
+    model[0].weight = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+
+
+def by_plan(model: nn.Module) -> None:
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
 
 
 def ways() -> Iterator[tuple[str, int]]:
@@ -304,3 +332,40 @@ def test_saving_shards_as_wholes_is_refused(tmp_path: Path) -> None:
         PLACEMENTS["fsdp"](model, line(2))
         with pytest.raises(CheckpointError, match="DTensor"):
             lateinit.save_checkpoint(model, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("distribute", [columns_by_hand, by_from_local, by_plan, fully_shard])
+def test_no_hook_of_modules_is_left_behind(distribute: Any) -> None:
+    before = [dict(hooks) for hooks in REGISTRATION_HOOKS]
+    with alone_as(0, 2):
+        model = lateinit.deferred_init(lambda: nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6)))
+        distribute(model)
+        assert [dict(hooks) for hooks in REGISTRATION_HOOKS] == before
+        lateinit.materialize(model)
+    assert [dict(hooks) for hooks in REGISTRATION_HOOKS] == before
+
+
+@pytest.mark.parametrize("distribute", [columns_by_hand, by_from_local, by_plan])
+def test_what_is_done_to_local_parts_is_recorded_or_refused(distribute: Any) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6))
+
+    with alone_as(0, 2):
+        torch.manual_seed(0)
+        eager, changed = build(), True
+        distribute(eager)
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(build)
+        distribute(model)
+        with torch.no_grad():
+            try:
+                model[0].weight.to_local().mul_(3)
+            except DeferredTensorError:
+                changed = False
+            else:
+                eager[0].weight.to_local().mul_(3)
+        found = lateinit.materialize(model)[0].weight.to_local()
+        # Rank 0 of a process group that sends nothing has its own rows of the eager one too.
+        assert torch.equal(found, eager[0].weight.to_local())
+        assert type(found) is torch.Tensor
+        assert changed or distribute is by_from_local

@@ -116,15 +116,6 @@ class NeedsValuesError(LateinitError, RuntimeError):
     """A forward pass needs the values of a tensor of which only the shape is known."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of torch's or of Python's says that memory ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    # torch.OutOfMemoryError is CUDA's; the CPU allocator raises a bare RuntimeError.
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 def listing(names: Iterable[str], limit: int = 8) -> str:
     """``a, b, c and 4 more``: names for an error message."""
     every = list(names)

@@ -17,9 +17,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._lazy.placeholders import Placeholder
 from lateinit._lazy.shape_mode import readable
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter, original_class
-from lateinit._tensors.object_graph import exchanged, is_wrapper
+from lateinit._tensors.object_graph import exchanged
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import is_placeholder
+from lateinit._torch.modes import without_subclass_functions
+from lateinit._torch.wrappers import is_wrapper
 from lateinit.errors import RecordingError
 
 MakeStandIn = Callable[[Tensor], Tensor]
@@ -72,7 +74,7 @@ def clone_placeholder(placeholder: Any) -> Any:
 
 def on_meta(tensor: Tensor) -> Tensor:
     """A meta tensor with the layout of another one."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         shape, dtype = tensor.size(), tensor.dtype
         try:
             made = torch.empty_strided(shape, tensor.stride(), dtype=dtype, device="meta")
@@ -86,7 +88,7 @@ def counting_stand_in(tensor: Tensor) -> Tensor:
 
     A batch norm that averages over all batches reads how many there were.
     """
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         counts = tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex())
     if not counts or (tensor.is_meta and not is_deferred_tensor(tensor)):
         return on_meta(tensor)

@@ -14,6 +14,7 @@ from lateinit._lazy.placeholders import UninitializedBuffer
 from lateinit._lazy.scratch_recording import aside
 from lateinit._lazy.trials import LazySpec, ModuleLayout, Name, measure
 from lateinit._recording import holes
+from lateinit._torch.modules import own_buffers, own_parameters
 
 
 def declare(module: nn.Module, spec: LazySpec) -> None:
@@ -44,7 +45,7 @@ def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
     return [
         ((path, name), tensor)
         for path, part in module.named_modules(remove_duplicate=False)
-        for held in (part._parameters, part._buffers)
+        for held in (own_parameters(part), own_buffers(part))
         for name, tensor in held.items()
         if tensor is not None
     ]
@@ -58,8 +59,10 @@ def _place(module: nn.Module, layout: ModuleLayout, asked: dict[Name, AskedFor])
     for (path, name), known in layout.known.items():
         part = parts.get(path)
         is_buffer = (path, name) in layout.buffers
-        held = part and (part._buffers if is_buffer else part._parameters)
-        if held is None or is_lazy(held.get(name)):
+        if part is None:
+            continue
+        held = own_buffers(part) if is_buffer else own_parameters(part)
+        if is_lazy(held.get(name)):  # type: ignore[arg-type]
             continue
         key, dtype, device, grad = asked.get((path, name), (-len(made) - 1, *default[1:]))
         if key not in made:

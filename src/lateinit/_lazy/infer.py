@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
 from lateinit._lazy.borrowed_model import Lending, counting_stand_in, on_meta
 from lateinit._lazy.layers import LAYERS
@@ -22,7 +21,10 @@ from lateinit._rng.global_states import RandomStates
 from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
 from lateinit._tensors.object_graph import Reach
 from lateinit._tensors.values import own_copy
+from lateinit._torch.arguments import map_leaves
+from lateinit._torch.messages import asks_for_values
 from lateinit._torch.modes import outside, without_modes
+from lateinit._torch.modules import replace_forward_pre_hook
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
@@ -126,11 +128,11 @@ class _Run:
         return self.lending.of(tensor) if is_deferred_tensor(tensor) else tensor
 
     def _mode(self) -> Any:
-        return contextlib.nullcontext() if self.real else ShapeMode()  # type: ignore[no-untyped-call]
+        return contextlib.nullcontext() if self.real else ShapeMode()
 
     def _inputs(self, inputs: Any) -> Any:
         make = _real_input if self.real else _meta_input
-        return pytree.tree_map(
+        return map_leaves(
             lambda leaf: _with_tensors(leaf, make),
             inputs,
             is_leaf=lambda leaf: isinstance(leaf, PackedSequence),
@@ -144,8 +146,7 @@ class _Run:
             part.__dict__.pop("_lateinit_hole", None)
             handle = part.__dict__.get("_initialize_hook")
             if isinstance(part, LazyModuleMixin) and handle is not None:
-                part._forward_pre_hooks[handle.id] = self._meet
-                part._forward_pre_hooks_with_kwargs[handle.id] = True
+                replace_forward_pre_hook(part, handle.id, self._meet)
             else:
                 part.register_forward_pre_hook(self._meet, with_kwargs=True)
 
@@ -153,7 +154,7 @@ class _Run:
         """A lazy module is called: note its inputs, and go on with a trial of it."""
         if id(module) in self.met or not is_lazy_module(module):
             return
-        shapes = pytree.tree_map(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
+        shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
         try:
             initialise(module, *shapes)
         except ShapeError as error:
@@ -230,7 +231,6 @@ def _said_where(real: bool) -> Iterator[None]:
     except (NeedsValuesError, ShapeError):
         raise
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error).lower()
-        if not real and ("meta" in said or "unallocated storage" in said):
+        if not real and asks_for_values(error):
             raise needs_values(str(error), error) from error
         raise

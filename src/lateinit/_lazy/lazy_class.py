@@ -18,6 +18,7 @@ from lateinit._lazy.scratch_recording import Settings
 from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
+from lateinit._torch.modules import own_buffers, own_modules, own_parameters
 from lateinit.errors import ShapeError
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
@@ -59,7 +60,9 @@ class Lazy(LazyModuleMixin):
     def has_uninitialized_params(self: Any) -> bool:
         """Whether a parameter or buffer, of a submodule too, has no shape yet."""
         held: list[dict[str, Any]] = [
-            tensors for part in _own_modules(self) for tensors in (part._parameters, part._buffers)
+            tensors
+            for part in _own_modules(self)
+            for tensors in (own_parameters(part), own_buffers(part))
         ]
         return any(is_lazy(tensor) for tensors in held for tensor in tensors.values())
 
@@ -127,7 +130,7 @@ class Lazy(LazyModuleMixin):
 def _own_modules(module: nn.Module) -> list[nn.Module]:
     """A module and those below it that are not lazy in their own right."""
     found = [module]
-    for child in module._modules.values():
+    for child in own_modules(module).values():
         if child is not None and not hasattr(child, "_initialize_hook"):
             found += _own_modules(child)
     return found

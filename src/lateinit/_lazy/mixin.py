@@ -19,6 +19,7 @@ from lateinit._recording import holes
 from lateinit._recording.block import fill
 from lateinit._tensors.deferred import guard, is_deferred_tensor
 from lateinit._torch.modes import outside
+from lateinit._torch.modules import name_of_class, own_buffers, own_parameters, remove_hook
 from lateinit.errors import UninitializedError
 
 TrialKind = Literal["aside", "real"]
@@ -85,10 +86,10 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
     def _finish(self: Any, module: Any) -> None:
         """Make an initialised module one that never was lazy."""
         if module.has_uninitialized_params():
-            left = [n for n, t in module._parameters.items() if is_lazy(t)]
-            left += [n for n, t in module._buffers.items() if is_lazy(t)]
+            left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
+            left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
             raise UninitializedError(
-                f"module {module._get_name()} has not been fully initialized: "
+                f"module {name_of_class(module)} has not been fully initialized: "
                 f"initialize_parameters left {', '.join(left) or 'something'} without a shape"
             )
         finish(module)
@@ -129,7 +130,7 @@ def finish(module: Any) -> None:
     for name in ("_initialize_hook", "_load_hook"):
         handle = module.__dict__.pop(name, None)
         if handle is not None:
-            _remove(module, handle)
+            remove_hook(module, handle.id)
     holes.close(module)
     become = _class_to_become(type(module))
     if become is not None:
@@ -141,17 +142,6 @@ def _class_to_become(cls: Any) -> Any:
     named = next(base for base in cls.__mro__ if "cls_to_become" in base.__dict__)
     of_layer = "_plain" in named.__dict__
     return None if of_layer and named is not cls else named.cls_to_become
-
-
-def _remove(module: nn.Module, handle: Any) -> None:
-    """Remove a hook; the dict is replaced, since torch may be going through the old one."""
-    for name in ("_forward_pre_hooks", "_load_state_dict_pre_hooks"):
-        hooks = module.__dict__[name]
-        if handle.id in hooks:
-            left = type(hooks)((k, hook) for k, hook in hooks.items() if k != handle.id)
-            module.__dict__[name] = left
-            if name == "_forward_pre_hooks":
-                module._forward_pre_hooks_with_kwargs.pop(handle.id, None)
 
 
 def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:

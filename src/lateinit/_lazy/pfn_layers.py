@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from typing import Any, ClassVar
 
@@ -16,6 +15,8 @@ from lateinit._lazy.lazy_class import Lazy
 from lateinit._lazy.mixin import check_known
 from lateinit._lazy.placeholders import become
 from lateinit._lazy.rules import size
+from lateinit._torch.callers import is_in_torch_optim
+from lateinit._torch.modules import copy_into_state_dict
 from lateinit.errors import UninitializedError
 
 
@@ -32,8 +33,7 @@ class UninitializedParameter(placeholders.UninitializedParameter):
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
         """True; asked by an optimizer, it warns."""
-        module = sys._getframe(1).f_globals.get("__package__") or ""
-        if module.startswith("torch.optim"):
+        if is_in_torch_optim():
             warnings.warn(
                 "Use of uninitialized lazy parameter in Optimizer has been detected. Maybe you "
                 "forgot to run forward before passing `module.parameters()` to the optimizer?",
@@ -105,7 +105,7 @@ class LazyInitializationMixin:
             super().__setattr__(name, value)
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        copy_into_state_dict(self, destination, prefix, keep_vars)
         for name in (*self._parameters, *self._buffers):
             if is_lazy(destination.get(prefix + name)):
                 del destination[prefix + name]

@@ -6,7 +6,6 @@ shape. When the rest is known the object becomes the tensor: those who hold it n
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
@@ -18,7 +17,9 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._recording.recorder import current
 from lateinit._tensors.deferred import guard, is_deferred_tensor
 from lateinit._tensors.walk import is_placeholder
-from lateinit._torch.modes import without_modes
+from lateinit._torch.callers import is_optimizer_stepping, is_torch_saving
+from lateinit._torch.modes import without_modes, without_subclass_functions
+from lateinit._torch.swap import as_subclass, swap_with_hooks
 from lateinit.errors import ShapeError, UninitializedError
 
 Shape = tuple[int | None, ...]
@@ -33,7 +34,6 @@ _CONVERSIONS = (
     torch.Tensor.cpu,
     torch.Tensor.to,
 )
-_SAVERS = ("_save", "_legacy_save")
 
 
 def show(shape: Shape | None) -> str:
@@ -75,7 +75,7 @@ def mismatch(known: Shape | None, found: Sequence[int]) -> str | None:
 class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
     """What the two placeholder classes have in common."""
 
-    def _describe(self) -> str:
+    def describe(self) -> str:
         state = self.__dict__
         label = state.get("_label")
         return f"{f'{label} ' if label else ''}{show(state.get('_known'))}"
@@ -104,7 +104,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         """
         wrong = mismatch(self.known_shape, tuple(shape))
         if wrong:
-            raise ShapeError(f"{self._describe()}: {wrong}")
+            raise ShapeError(f"{self.describe()}: {wrong}")
         me = cast(Tensor, self)
         asked, origin = self.__dict__.get("_origin", (None, None))[:2]
         if device is None:
@@ -117,14 +117,14 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
     def shape(self) -> Any:
         """Refused: only ``known_shape`` can be told."""
         raise UninitializedError(
-            f"the shape of {self._describe()} is not known yet (if this is load_state_dict: an "
+            f"the shape of {self.describe()} is not known yet (if this is load_state_dict: an "
             f"uninitialised state cannot be loaded into an initialised module); {_ADVICE}"
         )
 
     def share_memory_(self) -> Any:
         """Refused: there is no memory."""
         raise UninitializedError(
-            f"can't share memory of {self._describe()}, an uninitialized parameter or buffer: "
+            f"can't share memory of {self.describe()}, an uninitialized parameter or buffer: "
             f"{_ADVICE}"
         )
 
@@ -137,7 +137,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
     @grad.setter
     def grad(self, value: Any) -> None:
         if value is not None:
-            raise UninitializedError(f"{self._describe()} cannot have a gradient: {_ADVICE}")
+            raise UninitializedError(f"{self.describe()} cannot have a gradient: {_ADVICE}")
 
     def detach(self) -> Any:
         """Itself: a state dict holds placeholders as they are."""
@@ -152,11 +152,9 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         return memo[id(self)]
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        caller = sys._getframe(1)
-        in_torch = caller.f_globals.get("__name__") == "torch.serialization"
-        if in_torch and caller.f_code.co_name in _SAVERS:
+        if is_torch_saving():
             raise UninitializedError(
-                f"torch.save cannot save {self._describe()}, which has no values: {_ADVICE} "
+                f"torch.save cannot save {self.describe()}, which has no values: {_ADVICE} "
                 "(pickle keeps lazy models as they are)"
             )
         return _rebuild, (type(self), *_state(cast(Tensor, self)))
@@ -170,12 +168,12 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))
             return _converted(args[0], result) if func in _CONVERSIONS else result
         given = (*args, *(kwargs or {}).values())
         found = next((a for a in given if isinstance(a, Placeholder)), None)
-        named = found._describe() if found is not None else cls.__name__
+        named = found.describe() if found is not None else cls.__name__
         raise UninitializedError(
             f"{getattr(func, '__name__', func)} was given {named}, an uninitialized parameter or "
             f"buffer: {_ADVICE}"
@@ -268,7 +266,7 @@ def _empty(
     dtype = dtype or torch.get_default_dtype()
     with without_modes():
         data = torch.empty(0, device=place, dtype=dtype)
-        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)
+        made = as_subclass(cls, data, requires_grad)
         made.__dict__.update(_known=known, _label=None, _origin=(asked, data.device, dtype))
     return made
 
@@ -277,9 +275,9 @@ def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
     """A placeholder moved or cast: it is one still."""
     if isinstance(result, Placeholder):
         return result
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+    with without_subclass_functions(), torch.no_grad():
         grad = placeholder.requires_grad
-        made: Tensor = torch.Tensor._make_subclass(type(placeholder), result.detach(), grad)
+        made = as_subclass(type(placeholder), result.detach(), grad)
     made.__dict__.update(placeholder.__dict__)
     return made
 
@@ -293,7 +291,7 @@ def _rebuild(
 ) -> Tensor:
     with without_modes():
         data = torch.empty(0, device=device, dtype=dtype)
-        made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)
+        made = as_subclass(cls, data, requires_grad)
         made.__dict__.update(state)
     return made
 
@@ -313,33 +311,23 @@ def converted(placeholder: Tensor) -> tuple[torch.device | None, torch.dtype | N
 
 def become(placeholder: Tensor, tensor: Tensor) -> None:
     """Let a placeholder object be a tensor; what hangs on it (hooks, references) stays."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         with torch.no_grad():
             shown = tensor.detach()
         shown.requires_grad_(placeholder.requires_grad)
-        hooks = placeholder._backward_hooks
-        grad_hooks = placeholder._post_accumulate_grad_hooks
-        torch._C._swap_tensor_impl(placeholder, shown)
+        swap_with_hooks(placeholder, shown)
     for name in _OWN:
         placeholder.__dict__.pop(name, None)
     placeholder.__dict__.update(tensor.__dict__)
     placeholder.__class__ = type(tensor)
-    placeholder._backward_hooks = hooks
-    placeholder._post_accumulate_grad_hooks = grad_hooks
     if is_deferred_tensor(placeholder) and current() is None:
         guard(placeholder)
 
 
 def _refuse_step(placeholder: Placeholder) -> None:
     """Raise if an optimizer is about to step over a placeholder, which it would silently skip."""
-    frame = sys._getframe(2)
-    for _ in range(2):
-        steps = frame.f_code.co_name in ("step", "_init_group")
-        if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
-            raise UninitializedError(
-                f"an optimizer cannot step over {placeholder._describe()}, whose shape is not "
-                f"known yet: {_ADVICE}"
-            )
-        if frame.f_back is None:
-            return
-        frame = frame.f_back
+    if is_optimizer_stepping():
+        raise UninitializedError(
+            f"an optimizer cannot step over {placeholder.describe()}, whose shape is not known "
+            f"yet: {_ADVICE}"
+        )

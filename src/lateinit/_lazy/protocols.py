@@ -14,6 +14,7 @@ from lateinit._lazy.placeholders import become
 from lateinit._recording import holes
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import tensors_in
+from lateinit._torch.modules import own_parameters
 
 
 def is_lazy_module(module: nn.Module) -> bool:
@@ -44,7 +45,7 @@ def initialise(module: Any, args: Any, kwargs: Any) -> None:
 
 def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
     """Let ``forward`` initialise its parameters, and stop it before it computes with them."""
-    before = dict(module._parameters)
+    before = dict(own_parameters(module))
     training = module.training
     try:
         module.__dict__["training"] = False  # batch norms would count this batch
@@ -53,10 +54,10 @@ def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
     finally:
         module.__dict__["training"] = training
     for name, placeholder in before.items():
-        made = module._parameters.get(name)
+        made = own_parameters(module).get(name)
         if made is not None and placeholder is not None and made is not placeholder:
             become(placeholder, made)
-            module._parameters[name] = placeholder
+            own_parameters(module)[name] = placeholder
     holes.close(module)
 
 

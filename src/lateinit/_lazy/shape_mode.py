@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import functools
-import sys
 import traceback
-from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lateinit._lazy.meta_kernels import numel_of_factory, range_on_meta, shortcut
 from lateinit._torch.arguments import kwargs_to_meta, tensors_in, to_meta
-from lateinit._torch.operators import OpInfo, op_info
+from lateinit._torch.callers import innermost_foreign_line, is_library
+from lateinit._torch.messages import asks_for_values
+from lateinit._torch.modes import DispatchMode
+from lateinit._torch.operators import OpInfo, OpOverload, op_info
 from lateinit.errors import NeedsValuesError
 
 _SMALL = 4096  # elements that a tensor made in a forward pass may have to be computed for real
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _MARK = "_lateinit_small"
 
 
-class ShapeMode(TorchDispatchMode):
+class ShapeMode(DispatchMode):
     """Sends what a forward pass computes to ``meta``.
 
     Small tensors that it makes out of nothing (sizes as tensors, ranges) are computed for real,
     so that their values may be read; real tensors from elsewhere are read by shape and not written.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch._dynamo and wrap every call
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
@@ -92,7 +86,7 @@ def on_shapes(info: OpInfo, args: Any, kwargs: Any) -> Any:
     except NotImplementedError as error:
         raise needs_values(info.name) from error
     except Exception as error:
-        if _tagged(info.func) and "meta" in str(error).lower():
+        if _tagged(info.func) and asks_for_values(error):
             raise needs_values(info.name) from error
         raise
 
@@ -147,17 +141,9 @@ def needs_values(op: str, error: BaseException | None = None) -> NeedsValuesErro
 
 def where(trace: TracebackType | None = None) -> str:
     """``file.py:12 in forward``: the innermost line that is neither torch's nor ours."""
-    if trace is not None:
-        found = [
-            f"{f.filename}:{f.lineno} in {f.name}"
-            for f in traceback.extract_tb(trace)
-            if not f.filename.startswith(_LIBRARIES)
-        ]
-        return found[-1] if found else "inside torch"
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith((*_LIBRARIES, "<frozen", "<eval_with_key")):
-            return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-        frame = frame.f_back
-    return "inside torch"
+    if trace is None:
+        return innermost_foreign_line() or "inside torch"
+    found = [f for f in traceback.extract_tb(trace) if not is_library(f.filename)]
+    if not found:
+        return "inside torch"
+    return f"{found[-1].filename}:{found[-1].lineno} in {found[-1].name}"

@@ -13,9 +13,16 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.placeholders import become, converted, show
 from lateinit._lazy.trials import Name
+from lateinit._torch.modules import (
+    OWN_ATTRIBUTES,
+    not_persistent,
+    own_buffers,
+    own_modules,
+    own_parameters,
+)
 from lateinit.errors import ShapeError
 
-_PLUMBING = frozenset(nn.Module().__dict__) | {"_initialize_hook", "_load_hook"}
+_PLUMBING = OWN_ATTRIBUTES | {"_initialize_hook", "_load_hook"}
 
 
 class Transplant:
@@ -40,13 +47,13 @@ class Transplant:
 
     def _module(self, path: str, target: nn.Module, plain: nn.Module) -> None:
         self._modules[id(target)], self._targets[id(plain)] = plain, target
-        self._tensors(path, target._parameters, plain._parameters)
-        self._tensors(path, target._buffers, plain._buffers)
-        target._non_persistent_buffers_set |= plain._non_persistent_buffers_set
-        for name, child in plain._modules.items():
-            known = target._modules.get(name)
+        self._tensors(path, own_parameters(target), own_parameters(plain))
+        self._tensors(path, own_buffers(target), own_buffers(plain))
+        not_persistent(target).update(not_persistent(plain))
+        for name, child in own_modules(plain).items():
+            known = own_modules(target).get(name)
             if child is None or known is None or type(known) is not type(child):
-                target._modules[name] = child
+                own_modules(target)[name] = child
             elif known is not child:
                 self._module(_join(path, name), known, child)
 

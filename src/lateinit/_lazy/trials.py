@@ -18,10 +18,10 @@ from lateinit._lazy.placeholders import Shape, known_shape
 from lateinit._lazy.rules import Rule, size
 from lateinit._lazy.scratch_recording import Settings, aside
 from lateinit._lazy.signature import call_with
+from lateinit._torch.modules import OWN_ATTRIBUTES, own_buffers, own_parameters
 from lateinit.errors import RuleError
 
 Name = tuple[str, str]  # the path of a module, and the name of something on it
-_OWN = frozenset(nn.Module().__dict__)
 _STEPS = (48, 5040)
 
 
@@ -170,15 +170,15 @@ def look(module: nn.Module, sizes: dict[str, Any]) -> Trial:
     shapes: dict[Name, Any] = {}
     buffers, attributes = set(), {}
     for path, part in module.named_modules(remove_duplicate=False):
-        for name, tensor in part._parameters.items():
+        for name, tensor in own_parameters(part).items():
             if tensor is not None:
                 shapes[path, name] = known_shape(tensor)
-        for name, buffer in part._buffers.items():
+        for name, buffer in own_buffers(part).items():
             if buffer is not None:
                 shapes[path, name] = known_shape(buffer)
                 buffers.add((path, name))
         for name, value in part.__dict__.items():
-            if name not in _OWN:
+            if name not in OWN_ATTRIBUTES:
                 attributes[path, name] = value
     return Trial(sizes, shapes, frozenset(buffers), attributes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lateinit._program.program import Const, Constant, Program
-from lateinit._torch.storage import checksum, copied_with_strides, is_plain
+from lateinit._torch.storage import checksum, copied_with_strides, is_plain, storage_key
 
 _SMALL = 1 << 16
 
@@ -31,7 +31,7 @@ class RealData:
         if small or not storage.resizable() or tensor.is_inference():
             return self.own(copied_with_strides(tensor))
         constant = self._keep(Constant(tensor, checksum(tensor)))
-        self._kept.setdefault(storage._cdata, []).append(constant.number)
+        self._kept.setdefault(storage_key(storage), []).append(constant.number)
         return constant
 
     def own(self, tensor: Tensor) -> Const:
@@ -46,6 +46,6 @@ class RealData:
         """Copy what is kept of a tensor's storage before it is written in place."""
         if not is_plain(tensor):
             return
-        for number in self._kept.pop(tensor.untyped_storage()._cdata, ()):
+        for number in self._kept.pop(storage_key(tensor.untyped_storage()), ()):
             constant = self.program.constants[number]
             self.program.constants[number] = Constant(copied_with_strides(constant.tensor), None)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Iterable, Mapping
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +17,8 @@ import torch
 from lateinit._program.plan import needed_ops
 from lateinit._program.program import Const, Op, Program, TensorRef
 from lateinit._torch import operators
+from lateinit._torch.callers import running_initialiser
 
-_INIT = vars(torch.nn.init)
-_BETWEEN = ("lateinit", "torch")
 EMPTY = "empty (uninitialised)"
 _MOST_PIECES = 3
 _DEEPEST = 8  # copies of copies that are followed
@@ -34,18 +31,8 @@ def initializer() -> str | None:
 
     Defaults are left out: ``kaiming_uniform_(a=2.236)``, ``normal_(std=0.02)``, ``zeros``.
     """
-    frame: FrameType | None = sys._getframe(1)
-    found = None
-    while frame is not None:
-        if frame.f_globals is _INIT:
-            if frame.f_code.co_name.removeprefix("_no_grad_") in _DEFAULTS:
-                found = frame
-        elif found is not None or not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
-            break
-        frame = frame.f_back
-    if found is None:
-        return None
-    return called(found.f_code.co_name.removeprefix("_no_grad_"), found.f_locals)
+    found = running_initialiser(_DEFAULTS)
+    return called(*found) if found is not None else None
 
 
 def called(name: str, given: Mapping[str, Any]) -> str:

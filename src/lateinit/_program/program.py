@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from lateinit._torch import operators
+from lateinit._torch.modes import is_any_autocast_enabled, is_deterministic
+from lateinit._torch.storage import negative_view
 
 CONJUGATE, NEGATIVE = 1, 2
 
@@ -74,7 +76,7 @@ class TensorRef(NamedTuple):
         tensor.set_(storage, self.offset, self.size, self.stride)
         if self.bits & CONJUGATE:
             tensor = tensor.conj()
-        return torch._neg_view(tensor) if self.bits & NEGATIVE else tensor
+        return negative_view(tensor) if self.bits & NEGATIVE else tensor
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.size)) or "scalar"
@@ -215,8 +217,8 @@ class Ambient(NamedTuple):
         return (
             self.autocast is None
             and self.default_dtype is torch.get_default_dtype()
-            and self.deterministic == torch._C._get_deterministic_algorithms()
-            and not torch._C._is_any_autocast_enabled()
+            and self.deterministic == is_deterministic()
+            and not is_any_autocast_enabled()
         )
 
     @contextlib.contextmanager

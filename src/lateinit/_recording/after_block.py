@@ -16,9 +16,11 @@ from torch import Tensor
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors.deferred import (
+    DeferredShard,
     DeferredTensor,
     described,
     guard,
+    guard_below_python,
     is_deferred_tensor,
     locate,
     slot_of,
@@ -125,9 +127,10 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         follower.meant = follower.device_of(first)
     with in_force(follower, _OutsideMasquerade):
         result = func(*args, **kwargs)
+    of_shards = any(type(tensor) is DeferredShard for tensor in deferred)
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
-            guard(leaf)
+            (guard_below_python if of_shards else guard)(leaf)
     return result
 
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program.program import Program
@@ -20,6 +19,7 @@ from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors.deferred import ON_META, DeferredTensor, guard, is_deferred_tensor, slot_of
 from lateinit._tensors.walk import own_tensors
+from lateinit._torch.modules import REGISTRATION_HOOKS
 
 T = TypeVar("T")
 # Blocks leave tokens in the default generator, which all threads share: one thread at a time.
@@ -138,13 +138,6 @@ def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         return make(*args, **kwargs)
 
 
-_REGISTRATION_HOOKS: tuple[dict[int, Any], ...] = (
-    hooks._global_parameter_registration_hooks,
-    hooks._global_buffer_registration_hooks,
-    hooks._global_module_registration_hooks,
-)
-
-
 class _Modules:
     """The modules that something is registered on while a block runs."""
 
@@ -155,7 +148,7 @@ class _Modules:
 
     def __enter__(self) -> _Modules:
         # What register_module_parameter_registration_hook and its like do, without handles.
-        for registered in _REGISTRATION_HOOKS:
+        for registered in REGISTRATION_HOOKS:
             registered[id(self)] = self._note
         return self
 
@@ -172,7 +165,7 @@ class _Modules:
             self._parents[id(value)] = (module, name)
 
     def __exit__(self, *_: object) -> None:
-        for registered in _REGISTRATION_HOOKS:
+        for registered in REGISTRATION_HOOKS:
             del registered[id(self)]
 
     def all(self) -> list[nn.Module]:

@@ -8,25 +8,23 @@ ever, which gives their shapes and graphs; then what the whole op gives is copie
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from lateinit._recording.recorder import Recorder, current
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import flat, tensors_in
-from lateinit._torch.operators import by_name
+from lateinit._torch.callers import attention_without_fused_kernel
+from lateinit._torch.operators import overload_for
 
 Handler = Callable[..., Any]
 Policy = Literal["same", "leave", "refuse"]
 original_attention = functional.scaled_dot_product_attention
-_AS_A_MODE = "some Tensor argument has_torch_function"  # what torch finds of tensors in a block
 
 
 def _whole(name: str, graph: Policy, dropout: Policy) -> Handler:
@@ -49,8 +47,7 @@ def _whole(name: str, graph: Policy, dropout: Policy) -> Handler:
         if "refuse" in policies:
             _refuse(recorder, result, f"{name} with gradients or dropout")
         elif "leave" not in policies:
-            overload = torch._C._jit_resolve_packet(name, *args, **kwargs)
-            info = replace(by_name(f"{name}.{overload}".removesuffix(".default")), random=False)
+            info = replace(overload_for(name, args, kwargs), random=False)
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             recorder.override(info, args, kwargs, results)
         return result
@@ -70,11 +67,8 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
 def _multi_head(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     """Attention that eager construction would leave to a fused kernel, which no mode passes."""
     result = func(*args, **kwargs)
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not nn.MultiheadAttention.forward.__code__:
-        frame = frame.f_back
-    if frame is not None and frame.f_locals.get("why_not_fast_path") == _AS_A_MODE:
-        module = frame.f_locals["self"]
+    module = attention_without_fused_kernel()
+    if module is not None:
         trained = any(parameter.requires_grad for parameter in module.parameters())
         if not (torch.is_grad_enabled() and trained):
             _refuse(recorder, result, "a fused kernel of attention")

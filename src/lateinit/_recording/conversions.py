@@ -17,6 +17,7 @@ from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.devices import device_number
 from lateinit._torch.modes import without_modes
+from lateinit._torch.operators import parse_to, to_copy
 
 Handler = Callable[..., Any]
 _SEQUENCES = frozenset({list, tuple, range})
@@ -54,7 +55,7 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         last = 2 if positional and isinstance(positional[0], torch.dtype) else 3
         if len(positional) > last:
             copy, positional = positional[last], positional[:last]
-        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*positional, **kwargs)
+        device, dtype, non_blocking, layout = parse_to(*positional, **kwargs)
     device = None if device is None else _indexed(device)
     asked = tensor.dtype if dtype is None else dtype
     if device is None or device == _reported(recorder, tensor):
@@ -63,7 +64,7 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return func(tensor, device, asked, non_blocking, copy=copy)
     if device.type == "meta":
         recorder.call = (), {"device": device}
-    return torch.ops.aten._to_copy.default(
+    return to_copy(
         tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._torch.modes import is_deterministic
+
 FillOp = tuple[str, tuple[Any, ...]]
 """The in-place op that a factory ends in, and its numbers."""
 
@@ -52,7 +54,7 @@ Of a tensor that they are given they use the sizes alone, which need no values.
 
 def is_usual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether what a factory gives is known without its kernel, and is plain memory."""
-    if torch._C._get_deterministic_algorithms():  # fills what is empty
+    if is_deterministic():  # fills what is empty
         return False
     if kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
         return False

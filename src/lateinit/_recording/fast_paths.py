@@ -8,7 +8,6 @@ times what noting it does.
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable
 from itertools import takewhile
@@ -22,24 +21,13 @@ from lateinit._recording.factories import FillOp
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import META
+from lateinit._torch.callers import is_running
+from lateinit._torch.modes import below_python, is_recording_alone
 from lateinit._torch.operators import by_name
 
 Handler = Callable[..., Any]
 _CPU = torch.device("cpu")
-_BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(
-    torch._C.DispatchKey.PythonTLSSnapshot
-)
 _USUAL = frozenset({"dtype", "device", "requires_grad", "size"})
-
-
-def _alone() -> bool:
-    """Whether none but this recording sees what is done: no other mode, no other default."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 1
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_default_device() == "cpu"
-        and not torch._C._get_deterministic_algorithms()
-    )
 
 
 def _making(fill: FillOp | None) -> Handler:
@@ -48,10 +36,10 @@ def _making(fill: FillOp | None) -> Handler:
     def make(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
         device = _CPU if device is None else torch.device(device)
-        if device == META or not _USUAL.issuperset(kwargs) or not _alone():
+        if device == META or not _USUAL.issuperset(kwargs) or not is_recording_alone():
             return func(*args, **kwargs)
         try:
-            with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+            with below_python():
                 tensor = torch.empty(*args, **(kwargs | {"device": META}))
         except (TypeError, RuntimeError):
             return func(*args, **kwargs)  # for its own message
@@ -62,9 +50,9 @@ def _making(fill: FillOp | None) -> Handler:
 
 def _data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     """``x.data``: a view, of which nothing is noted but that it exists."""
-    if not is_deferred_tensor(args[0]) or not _alone():
+    if not is_deferred_tensor(args[0]) or not is_recording_alone():
         return func(*args, **kwargs)
-    with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+    with below_python():
         data = func(*args)
     recorder.born.append(weakref.ref(data))
     return data
@@ -183,11 +171,4 @@ def initialiser_behind(func: Any) -> Handler | None:
     own: Any = _INITIALISERS.get(getattr(func, "__name__", ""))
     if own is None or getattr(nn.init, own.__name__) is not func:
         return None
-    frame = sys._getframe(1)
-    for _ in range(_DEEPEST):
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-        if frame.f_code is own.__code__:
-            return cast("Handler", own)
-    return None
+    return cast("Handler", own) if is_running(own.__code__, _DEEPEST) else None

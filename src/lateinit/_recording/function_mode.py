@@ -22,10 +22,11 @@ from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors.deferred import copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch.devices import device_number
-from lateinit._torch.modes import without_modes
+from lateinit._torch.modes import is_any_autocast_enabled, set_grad_enabled, without_modes
+from lateinit._torch.storage import storage_key
+from lateinit._torch.swap import swap_implementation
 
 Handler = Callable[..., Any]
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 class Masquerade(TorchFunctionMode):
@@ -47,7 +48,7 @@ class Masquerade(TorchFunctionMode):
         if handler is _asks or recorder.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
         recorder.call = args, kwargs
-        recorder.autocasting = _is_any_autocast_enabled()
+        recorder.autocasting = is_any_autocast_enabled()
         if handler is None:
             func = fast_paths.initialiser_behind(func) or func
             handler = _HANDLERS.get(func)
@@ -86,14 +87,16 @@ def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
     tensor = args[0]
     if tensor.numel() == 0:
         return 0
-    return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+    return int(
+        storage_key(tensor.untyped_storage()) + tensor.storage_offset() * tensor.element_size()
+    )
 
 
 def _untyped_storage(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     # Likewise for the addresses of storages; an attribute of the object, since storages have no
     # torch functions.
     storage = func(*args)
-    storage.data_ptr = functools.partial(int, storage._cdata)
+    storage.data_ptr = functools.partial(storage_key, storage)
     return storage
 
 
@@ -162,13 +165,13 @@ def _become(recorder: Recorder, target: Tensor, source: Tensor) -> None:
     """Let a tensor object show what another one shows, and keep what autograd knows of it."""
     with without_modes():
         source.requires_grad_(target.requires_grad)
-    torch._C._swap_tensor_impl(target, source)
+    swap_implementation(target, source)
     recorder.born.append(weakref.ref(target))
 
 
 _tensor = torch.Tensor
 _HANDLERS: dict[Any, Handler] = {
-    torch._C._set_grad_enabled: _asks,
+    set_grad_enabled: _asks,
     _tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
     _tensor.requires_grad.__get__: _asks,  # type: ignore[attr-defined]
     _tensor.dtype.__get__: _asks,  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ import torch
 
 from lateinit._program.program import Draw, Program, Stream
 from lateinit._rng.mt19937 import set_state, state_of
+from lateinit._torch.devices import generator_key
 from lateinit.errors import RecordingError
 
 _MAGIC = 0x9A17E1A7
@@ -48,7 +49,7 @@ class Generators:
 
     def draw(self, generator: torch.Generator, op: int, root: bool) -> Draw:
         """Note that op number ``op`` draws from a generator; where it stood before."""
-        watch = self._watched.get(_address(generator))
+        watch = self._watched.get(generator_key(generator))
         if watch is None:
             watch = self._follow(generator)
             self._begin(watch, self._named(watch, watch.expected) or watch.first, root)
@@ -81,7 +82,7 @@ class Generators:
 
     def reseeded(self, generator: torch.Generator) -> None:
         """Note that a generator was seeded: it stands in no stream that it stood in before."""
-        watch = self._watched.get(_address(generator))
+        watch = self._watched.get(generator_key(generator))
         if watch is not None:
             watch.stand()
             self._begin(watch, state_of(generator))
@@ -105,7 +106,7 @@ class Generators:
             set_state(watch.generator, watch.first)
 
     def _follow(self, generator: torch.Generator) -> _Watch:
-        watch = self._watched[_address(generator)] = _Watch(generator, self._nonce)
+        watch = self._watched[generator_key(generator)] = _Watch(generator, self._nonce)
         return watch
 
     def _begin(self, watch: _Watch, start: bytes | Draw, root: bool = False) -> None:
@@ -138,12 +139,6 @@ class Generators:
         if place is None:
             return self._settled.get(state_of(watch.generator))
         return place
-
-
-def _address(generator: torch.Generator) -> int:
-    # Two Python objects may stand for one generator.
-    address: int = generator._cdata  # type: ignore[attr-defined]
-    return address
 
 
 class _Watch:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lateinit._program.program import Op, Program
 from lateinit._recording import value_bounds
@@ -25,8 +23,8 @@ from lateinit._replay.replay import streams_of
 from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, flat, has_tensor, tensors_in
-from lateinit._torch.modes import without_modes
-from lateinit._torch.operators import OpInfo, op_info
+from lateinit._torch.modes import DispatchMode, without_modes
+from lateinit._torch.operators import OpInfo, OpOverload, op_info
 from lateinit.errors import RecordingError
 
 _active = threading.local()
@@ -38,17 +36,12 @@ def current() -> Recorder | None:
     return recorder
 
 
-class Recorder(ProgramWriter, TorchDispatchMode):
+class Recorder(ProgramWriter, DispatchMode):
     """Decides what everything that a thread does in torch is to a program."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # True would import torch._dynamo (1.2 s) and wrap every call.
-        return False
 
     def __init__(self, program: Program | None = None) -> None:
         ProgramWriter.__init__(self, program or Program())
-        TorchDispatchMode.__init__(self)
+        DispatchMode.__init__(self)
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
 

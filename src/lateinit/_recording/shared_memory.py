@@ -20,6 +20,7 @@ from lateinit._program.program import TensorRef
 from lateinit._recording.value_reads import ValueReads
 from lateinit._tensors.deferred import slot_of
 from lateinit._torch.modes import without_modes
+from lateinit._torch.storage import storage_key
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class SharedMemory:
     def twin_of(self, storage: torch.UntypedStorage) -> Tensor | None:
         """The deferred tensor that stands for the whole of a real storage."""
         for e in self._exposed.values():
-            if e.real.untyped_storage()._cdata == storage._cdata:
+            if storage_key(e.real.untyped_storage()) == storage_key(storage):
                 return e.tensor
         return None
 

@@ -18,9 +18,10 @@ from lateinit._recording.recorder import current
 from lateinit._rng import mt19937
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch import operators
-from lateinit._torch.modes import without_modes
+from lateinit._torch.modes import without_functions, without_modes
+from lateinit._torch.operators import TRUNC_NORMAL
 
-original = torch.nn.init._no_grad_trunc_normal_
+original = TRUNC_NORMAL
 
 
 def _run(
@@ -57,7 +58,7 @@ def recorded(
         return original(tensor, mean, std, a, b, generator=generator)
     if not _quiet(tensor.dtype, mean, std, a, b):
         _on_nothing(tensor.dtype, mean, std, a, b)
-    with torch._C.DisableTorchFunction():
+    with without_functions():
         recorder.overwrite(_OP, tensor, (mean, std, a, b), generator)
     return tensor
 

@@ -25,7 +25,7 @@ from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, flat, kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.devices import default_generator
-from lateinit._torch.modes import without_modes
+from lateinit._torch.modes import is_deterministic, without_modes
 from lateinit._torch.operators import OpInfo
 from lateinit._torch.storage import is_plain
 from lateinit.errors import RecordingError
@@ -262,7 +262,7 @@ class ProgramWriter:
     def _ambient(self) -> int:
         key = (
             torch.get_default_dtype(),
-            torch._C._get_deterministic_algorithms(),
+            is_deterministic(),
             self.autocasting,
         )
         if key != self._ambient_key:

@@ -16,15 +16,10 @@ from lateinit._replay.streams import Streams
 from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import flat
+from lateinit._torch.messages import is_out_of_memory
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import LARGE, allocate, checksum
-from lateinit.errors import (
-    ConstantChangedError,
-    LateinitError,
-    MaterializeError,
-    SeedError,
-    is_out_of_memory,
-)
+from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
 
 Storages = dict[int, torch.UntypedStorage]
 # Calling an overload takes as long again as a small fill: these are the same ops.

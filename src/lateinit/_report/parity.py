@@ -18,7 +18,7 @@ from lateinit._materialize.materialize import materialize
 from lateinit._recording.block import deferred_init
 from lateinit._rng.global_states import seed_all
 from lateinit._tensors.walk import Found, find_tensors, is_placeholder
-from lateinit._torch.storage import as_bytes, in_a_row
+from lateinit._torch.storage import as_bytes, in_a_row, sparse_parts, storage_key
 from lateinit._units import format_bytes
 from lateinit.errors import LateinitError
 
@@ -183,7 +183,9 @@ def _facts(found: Found, first: dict[int, tuple[str, int]]) -> TensorFacts:
     memory = (found.name, 0)
     if strided:
         start = int(tensor.storage_offset()) * tensor.element_size()
-        owner, its_start = first.setdefault(tensor.untyped_storage()._cdata, (found.name, start))
+        owner, its_start = first.setdefault(
+            storage_key(tensor.untyped_storage()), (found.name, start)
+        )
         memory = owner, start - its_start
     return TensorFacts(
         names=tuple(found.names),
@@ -212,7 +214,7 @@ def _digest(tensor: Tensor) -> str:
 def _components(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that a tensor of another layout is made of."""
     if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
+        return sparse_parts(tensor)
     return [tensor.to_dense()]
 
 

@@ -23,6 +23,8 @@ from lateinit._report.name_folding import fold
 from lateinit._tensors.deferred import locate
 from lateinit._tensors.selection import Only, select
 from lateinit._tensors.walk import Found, Kind, find_tensors, is_placeholder
+from lateinit._torch.modes import without_subclass_functions
+from lateinit._torch.storage import storage_key
 from lateinit._units import format_bytes
 from lateinit.errors import listing
 
@@ -257,7 +259,7 @@ def _state(found: Found) -> tuple[State, str, str | None]:
 
 def _storage_key(tensor: Tensor) -> int:
     storage = _storage(tensor)
-    return id(tensor) if storage is None else storage._cdata
+    return id(tensor) if storage is None else storage_key(storage)
 
 
 def _storage_bytes(tensor: Tensor) -> int:
@@ -268,7 +270,7 @@ def _storage_bytes(tensor: Tensor) -> int:
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
     if is_placeholder(tensor):
         return None
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         try:
             return tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # layouts that have no storage

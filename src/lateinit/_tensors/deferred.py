@@ -13,17 +13,24 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program.program import Program, TensorRef
+from lateinit._torch.callers import Asked, why_is_meta
+from lateinit._torch.modes import (
+    below_python,
+    is_function_mode_in_force,
+    without_functions,
+    without_subclass_functions,
+)
+from lateinit._torch.swap import as_subclass, mark_as_parameter, swap_with_hooks
+from lateinit._torch.wrappers import is_dtensor, local_part
 from lateinit.errors import DeferredTensorError, NotRecordedError
 
 _ATTRIBUTE = "_lateinit_slot"
@@ -63,8 +70,12 @@ class Slot:
         else:
             storage = shown.untyped_storage()
         tensor = ref.on(storage)
-        self._shown = weakref.ref(tensor)
+        self.show(tensor)
         return tensor
+
+    def show(self, tensor: Tensor) -> None:
+        """Remember a tensor on the storage, for as long as it lives."""
+        self._shown = weakref.ref(tensor)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.real is not None:
@@ -98,8 +109,8 @@ def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if nothing was recorded of it."""
     plain = type(tensor) in _PLAIN_CLASSES
     guarded = not plain and isinstance(tensor, (DeferredTensor, UninitializedTensorMixin))
-    if guarded or torch._C._is_torch_function_mode_enabled():
-        with torch._C.DisableTorchFunction():
+    if guarded or is_function_mode_in_force():
+        with without_functions():
             return _slot_of(tensor)
     return _slot_of(tensor)
 
@@ -117,18 +128,7 @@ def _slot_of(tensor: Tensor) -> Slot | None:
 
 def held(tensor: Tensor) -> Tensor:
     """The tensor that has the memory: of a ``DTensor`` its local shard."""
-    if not is_dtensor(tensor):
-        return tensor
-    local: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
-    return local
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a ``DTensor``, without importing what defines it."""
-    if type(tensor) in ORDINARY:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return local_part(tensor) if is_dtensor(tensor) else tensor
 
 
 def is_deferred_tensor(tensor: Tensor) -> bool:
@@ -146,7 +146,7 @@ def locate(tensor: Tensor) -> tuple[Slot, Program, TensorRef]:
             "`with lateinit.deferred():`"
         )
     program, number = slot.resolve()
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         ref = TensorRef.of(held(tensor), number)
     return slot, program, ref
 
@@ -171,9 +171,9 @@ class DeferredTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclass_functions():
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
-                return _asked_is_meta(args[0], sys._getframe(1))
+                return _asked_is_meta(args[0], why_is_meta(args[0]))
             getter = getattr(func, "__name__", "") == "__get__"
             if func in _PLAIN or (getter and func != torch.Tensor.data.__get__):  # type: ignore[attr-defined]
                 return func(*args, **(kwargs or {}))
@@ -219,33 +219,37 @@ class DeferredTensor(torch.Tensor):
         return _rebuild, (slot, ref, self.requires_grad, cls, _attributes(self))
 
 
-def _asked_is_meta(tensor: Tensor, caller: Any) -> bool:
+class DeferredShard(DeferredTensor):
+    """A deferred tensor that becomes the local part of a ``DTensor``, or that one is cut from.
+
+    ``nn.Parameter(dtensor)`` makes a new local tensor by ``detach``, with torch functions
+    disabled. So the guard has to be heard at the dispatcher, and to pass itself on.
+    """
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with below_python():
+            result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.detach.default:
+            guard_below_python(result)
+        return result
+
+
+def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
     # load_state_dict asks only in order to warn that its copy into meta will do nothing; into a
     # deferred tensor it does something.
-    if caller.f_code is nn.Module._load_from_state_dict.__code__:
+    if asked.why == "load":
         return False
-    if caller.f_code.co_name in ("distribute_tensor", "from_local"):
-        _guard_shards()
-    elif caller.f_code.co_name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
-        _scatter(caller.f_locals)
+    if asked.why == "distribute":
+        guard_below_python(tensor)
+    elif asked.why == "scatter":
+        _scatter(asked.given)
     return True
 
 
-@functools.cache
-def _guard_shards() -> None:
-    """From now on, guard the local shards of parameters as they are registered.
-
-    ``nn.Parameter(dtensor)`` makes a new local tensor below the level that guards are heard at.
-    """
-    hooks.register_module_parameter_registration_hook(_guard_shard)
-
-
-def _guard_shard(module: nn.Module, name: str, parameter: Any) -> None:
-    if is_dtensor(parameter) and is_deferred_tensor(parameter):
-        guard(held(parameter))
-
-
-def _scatter(asked: dict[str, Any]) -> None:
+def _scatter(asked: Mapping[str, Any]) -> None:
     """Record what torch leaves out on meta when it distributes a tensor: the copy of a part.
 
     Every rank holds the same deferred tensor: each takes its own part, and nothing is sent.
@@ -286,8 +290,18 @@ def guard(tensor: Tensor) -> None:
     guarding = _guarding(type(tensor))
     if guarding is not None:
         if type(tensor) is nn.Parameter:
-            tensor._is_param = True
+            mark_as_parameter(tensor)
         tensor.__class__ = guarding
+
+
+def guard_below_python(tensor: Tensor) -> None:
+    """Make a deferred tensor of torch's own classes a ``DeferredShard``; the object stays."""
+    guard(tensor)
+    if type(tensor) is DeferredTensor:
+        with without_subclass_functions(), torch.inference_mode(tensor.is_inference()):
+            made = as_subclass(DeferredShard, tensor, tensor.requires_grad)
+            swap_with_hooks(tensor, made)
+        tensor.__class__ = DeferredShard
 
 
 def unguard(tensor: Tensor) -> None:
@@ -299,7 +313,7 @@ def unguard(tensor: Tensor) -> None:
 
 def original_class(tensor: Tensor) -> type[Tensor]:
     """The class that a tensor has when it is not guarded."""
-    if type(tensor) is DeferredTensor:
+    if type(tensor) in _OWN_CLASSES:
         return nn.Parameter if tensor.__dict__.get("_is_param") else torch.Tensor
     original: type[Tensor] = getattr(type(tensor), "original", type(tensor))
     return original
@@ -354,7 +368,7 @@ def _rebuild(
     else:
         tensor.requires_grad_(requires_grad)
     tensor.__dict__.update(state)
-    slot._shown = weakref.ref(tensor)
+    slot.show(tensor)
     guard(tensor)
     return tensor
 
@@ -368,7 +382,8 @@ def described(tensor: Any) -> str:
     return f"the deferred tensor {slot.name!r} {shape}"
 
 
-ORDINARY = frozenset({*_PLAIN_CLASSES, DeferredTensor})
+_OWN_CLASSES = (DeferredTensor, DeferredShard)
+ORDINARY = frozenset({*_PLAIN_CLASSES, *_OWN_CLASSES})
 """The classes of nearly all tensors, which are neither shards nor lazy."""
 
 _READERS = frozenset(

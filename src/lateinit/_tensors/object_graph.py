@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lateinit._torch.wrappers import is_wrapper
+
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
 _DATA = (dict, list, set, deque, np.ndarray, Tensor)
 _UNSET = object()
@@ -142,11 +144,6 @@ def _slots(value: Any) -> list[tuple[str, Any]]:
     names = copyreg._slotnames(kind)  # type: ignore[attr-defined]
     held = ((name, getattr(value, name, _UNSET)) for name in names)
     return [(name, part) for name, part in held if part is not _UNSET]
-
-
-def is_wrapper(value: Any) -> bool:
-    """Whether this is a tensor that consists of others."""
-    return hasattr(type(value), "__tensor_flatten__")
 
 
 def _is_machinery(value: Any) -> bool:

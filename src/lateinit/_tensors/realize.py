@@ -14,18 +14,11 @@ from torch import Tensor
 
 from lateinit._program.program import TensorRef
 from lateinit._replay.replay import Replay
-from lateinit._tensors.deferred import (
-    DeferredTensor,
-    Slot,
-    held,
-    is_dtensor,
-    locate,
-    slot_of,
-    unguard,
-)
+from lateinit._tensors.deferred import DeferredTensor, Slot, held, locate, slot_of, unguard
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import allocate
 from lateinit._torch.swap import swap
+from lateinit._torch.wrappers import is_dtensor, rewrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +119,7 @@ def give(
     """Make a deferred tensor object a window on a real storage, or take over one."""
     if is_dtensor(tensor):
         give(held(tensor), ref, storage, window)
-        _rewrap(tensor)
+        rewrap(tensor)
         return
     inference = tensor.is_inference()
     if window is not None and window.is_inference() == inference:
@@ -137,13 +130,6 @@ def give(
         with torch.inference_mode(inference):
             swap(tensor, ref.on(storage))
     unguard(tensor)
-
-
-def _rewrap(tensor: Any) -> None:
-    """Let a ``DTensor`` object know that its local shard is on another device now."""
-    local = tensor._local_tensor
-    swap(tensor, type(tensor)(local, tensor._spec, requires_grad=tensor.requires_grad))
-    tensor._local_tensor = local
 
 
 def share_real_storage(tensor: Tensor) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lateinit._program.program import Program, TensorRef
-from lateinit._tensors.deferred import ON_META, Slot, held, is_dtensor, slot_of
+from lateinit._tensors.deferred import ON_META, Slot, held, slot_of
 from lateinit._tensors.walk import Found, find_tensors
+from lateinit._torch.modes import without_subclass_functions
+from lateinit._torch.wrappers import is_dtensor
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,
@@ -52,7 +53,7 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             + (_CAST_FIRST if any(is_dtensor(f.tensor) for f in found) else "")
         )
     groups: dict[int, Wanted] = {}
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         for item, slot in pairs:
             if slot is None or slot is ON_META:
                 continue

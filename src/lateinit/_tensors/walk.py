@@ -6,14 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._tensors.deferred import ORDINARY, is_deferred_tensor, slot_of
+from lateinit._torch.modes import without_subclass_functions
+from lateinit._torch.modules import (
+    OWN_ATTRIBUTES,
+    not_persistent,
+    own_buffers,
+    own_modules,
+    own_parameters,
+)
+from lateinit._torch.storage import storage_key
 
 Kind = Literal["parameter", "buffer", "attribute"]
-_OWN = frozenset(nn.Module().__dict__)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _HOLDERS = (*_CONTAINERS, Tensor)
 _ENTERED = (nn.Module, *_CONTAINERS)
@@ -71,13 +78,13 @@ def find_tensors(target: Any) -> list[Found]:
 
 def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """The tensors that hang on this very module, not on those below it, by name."""
-    for own in (module._parameters, module._buffers):
+    for own in (own_parameters(module), own_buffers(module)):
         for name, tensor in own.items():
             if tensor is not None:
                 yield name, tensor
     walk: _Walk | None = None
     for name, value in module.__dict__.items():
-        if name not in _OWN and type(value) not in _ATOMS and isinstance(value, _HOLDERS):
+        if name not in OWN_ATTRIBUTES and type(value) not in _ATOMS and isinstance(value, _HOLDERS):
             walk = walk or _Walk(seen)
             walk.enter(value, name, ())
     if walk is not None:
@@ -115,20 +122,20 @@ class _Walk:
         if id(module) in above:
             return
         above = (*above, id(module))
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None:
                 self._note(_join(path, name), parameter, "parameter", persistent=True)
-        for name, buffer in module._buffers.items():
+        for name, buffer in own_buffers(module).items():
             if buffer is not None:
-                persistent = name not in module._non_persistent_buffers_set
+                persistent = name not in not_persistent(module)
                 self._note(_join(path, name), buffer, "buffer", persistent=persistent)
-        for name, child in module._modules.items():
+        for name, child in own_modules(module).items():
             if child is not None:
                 self._enter_module(child, _join(path, name), above)
         if id(module) not in self.seen:
             self.seen.add(id(module))
             for name, value in module.__dict__.items():
-                if name not in _OWN and type(value) not in _ATOMS:
+                if name not in OWN_ATTRIBUTES and type(value) not in _ATOMS:
                     self.enter(value, _join(path, name), above)
 
     def _note(self, path: str, tensor: Tensor, kind: Kind, *, persistent: bool) -> None:
@@ -145,9 +152,9 @@ def _join(path: str, key: Any) -> str:
 
 def window_key(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common that show the same memory in the same way."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclass_functions():
         return (
-            tensor.untyped_storage()._cdata,
+            storage_key(tensor.untyped_storage()),
             tensor.dtype,
             tensor.storage_offset(),
             tuple(tensor.size()),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lateinit._torch.operators import OpInfo
 
@@ -56,3 +57,7 @@ def flat(result: Any) -> tuple[Any, ...]:
     if isinstance(result, (tuple, list)):
         return tuple(leaf for item in result for leaf in flat(item))
     return (result,)
+
+
+map_leaves = pytree.tree_map
+"""``map_leaves(f, tree, is_leaf=None)``: the same lists, tuples and dicts with other leaves."""

@@ -8,6 +8,8 @@ import torch
 
 from lateinit.errors import RecordingError
 
+CPU = torch.device("cpu")
+
 
 def device_number(device: torch.device) -> int:
     """The number of a CUDA device, that of the current one where it has none."""
@@ -28,4 +30,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     )
 
 
-CPU = torch.device("cpu")
+def generator_key(generator: torch.Generator) -> int:
+    """The same for all Python objects that stand for one generator, while it lives."""
+    key: int = generator._cdata  # type: ignore[attr-defined]
+    return key

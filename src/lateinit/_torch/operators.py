@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from torch import _ops
 
 from lateinit.errors import MaterializeError
+
+OpOverload = _ops.OpOverload
+"""One overload of an operator, such as ``torch.ops.aten.add.Tensor``."""
 
 CONSTANT = "lateinit::constant"
 """The op that brings real data into a program: ``constant(data) -> Tensor``."""
@@ -100,6 +103,26 @@ def op_info(func: OpOverload) -> OpInfo:
     if info is None:
         info = _KNOWN[func] = _BY_NAME[func.name()] = _examine(func)
     return info
+
+
+def overload_for(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpInfo:
+    """The facts about the overload of an op, such as ``aten::lstm``, that takes these arguments."""
+    overload = torch._C._jit_resolve_packet(name, *args, **kwargs)
+    return by_name(f"{name}.{overload}".removesuffix(".default"))
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any, bool, Any]:
+    """The device, dtype, ``non_blocking`` and memory format that ``x.to(...)`` was given."""
+    parsed: tuple[Any, Any, bool, Any] = torch._C._nn._parse_to(*args, **kwargs)
+    return parsed
+
+
+to_copy = torch.ops.aten._to_copy.default
+"""What ``x.to(...)`` is to the dispatcher where it copies."""
+
+
+TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_
+"""What ``nn.init.trunc_normal_`` calls: ``(tensor, mean, std, a, b, generator=None)``."""
 
 
 def register(name: str, func: Callable[..., Any], *, draws: bool = True) -> OpInfo:

@@ -84,3 +84,19 @@ def copied_with_strides(tensor: Tensor) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a window on a storage: not sparse, quantised or nested."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """The same for all Python objects that stand for one storage, while it lives."""
+    key: int = storage._cdata
+    return key
+
+
+def negative_view(tensor: Tensor) -> Tensor:
+    """A view of a tensor whose elements are seen negated, as ``x.conj().imag`` sees them."""
+    return torch._neg_view(tensor)
+
+
+def sparse_parts(tensor: Tensor) -> list[Tensor]:
+    """The indices and values of a sparse COO tensor, coalesced or not."""
+    return [tensor._indices(), tensor._values()]

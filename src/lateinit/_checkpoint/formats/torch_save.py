@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
 from lateinit._checkpoint.formats.torch_zip import Records
+from lateinit._torch.storage import storage_key
+from lateinit._torch.wrappers import is_wrapper
 from lateinit.errors import CorruptCheckpointError, listing
 
 
@@ -46,7 +47,7 @@ class TorchReader(Reader):
         }
         places: dict[int, list[str]] = {}
         for name, value in self._tensors.items():
-            places.setdefault(value.untyped_storage()._cdata, []).append(name)
+            places.setdefault(storage_key(value.untyped_storage()), []).append(name)
         self.shared = {name: names for names in places.values() for name in names if names[1:]}
         self.versions = getattr(state, "_metadata", None)
 
@@ -97,7 +98,7 @@ def _plain(value: Any) -> bool:
         and value.layout is torch.strided
         and not value.is_quantized
         and not value.is_meta
-        and not is_traceable_wrapper_subclass(value)
+        and not is_wrapper(value)
     )
 
 

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 
 from lateinit._checkpoint.formats.torch_zip import Records
+from lateinit._torch.serialization import (
+    REBUILD_PARAMETER,
+    REBUILD_TENSOR,
+    REBUILD_TENSOR_WITH_DTYPE,
+)
 
 
 class Part(io.RawIOBase):
@@ -174,7 +179,7 @@ _STORAGES = {
 _REBUILDERS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_with_dtype,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    REBUILD_TENSOR: _rebuild,
+    REBUILD_TENSOR_WITH_DTYPE: _rebuild_with_dtype,
+    REBUILD_PARAMETER: _rebuild_parameter,
 }

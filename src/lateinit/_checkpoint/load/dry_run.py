@@ -23,13 +23,13 @@ from lateinit._lazy.borrowed_model import on_meta
 from lateinit._tensors.deferred import DeferredTensor
 from lateinit._tensors.realize import Cast
 from lateinit._tensors.walk import find_tensors
+from lateinit._torch.messages import is_misfit
+from lateinit._torch.modules import load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, LateinitError
 
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
-# It only adds the counter that older versions did not save.
-_PLAIN_WAYS = {"_load_from_state_dict": nn.modules.batchnorm._NormBase._load_from_state_dict}
+_PLAIN_WAYS = {"_load_from_state_dict": load_with_counter}
 _COUNTER = "num_batches_tracked"
-_MISFIT = "Error(s) in loading state_dict for "
 _PLAIN_TENSORS = (Tensor, nn.Parameter, DeferredTensor)
 
 
@@ -138,7 +138,7 @@ def rehearse(
     found, failure = _rehearse(module, Stands(reader, names), cast, strict=strict)
     if isinstance(failure, LateinitError):
         raise failure
-    if failure is not None and str(failure).startswith(_MISFIT):
+    if failure is not None and is_misfit(failure):
         found.failure = failure
     elif failure is not None and not found.wrong:
         raise CheckpointError(
@@ -199,10 +199,7 @@ def caught(module: nn.Module) -> Iterator[tuple[list[str], list[str], list[str]]
 
     held: list[tuple[list[str], list[str]]] = []
     swap = torch.__future__.get_swap_module_params_on_conversion()
-    handle = module._register_load_state_dict_pre_hook(catch)
-    # Not the last: one that removes itself is no error where it is that.
-    hooks: Any = module._load_state_dict_pre_hooks
-    hooks.move_to_end(handle.id, last=False)
+    handle = load_state_dict_first(module, catch)
     torch.__future__.set_swap_module_params_on_conversion(False)
     try:
         yield lists

@@ -15,13 +15,16 @@ from torch.nn.parameter import is_lazy
 from lateinit._checkpoint.load.stand_ins import StandIns, Stands
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
 from lateinit._rng.global_states import RandomStates
-from lateinit._tensors.deferred import is_deferred_tensor, is_dtensor, is_parameter, locate
+from lateinit._tensors.deferred import is_deferred_tensor, is_parameter, locate
 from lateinit._tensors.object_graph import Reach
 from lateinit._tensors.realize import Cast, destination
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import find_tensors
 from lateinit._torch.modes import without_modes
+from lateinit._torch.modules import own_parameters
+from lateinit._torch.storage import storage_key
 from lateinit._torch.swap import swap
+from lateinit._torch.wrappers import is_dtensor
 from lateinit.errors import CheckpointError
 
 
@@ -142,9 +145,9 @@ def _memory(tensor: Tensor) -> Any:
         return id(tensor)
     if is_deferred_tensor(tensor):
         slot = locate(tensor)[0]
-        return id(slot) if slot.real is None else slot.real._cdata
+        return id(slot) if slot.real is None else storage_key(slot.real)
     plain = tensor.layout is torch.strided and not tensor.is_meta
-    return tensor.untyped_storage()._cdata if plain else id(tensor)
+    return storage_key(tensor.untyped_storage()) if plain else id(tensor)
 
 
 @contextlib.contextmanager
@@ -155,7 +158,7 @@ def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]
     reach.keep()
     try:
         for part in module.modules():
-            if any(is_dtensor(parameter) for parameter in part._parameters.values()):
+            if any(is_dtensor(parameter) for parameter in own_parameters(part).values()):
                 # FSDP2 looks at its shards again afterwards; here it would find none.
                 part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
         reach.exchange(shadows.of)

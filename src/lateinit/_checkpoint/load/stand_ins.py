@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit._checkpoint.formats.base import Reader
-from lateinit._tensors.deferred import is_dtensor
 from lateinit._tensors.object_graph import Reach
 from lateinit._torch.arguments import flat, tensors_in
 from lateinit._torch.devices import device_number
+from lateinit._torch.storage import storage_key
 from lateinit._torch.swap import swap
+from lateinit._torch.wrappers import is_dtensor
 
 
 class Held(Protocol):
@@ -48,14 +49,14 @@ class StandIns(abc.ABC):
     def add(self, stand: Tensor) -> None:
         """Have a meta tensor as a stand-in."""
         storage = stand.untyped_storage()
-        self._on[storage._cdata] = stand
+        self._on[storage_key(storage)] = stand
         self._storages.append(storage)
 
     def base(self, tensor: Tensor) -> Tensor | None:
         """The stand-in whose meta storage a tensor shows, if there is one."""
         if not tensor.is_meta or tensor.layout is not torch.strided or is_dtensor(tensor):
             return None
-        return self._on.get(tensor.untyped_storage()._cdata)
+        return self._on.get(storage_key(tensor.untyped_storage()))
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor shows a stand-in, and has no values yet."""
@@ -103,7 +104,7 @@ class Stands(StandIns):
         """The state dict, of which only the stand-ins are not copied."""
         state = copy.copy(self.state)
         state.update(copy.deepcopy(self.reader.objects))
-        state._metadata = copy.deepcopy(self.reader.versions)  # type: ignore[attr-defined]
+        vars(state)["_metadata"] = copy.deepcopy(self.reader.versions)  # as state_dict() has it
         return state
 
     def source(self, tensor: Tensor) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lateinit._checkpoint.formats.base import StoredTensor
 from lateinit._checkpoint.formats.safetensors import DTYPES
@@ -16,6 +15,7 @@ from lateinit._integrations.transformers_names import preferred_name, tied_targe
 from lateinit._program.program import Program, TensorRef
 from lateinit._tensors.deferred import Slot, is_deferred_tensor, locate
 from lateinit._tensors.walk import is_placeholder, window_key
+from lateinit._torch.wrappers import is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
 
@@ -87,7 +87,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             wrong.append(f"{name} is a {type(value).__name__}, no tensor")
         elif is_placeholder(value):
             wrong.append(f"{name} is lazy: lateinit.infer_shapes() first")
-        elif _is_wrapper(value):
+        elif is_wrapper(value):
             wrong.append(f"{name} is a {type(value).__name__}")
         elif value.layout is not torch.strided or value.is_quantized:
             wrong.append(f"{name} has the layout {value.layout}")
@@ -104,11 +104,6 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             f"on meta, and without a recorded construction: {listing(unknown)}. Build the model "
             "inside `with lateinit.deferred():` instead of on torch.device('meta')"
         )
-
-
-def _is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor is a shell around others, as distributed and quantised ones are."""
-    return is_traceable_wrapper_subclass(tensor)
 
 
 def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[ShardFile]:

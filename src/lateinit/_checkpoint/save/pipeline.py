@@ -17,8 +17,9 @@ from lateinit._materialize.scheduler import execute
 from lateinit._program.plan import plan_storages
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay, Storages
+from lateinit._torch.messages import is_out_of_memory
 from lateinit._torch.modes import without_modes
-from lateinit.errors import OutOfMemoryError, is_out_of_memory, listing
+from lateinit.errors import OutOfMemoryError, listing
 
 _BATCH = 1 << 25  # bytes that are computed together, where single tensors are smaller
 

@@ -1,0 +1,29 @@
+"""What torch's exceptions mean, where only their text tells.
+
+torch raises bare ``RuntimeError`` for most things.
+"""
+
+from __future__ import annotations
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_WITHOUT_MEMORY = ("meta", "unallocated storage")
+_MISFIT = "Error(s) in loading state_dict for "
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch's or of Python's says that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch.OutOfMemoryError is CUDA's; the CPU allocator raises a bare RuntimeError.
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OUT_OF_MEMORY)
+
+
+def asks_for_values(error: BaseException) -> bool:
+    """Whether an exception says that something needs the memory of a tensor on ``meta``."""
+    said = str(error).lower()
+    return any(word in said for word in _WITHOUT_MEMORY)
+
+
+def is_misfit(error: BaseException) -> bool:
+    """Whether it is ``load_state_dict`` that says which keys and shapes do not fit."""
+    return str(error).startswith(_MISFIT)

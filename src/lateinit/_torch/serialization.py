@@ -1,0 +1,7 @@
+"""The names of torch's private functions that archives of ``torch.save`` hold."""
+
+from __future__ import annotations
+
+REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
+REBUILD_TENSOR_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v3")
+REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
