@@ -1,38 +1,59 @@
 """Functions that are computed in another way on ``meta``, recorded as the one op that they are.
 
 Torch takes them apart before a recording hears of them, and by what the tensors are: attention by a
-kernel of the device or by matrix products, an LSTM by oneDNN or cell by cell, singular values with
-or without their vectors. The results differ in their last bits. They are recorded taken apart, as
-ever, which gives their shapes and graphs; then what the whole op gives is copied over that.
+kernel of the device or by matrix products, a recurrent layer over the whole sequence at once or
+step by step, singular values with or without their vectors. The results differ in their last bits.
+They are recorded taken apart, as ever, which gives their shapes and graphs; then what the whole op
+gives is written over that. It is run as it was called: whether a tensor requires a gradient decides
+about kernels too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lateinit._recording.conversions import computed
 from lateinit._recording.recorder import Recorder, current
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import flat, tensors_in
 from lateinit._torch.callers import attention_without_fused_kernel
-from lateinit._torch.operators import overload_for
+from lateinit._torch.operators import by_name, overload_for, register
 
 Handler = Callable[..., Any]
-Policy = Literal["same", "leave", "refuse"]
+Policy = Literal["leave", "refuse"]
 original_attention = functional.scaled_dot_product_attention
 
 
-def _whole(name: str, graph: Policy, dropout: Policy) -> Handler:
+def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) -> Any:
+    """What an op gives for tensors that require gradients as they did when it was recorded."""
+    flags = iter(requiring)
+    given = [_requiring(value, flags) for value in args]
+    named = {key: _requiring(value, flags) for key, value in kwargs.items()}
+    with torch.set_grad_enabled(graph):
+        results = flat(by_name(name).func(*given, **named))
+    return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in results]
+
+
+def _requiring(value: Any, flags: Iterator[bool]) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(next(flags))
+    return [_requiring(item, flags) for item in value] if isinstance(value, list) else value
+
+
+# An op that is registered is one that writes its first argument: this one's is no tensor.
+_OP = register("lateinit::whole", _run, draws=False)
+
+
+def _whole(name: str, dropout: Policy = "leave") -> Handler:
     """A handler of a function that is an op of ATen.
 
-    ``graph`` and ``dropout`` say what is done where gradients are asked for, or random numbers
-    drawn: the same; or nothing, since it is taken apart eagerly too; or it is refused, since it is
-    computed in a third way.
+    ``dropout`` says what is done where it draws random numbers: nothing, since it is taken apart
+    eagerly too; or it is refused, since it is computed in a third way.
     """
 
     def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -41,18 +62,36 @@ def _whole(name: str, graph: Policy, dropout: Policy) -> Handler:
         given = tensors_in(args, kwargs)
         if not any(map(is_deferred_tensor, given)):
             return result
-        with_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        policies = {graph if with_graph else "same"}
-        policies.add(dropout if recorder.program.draws() > drawn else "same")
-        if "refuse" in policies:
-            _refuse(recorder, result, f"{name} with gradients or dropout")
-        elif "leave" not in policies:
-            info = replace(overload_for(name, args, kwargs), random=False)
+        if recorder.program.draws() == drawn:
+            op = overload_for(name, args, kwargs).name
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
-            recorder.override(info, args, kwargs, results)
+            requiring = tuple(tensor.requires_grad for tensor in given)
+            called = (op, torch.is_grad_enabled(), requiring, args)
+            recorder.override(_OP, called, kwargs, results)
+        elif dropout == "refuse":
+            _refuse(recorder, result, f"{name} with dropout")
         return result
 
     return handler
+
+
+def _recurrent(name: str) -> Handler:
+    """A handler of a recurrent kernel, of sequences of one length or packed ones."""
+    whole = _whole(name, dropout="refuse")
+
+    def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+        # RNN.cpp reads below the dispatcher how many sequences are left at each step.
+        given = tuple(_counts(recorder, value) for value in args)
+        named = {key: _counts(recorder, value) for key, value in kwargs.items()}
+        return whole(recorder, func, given, named)
+
+    return handler
+
+
+def _counts(recorder: Recorder, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype is torch.int64 and is_deferred_tensor(value):
+        return computed(recorder, value)
+    return value
 
 
 def attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -81,13 +120,16 @@ def _refuse(recorder: Recorder, result: Any, what: str) -> None:
             recorder.refuse(leaf, what)
 
 
-_attention = _whole("aten::scaled_dot_product_attention", graph="same", dropout="leave")
+_attention = _whole("aten::scaled_dot_product_attention")
 HANDLERS: dict[Any, Handler] = {
     functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _multi_head,
-    torch.lstm: _whole("aten::lstm", graph="refuse", dropout="refuse"),
     **{
-        getattr(torch.linalg, name): _whole(f"aten::linalg_{name}", graph="leave", dropout="leave")
+        getattr(torch, name): _recurrent(f"aten::{name}")
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    },
+    **{
+        getattr(torch.linalg, name): _whole(f"aten::linalg_{name}")
         for name in ("svdvals", "eigvalsh", "cond", "norm", "matrix_norm", "matrix_rank")
     },
 }
