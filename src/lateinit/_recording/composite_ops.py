@@ -22,11 +22,11 @@ from lateinit._recording.recorder import Recorder, current
 from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._torch.arguments import flat, tensors_in
 from lateinit._torch.callers import attention_without_fused_kernel
+from lateinit._torch.modes import is_function_mode_in_force
 from lateinit._torch.operators import by_name, overload_for, register
 
 Handler = Callable[..., Any]
-Policy = Literal["leave", "refuse"]
-original_attention = functional.scaled_dot_product_attention
+Policy = Literal["same", "leave", "refuse"]
 
 
 def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) -> Any:
@@ -35,8 +35,12 @@ def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) ->
     given = [_requiring(value, flags) for value in args]
     named = {key: _requiring(value, flags) for key, value in kwargs.items()}
     with torch.set_grad_enabled(graph):
-        results = flat(by_name(name).func(*given, **named))
+        results = flat(_callable(name)(*given, **named))
     return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in results]
+
+
+def _callable(name: str) -> Handler:
+    return _IN_PYTHON.get(name) or by_name(name).func
 
 
 def _requiring(value: Any, flags: Iterator[bool]) -> Any:
@@ -50,10 +54,10 @@ _OP = register("lateinit::whole", _run, draws=False)
 
 
 def _whole(name: str, dropout: Policy = "leave") -> Handler:
-    """A handler of a function that is an op of ATen.
+    """A handler of a function that is an op of ATen, or one of ``_IN_PYTHON``.
 
-    ``dropout`` says what is done where it draws random numbers: nothing, since it is taken apart
-    eagerly too; or it is refused, since it is computed in a third way.
+    ``dropout`` says what is done where it draws random numbers: the same; or nothing, since it is
+    taken apart eagerly too; or it is refused, since it is computed in a third way.
     """
 
     def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -62,8 +66,8 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
         given = tensors_in(args, kwargs)
         if not any(map(is_deferred_tensor, given)):
             return result
-        if recorder.program.draws() == drawn:
-            op = overload_for(name, args, kwargs).name
+        if dropout == "same" or recorder.program.draws() == drawn:
+            op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
             called = (op, torch.is_grad_enabled(), requiring, args)
@@ -94,13 +98,16 @@ def _counts(recorder: Recorder, value: Any) -> Any:
     return value
 
 
-def attention(*args: Any, **kwargs: Any) -> Tensor:
-    """In place of ``functional.scaled_dot_product_attention``, which torch's own code calls."""
-    recorder = current()
-    if recorder is None or recorder.busy:
-        return original_attention(*args, **kwargs)
-    found: Tensor = _attention(recorder, original_attention, args, kwargs)
-    return found
+def _below(original: Handler, handler: Handler) -> Handler:
+    """What stands in for a function that torch's own code calls where no mode hears it."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        recorder = current()
+        if recorder is None or recorder.busy or is_function_mode_in_force():
+            return original(*args, **kwargs)
+        return handler(recorder, original, args, kwargs)
+
+    return called
 
 
 def _multi_head(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -120,16 +127,34 @@ def _refuse(recorder: Recorder, result: Any, what: str) -> None:
             recorder.refuse(leaf, what)
 
 
-_attention = _whole("aten::scaled_dot_product_attention")
+_IN_PYTHON: dict[str, Handler] = {
+    # Called by a mode, it sees that the tensors are on meta, and accumulates in another dtype.
+    name: getattr(functional, name)
+    for name in ("linear_cross_entropy",)
+    if hasattr(functional, name)  # from torch 2.13 on
+}
+_UNHEARD = (
+    (functional, "scaled_dot_product_attention"),  # by multi_head_attention_forward
+    (torch, "max_pool1d"),  # by functional.max_pool1d
+    (torch.linalg, "matrix_norm"),  # by torch.norm
+)
 HANDLERS: dict[Any, Handler] = {
-    functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _multi_head,
+    functional.scaled_dot_product_attention: _whole("aten::scaled_dot_product_attention"),
+    torch.max_pool1d: _whole("aten::max_pool1d"),
+    # Its schema does not say that it draws nothing, so that it is taken to draw.
+    **{function: _whole(name, dropout="same") for name, function in _IN_PYTHON.items()},
     **{
         getattr(torch, name): _recurrent(f"aten::{name}")
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     },
     **{
         getattr(torch.linalg, name): _whole(f"aten::linalg_{name}")
-        for name in ("svdvals", "eigvalsh", "cond", "norm", "matrix_norm", "matrix_rank")
+        for name in ("svdvals", "eigvals", "eigvalsh", "cond", "norm", "matrix_norm", "matrix_rank")
     },
 }
+PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
+    (owner, name, original, _below(original, HANDLERS[original]))
+    for owner, name in _UNHEARD
+    for original in (getattr(owner, name),)
+)

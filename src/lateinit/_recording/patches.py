@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lateinit._recording import composite_ops, trunc_normal
 from lateinit._recording.recorder import current
@@ -57,13 +56,8 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "manual_seed", _manual_seed, _noted_seed),
     (torch.random, "manual_seed", _manual_seed, _noted_seed),
     (nn.init, "_no_grad_trunc_normal_", trunc_normal.original, trunc_normal.recorded),
-    (
-        functional,
-        "scaled_dot_product_attention",
-        composite_ops.original_attention,
-        composite_ops.attention,
-    ),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
+    *composite_ops.PATCHES,
 )
 
 
