@@ -241,6 +241,25 @@ def test_pickle_of_half_a_shared_memory_is_refused() -> None:
     assert_same(eager, lateinit.materialize(model))
 
 
+def complex_parameter() -> nn.Module:
+    model = nn.Module()
+    model.both = nn.Parameter(torch.randn(3, 5, dtype=torch.complex64))
+    return model
+
+
+@pytest.mark.parametrize("name", ["data", "T", "mT", "H", "mH", "real", "imag"])
+def test_attribute_that_is_a_view_cannot_be_written_to_unseen(name: str) -> None:
+    eager, model = twins(complex_parameter)
+    view = getattr(model.both.detach(), name)
+    with pytest.raises(DeferredTensorError, match="would change the deferred tensor"):
+        view.mul_(2)
+    lateinit.materialize(model)
+    for twin in (eager, model):
+        getattr(twin.both.detach(), name).mul_(3)
+    assert_same(eager, model)
+    assert torch.equal(lateinit.materialize(view), getattr(model.both.detach(), name))
+
+
 def test_shallow_copy_of_a_model_has_its_very_parameters() -> None:
     eager, model = twins()
     copied = copy.copy(model)

@@ -175,7 +175,7 @@ class DeferredTensor(torch.Tensor):
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
                 return _asked_is_meta(args[0], why_is_meta(args[0]))
             getter = getattr(func, "__name__", "") == "__get__"
-            if func in _PLAIN or (getter and func != torch.Tensor.data.__get__):  # type: ignore[attr-defined]
+            if func in _PLAIN or (getter and func not in _VIEWS):
                 return func(*args, **(kwargs or {}))
             if func in _READERS:
                 raise DeferredTensorError(
@@ -398,6 +398,11 @@ _READERS = frozenset(
         torch.Tensor.map2_,
     }
 )
+
+_VIEWS = frozenset(
+    getattr(torch.Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")
+)
+"""The attributes that are tensors on the same memory."""
 
 _PLAIN = frozenset(
     {
