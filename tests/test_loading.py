@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from typing import TYPE_CHECKING
 
@@ -239,6 +240,14 @@ def test_pickle_of_half_a_shared_memory_is_refused() -> None:
     with pytest.raises(DeferredTensorError, match=r"cannot pickle.*shared.*materialise the rest"):
         pickle.dumps(model)
     assert_same(eager, lateinit.materialize(model))
+
+
+def test_copied_model_can_be_saved_by_torch_too() -> None:
+    eager, model = twins()
+    copied, file = copy.deepcopy(model), io.BytesIO()
+    torch.save(copied, file)  # by protocol 2, which cannot say torch.preserve_format
+    file.seek(0)
+    assert_same(eager, lateinit.materialize(torch.load(file, weights_only=False)))
 
 
 def complex_parameter() -> nn.Module:

@@ -153,12 +153,40 @@ class Op(NamedTuple):
         """The numbers of the real data that this op reads."""
         return {number for value in (*self.args, *self.kwargs.values()) for number in _data(value)}
 
+    def __reduce__(self) -> Any:
+        kwargs = {key: _spelt(value) for key, value in self.kwargs.items()}
+        return _op, (*self._replace(args=tuple(map(_spelt, self.args)), kwargs=kwargs),)
+
     def __str__(self) -> str:
         shown = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
         outs = ", ".join(str(out) for out in self.outs)
         call = f"{operators.spoken(self.name)}({', '.join(shown)})"
         draw = f"  # draw {self.draw.number} of stream {self.draw.stream}" if self.draw else ""
         return (f"{outs} = {call}" if outs else call) + draw
+
+
+class _Format(NamedTuple):
+    """A ``torch.memory_format`` in a pickle, by its name.
+
+    It pickles as an attribute of the module ``torch``, which protocol 2 cannot say, and that is
+    what ``torch.save`` writes.
+    """
+
+    name: str
+
+
+def _spelt(value: Any) -> Any:
+    if isinstance(value, torch.memory_format):
+        return _Format(str(value).removeprefix("torch."))
+    return value
+
+
+def _read(value: Any) -> Any:
+    return getattr(torch, value.name) if type(value) is _Format else value
+
+
+def _op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any) -> Op:
+    return Op(name, tuple(map(_read, args)), {k: _read(v) for k, v in kwargs.items()}, *rest)
 
 
 def tensor_refs(value: Any) -> Sequence[TensorRef]:
