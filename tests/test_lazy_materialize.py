@@ -88,6 +88,15 @@ def test_what_is_drawn_after_a_lazy_module_waits_for_its_shape(make: Any) -> Non
 
 
 @KINDS
+def test_what_waits_for_a_shape_keeps_back_what_is_asked_for_with_it(make: Any) -> None:
+    with lateinit.deferred():
+        model = nn.Sequential(nn.Linear(2, 2), make(), nn.Linear(3, 2))
+    with pytest.raises(RecordingError, match=r"'2\.weight'.*lazy module"):
+        lateinit.materialize(model, only=["0.*", "2.*"])
+    assert all(lateinit.is_deferred(p) for i in (0, 2) for p in model[i].parameters())
+
+
+@KINDS
 def test_a_checkpoint_of_a_lazy_model_is_refused_even_if_its_state_dict_is_silent(
     make: Any, tmp_path: Path
 ) -> None:

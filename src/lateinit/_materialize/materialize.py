@@ -29,6 +29,7 @@ from lateinit.errors import (
     DeferredTensorError,
     MaterializeError,
     OutOfMemoryError,
+    RecordingError,
     SeedError,
     ShardingError,
     listing,
@@ -84,6 +85,7 @@ def materialize(
         NotRecordedError: a wanted tensor is on ``meta`` and was never recorded.
         UninitializedError: a wanted tensor is lazy: its shape is not known yet.
         PatternError: a pattern of ``only`` matches no tensor.
+        RecordingError: a wanted tensor is drawn after a lazy module, whose shape is not known yet.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
         ShardingError: ranks disagree on what they recorded, or a shard's placement is one that
@@ -117,6 +119,7 @@ def materialize(
         replays = [Replay(group.program, seed) for group in wanted]
         for group, replay in zip(wanted, replays, strict=True):
             check_constants(group, replay)
+            check_holes(group, replay)
         total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
         with Progress("materialise", total, shown=progress) as bar:
             for group, replay in zip(wanted, replays, strict=True):
@@ -254,6 +257,21 @@ def check_constants(group: Wanted, replay: Replay, storages: Iterable[int] | Non
             found = [storage for storage in wanted if number in read([storage])]
             names = listing(name for storage in found for name, *_ in group.tensors[storage])
             raise ConstantChangedError(f"{names!r}: {error}") from None
+
+
+def check_holes(group: Wanted, replay: Replay) -> None:
+    """Raise where a value is drawn after a lazy module of which no shape is known yet."""
+    program = group.program
+    if None not in program.holes:
+        return
+    wanted = (number for number, found in group.tensors.items() if found[0][2].real is None)
+    for step in plan_storages(program, wanted):
+        draws = (program.ops[number].draw for number in step.ops)
+        try:
+            replay.streams.check_known(draw for draw in draws if draw is not None)
+        except RecordingError as error:
+            names = listing(name for number in step.gives for name, *_ in group.tensors[number])
+            raise RecordingError(f"{names!r}: {error}") from None
 
 
 def _materialize(

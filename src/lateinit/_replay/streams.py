@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +84,19 @@ class Streams:
             seeker.append(cost(self.program.ops[number]) if number >= 0 and cpu else None)
         return seeker, lambda i, generator: self._pass(stream.ops[i], generator)
 
+    def check_known(self, draws: Iterable[Draw]) -> None:
+        """Raise if one of some draws comes after a hole that is not filled, without making any."""
+        last: dict[int, int] = {}
+        for draw in draws:
+            last[draw.stream] = max(draw.number, last.get(draw.stream, 0))
+        for number, end in last.items():
+            stream = self.program.streams[number]
+            for op in stream.ops[:end]:
+                if op < 0 and self.program.holes[-1 - op] is None and not self.past_holes:
+                    raise _unknown()
+            if isinstance(stream.start, Draw):
+                self.check_known([stream.start])
+
     def _pass(self, number: int, generator: torch.Generator) -> None:
         """Move a generator past a draw of unknown consumption, or past a hole."""
         if number >= 0:
@@ -94,10 +107,7 @@ class Streams:
             end = Draw(child, len(self.program.streams[child].ops))
             set_state(generator, self.state(end))
         elif not self.past_holes:
-            raise RecordingError(
-                "a random value is wanted that is drawn after the initialisation of a lazy module, "
-                "whose shape is not known yet: call lateinit.infer_shapes(model, ...) first"
-            )
+            raise _unknown()
 
     def _start(self, number: int) -> bytes:
         stream = self.program.streams[number]
@@ -112,6 +122,13 @@ class Streams:
         generator = torch.Generator(self.program.streams[draw.stream].device)
         set_state(generator, self.state(draw))
         return generator
+
+
+def _unknown() -> RecordingError:
+    return RecordingError(
+        "a random value is wanted that is drawn after the initialisation of a lazy module, "
+        "whose shape is not known yet: call lateinit.infer_shapes(model, ...) first"
+    )
 
 
 class _InSequence:
