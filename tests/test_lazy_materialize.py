@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -94,6 +95,24 @@ def test_what_waits_for_a_shape_keeps_back_what_is_asked_for_with_it(make: Any) 
     with pytest.raises(RecordingError, match=r"'2\.weight'.*lazy module"):
         lateinit.materialize(model, only=["0.*", "2.*"])
     assert all(lateinit.is_deferred(p) for i in (0, 2) for p in model[i].parameters())
+
+
+@KINDS
+def test_pickle_of_a_lazy_model_knows_the_blocks_that_made_it(make: Any) -> None:
+    def build(middle: Any) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), middle(), nn.Linear(3, 2))
+
+    torch.manual_seed(0)
+    twin = build(lambda: nn.Linear(2, 3))
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build, make)
+    lateinit.deferred_init(nn.init.ones_, model[0].weight)
+    nn.init.ones_(twin[0].weight)
+    model = pickle.loads(pickle.dumps(model))
+    lateinit.infer_shapes(model, torch.empty(1, 2, device="meta"))
+    lateinit.materialize(model)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(found, expected)
 
 
 @KINDS

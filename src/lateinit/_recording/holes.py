@@ -31,6 +31,12 @@ class Hole:
     def __deepcopy__(self, memo: dict[int, Any]) -> Hole:
         return self
 
+    def __getstate__(self) -> tuple[Program, int, Draw]:
+        return self.resolve()  # a program that was merged into another one is not pickled with it
+
+    def __setstate__(self, state: tuple[Program, int, Draw]) -> None:
+        self.program, self.number, self.place = state
+
     def resolve(self) -> tuple[Program, int, Draw]:
         """The program, the hole's number and its place, wherever programs have been merged to."""
         while self.program.merged_into is not None:
