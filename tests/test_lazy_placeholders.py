@@ -127,7 +127,8 @@ def test_distributed_data_parallel_is_refused(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# Deprecated in torch: a DeprecationWarning in 2.13, a FutureWarning since 2.14.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 def test_scripting_is_refused() -> None:
     with pytest.raises(RuntimeError, match="uninitialized parameters"):
         torch.jit.script(lazy_linear())
