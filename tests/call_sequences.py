@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lateinit.walk import is_placeholder
 from torch import nn
 
 import lateinit
 from lateinit.errors import LateinitError
-from lateinit.walk import is_placeholder
 from tests.laws import EAGER_POISON, LATE_POISON, poison
 from tests.lazy_models import Layers
 from tests.snapshots import assert_same, bits, significant, tensors_of

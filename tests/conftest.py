@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -11,8 +12,13 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tests.cases import Case
+from tests.models import REPRESENTATIVE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+HERE = Path(__file__).parent
 
 # CI draws the same examples each time; a person's run looks for new ones.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -20,7 +26,46 @@ hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Where the laws are tested. All of the first are part of `--quick`, and of the others what is
+# about a model or marked `quick`; of either, of models only the representative ones.
+LAWS = {"laws", "torch_contract", "test_laws.py"}
+PARTLY = {
+    "test_checkpoint_load.py",
+    "test_checkpoint_save.py",
+    "test_lazy_infer.py",
+    "test_memory.py",
+    "test_sharding.py",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="every law, over a dozen representative models"
+    )
+
+
+def place(path: Path) -> str:
+    """The folder or the file in `tests` that a path belongs to."""
+    below = path.relative_to(HERE).parts if path.is_relative_to(HERE) else ()
+    return below[0] if below else ""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    left_out = place(collection_path) not in {"", *LAWS, *PARTLY}
+    return True if config.getoption("--quick") and left_out else None
+
+
+def is_quick(item: pytest.Item) -> bool:
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    if isinstance(case, Case):
+        return case.name in REPRESENTATIVE
+    return place(item.path) in LAWS or item.get_closest_marker("quick") is not None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
+        items[:] = [item for item in items if is_quick(item)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

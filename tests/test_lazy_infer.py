@@ -34,12 +34,14 @@ def eager(make: Any) -> nn.Module:
     return make()
 
 
+@pytest.mark.quick
 def test_a_lazy_resnet_50_equals_its_eager_twin() -> None:
     model = deferred(lambda: ResNet50(lazy=True, width=8))
     lateinit.infer_shapes(model, torch.empty(1, 3, 224, 224, device=META))
     assert_same(eager(lambda: ResNet50(lazy=False, width=8)), lateinit.materialize(model))
 
 
+@pytest.mark.quick
 def test_a_lazy_gpt_equals_its_eager_twin() -> None:
     model = deferred(lambda: GPT(lazy=True))
     lateinit.infer_shapes(model, torch.zeros(2, 9, dtype=torch.long))
@@ -152,6 +154,7 @@ class Busy(nn.Module):
         return self.spectral(self.lazy(self.drop(self.norm(x) + torch.rand(3)))).relu_()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("real", [False, True])
 def test_only_shapes_change(real: bool) -> None:
     model = Busy()

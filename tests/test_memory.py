@@ -48,6 +48,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.quick
 @needs_linux
 def test_recording_a_model_of_160_gib_needs_no_memory_for_it() -> None:
     done = run("""
@@ -81,6 +82,7 @@ def test_a_part_of_a_large_model_needs_the_memory_of_the_part() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.quick
 @needs_linux
 def test_materialising_peaks_at_the_model_and_a_bounded_working_set() -> None:
     done = run("""
