@@ -7,19 +7,29 @@ STAMP := $(VENV)/.installed
 # No hub is asked for anything, and two test workers do not fight over the cores.
 export HF_HUB_OFFLINE := 1
 QUIET_CORES := OMP_NUM_THREADS=1
+# The torch versions of `make matrix`; tests/matrix.py has the same.
+MATRIX := 2.13.0 2.14.1 2.15.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick lint format zoo shards bench clean
+.PHONY: help demo test quick matrix lint format zoo shards bench clean
 
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
 	@echo "make test    everything that CI runs"
 	@echo "make quick   every law over a dozen models, within a minute"
+	@echo "make matrix  the same by three torch versions and six kinds of kernels (long)"
 	@echo "make lint    ruff, mypy and the walls between rooms"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
 	@echo "make bench   construction time and memory against the alternatives"
+
+# An environment for each torch of the matrix, with everything else as it is pinned.
+.venv-torch-%/.installed: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -v '^torch==' constraints-dev.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q -c $(@D)/constraints.txt torch==$* -e '.[dev]'
+	@touch $@
 
 # A half-made environment leaves no stamp, so the next call makes it again.
 $(STAMP): pyproject.toml constraints-dev.txt
@@ -50,6 +60,9 @@ test: lint
 quick: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2 -q --quick
 
+matrix: $(STAMP) $(MATRIX:%=.venv-torch-%/.installed)
+	$(QUIET_CORES) $(BIN)/python -m tests.matrix
+
 zoo: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.zoo --table docs/zoo.md
 
@@ -60,4 +73,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
