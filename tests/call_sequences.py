@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lateinit.walk import is_placeholder
 from torch import nn
 
 import lateinit
+from lateinit._tensors.walk import is_placeholder
 from lateinit.errors import LateinitError
 from tests.laws import EAGER_POISON, LATE_POISON, poison
 from tests.lazy_models import Layers

@@ -25,11 +25,11 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from lateinit.walk import is_placeholder
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lateinit
+from lateinit._tensors.walk import is_placeholder
 from tests.call_sequences import (
     MODELS,
     REFUSED,
