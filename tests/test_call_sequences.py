@@ -156,8 +156,7 @@ class CallSequences(RuleBasedStateMachine):
 
     # -- shapes ------------------------------------------------------------------------------------
 
-    # TODO: real=True, once it leaves alone what is drawn after a lazy module.
-    @rule(real=st.just(False))
+    @rule(real=st.booleans())
     def infer_shapes(self, real: bool) -> None:
         if not self.pair.runs():
             return
@@ -235,8 +234,7 @@ class CallSequences(RuleBasedStateMachine):
             return
         for side, state in zip(self.pair.sides, states, strict=True):
             side.held.append(state[name])
-        # TODO: of a lazy model too, once infer_shapes leaves alone what another object made real.
-        if materialised and not self.pair.lazy:
+        if materialised:
             found = states[1][name]
             both(self.pair, lambda: lateinit.materialize(found), refusals=self.unknown())
 
@@ -314,10 +312,6 @@ class CallSequences(RuleBasedStateMachine):
         names = {torch.bfloat16: "bfloat16", torch.float16: "half", torch.float32: "float"}
         name = names.get(dtype, "double")
         parts = self.part(number)
-        # TODO: a second time too, once what is lazy is rounded by each cast as its twin is.
-        lazy = any(is_placeholder(p) for p in parts[1].parameters())
-        if lazy and any(p.dtype != torch.float32 for p in parts[0].parameters()):
-            return
         twin, late = (
             getattr(part, name) if method else (lambda part=part: part.to(dtype)) for part in parts
         )

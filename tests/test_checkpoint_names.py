@@ -351,7 +351,7 @@ def test_what_is_split_is_computed_once_and_given_away(tmp_path: Path) -> None:
 
 LARGE = """
 import sys, torch, lateinit, transformers
-from lateinit import hf_names
+from lateinit._integrations import transformers_names
 
 def own_memory():
     with open("/proc/self/status") as status:
@@ -364,13 +364,13 @@ def build():
 
 lateinit.materialize(lateinit.deferred_init(build)).save_pretrained(sys.argv[1])
 model = lateinit.deferred_init(build)
-seen, run = [], hf_names.Conversion.run
+seen, run = [], transformers_names.Conversion.run
 
 def watched(self, read):
     seen.append(own_memory())
     return run(self, read)
 
-hf_names.Conversion.run = watched
+transformers_names.Conversion.run = watched
 before = own_memory()
 lateinit.load_checkpoint(model, sys.argv[1])
 print(f"{max(seen) - before:.0f}", f"{own_memory() - before:.0f}", len(seen))

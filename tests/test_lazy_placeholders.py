@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 import lateinit
 from lateinit.errors import UninitializedError
+from tests.snapshots import assert_same
 
 BOTH = pytest.mark.parametrize(
     "cls", [lateinit.nn.UninitializedParameter, lateinit.nn.UninitializedBuffer]
@@ -151,3 +152,30 @@ def test_compile_takes_a_model_after_inference_and_a_lazy_one() -> None:
         found = compiled(x)
         assert torch.equal(found, model(x))
         assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("block", [True, False])
+@pytest.mark.parametrize(
+    "casts",
+    [
+        (nn.Module.bfloat16, nn.Module.float),
+        (nn.Module.half, nn.Module.double, nn.Module.bfloat16),
+        (lambda m: m.to(torch.float16), lambda m: m.to(torch.bfloat16), nn.Module.float),
+        (nn.Module.double, nn.Module.float),
+    ],
+)
+def test_each_cast_of_what_is_lazy_rounds(casts: Any, block: bool) -> None:
+    def make(lazy: bool) -> nn.Module:
+        first = lateinit.nn.LazyLinear(9) if lazy else nn.Linear(7, 9)
+        return nn.Sequential(first, lateinit.nn.LazyBatchNorm1d() if lazy else nn.BatchNorm1d(9))
+
+    torch.manual_seed(0)
+    twin = make(lazy=False)
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(make, True) if block else make(lazy=True)
+    for cast in casts:
+        cast(twin)
+        cast(model)
+    torch.manual_seed(0)
+    lateinit.infer_shapes(model, torch.empty(2, 7, device="meta", dtype=twin[0].weight.dtype))
+    assert_same(twin, lateinit.materialize(model))

@@ -241,7 +241,8 @@ def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.Mo
     normal = truncated_normal.Normal(0.0, 0.5, -1.1, 1.0)  # numbers that were not tried before
     if wrong == "words":
         words = truncated_normal.words_a_round
-        monkeypatch.setattr(truncated_normal, "words", lambda dtype, numel: words(dtype, numel) + 1)
+        more = lambda dtype, numel: words(dtype, numel) + 1  # noqa: E731
+        monkeypatch.setattr(truncated_normal, "words_a_round", more)
     elif wrong == "_outside":
         outside = truncated_normal._outside
         monkeypatch.setattr(
@@ -257,7 +258,7 @@ def test_what_fails_its_trial_is_run_as_it_is(wrong: str, monkeypatch: pytest.Mo
     expected = filled([5000], torch.float32, normal, 0)
     ended = torch.get_rng_state()
     monkeypatch.setattr(chunks, "_SMALLEST", 16)
-    monkeypatch.setattr(truncated_normal, "is_exact", lambda dtype, normal: False)
+    monkeypatch.setattr(truncated_normal, "is_exact_in_parts", lambda dtype, normal: False)
     monkeypatch.setattr(truncated_normal, "draw", None)  # any use of it fails
     with lateinit.deferred():
         model = filled([5000], torch.float32, normal, 0)

@@ -24,7 +24,8 @@ from lateinit.errors import ShapeError, UninitializedError
 
 Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
-_OWN = ("_known", "_label", "_origin", "persistent", "_is_buffer")
+_OWN = ("_casts", "_known", "_label", "_origin", "persistent", "_is_buffer")
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _CONVERSIONS = (
     torch.Tensor.half,
     torch.Tensor.bfloat16,
@@ -170,6 +171,9 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
             with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))
+            if func == _SET_DATA and isinstance(args[1], Placeholder):
+                # As `module.to(...)` does: what was cast is put into the object that there is.
+                args[0].__dict__["_casts"] = args[1].__dict__.get("_casts", ())
             return _converted(args[0], result) if func in _CONVERSIONS else result
         given = (*args, *(kwargs or {}).values())
         found = next((a for a in given if isinstance(a, Placeholder)), None)
@@ -279,6 +283,8 @@ def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
         grad = placeholder.requires_grad
         made = as_subclass(type(placeholder), result.detach(), grad)
     made.__dict__.update(placeholder.__dict__)
+    if result.dtype != placeholder.data.dtype:
+        made.__dict__["_casts"] = (*placeholder.__dict__.get("_casts", ()), result.dtype)
     return made
 
 
@@ -296,17 +302,16 @@ def _rebuild(
     return made
 
 
-def converted(placeholder: Tensor) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and dtype that a placeholder was moved or cast to since it was made, if it was."""
-    origin = placeholder.__dict__.get("_origin")
+def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dtype, ...]]:
+    """The device that a placeholder was moved to since it was made, and what it was cast to.
+
+    Each of the casts counts: values that went by way of bfloat16 are rounded for good.
+    """
+    origin, casts = placeholder.__dict__.get("_origin"), placeholder.__dict__.get("_casts", ())
     if origin is None:
-        return None, None
-    _, device, dtype = origin
-    now = placeholder.data
-    return (
-        now.device if now.device != device else None,
-        now.dtype if now.dtype != dtype else None,
-    )
+        return None, casts
+    now = placeholder.data.device
+    return (now if now != origin[1] else None), casts
 
 
 def become(placeholder: Tensor, tensor: Tensor) -> None:

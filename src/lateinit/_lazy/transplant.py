@@ -119,11 +119,14 @@ class Transplant:
 
 def _cast(new: Tensor, old: Tensor) -> Tensor:
     """A tensor moved and cast as its placeholder was, after the eager twin was constructed."""
-    device, dtype = converted(old)
-    if device is None and (dtype is None or not new.is_floating_point()):
+    device, casts = converted(old)
+    casts = casts if new.is_floating_point() else ()
+    if device is None and not casts:
         return new
     with torch.no_grad():
-        moved = new.to(device=device, dtype=dtype if new.is_floating_point() else None)
+        moved = new.to(device=device)
+        for dtype in casts:
+            moved = moved.to(dtype)
     return nn.Parameter(moved, new.requires_grad) if isinstance(new, nn.Parameter) else moved
 
 

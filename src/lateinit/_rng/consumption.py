@@ -56,9 +56,9 @@ def consumption(draw: DrawSpec) -> Cost | None:
         the torch that runs.
 
     Example:
-        >>> consumption(Draw("aten::normal_", 100, torch.float32, contiguous=True))
+        >>> consumption(DrawSpec("aten::normal_", 100, torch.float32, contiguous=True))
         Cost(words=116, normals=0)
-        >>> consumption(Draw("aten::normal_", 5, torch.float32, contiguous=True))
+        >>> consumption(DrawSpec("aten::normal_", 5, torch.float32, contiguous=True))
         Cost(words=0, normals=5)
     """
     probe = _PROBES.get(draw.op)

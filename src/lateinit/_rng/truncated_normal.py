@@ -33,6 +33,13 @@ _APART = 1 << 21  # elements from which on several threads look for the number o
 _AT_ONCE = 1 << 23  # elements whose outliers are remembered at a time
 _MOST_ROUNDS = 64  # in a trial; few bounds take so many, those far out would take for ever
 _LATE = 1 / 256  # the share of the elements that are to need more than the first rounds
+FARTHEST = 8.6
+"""Standard deviations within which every normal draw of ``BOUNDED_DTYPES`` lies.
+
+A Box-Muller normal made of a 53-bit uniform stays within sqrt(-2 ln 2**-53) = 8.58 of them, one
+made of a 24-bit uniform within 5.77.
+"""
+BOUNDED_DTYPES = (torch.float32, torch.float64)
 _MOST_KEPT = 1 << 20  # elements, of all the draws of a program: 12 bytes each in float32
 
 
@@ -154,6 +161,12 @@ def _outside(values: Tensor, low: float, high: float) -> Tensor:
     """The places of the values that lie outside the bounds."""
     array = (values if values.dtype.itemsize > 2 else values.float()).numpy()
     return torch.from_numpy(np.flatnonzero((array < low) | (array > high)))
+
+
+def surely_within(dtype: torch.dtype, mean: float, std: float, low: float, high: float) -> bool:
+    """Whether a normal draw of this dtype lies within bounds whatever is drawn."""
+    reach = FARTHEST * std
+    return dtype in BOUNDED_DTYPES and low < mean - reach and mean + reach < high
 
 
 def draws_once(dtype: torch.dtype, normal: Normal) -> bool:
@@ -297,15 +310,3 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
         if not torch.equal(whole, parts):
             return False
     return ended == end
-
-
-def surely_within(dtype: torch.dtype, mean: float, std: float, low: float, high: float) -> bool:
-    """Whether a normal draw of this dtype lies within bounds whatever is drawn."""
-    reach = FARTHEST * std
-    return dtype in BOUNDED_DTYPES and low < mean - reach and mean + reach < high
-
-
-FARTHEST = 8.6
-
-
-BOUNDED_DTYPES = (torch.float32, torch.float64)
