@@ -12,8 +12,8 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tests.cases import Case
-from tests.models import REPRESENTATIVE
+from tests.support.cases import Case
+from tests.support.models import REPRESENTATIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,16 +26,10 @@ hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-# Where the laws are tested. All of the first are part of `--quick`, and of the others what is
-# about a model or marked `quick`; of either, of models only the representative ones.
-LAWS = {"laws", "torch_contract", "test_laws.py"}
-PARTLY = {
-    "test_checkpoint_load.py",
-    "test_checkpoint_save.py",
-    "test_lazy_infer.py",
-    "test_memory.py",
-    "test_sharding.py",
-}
+# Where the laws are tested. All of the first that is not `slow` is part of `--quick`, and of the
+# others what is about a model or marked `quick`; of either, only the representative models.
+LAWS = {"laws", "torch_contract"}
+PARTLY = {"checkpoint", "lazy"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def place(path: Path) -> str:
-    """The folder or the file in `tests` that a path belongs to."""
+    """The folder in `tests` that a path belongs to."""
     below = path.relative_to(HERE).parts if path.is_relative_to(HERE) else ()
     return below[0] if below else ""
 
@@ -59,7 +53,9 @@ def is_quick(item: pytest.Item) -> bool:
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
     if isinstance(case, Case):
         return case.name in REPRESENTATIVE
-    return place(item.path) in LAWS or item.get_closest_marker("quick") is not None
+    if place(item.path) in LAWS:
+        return item.get_closest_marker("slow") is None
+    return item.get_closest_marker("quick") is not None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ import lateinit
 from lateinit import cli
 from lateinit._checkpoint.save import atomic_output
 from lateinit._report import parity
-from tests.cases import Bag
+from tests.support.cases import Bag
 
 if TYPE_CHECKING:
     from collections.abc import Callable

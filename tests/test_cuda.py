@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
-from tests.snapshots import assert_same
+from tests.support.snapshots import assert_same
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,8 +21,6 @@ from torch.distributed.tensor import DTensor
 
 import lateinit
 from lateinit.errors import LateinitError
-from tests.laws import SEED
-from tests.models import MODELS
 from tests.sharding.compare import differences
 from tests.sharding.placements import (
     EVEN,
@@ -35,6 +33,8 @@ from tests.sharding.placements import (
     on_both_axes,
     tensor_parallel,
 )
+from tests.support.building import SEED
+from tests.support.models import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

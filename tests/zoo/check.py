@@ -18,8 +18,8 @@ import torch
 import lateinit
 from lateinit._materialize import scheduler
 from lateinit._replay import chunks
-from tests.laws import EAGER_POISON, LATE_POISON, SEED, poison
-from tests.snapshots import Snapshot, first_difference, snapshot, tensors_of
+from tests.support.building import EAGER_POISON, LATE_POISON, SEED, poison
+from tests.support.snapshots import Snapshot, first_difference, snapshot, tensors_of
 from tests.zoo import catalog
 from tests.zoo.hints import default_config
 from tests.zoo.shrink import RECIPES, Recipe, shrunk

@@ -1,0 +1,127 @@
+"""Law 6, in processes of their own: what is allocated while recording and while materialising."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("resource", reason="limits on memory are POSIX's")
+
+PREAMBLE = """
+import resource, sys
+import torch
+from torch import nn
+import lateinit
+
+GIB, MIB = 2**30, 2**20
+
+def data_size():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+
+def allow(more):
+    # Counts what is mapped privately and writable, touched or not.
+    limit = data_size() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+def stack(layers, width):
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+
+# First uses import and map what is needed once.
+lateinit.materialize(lateinit.deferred_init(stack, 2, 64))
+"""
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits data size")
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@needs_linux
+def test_recording_a_model_of_160_gib_needs_no_memory_for_it() -> None:
+    done = run("""
+        allow(64 * MIB)
+        model = lateinit.deferred_init(stack, 40, 32768)
+        assert sum(p.nbytes for p in model.parameters()) > 150 * GIB
+        assert all(p.is_meta for p in model.parameters())
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_linux
+def test_the_limit_of_these_tests_does_stop_eager_construction() -> None:
+    done = run("""
+        allow(64 * MIB)
+        stack(40, 4096)
+    """)
+    assert done.returncode != 0
+    assert "allocate" in done.stderr
+
+
+@pytest.mark.slow
+@needs_linux
+def test_a_part_of_a_large_model_needs_the_memory_of_the_part() -> None:
+    done = run("""
+        model = lateinit.deferred_init(stack, 40, 32768)
+        allow(96 * MIB)
+        lateinit.materialize(model, only="*.bias")
+        lateinit.materialize(model, only="17.bias")
+        assert model[17].bias.abs().max() > 0
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_linux
+def test_materialising_peaks_at_the_model_and_a_bounded_working_set() -> None:
+    done = run("""
+        def twice():
+            model = stack(16, 2048)  # 256 MiB, each value drawn and then drawn again
+            for layer in model:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            return model
+        model = lateinit.deferred_init(twice)
+        allow(256 * MIB + 96 * MIB)
+        lateinit.materialize(model)
+        assert model[15].weight.std() > 0.01
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_linux
+def test_one_layer_at_a_time_needs_the_memory_of_one_layer() -> None:
+    done = run("""
+        model = lateinit.deferred_init(stack, 12, 4096)  # 64 MiB a layer
+        allow(192 * MIB)
+        for index in range(12):
+            lateinit.materialize(model[index])
+            assert model[index].weight.abs().max() > 0
+            model[index] = nn.Identity()
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_linux
+def test_redrawing_is_counted_in_bounded_memory() -> None:
+    done = run("""
+        def redrawn(numel):
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(numel), a=-1.0, b=1.0))
+
+        lateinit.deferred_init(redrawn, 1 << 22)
+        allow(96 * MIB)
+        lateinit.deferred_init(redrawn, 1 << 26)  # a third of it, as places, takes 162 MiB
+    """)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,149 @@
+"""What is lazy is neither materialised nor saved: it is named, whoever's placeholder it is."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import lateinit
+from lateinit._tensors.walk import is_placeholder
+from lateinit.errors import CheckpointError, RecordingError, UninitializedError
+from tests.support.snapshots import assert_same
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+
+
+def ours() -> nn.Module:
+    return lateinit.nn.LazyLinear(3)
+
+
+def torchs() -> nn.Module:
+    return nn.LazyLinear(3)
+
+
+def pfn_extras() -> nn.Module:
+    return lateinit.pfn_extras.LazyLinear(None, 3)
+
+
+def pfn_extras_itself() -> nn.Module:
+    return pytest.importorskip("pytorch_pfn_extras").nn.LazyLinear(None, 3)
+
+
+KINDS = pytest.mark.parametrize("make", [ours, torchs, pfn_extras, pfn_extras_itself])
+
+
+def around(make: Any) -> nn.Module:
+    torch.manual_seed(0)
+    with lateinit.deferred():
+        return nn.Sequential(nn.Linear(2, 2), make())
+
+
+@KINDS
+@pytest.mark.parametrize("block", [True, False])
+def test_materialising_a_lazy_module_names_its_tensors(make: Any, block: bool) -> None:
+    model = around(make) if block else nn.Sequential(nn.Linear(2, 2), make())
+    first = next(n for n, p in model.named_parameters() if is_placeholder(p))
+    with pytest.raises(
+        UninitializedError, match=rf"shape is not known yet of {first}.*call lateinit\.infer_shapes"
+    ):
+        lateinit.materialize(model)
+    assert lateinit.is_deferred(model) is block
+
+
+@KINDS
+def test_materialising_goes_on_once_the_shape_is_known(make: Any) -> None:
+    model = around(make)
+    with pytest.raises(UninitializedError, match=r"1\.weight"):
+        lateinit.materialize(model)
+    lateinit.infer_shapes(model, torch.empty(1, 2, device="meta"))
+    lateinit.materialize(model)
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@KINDS
+def test_the_rest_of_a_model_can_be_materialised_before_the_lazy_part(make: Any) -> None:
+    model = around(make)
+    lateinit.materialize(model, only="0.*")
+    torch.manual_seed(0)
+    assert_same(nn.Linear(2, 2), model[0])
+    with pytest.raises(UninitializedError, match=r"1\.weight"):
+        lateinit.materialize(model, only="*.weight")
+
+
+@KINDS
+def test_what_is_drawn_after_a_lazy_module_waits_for_its_shape(make: Any) -> None:
+    with lateinit.deferred():
+        model = nn.Sequential(make(), nn.Linear(3, 2))
+    with pytest.raises(RecordingError, match=r"lazy module.*call lateinit\.infer_shapes"):
+        lateinit.materialize(model[1])
+
+
+@KINDS
+def test_what_waits_for_a_shape_keeps_back_what_is_asked_for_with_it(make: Any) -> None:
+    with lateinit.deferred():
+        model = nn.Sequential(nn.Linear(2, 2), make(), nn.Linear(3, 2))
+    with pytest.raises(RecordingError, match=r"'2\.weight'.*lazy module"):
+        lateinit.materialize(model, only=["0.*", "2.*"])
+    assert all(lateinit.is_deferred(p) for i in (0, 2) for p in model[i].parameters())
+
+
+@KINDS
+def test_pickle_of_a_lazy_model_knows_the_blocks_that_made_it(make: Any) -> None:
+    def build(middle: Any) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), middle(), nn.Linear(3, 2))
+
+    torch.manual_seed(0)
+    twin = build(lambda: nn.Linear(2, 3))
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build, make)
+    lateinit.deferred_init(nn.init.ones_, model[0].weight)
+    nn.init.ones_(twin[0].weight)
+    model = pickle.loads(pickle.dumps(model))
+    lateinit.infer_shapes(model, torch.empty(1, 2, device="meta"))
+    lateinit.materialize(model)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@KINDS
+def test_a_checkpoint_of_a_lazy_model_is_refused_even_if_its_state_dict_is_silent(
+    make: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"1\.weight is lazy: lateinit\.infer_shapes"):
+        lateinit.save_checkpoint(around(make), tmp_path / "lazy.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@KINDS
+def test_skipping_the_initialisation_of_what_has_no_shape_is_refused(make: Any) -> None:
+    with pytest.raises(UninitializedError, match="weight"):
+        lateinit.skip_init(lambda_module(make))
+
+
+def lambda_module(make: Any) -> type[nn.Module]:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = make()
+
+    return Holds
+
+
+@KINDS
+def test_a_lazy_model_is_not_deferred_and_its_summary_says_lazy(make: Any) -> None:
+    with lateinit.deferred():
+        model = make()
+    rows = {row.name: row for row in lateinit.summary(model).rows}
+    assert rows["weight"].state == "lazy"
+    if make is not pfn_extras_itself:  # its bias is real from the start
+        assert not lateinit.is_deferred(model)

@@ -1,0 +1,1 @@
+"""What tests share: models, both ways to build them, snapshots, random programs."""
