@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich import progress
 from rich.console import Console
 
@@ -36,11 +34,6 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], nbytes)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -93,26 +93,17 @@ class Lazy(LazyModuleMixin):
         Transplant(layout.varying, layout.known).run(self, plain)
         self.__dict__.pop("_spec", None)
 
-    def _lazy_load_hook(
-        self: Any,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Adopt the sizes of a checkpoint, and be initialised: nothing half lazy is left."""
         if self.is_initialized:
             return
         try:
-            sizes = load_sizes(self, layout_of(self._spec), state_dict, prefix, error_msgs)
+            sizes = load_sizes(self, layout_of(self._spec), state_dict, prefix, rest[-1])
             if sizes is not None:
                 self._initialize(sizes)
                 finish(self)
         except ShapeError as error:
-            error_msgs.append(f"{prefix.rstrip('.') or 'the module'}: {error}")
+            rest[-1].append(f"{prefix.rstrip('.') or 'the module'}: {error}")
 
     def __reduce_ex__(self: Any, proto: Any) -> Any:
         if not type(self).__dict__.get("_by_value"):

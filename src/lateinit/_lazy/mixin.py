@@ -97,19 +97,10 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
     def _initialising(self: Any) -> contextlib.AbstractContextManager[None]:
         return initialising(self)
 
-    def _lazy_load_hook(
-        self: Any,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Let placeholders adopt the shapes of a checkpoint that agree with what is known."""
         wrong = check_known(self, state_dict, prefix)
-        error_msgs += wrong.values()
+        rest[-1].extend(wrong.values())  # the error messages
         for name, tensor in itertools.chain(self._parameters.items(), self._buffers.items()):
             key = prefix + name
             if is_lazy(tensor) and key in wrong:

@@ -110,16 +110,7 @@ class LazyInitializationMixin:
             if is_lazy(destination.get(prefix + name)):
                 del destination[prefix + name]
 
-    def _lazy_load_hook(
-        self: Any,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load what is initialised; into an initialised module, nothing else."""
         self._load_buffers(state_dict, prefix)
         for name in self.lazy_parameter_names:

@@ -6,7 +6,7 @@ shape. When the rest is known the object becomes the tensor: those who hold it n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -161,13 +161,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         return _rebuild, (type(self), *_state(cast(Tensor, self)))
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
             with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors.deferred import (
     DeferredShard,
@@ -26,7 +25,7 @@ from lateinit._tensors.deferred import (
     slot_of,
 )
 from lateinit._tensors.realize import share_real_storage
-from lateinit._torch.arguments import META, flat, tensors_in
+from lateinit._torch.arguments import META, Args, Kwargs, flat, tensors_in
 from lateinit._torch.operators import OpInfo, spoken
 from lateinit.errors import DeferredTensorError
 
@@ -40,7 +39,7 @@ class Follower(Recorder):
 
     meant: torch.device | None = None
 
-    def dispatch(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
         own = bool(deferred) and kwargs.get("device") == META
@@ -60,7 +59,7 @@ class Follower(Recorder):
             return info.func(*args, **kwargs)
         return self._named(self.record(info, args, kwargs, deferred), deferred[0])
 
-    def _draw(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
         """Nothing is drawn after a block; replay finds out where an op does so unsaid."""
 
     def _named(self, result: Any, source: Tensor) -> Any:
@@ -73,13 +72,7 @@ class Follower(Recorder):
         return result
 
     def _refuse_values(
-        self,
-        info: OpInfo,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deferred: list[Tensor],
-        *,
-        among_meta: bool,
+        self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], *, among_meta: bool
     ) -> None:
         op = spoken(info.name)
         given = tuple(args[i] for i in info.mutates)
@@ -110,7 +103,7 @@ class Follower(Recorder):
             )
 
 
-def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Run something on deferred tensors outside the block that recorded them."""
     if current() is not None:
         return func(*args, **kwargs)
@@ -125,26 +118,13 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     follower = Follower(program)
     if len([t for t in tensors if t.is_meta]) == len(deferred):
         follower.meant = follower.device_of(first)
-    with in_force(follower, _OutsideMasquerade):
+    with in_force(follower):
         result = func(*args, **kwargs)
     of_shards = any(type(tensor) is DeferredShard for tensor in deferred)
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             (guard_below_python if of_shards else guard)(leaf)
     return result
-
-
-class _OutsideMasquerade(Masquerade):
-    """Deferred tensors are on meta outside the block: only their exchanges are seen to."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 DeferredTensor.follow = staticmethod(follow)

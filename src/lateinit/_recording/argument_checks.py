@@ -16,10 +16,10 @@ from lateinit._program.program import TensorRef
 from lateinit._torch import operators
 from lateinit._torch.modes import without_modes
 
-FAR = 3e4  # within what every floating-point dtype holds, and twice that too
+_FAR = 3e4  # within what every floating-point dtype holds, and twice that too
 _USUAL: dict[str, Callable[..., bool]] = {
     "aten::normal_": lambda mean=0.0, std=1.0: std >= 0,
-    "aten::uniform_": lambda low=0.0, high=1.0: -FAR <= low <= high <= FAR,
+    "aten::uniform_": lambda low=0.0, high=1.0: -_FAR <= low <= high <= _FAR,
     operators.TRUNCATED: lambda *_: True,  # tried where it is recorded
 }
 """Which numbers of the most frequent fills nothing refuses; of others nothing is known."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -72,10 +71,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         return recorder.program
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> None:
         self._depth -= 1
         if self._depth or self._recorder is None or self._block is None:
@@ -99,7 +95,7 @@ def recording_block(recorder: Recorder) -> Iterator[None]:
     """Record what a block does, and guard what it made."""
     modules = _Modules()
     try:
-        with Patches(), modules, in_force(recorder, Masquerade):
+        with Patches(), modules, in_force(recorder, Masquerade(recorder)):
             yield
     finally:
         _guard_all(recorder, modules)

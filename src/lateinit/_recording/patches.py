@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -74,12 +73,7 @@ class Patches:
                 for owner, name, _, replacement in _PATCHES:
                     setattr(owner, name, replacement)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
             Patches._users -= 1
             if Patches._users == 0:

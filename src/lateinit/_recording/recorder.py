@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from lateinit._recording.writer import ProgramWriter
 from lateinit._replay.replay import streams_of
 from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
-from lateinit._torch.arguments import META, flat, has_tensor, tensors_in
+from lateinit._torch.arguments import META, Args, Kwargs, flat, has_tensor, tensors_in
 from lateinit._torch.modes import DispatchMode, without_modes
 from lateinit._torch.operators import OpInfo, OpOverload, op_info
 from lateinit.errors import RecordingError
@@ -46,11 +46,7 @@ class Recorder(ProgramWriter, DispatchMode):
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
 
     def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         busy, self.busy = self.busy, True
         try:
@@ -58,7 +54,7 @@ class Recorder(ProgramWriter, DispatchMode):
         finally:
             self.busy = busy
 
-    def dispatch(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Decide what an op is to a recording, by what it is given."""
         if self.shared:
             self.shared.take_back()
@@ -104,9 +100,7 @@ class Recorder(ProgramWriter, DispatchMode):
                     return self.device_of(tensor)
         return META
 
-    def _sort(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], bool]:
+    def _sort(self, args: Args, kwargs: Kwargs) -> tuple[list[Tensor], list[Tensor], bool]:
         """The deferred and the real tensors among arguments; whether one is on meta by request."""
         deferred: list[Tensor] = []
         real: list[Tensor] = []
@@ -122,7 +116,7 @@ class Recorder(ProgramWriter, DispatchMode):
                 deferred.append(tensor)
         return deferred, real, on_meta
 
-    def _filled(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _filled(self, info: OpInfo, args: Args, kwargs: Kwargs) -> bool:
         """``record`` for the most frequent ops, without what they do not need."""
         if has_tensor(args[1:]):
             return False
@@ -132,9 +126,7 @@ class Recorder(ProgramWriter, DispatchMode):
             generator = next(a for a in args[1:] if isinstance(a, torch.Generator))
         return self.overwrite(info, args[0], values, generator)
 
-    def _fill(
-        self, fill: str, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _fill(self, fill: str, info: OpInfo, args: Args, kwargs: Kwargs) -> Tensor:
         """A random factory as what it is: an empty tensor, filled in place."""
         like = "_like" in info.name
         shape_at = 0 if like else next(i for i, a in enumerate(args) if not isinstance(a, int))
@@ -157,9 +149,7 @@ class Recorder(ProgramWriter, DispatchMode):
 
     # -- real data and values that leave -------------------------------------------------------
 
-    def _on_real(
-        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], real: list[Tensor]
-    ) -> Any:
+    def _on_real(self, info: OpInfo, args: Args, kwargs: Kwargs, real: list[Tensor]) -> Any:
         """An op on real tensors alone runs, unless it makes new random or unwritten data."""
         if info.name == "aten::lift_fresh":
             data = args[0]
@@ -194,12 +184,12 @@ class Recorder(ProgramWriter, DispatchMode):
         """A deferred copy of real data."""
         return self._lift(data.detach().clone())
 
-    def _writes_real(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _writes_real(self, info: OpInfo, args: Args, kwargs: Kwargs) -> bool:
         written = [args[i] for i in info.mutates if i < len(args)]
         written += [kwargs.get(k) for k in info.mutates_kw]
         return any(not t.is_meta for t in tensors_in(tuple(written), {}))
 
-    def _leave(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _leave(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Write deferred values into a real tensor: they must be computed now."""
         for tensor in tensors_in(args, kwargs):
             if not tensor.is_meta:
@@ -207,7 +197,7 @@ class Recorder(ProgramWriter, DispatchMode):
         real = [self._evaluated(value) for value in args]
         return info.func(*real, **{k: self._evaluated(v) for k, v in kwargs.items()})
 
-    def _answer(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Give a value that leaves: ``item``, ``equal`` and the like."""
         if info.name == "aten::_local_scalar_dense":
             certain = value_bounds.certain_value(self.program, self.ref(args[0]))
@@ -232,7 +222,7 @@ class Recorder(ProgramWriter, DispatchMode):
         """A real tensor that shares its life with a deferred one: writes show on either side."""
         return self.shared.expose(tensor, self.ref(tensor))
 
-    def _set_storage(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _set_storage(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """``set_`` of a real storage: the tensor shows a deferred twin of it."""
         target, storage, *rest = args
         twin = self.shared.twin_of(storage)
@@ -268,12 +258,14 @@ class Recorder(ProgramWriter, DispatchMode):
 
 
 @contextlib.contextmanager
-def in_force(recorder: Recorder, mode: Callable[[Recorder], Any]) -> Iterator[Recorder]:
+def in_force(
+    recorder: Recorder, mode: contextlib.AbstractContextManager[Any] | None = None
+) -> Iterator[Recorder]:
     """Have a recorder, and the function mode that goes with it, in force for a block."""
     outer = current()
     _active.recorder = recorder
     try:
-        with recorder, mode(recorder):
+        with recorder, mode or contextlib.nullcontext():
             yield recorder
     finally:
         _active.recorder = outer

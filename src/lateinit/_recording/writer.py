@@ -15,7 +15,6 @@ from lateinit._program.constants import RealData
 from lateinit._program.labels import initializer
 from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
 from lateinit._recording import argument_checks
-from lateinit._recording.argument_checks import FAR
 from lateinit._recording.factories import FACTORIES, FillOp, is_usual
 from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
@@ -23,7 +22,7 @@ from lateinit._recording.value_reads import ValueReads
 from lateinit._replay.replay import Replay, Storages
 from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
-from lateinit._torch.arguments import META, flat, kwargs_to_meta, tensors_in, to_meta
+from lateinit._torch.arguments import META, Args, Kwargs, flat, kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.devices import default_generator
 from lateinit._torch.modes import is_deterministic, without_modes
 from lateinit._torch.operators import OpInfo
@@ -92,13 +91,7 @@ class ProgramWriter:
 
     # -- ops -----------------------------------------------------------------------------------
 
-    def record(
-        self,
-        info: OpInfo,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deferred: list[Tensor],
-    ) -> Any:
+    def record(self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]) -> Any:
         """Note an op, and give the deferred tensors that it would return."""
         alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
         floating = alone and args[0].is_floating_point()
@@ -154,9 +147,7 @@ class ProgramWriter:
         draw = None
         if info.random:
             device = self.program.storages[ref.storage].device
-            # Nearly always this tells; a call would cost as much as all else here.
-            if not (len(values) == 2 and -FAR <= values[0] <= values[1] <= FAR and values[1] >= 0):
-                argument_checks.check_numbers(info, ref, device, values)
+            argument_checks.check_numbers(info, ref, device, values)
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
@@ -167,9 +158,7 @@ class ProgramWriter:
             self.shared.show()
         return True
 
-    def override(
-        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
-    ) -> None:
+    def override(self, info: OpInfo, args: Args, kwargs: Kwargs, results: list[Tensor]) -> None:
         """Note that tensors have the values of another op than those that they were made by."""
         with without_modes():
             made = [self._mirror(result, self.device_of(result)) for result in results]
@@ -183,12 +172,7 @@ class ProgramWriter:
             self._append(operators.by_name(operators.REFUSED), (tensor, what), {}, ())
 
     def _note(
-        self,
-        info: OpInfo,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deferred: list[Tensor],
-        result: Any,
+        self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], result: Any
     ) -> None:
         device = self._device(kwargs, deferred)
         factory = FACTORIES.get(info.name)
@@ -200,7 +184,7 @@ class ProgramWriter:
         if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
             self._append(info, args, kwargs, results)
 
-    def _device(self, kwargs: dict[str, Any], deferred: list[Tensor]) -> torch.device:
+    def _device(self, kwargs: Kwargs, deferred: list[Tensor]) -> torch.device:
         asked = kwargs.get("device")
         if asked is not None:
             return torch.device(asked)
@@ -222,9 +206,7 @@ class ProgramWriter:
         self.born.append(weakref.ref(tensor))
         return False
 
-    def _append(
-        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], results: tuple[Any, ...]
-    ) -> None:
+    def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:
         written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
         referred = tuple(self._referred(value) for value in args)
         draw = self._draw(info, args, kwargs) if info.random else None
@@ -239,7 +221,7 @@ class ProgramWriter:
         if self.shared:
             self.shared.show()
 
-    def _draw(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw | None:
+    def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Draw | None:
         generator = kwargs.get("generator")
         if generator is None:
             generator = next((a for a in args if isinstance(a, torch.Generator)), None)
@@ -270,13 +252,7 @@ class ProgramWriter:
             self.program.ambients.append(self.ambient())
         return len(self.program.ambients) - 1
 
-    def _by_running(
-        self,
-        info: OpInfo,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deferred: list[Tensor],
-    ) -> Any:
+    def _by_running(self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]) -> Any:
         """Note an op whose result's shape only a run can tell; what it raises, eager raises."""
         referred = tuple(self._referred(value) for value in args)
         written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}

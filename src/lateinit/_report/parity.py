@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lateinit._materialize.materialize import materialize
 from lateinit._recording.block import deferred_init
-from lateinit._rng.global_states import seed_all
+from lateinit._report.comparison import Comparison
+from lateinit._rng.global_states import RandomStates, seed_all
 from lateinit._tensors.walk import Found, find_tensors, is_placeholder
 from lateinit._torch.storage import as_bytes, in_a_row, sparse_parts, storage_key
 from lateinit._units import format_bytes
@@ -46,50 +45,29 @@ class TensorFacts:
     bits: str
 
 
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """The result of a comparison: what differs, by name, and what it took."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity(Comparison):
+    """The result of a comparison of twins, and the seconds that each stage took."""
 
-    differences: tuple[tuple[str, str], ...]
-    tensors: int
     parameters: int
-    nbytes: int
-    seed: int
     seconds: dict[str, float]
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing differs."""
-        return not self.differences
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {
-            "equal": self.equal,
-            "differences": [{"name": name, "what": what} for name, what in self.differences],
-            "tensors": self.tensors,
-            "parameters": self.parameters,
-            "bytes": self.nbytes,
-            "seed": self.seed,
-            "seconds": self.seconds,
-        }
+        more = {"parameters": self.parameters, "seconds": self.seconds}
+        return Comparison.to_dict(self) | more
 
     def __str__(self) -> str:
         size = f"{self.tensors:,} tensors, {self.parameters:,} parameters"
+        equal = (
+            "equal, bit for bit: every parameter, buffer and tensor attribute, every tie, alias, "
+            "stride and dtype, and the random state afterwards"
+        )
         lines = [
             f"{size}, {format_bytes(self.nbytes)}, seed {self.seed}",
             *(f"  {what:<12}{seconds:8.2f} s" for what, seconds in self.seconds.items()),
-            *(f"  {name}: {what}" for name, what in self.differences),
         ]
-        if self.equal:
-            verdict = (
-                "equal, bit for bit: every parameter, buffer and tensor attribute, every tie, "
-                "alias, stride and dtype, and the random state afterwards"
-            )
-        else:
-            count = len(self.differences)
-            verdict = f"DIFFERENT: {count} difference{'s' * (count != 1)}"
-        return "\n".join([*lines, verdict])
+        return "\n".join([*lines, *self.told(equal)])
 
 
 def check_parity(build: Build, *, seed: int = 0) -> Parity:
@@ -103,13 +81,11 @@ def check_parity(build: Build, *, seed: int = 0) -> Parity:
         >>> parity.check_parity(lambda: torch.nn.Linear(4, 2)).equal
         True
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    states = RandomStates()
     try:
         return _check(build, seed)
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        states.restore()
 
 
 def _check(build: Build, seed: int) -> Parity:

@@ -15,44 +15,26 @@ from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.save.manifest import Item, collect
 from lateinit._checkpoint.save.pipeline import TensorComputer, batches
+from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
 from lateinit._torch.storage import as_bytes
 from lateinit._units import format_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was compared, and what differs, by name."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification(Comparison):
+    """The result of a comparison of a checkpoint with what a seed gives."""
 
     path: Path
-    differences: tuple[tuple[str, str], ...]
-    tensors: int
-    nbytes: int
-    seed: int
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing differs."""
-        return not self.differences
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {
-            "equal": self.equal,
-            "path": str(self.path),
-            "differences": [{"name": name, "what": what} for name, what in self.differences],
-            "tensors": self.tensors,
-            "bytes": self.nbytes,
-            "seed": self.seed,
-        }
+        return Comparison.to_dict(self) | {"path": str(self.path)}
 
     def __str__(self) -> str:
-        count = len(self.differences)
-        lines = [f"{self.path}: {self.tensors} tensors, {format_bytes(self.nbytes)}"]
-        lines += [f"  {name}: {what}" for name, what in self.differences]
-        differ = f"DIFFERENT: {count} difference{'s' * (count != 1)}"
-        told = f"equal, bit for bit, to what seed {self.seed} gives"
-        return "\n".join([*lines, told if self.equal else differ])
+        size = f"{self.path}: {self.tensors} tensors, {format_bytes(self.nbytes)}"
+        equal = f"equal, bit for bit, to what seed {self.seed} gives"
+        return "\n".join([size, *self.told(equal)])
 
 
 def verify(

@@ -164,13 +164,7 @@ class DeferredTensor(torch.Tensor):
     adopt: ClassVar[Callable[[Tensor, Tensor], None]]
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with without_subclass_functions():
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
                 return _asked_is_meta(args[0], why_is_meta(args[0]))

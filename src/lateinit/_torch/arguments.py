@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 from lateinit._torch.operators import OpInfo
 
 META = torch.device("meta")
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -153,13 +153,7 @@ class Loading(TorchFunctionMode):
         self._on_copy = on_copy
         self.failure: Exception | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Tensor):
             try:

@@ -1,0 +1,37 @@
+"""The result of comparing tensors bit for bit: what differs, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What was compared with what a seed gives, and what differs."""
+
+    differences: tuple[tuple[str, str], ...]
+    tensors: int
+    nbytes: int
+    seed: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "equal": self.equal,
+            "differences": [{"name": name, "what": what} for name, what in self.differences],
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "seed": self.seed,
+        }
+
+    def told(self, equal: str) -> list[str]:
+        """A line for each difference, then the verdict, which is ``equal`` if there is none."""
+        count = len(self.differences)
+        verdict = equal if self.equal else f"DIFFERENT: {count} difference{'s' * (count != 1)}"
+        return [*(f"  {name}: {what}" for name, what in self.differences), verdict]
