@@ -9,8 +9,8 @@ from torch import nn
 
 from lateinit._materialize.materialize import materialize
 from lateinit._recording.block import deferred
-from lateinit._tensors.deferred import locate
 from lateinit._tensors.realize import adopt_uninitialized
+from lateinit._tensors.slots import locate
 from lateinit._tensors.walk import find_tensors
 
 M = TypeVar("M", bound=nn.Module)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import lateinit
 from lateinit._replay.replay import Replay
-from lateinit._tensors.deferred import is_deferred_tensor, locate
+from lateinit._tensors.slots import is_deferred_tensor, locate
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError
 

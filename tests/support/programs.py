@@ -144,7 +144,11 @@ REAL_PURE = {
     "rand_like": lambda t, u, n: torch.rand_like(t),
     "randn_like": lambda t, u, n: torch.randn_like(t),
     "bernoulli": lambda t, u, n: torch.bernoulli(t.sigmoid()),
-    "poisson": lambda t, u, n: torch.poisson(t.double().abs().nan_to_num().clamp(max=40)),
+    # Contiguous: of a transposed tensor the kernel's result is in row-major order, and that of its
+    # meta twin is not, which is recorded.
+    "poisson": lambda t, u, n: torch.poisson(
+        t.double().abs().nan_to_num().clamp(max=40).contiguous()
+    ),
     "dropout": lambda t, u, n: nn.functional.dropout(t, 0.3),
     "normal_around": lambda t, u, n: torch.normal(t, 0.1),
     "scaled": lambda t, u, n: t * (n / 5) + 1,

@@ -20,7 +20,7 @@ from torch import nn
 from lateinit._program.plan import Step, plan_storages
 from lateinit._program.program import Program
 from lateinit._replay.chunks import fill_of
-from lateinit._tensors.deferred import locate
+from lateinit._tensors.slots import locate
 from lateinit._tensors.walk import Found, find_tensors
 from lateinit._units import format_bytes
 from lateinit.errors import ShardingError, candidates, listing

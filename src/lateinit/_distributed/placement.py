@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lateinit._tensors.deferred import held
+from lateinit._tensors.slots import held
 from lateinit._torch.wrappers import block_of_shard
 from lateinit.errors import ShardingError
 

@@ -16,8 +16,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._lazy.placeholders import Placeholder
 from lateinit._lazy.shape_mode import readable
-from lateinit._tensors.deferred import is_deferred_tensor, is_parameter, original_class
 from lateinit._tensors.object_graph import exchanged
+from lateinit._tensors.slots import is_deferred_tensor, is_parameter, original_class
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.modes import without_subclass_functions

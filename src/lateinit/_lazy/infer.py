@@ -18,8 +18,8 @@ from lateinit._lazy.protocols import initialise, is_lazy_module
 from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
 from lateinit._rng.global_states import RandomStates
-from lateinit._tensors.deferred import is_deferred_tensor, is_parameter
 from lateinit._tensors.object_graph import Reach
+from lateinit._tensors.slots import is_deferred_tensor, is_parameter
 from lateinit._tensors.values import own_copy
 from lateinit._torch.arguments import map_leaves
 from lateinit._torch.messages import asks_for_values

@@ -15,7 +15,8 @@ from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._recording.recorder import current
-from lateinit._tensors.deferred import guard, is_deferred_tensor
+from lateinit._tensors.guard import guard
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.callers import is_optimizer_stepping, is_torch_saving
 from lateinit._torch.modes import without_modes, without_subclass_functions

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from lateinit._lazy.mixin import finish, initialising
 from lateinit._lazy.placeholders import become
 from lateinit._recording import holes
-from lateinit._tensors.deferred import is_deferred_tensor
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._torch.arguments import tensors_in
 from lateinit._torch.modules import own_parameters
 

@@ -16,9 +16,9 @@ from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
 from lateinit._program.program import Program, TensorRef
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay
-from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._tensors.realize import Cast, cast_to, place
 from lateinit._tensors.selection import Only, Wanted, wanted_in
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._tensors.walk import find_tensors
 from lateinit._torch.messages import is_out_of_memory
 from lateinit._torch.modes import without_modes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder, current, in_force
-from lateinit._tensors.deferred import ON_META, DeferredTensor, guard, is_deferred_tensor, slot_of
+from lateinit._tensors.guard import DeferredTensor, guard
+from lateinit._tensors.slots import ON_META, is_deferred_tensor, slot_of
 from lateinit._tensors.walk import own_tensors
 from lateinit._torch.modules import REGISTRATION_HOOKS
 
@@ -71,7 +73,10 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         return recorder.program
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._depth -= 1
         if self._depth or self._recorder is None or self._block is None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lateinit._recording.conversions import computed
 from lateinit._recording.recorder import Recorder, current
-from lateinit._tensors.deferred import is_deferred_tensor
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._torch.arguments import flat, tensors_in
 from lateinit._torch.callers import attention_without_fused_kernel
 from lateinit._torch.modes import is_function_mode_in_force

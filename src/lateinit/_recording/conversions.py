@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lateinit._recording.recorder import Recorder
-from lateinit._tensors.deferred import is_deferred_tensor
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._torch.devices import device_number
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import parse_to, to_copy

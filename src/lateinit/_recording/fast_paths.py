@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lateinit._program.labels import called
 from lateinit._recording.factories import FillOp
 from lateinit._recording.recorder import Recorder
-from lateinit._tensors.deferred import is_deferred_tensor
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._torch.arguments import META
 from lateinit._torch.callers import is_running
 from lateinit._torch.modes import below_python, is_recording_alone

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.recorder import Recorder
-from lateinit._tensors.deferred import copied_by_deepcopy, is_deferred_tensor
+from lateinit._tensors.copying import copied_by_deepcopy
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._torch.devices import device_number
 from lateinit._torch.modes import is_any_autocast_enabled, set_grad_enabled, without_modes
 from lateinit._torch.storage import storage_key

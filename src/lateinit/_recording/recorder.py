@@ -20,7 +20,7 @@ from lateinit._recording import value_bounds
 from lateinit._recording.factories import RANDOM
 from lateinit._recording.writer import ProgramWriter
 from lateinit._replay.replay import streams_of
-from lateinit._tensors.deferred import ON_META, attach, is_deferred_tensor, slot_of
+from lateinit._tensors.slots import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, Args, Kwargs, flat, has_tensor, tensors_in
 from lateinit._torch.modes import DispatchMode, without_modes

@@ -18,7 +18,7 @@ from torch import Tensor
 from lateinit._program.constants import RealData
 from lateinit._program.program import TensorRef
 from lateinit._recording.value_reads import ValueReads
-from lateinit._tensors.deferred import slot_of
+from lateinit._tensors.slots import slot_of
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import storage_key
 

@@ -20,7 +20,7 @@ from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay.replay import Replay, Storages
-from lateinit._tensors.deferred import ON_META, Slot, attach, described, slot_of
+from lateinit._tensors.slots import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import operators
 from lateinit._torch.arguments import META, Args, Kwargs, flat, kwargs_to_meta, tensors_in, to_meta
 from lateinit._torch.devices import default_generator

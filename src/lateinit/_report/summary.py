@@ -20,8 +20,8 @@ from torch import Tensor
 from lateinit._lazy.placeholders import known_shape, show
 from lateinit._program.labels import describe_initialisation
 from lateinit._report.name_folding import fold
-from lateinit._tensors.deferred import locate
 from lateinit._tensors.selection import Only, select
+from lateinit._tensors.slots import locate
 from lateinit._tensors.walk import Found, Kind, find_tensors, is_placeholder
 from lateinit._torch.modes import without_subclass_functions
 from lateinit._torch.storage import storage_key

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lateinit._program.program import TensorRef
 from lateinit._replay.replay import Replay
-from lateinit._tensors.deferred import DeferredTensor, Slot, held, locate, slot_of, unguard
+from lateinit._tensors.guard import DeferredTensor, unguard
+from lateinit._tensors.slots import Slot, held, locate, slot_of
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import allocate
 from lateinit._torch.swap import swap

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lateinit._program.program import Program, TensorRef
-from lateinit._tensors.deferred import ON_META, Slot, held, slot_of
+from lateinit._tensors.slots import ON_META, Slot, held, slot_of
 from lateinit._tensors.walk import Found, find_tensors
 from lateinit._torch.modes import without_subclass_functions
 from lateinit._torch.wrappers import is_dtensor

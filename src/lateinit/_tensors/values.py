@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lateinit._program.program import TensorRef
 from lateinit._replay.replay import Replay
-from lateinit._tensors.deferred import is_deferred_tensor, locate
 from lateinit._tensors.realize import Cast, as_cast
+from lateinit._tensors.slots import is_deferred_tensor, locate
 from lateinit._torch.modes import without_modes
 
 _AS_RECORDED = Cast(None, None)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._tensors.deferred import ORDINARY, is_deferred_tensor, slot_of
+from lateinit._tensors.slots import is_deferred_tensor, is_ordinary, slot_of
 from lateinit._torch.modes import without_subclass_functions
 from lateinit._torch.modules import (
     OWN_ATTRIBUTES,
@@ -56,7 +56,7 @@ class Found:
 
 def is_placeholder(tensor: Any) -> bool:
     """Whether a tensor has no shape yet, by torch's protocol or that of pytorch-pfn-extras."""
-    if type(tensor) in ORDINARY:
+    if is_ordinary(tensor):
         return False
     if is_lazy(tensor):
         return True

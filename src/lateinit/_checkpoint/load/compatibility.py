@@ -16,7 +16,7 @@ from lateinit._checkpoint.formats.base import Reader
 from lateinit._checkpoint.load.dry_run import Rehearsal
 from lateinit._integrations.transformers_names import left_out
 from lateinit._lazy.placeholders import known_shape, show
-from lateinit._tensors.deferred import is_deferred_tensor
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._tensors.walk import Found, find_tensors, window_key
 from lateinit._torch.storage import as_bytes
 from lateinit._torch.wrappers import is_dtensor

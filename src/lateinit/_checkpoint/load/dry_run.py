@@ -20,7 +20,7 @@ from lateinit._checkpoint.formats.base import Reader
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy.borrowed_model import on_meta
-from lateinit._tensors.deferred import DeferredTensor
+from lateinit._tensors.guard import DeferredTensor
 from lateinit._tensors.realize import Cast
 from lateinit._tensors.walk import find_tensors
 from lateinit._torch.messages import is_misfit

@@ -25,9 +25,9 @@ from lateinit._lazy.placeholders import known_shape
 from lateinit._materialize.materialize import check_constants, check_shared, materialize
 from lateinit._progress import Progress
 from lateinit._replay.replay import Replay
-from lateinit._tensors.deferred import is_deferred_tensor
 from lateinit._tensors.realize import Cast
 from lateinit._tensors.selection import Wanted, wanted_in
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._tensors.walk import Found
 from lateinit._torch.wrappers import is_dtensor
 from lateinit._units import format_bytes

@@ -15,9 +15,9 @@ from torch.nn.parameter import is_lazy
 from lateinit._checkpoint.load.stand_ins import StandIns, Stands
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
 from lateinit._rng.global_states import RandomStates
-from lateinit._tensors.deferred import is_deferred_tensor, is_parameter, locate
 from lateinit._tensors.object_graph import Reach
 from lateinit._tensors.realize import Cast, destination
+from lateinit._tensors.slots import is_deferred_tensor, is_parameter, locate
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import find_tensors
 from lateinit._torch.modes import without_modes

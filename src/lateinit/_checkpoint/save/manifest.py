@@ -13,7 +13,7 @@ from lateinit._checkpoint.formats.base import StoredTensor
 from lateinit._checkpoint.formats.safetensors import DTYPES
 from lateinit._integrations.transformers_names import preferred_name, tied_targets
 from lateinit._program.program import Program, TensorRef
-from lateinit._tensors.deferred import Slot, is_deferred_tensor, locate
+from lateinit._tensors.slots import Slot, is_deferred_tensor, locate
 from lateinit._tensors.walk import is_placeholder, window_key
 from lateinit._torch.wrappers import is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing

@@ -1,0 +1,40 @@
+"""Copies of deferred tensors: by ``copy.deepcopy``, and by way of a pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit._tensors.slots import is_parameter, locate, original_class
+
+
+def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """What ``copy.deepcopy`` of a tensor would give if it were real.
+
+    A parameter is cloned; of any other tensor the whole storage is copied, once a ``memo``, so
+    that views which share it still do.
+    """
+    if not tensor.is_leaf:
+        raise RuntimeError("only leaf tensors can be deep-copied: detach() this one first")
+    with torch.no_grad():
+        if is_parameter(tensor):
+            data = tensor.detach().clone(memory_format=torch.preserve_format)
+            return original_class(tensor)(data, tensor.requires_grad)
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in memo:
+            memo[key] = torch.empty(0, dtype=torch.uint8, device="meta").set_(storage).clone()
+        _, _, ref = locate(tensor)
+        copied = ref._replace(bits=0).on(memo[key].untyped_storage())
+        copied = copied.conj_physical() if tensor.is_conj() else copied
+        copied = copied.neg() if tensor.is_neg() else copied
+        copied.requires_grad_(tensor.requires_grad)
+        copied.__dict__.update(attributes(tensor))
+        return copied
+
+
+def attributes(tensor: Tensor) -> dict[str, Any]:
+    """What hangs on a tensor object itself, as far as users put it there."""
+    return {key: value for key, value in tensor.__dict__.items() if key != "_is_param"}
