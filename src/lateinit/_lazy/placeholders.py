@@ -20,6 +20,7 @@ from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.callers import is_optimizer_stepping, is_torch_saving
 from lateinit._torch.modes import without_modes, without_subclass_functions
+from lateinit._torch.modules import ALLOWED_OF_PLACEHOLDERS
 from lateinit._torch.swap import as_subclass, swap_with_hooks
 from lateinit.errors import ShapeError, UninitializedError
 
@@ -179,7 +180,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         )
 
     _allowed_methods: ClassVar[list[Any]] = [
-        *UninitializedTensorMixin._allowed_methods,
+        *ALLOWED_OF_PLACEHOLDERS,
         *_CONVERSIONS,
         torch.Tensor.requires_grad_,
         torch.Tensor.register_hook,

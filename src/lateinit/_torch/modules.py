@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 """The attributes that every module has: torch's plumbing, and ``training``."""
@@ -25,11 +26,14 @@ REGISTRATION_HOOKS: tuple[dict[int, Any], ...] = (
 ``register_module_parameter_registration_hook`` and its like put them there and make a handle.
 """
 
+ALLOWED_OF_PLACEHOLDERS: tuple[Any, ...] = tuple(UninitializedTensorMixin._allowed_methods)
+"""The functions that can be called with a parameter or buffer whose shape is not known."""
+
 copy_into_state_dict = nn.Module._save_to_state_dict
 load_with_counter = nn.modules.batchnorm._NormBase._load_from_state_dict
-"""The only ``_load_from_state_dict`` of torch's own layers that is not ``nn.Module``'s.
+"""The ``_load_from_state_dict`` of batch norms, which adds a counter that old versions left out.
 
-It adds the counter of batches that versions before 0.4.1 did not save.
+Of torch's other layers only instance norms have one that is not ``nn.Module``'s.
 """
 
 
@@ -65,7 +69,7 @@ def name_of_class(module: nn.Module) -> str:
 def load_state_dict_first(module: nn.Module, hook: Callable[..., None]) -> Any:
     """Register a hook that runs before all others of ``load_state_dict``; gives its handle."""
     handle = module._register_load_state_dict_pre_hook(hook)
-    # First, not last: a hook that removes itself is no error where it is not the last one.
+    # First, not last: a hook of somebody's that removes itself is an error where another follows.
     hooks: Any = module._load_state_dict_pre_hooks
     hooks.move_to_end(handle.id, last=False)
     return handle
