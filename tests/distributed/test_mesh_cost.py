@@ -16,7 +16,7 @@ import lateinit
 from lateinit import cli
 from lateinit._distributed.mesh_cost import parse_mesh, share_of_rank
 from lateinit.errors import ShardingError
-from tests.laws.test_sharding import alone_as
+from tests.sharding.alone import alone_as
 from tests.sharding.placements import Block, fsdp, tensor_parallel
 
 PLAN = {"embed": "embedding_rowwise", "up": "colwise", "down": "rowwise"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +16,6 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lateinit
 from lateinit._distributed import shard_ranges
@@ -32,6 +29,7 @@ from lateinit.errors import (
     NotRecordedError,
     ShardingError,
 )
+from tests.sharding.alone import alone_as
 from tests.sharding.compare import differences
 from tests.sharding.placements import ON_A_GRID, PLACEMENTS, grid, line
 from tests.support.building import deferred, eager
@@ -45,16 +43,6 @@ if TYPE_CHECKING:
 
 RANKS = {"fsdp": (1, 3), "rows": (8,), "columns": (3,)}
 UNSHARDABLE = (NotImplementedError, RuntimeError, ValueError, AssertionError, KeyError, TypeError)
-
-
-@contextlib.contextmanager
-def alone_as(rank: int, ranks: int) -> Iterator[None]:
-    """A process that takes itself for one of many."""
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,209 @@
+"""Which of torch's functions asks: each is called as torch calls it."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import pickle
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import functional
+
+from lateinit._torch.callers import (
+    Asked,
+    attention_without_fused_kernel,
+    callers,
+    innermost_foreign_line,
+    is_in_torch_optim,
+    is_library,
+    is_optimizer_stepping,
+    is_running,
+    is_torch_saving,
+    running_initialiser,
+    why_is_meta,
+)
+from tests.sharding.alone import alone_as
+from tests.torch_contract.listeners import Functions, Operators, function_of
+
+OPTIMIZERS = [c for c in vars(torch.optim).values() if inspect.isclass(c)]
+
+
+class AskedIfMeta(Tensor):
+    """Notes why its ``is_meta`` is read."""
+
+    heard: ClassVar[list[Asked]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.is_meta.__get__:
+            AskedIfMeta.heard.append(why_is_meta(args[0]))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Noted(nn.Parameter):
+    """Notes whether it is an optimizer that reads its gradient or asks if it is a leaf."""
+
+    steps: ClassVar[list[bool]] = []
+    leaves: ClassVar[list[bool]] = []
+
+    @property
+    def grad(self) -> Any:
+        self.note()
+        return None
+
+    def note(self) -> None:
+        Noted.steps.append(is_optimizer_stepping())
+
+    @property
+    def is_leaf(self) -> bool:
+        Noted.leaves.append(is_in_torch_optim())
+        return True
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted() -> None:
+    for noted in (AskedIfMeta.heard, Noted.steps, Noted.leaves):
+        noted.clear()
+
+
+def asked_if_meta(*sizes: int) -> Any:
+    return torch.empty(*sizes, device="meta").as_subclass(AskedIfMeta)
+
+
+def test_callers_are_told_innermost_first_and_not_the_one_that_asks() -> None:
+    """torch/nn/modules/module.py: _wrapped_call_impl calls _call_impl, which calls forward."""
+
+    def three() -> list[str]:
+        names: list[str] = []
+        for _, frame in zip(range(3), callers(), strict=False):
+            names.append(frame.f_code.co_name)
+        return names
+
+    layer = nn.Identity()
+    layer.forward = lambda *_: three()
+    assert layer(1) == ["<lambda>", "_call_impl", "_wrapped_call_impl"]
+    here = "test_callers_are_told_innermost_first_and_not_the_one_that_asks"
+    assert function_of("a", "ask(1)", ask=lambda n: next(callers(n)).f_code.co_name)() == here
+
+
+def test_loading_asks_a_parameter_whether_it_is_on_meta() -> None:
+    """torch/nn/modules/module.py: _load_from_state_dict warns if a copy into meta does nothing."""
+    layer = nn.Linear(2, 2, bias=False, device="meta")
+    layer.weight = nn.Parameter(asked_if_meta(2, 2))
+    with pytest.warns(UserWarning, match="which is a no-op"):
+        layer.load_state_dict({"weight": torch.ones(2, 2)})
+    assert Asked("load", {}) in AskedIfMeta.heard
+    AskedIfMeta.heard.clear()
+    assert layer.weight.is_meta
+    assert AskedIfMeta.heard == [Asked(None, {})]
+
+
+def test_distributing_asks_for_meta_and_leaves_the_scatter_out_there() -> None:
+    """torch/distributed/tensor/_collective_utils.py: mesh_scatter asks its ``output``."""
+    with alone_as(1, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        distribute_tensor(asked_if_meta(4), mesh, [Shard(0)])
+        first, *_ = AskedIfMeta.heard
+        (scatter,) = (asked for asked in AskedIfMeta.heard if asked.why == "scatter")
+        assert first == Asked("distribute", {})
+        assert scatter.given["output"].shape == (2,)
+        assert [part.shape for part in scatter.given["scatter_list"]] == [(2,), (2,)]
+        assert scatter.given["mesh"].get_local_rank(scatter.given["mesh_dim"]) == 1
+        AskedIfMeta.heard.clear()
+        DTensor.from_local(asked_if_meta(4), mesh, [Shard(0)])
+        assert AskedIfMeta.heard[0] == Asked("distribute", {})
+
+
+def test_an_initialiser_s_arguments_are_the_locals_of_its_frame() -> None:
+    """torch/nn/init.py: xavier_normal_ calls _no_grad_normal_, which calls the tensor's normal_."""
+    found: list[Any] = []
+    tensor = torch.ones(2, 3).as_subclass(type("Asking", (Tensor,), {}))
+    ask, names = running_initialiser, {"xavier_normal_": 0, "normal_": 0}
+    function = function_of(
+        "lateinit", "found.append(ask(names))", found=found, ask=ask, names=names
+    )
+    type(tensor).normal_ = function
+    nn.init.xavier_normal_(tensor, gain=3.0)
+    nn.init.normal_(tensor, std=4.0)
+    del names["xavier_normal_"]
+    nn.init.xavier_normal_(tensor)
+    tensor.normal_()
+    assert [name for name, _ in found[:3]] == ["xavier_normal_", "normal_", "normal_"]
+    assert (found[0][1]["tensor"] is tensor, found[0][1]["gain"], found[1][1]["std"]) == (
+        *(True, 3.0),
+        4.0,
+    )
+    assert found[3] is None
+
+
+def test_an_initialiser_that_asks_a_mode_is_two_frames_above_it() -> None:
+    """torch/nn/init.py, torch/overrides.py: kaiming_uniform_ calls handle_torch_function."""
+    code, other = nn.init.kaiming_uniform_.__code__, nn.init.normal_.__code__
+    asks = lambda: (is_running(code, 1), is_running(code, 2), is_running(other, 9))  # noqa: E731
+    with Functions(asks) as mode:
+        nn.init.kaiming_uniform_(torch.ones(2, 2))
+    assert mode.answers[mode.heard.index(nn.init.kaiming_uniform_)] == (False, True, False)
+
+
+def test_a_mode_keeps_attention_off_its_fused_kernel_and_the_frame_says_so() -> None:
+    """torch/nn/modules/activation.py: forward has a local ``why_not_fast_path``."""
+    layer, x = nn.MultiheadAttention(2, 2, batch_first=True).eval(), torch.ones(1, 3, 2)
+    with torch.no_grad():
+        with Operators() as fused:
+            layer(x, x, x)
+        with Functions(attention_without_fused_kernel) as mode, Operators() as plain:
+            layer(x, x, x)
+            layer.train()(x, x, x)  # for which there is no fused kernel
+    assert "aten::_native_multi_head_attention" in fused.heard
+    assert "aten::_native_multi_head_attention" not in plain.heard
+    heard = zip(mode.heard, mode.answers, strict=True)
+    attention = functional.multi_head_attention_forward
+    assert [module for func, module in heard if func is attention] == [layer, None]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_s_save_pickles_from_a_function_of_its_own(zipped: bool) -> None:
+    """torch/serialization.py: _save and _legacy_save call the pickler, whose frames are in C."""
+    found: list[bool] = []
+
+    class Saved:
+        def __reduce_ex__(self, _: Any) -> Any:
+            found.append(is_torch_saving())
+            return list, ()
+
+    torch.save({"a": Saved()}, io.BytesIO(), _use_new_zipfile_serialization=zipped)
+    pickle.dumps(Saved())
+    assert found == [True, False]
+
+
+@pytest.mark.parametrize("optimizer", [c for c in OPTIMIZERS if c is not torch.optim.Optimizer])
+def test_every_optimizer_reads_gradients_in_its_step(optimizer: Any) -> None:
+    """torch/optim: ``step`` or ``_init_group`` of each optimizer reads ``grad``."""
+    parameter = Noted(torch.ones(2, 2))
+    made = optimizer([parameter], lr=0.1)
+    assert set(Noted.leaves) == {True}  # torch/optim/optimizer.py: add_param_group asks is_leaf
+    assert parameter.is_leaf
+    assert Noted.leaves[-1] is False
+    made.zero_grad()
+    assert True not in Noted.steps
+    made.step(*[lambda: torch.ones(())] * (optimizer is torch.optim.LBFGS))
+    assert True in Noted.steps
+
+
+def test_torch_s_python_is_under_one_folder_and_graphs_have_no_file() -> None:
+    """torch/fx/graph_module.py: generated code is of ``<eval_with_key>``, whichever line it has."""
+    traced = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    assert traced.forward.__code__.co_filename.startswith("<eval_with_key>")
+    assert [is_library(f) for f in (nn.__file__, inspect.getfile(callers), __file__)] == [1, 1, 0]
+    found: list[Any] = []
+    traced.get_submodule("0").forward = function_of(
+        "torch", "found.append(ask())", found=found, ask=innermost_foreign_line
+    )
+    traced(torch.ones(1))
+    line = inspect.currentframe().f_lineno - 1
+    assert found == [f"{__file__}:{line} in {inspect.currentframe().f_code.co_name}"]

@@ -1,0 +1,170 @@
+"""torch's stacks of modes, the guards that leave them, and the flags of its context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from lateinit._torch.modes import (
+    DispatchMode,
+    below_python,
+    default_device_in_force,
+    is_any_autocast_enabled,
+    is_deterministic,
+    is_function_mode_in_force,
+    is_recording_alone,
+    outside,
+    set_grad_enabled,
+    without_functions,
+    without_modes,
+    without_subclass_functions,
+)
+from tests.torch_contract.listeners import Functions, Operators, heard_tensor
+
+
+def test_without_functions_neither_modes_nor_classes_hear() -> None:
+    """torch/csrc/utils/disable_torch_function.cpp: DisableTorchFunction turns off all of it."""
+    tensor = heard_tensor(2)
+    with Functions() as mode, without_functions():
+        tensor.neg()
+    assert not mode.heard
+    assert not tensor.heard
+
+
+def test_without_subclass_functions_only_modes_hear() -> None:
+    """torch/csrc/utils/disable_torch_function.cpp: DisableTorchFunctionSubclass leaves modes on."""
+    tensor = heard_tensor(2)
+    with Functions() as mode, without_subclass_functions():
+        tensor.neg()
+    assert mode.heard == [torch.Tensor.neg]
+    assert not tensor.heard
+
+
+def test_a_function_mode_is_off_its_stack_while_it_hears() -> None:
+    """torch/csrc/autograd/init.cpp: _is_torch_function_mode_enabled reads the stack."""
+    assert not is_function_mode_in_force()
+    with Functions(is_function_mode_in_force) as mode:
+        assert is_function_mode_in_force()
+        torch.ones(2)
+    assert mode.answers == [False]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_autocast_of_any_device_type_is_autocast(device: str) -> None:
+    """torch/csrc/autograd/init.cpp: _is_any_autocast_enabled asks of every device type."""
+    before = torch.is_autocast_enabled(device)
+    assert not is_any_autocast_enabled()
+    torch.set_autocast_enabled(device, enabled=True)
+    try:
+        assert is_any_autocast_enabled()
+    finally:
+        torch.set_autocast_enabled(device, before)
+
+
+def test_the_deterministic_flag_is_told_without_asking_modes(fresh_memory_of_nan: None) -> None:
+    """torch/csrc/Module.cpp: _get_deterministic_algorithms reads the flag of the context."""
+    del fresh_memory_of_nan  # it turns the flag on
+    with Functions() as mode:
+        assert is_deterministic()
+        torch.use_deterministic_algorithms(mode=False)
+        assert not is_deterministic()
+    assert not mode.heard
+
+
+def test_no_grad_tells_function_modes_that_it_sets_the_grad_mode() -> None:
+    """torch/csrc/autograd/init.cpp: set_grad_enabled asks function modes at each use of no_grad."""
+    with Functions() as mode, torch.no_grad():
+        pass
+    assert mode.heard == [set_grad_enabled, set_grad_enabled]
+
+
+def test_a_dispatch_mode_s_method_is_wrapped_for_the_compiler_unless_it_says_no() -> None:
+    """torch/utils/_python_dispatch.py: __init_subclass__ wraps if _should_skip_dynamo says so."""
+
+    def method(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+    plain = type("Plain", (TorchDispatchMode,), {"__torch_dispatch__": method})
+    ours = type("Ours", (DispatchMode,), {"__torch_dispatch__": method})
+    assert vars(plain)["__torch_dispatch__"] is not method
+    assert vars(ours)["__torch_dispatch__"] is method
+
+
+def test_without_modes_nobody_hears_and_nothing_is_differentiated() -> None:
+    """torch/utils/_python_dispatch.py: _disable_current_modes empties the stack for a while."""
+    tensor = heard_tensor(2).requires_grad_()
+    tensor.heard.clear()
+    with Functions() as functions, Operators() as first, Operators() as second:
+        stack = _get_current_dispatch_mode_stack()
+        with without_modes():
+            assert not tensor.mul(2).requires_grad
+        assert _get_current_dispatch_mode_stack() == stack == [first, second]
+        assert torch.is_grad_enabled()
+    assert functions.heard + first.heard + second.heard + tensor.heard == []
+
+
+def test_outside_no_default_device_or_inference_mode_is_in_force() -> None:
+    """torch/overrides.py: _pop_mode takes modes off, default devices too; _push_mode puts back."""
+    with torch.inference_mode(), torch.device("meta"), Functions() as mode, Operators() as ops:
+        stack = _get_current_function_mode_stack()
+        assert mode in stack
+        with outside():
+            made = torch.ones(2, requires_grad=True)
+        assert _get_current_function_mode_stack() == stack
+        assert not mode.heard
+        assert not ops.heard
+        assert torch.is_inference_mode_enabled()
+    assert made.device.type == "cpu"
+    assert not made.is_inference()
+
+
+def test_below_python_ops_pass_dispatch_modes_by() -> None:
+    """torch/csrc/utils/python_dispatch.cpp: _ExcludeDispatchKeyGuard passes by excluded keys."""
+    with Operators() as mode:
+        with below_python():
+            torch.ones(2).neg()
+        assert not mode.heard
+        torch.ones(2).neg()
+    assert mode.heard == ["aten::ones", "aten::neg"]
+
+
+def test_a_recording_is_alone_with_one_dispatch_mode_and_no_other_function_mode() -> None:
+    """torch/csrc/autograd/init.cpp: the mode that hears is not in _len_torch_function_stack."""
+    with Operators(), Functions(is_recording_alone) as mode:
+        torch.ones(2)
+        with Operators():
+            torch.ones(2)
+    with Operators(), Functions(is_recording_alone) as below, Functions():
+        torch.ones(2)
+    with Operators(), torch.device("cpu"), Functions(is_recording_alone) as above:
+        torch.ones(2)
+    assert (mode.answers, below.answers, above.answers) == ([True, False], [True], [False])
+
+
+def test_the_default_type_of_tensors_tells_a_default_device_without_a_mode() -> None:
+    """torch/csrc/Module.cpp: _get_default_device is the type's; it is where ``empty`` allocates."""
+    with Operators(), Functions(is_recording_alone) as mode:
+        torch.ones(2)
+        torch.use_deterministic_algorithms(mode=True)
+        torch.ones(2)
+        torch.use_deterministic_algorithms(mode=False)
+    assert torch._C._get_default_device() == "cpu"
+    assert mode.answers == [True, False]
+
+
+def test_the_default_device_is_the_device_of_the_innermost_device_context() -> None:
+    """torch/utils/_device.py: DeviceContext is a function mode with an attribute ``device``."""
+    assert default_device_in_force() is None
+    with torch.device("cpu"), torch.device("meta"), Functions():
+        assert default_device_in_force() == torch.device("meta")
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        assert default_device_in_force() == torch.device("meta")
+    finally:
+        torch.set_default_device(None)
+    assert torch.get_default_device() == before

@@ -1,0 +1,58 @@
+"""Which of torch's functions a pickle inside an archive names."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickletools
+import zipfile
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lateinit._torch.serialization import (
+    REBUILD_PARAMETER,
+    REBUILD_TENSOR,
+    REBUILD_TENSOR_WITH_DTYPE,
+)
+
+
+def named_in(saved: Any) -> list[tuple[str, str]]:
+    """The functions and classes that ``torch.save`` has the pickle of an object name, in order."""
+    archive = io.BytesIO()
+    torch.save(saved, archive)
+    with zipfile.ZipFile(archive) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith("/data.pkl"))
+        pickled = opened.read(name)
+    found = [arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"]
+    return [tuple(arg.split(" ")) for arg in found]
+
+
+def test_the_names_are_those_of_functions() -> None:
+    """torch/_utils.py: the functions that unpickling calls."""
+    for module, name in (REBUILD_TENSOR, REBUILD_TENSOR_WITH_DTYPE, REBUILD_PARAMETER):
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_tensor_is_rebuilt_from_a_storage_that_has_its_dtype(dtype: torch.dtype) -> None:
+    """torch/_tensor.py: _reduce_ex_internal gives _rebuild_tensor_v2 for dtypes of old storages."""
+    named = named_in(torch.ones(2).to(dtype))
+    assert named[0] == REBUILD_TENSOR
+    assert named[1][1].endswith("Storage")
+    assert named[1] != ("torch.storage", "UntypedStorage")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float8_e4m3fn])
+def test_a_tensor_of_a_newer_dtype_is_rebuilt_from_bytes_and_the_dtype(dtype: torch.dtype) -> None:
+    """torch/_tensor.py: _reduce_ex_internal gives _rebuild_tensor_v3 where no storage is typed."""
+    named = named_in(torch.ones(2).to(dtype))
+    assert named[:2] == [REBUILD_TENSOR_WITH_DTYPE, ("torch.storage", "UntypedStorage")]
+    assert ("torch", str(dtype).removeprefix("torch.")) in named
+
+
+def test_a_parameter_is_rebuilt_around_a_tensor() -> None:
+    """torch/nn/parameter.py: __reduce_ex__ gives _rebuild_parameter and the data."""
+    assert named_in(nn.Parameter(torch.ones(2)))[:2] == [REBUILD_PARAMETER, REBUILD_TENSOR]

@@ -1,0 +1,118 @@
+"""Exchanging what tensor objects show, and making tensors of a class."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lateinit._torch.swap import (
+    as_subclass,
+    mark_as_parameter,
+    swap,
+    swap_implementation,
+    swap_with_hooks,
+)
+from lateinit.errors import DeferredTensorError
+
+
+class WithInit(Tensor):
+    """Its ``__init__`` says that it was called."""
+
+    def __init__(self, *_: Any) -> None:
+        raise AssertionError
+
+
+def hooked(tensor: Tensor, called: list[str]) -> Tensor:
+    tensor.register_hook(lambda _: called.append("hook"))
+    tensor.register_post_accumulate_grad_hook(lambda _: called.append("accumulated"))
+    return tensor
+
+
+def test_swapping_implementations_exchanges_values_and_no_objects() -> None:
+    """torch/csrc/autograd/python_variable.cpp: _swap_tensor_impl leaves the objects alone."""
+    a, b = nn.Parameter(torch.ones(2)), torch.zeros(3, dtype=torch.int64)
+    a.note = "a"
+    address = a.data_ptr()
+    swap_implementation(a, b)
+    assert (a.tolist(), b.tolist(), b.data_ptr()) == ([0, 0, 0], [1, 1], address)
+    assert (type(a), type(b), a.note) == (nn.Parameter, Tensor, "a")
+
+
+def test_a_tensor_that_somebody_holds_weakly_can_be_swapped() -> None:
+    """torch/utils/__init__.py: swap_tensors refuses weak references, not the function below it."""
+    a, b = torch.ones(2), torch.zeros(2)
+    held = weakref.ref(a)
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(a, b)
+    swap_implementation(a, b)
+    assert held() is a
+    assert a.tolist() == [0, 0]
+
+
+def test_swapping_implementations_leaves_autograd_s_hooks_behind() -> None:
+    """torch/csrc/autograd/python_variable.cpp: _swap_tensor_impl swaps AutogradMeta, with hooks."""
+    called: list[str] = []
+    tensor, other = hooked(torch.ones(2, requires_grad=True), called), torch.zeros(2)
+    swap_implementation(tensor, other.requires_grad_())
+    tensor.sum().backward()
+    assert called == []
+    other.sum().backward()
+    assert called == ["hook", "accumulated"]
+
+
+def test_hooks_that_are_set_again_hang_on_the_new_implementation() -> None:
+    """torch/csrc/autograd/python_variable.cpp: setting _backward_hooks makes a hook of it."""
+    called: list[str] = []
+    tensor = hooked(torch.ones(2, requires_grad=True), called)
+    swap_with_hooks(tensor, torch.zeros(2, requires_grad=True))
+    tensor.sum().backward()
+    assert called == ["hook", "accumulated"]
+    assert tensor.tolist() == [0, 0]
+
+
+def test_a_swapped_tensor_keeps_requires_grad_and_whether_it_is_a_leaf() -> None:
+    """torch/csrc/autograd/variable.h: is_leaf and requires_grad belong to the implementation."""
+    leaf = torch.ones(2, requires_grad=True)
+    swap(leaf, torch.zeros(2))
+    assert (leaf.is_leaf, leaf.requires_grad, leaf.tolist()) == (True, True, [0, 0])
+    frozen = torch.ones(2)
+    swap(frozen, torch.zeros(2))
+    assert not frozen.requires_grad
+    computed = torch.ones(2, requires_grad=True) * 2
+    swap(computed, torch.zeros(2))
+    assert not computed.is_leaf
+    with pytest.raises(DeferredTensorError, match="its graph was not"):
+        computed.sum().backward()
+
+
+def test_an_inference_tensor_can_be_swapped_and_is_one_no_more() -> None:
+    """c10/core/TensorImpl.h: is_inference is a key of the implementation, like requires_grad."""
+    with torch.inference_mode():
+        tensor = torch.ones(2)
+    swap(tensor, torch.zeros(2))
+    assert (tensor.is_inference(), tensor.tolist()) == (False, [0, 0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_subclass_is_made_on_memory_without_calling_its_init(grad: bool) -> None:
+    """torch/csrc/autograd/python_variable.cpp: _make_subclass detaches and makes no call."""
+    data = torch.ones(2)
+    made = as_subclass(WithInit, data, grad)
+    assert (type(made), made.requires_grad, made.is_leaf) == (WithInit, grad, True)
+    assert made.data_ptr() == data.data_ptr()
+    assert made._base is None
+
+
+def test_an_attribute_makes_a_tensor_of_another_class_a_parameter() -> None:
+    """torch/nn/parameter.py: _ParameterMeta.__instancecheck__ asks for ``_is_param``."""
+    tensor = as_subclass(type("Own", (Tensor,), {}), torch.ones(2), True)
+    assert not isinstance(tensor, nn.Parameter)
+    mark_as_parameter(tensor)
+    assert isinstance(tensor, nn.Parameter)
+    layer = nn.Module()
+    layer.weight = tensor
+    assert dict(layer.named_parameters())["weight"] is tensor

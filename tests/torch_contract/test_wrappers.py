@@ -1,0 +1,95 @@
+"""Tensors that consist of others, and what a ``DTensor`` keeps of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+from lateinit._torch.swap import swap
+from lateinit._torch.wrappers import block_of_shard, is_dtensor, is_wrapper, local_part, rewrap
+from tests.sharding.alone import alone_as
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def second_of_three() -> Iterator[None]:
+    with alone_as(1, 3):
+        yield
+
+
+def sharded(tensor: torch.Tensor) -> DTensor:
+    mesh = init_device_mesh("cpu", (3,))
+    shard: DTensor = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+    return shard
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_wrappers_can_be_flattened_and_plain_tensors_cannot() -> None:
+    """torch/utils/_python_dispatch.py: __tensor_flatten__ makes a traceable wrapper subclass."""
+    assert is_wrapper(sharded(torch.ones(6)))
+    assert is_wrapper(TwoTensor(torch.ones(1), torch.ones(1)))
+    assert not is_wrapper(torch.ones(1))
+    assert not is_wrapper(nn.Parameter(torch.ones(1)))
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_a_parameter_of_a_dtensor_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch/nn/parameter.py: __new__ makes no Parameter of a tensor of a class of its own."""
+    parameter = nn.Parameter(sharded(torch.ones(6)))
+    assert is_dtensor(parameter)
+    assert not is_dtensor(torch.ones(1))
+    monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
+    assert not is_dtensor(parameter)  # nobody who has not imported it can have made one
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_the_memory_of_a_dtensor_is_that_of_its_local_tensor() -> None:
+    """torch/distributed/tensor/_api.py: ``_local_tensor``; to_local() gives a view of it."""
+    shard = sharded(torch.arange(6.0))
+    assert local_part(shard).tolist() == [2, 3]
+    assert local_part(shard) is shard._local_tensor
+    assert local_part(shard).data_ptr() == shard.to_local().data_ptr()
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_a_dtensor_has_the_device_that_its_local_part_had_when_it_was_made() -> None:
+    """torch/distributed/tensor/_api.py: __new__ gives _make_wrapper_subclass the local device."""
+    shard = nn.Parameter(sharded(torch.empty(6, device="meta")))
+    swap(local_part(shard), torch.ones(2))
+    assert (shard.device.type, local_part(shard).device.type) == ("meta", "cpu")
+    held, local = shard, local_part(shard)
+    rewrap(shard)
+    assert (shard.device.type, shard.shape, shard.placements) == ("cpu", (6,), (Shard(0),))
+    assert shard is held
+    assert shard.requires_grad
+    assert isinstance(shard, nn.Parameter)
+    assert local_part(shard) is local
+    assert (shard * 2).to_local().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("rows", [7, 6, 2, 1])
+def test_a_shard_is_a_block_of_rows_that_chunk_would_cut(rows: int) -> None:
+    """torch/distributed/tensor/_utils.py: compute_local_shape_and_global_offset, as chunk does."""
+    whole = torch.arange(rows * 2).view(rows, 2)
+    chunks = whole.chunk(3)
+    for rank in range(3):
+        with alone_as(rank, 3):
+            shard = sharded(whole)
+            shape, start = block_of_shard(shard)
+            assert shape == tuple(local_part(shard).shape)
+            if rank < len(chunks):
+                assert torch.equal(whole[start[0] :][: shape[0]], chunks[rank])
+            else:
+                assert shape == (0, 2)
+            mesh = init_device_mesh("cpu", (3,))
+            copied = distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)
+            assert block_of_shard(copied) == ((rows, 2), (0, 0))
