@@ -225,6 +225,34 @@ def test_deferred_models_can_be_materialised_in_another_process(tmp_path: Path) 
     assert run_alone(SENT, str(path)) == ""
 
 
+class Counted(nn.Module):
+    """A batch norm that has counted a batch in the constructor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.norm(torch.arange(6.0).view(2, 3))
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_counter_that_a_state_dict_lacks_is_what_it_was(assign: bool) -> None:
+    eager, model = twins(Counted)
+    for twin in (eager, model):
+        state = {"norm.weight": torch.ones(3)}
+        twin.load_state_dict(state, strict=False, assign=assign)
+    assert_same(eager, lateinit.materialize(model))
+
+
+def test_counter_of_a_lazy_layer_may_be_lacking_too() -> None:
+    layer = lateinit.deferred_init(lateinit.nn.LazyBatchNorm1d)
+    assert layer.load_state_dict({"weight": torch.ones(6)}, strict=False).missing_keys == [
+        "bias",
+        "running_mean",
+        "running_var",
+    ]
+    assert_same(nn.BatchNorm1d(6), lateinit.materialize(layer))
+
+
 class TwoViews(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from lateinit._tensors.slots import (
     locate,
     original_class,
 )
-from lateinit._torch.callers import Asked, why_is_meta
+from lateinit._torch.callers import Asked, is_batch_norm_loading, why_is_meta
 from lateinit._torch.modes import (
     below_python,
     without_subclass_functions,
@@ -53,6 +53,8 @@ class DeferredTensor(Guarded):
         with without_subclass_functions():
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
                 return _asked_is_meta(args[0], why_is_meta(args[0]))
+            if func == torch.Tensor.device.__get__ and is_batch_norm_loading():
+                return _recorded_device(args[0])
             getter = getattr(func, "__name__", "") == "__get__"
             if func in _PLAIN or (getter and func not in _VIEWS):
                 return func(*args, **(kwargs or {}))
@@ -61,6 +63,8 @@ class DeferredTensor(Guarded):
                     f"{func.__name__} needs the values of {described(args[0])}, which has none "
                     "yet: call lateinit.materialize() first"
                 )
+            if func == torch.Tensor.copy_ and args[0] is args[1]:
+                return args[0]
             if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
                 DeferredTensor.adopt(args[0], args[1])
                 return args[0]
@@ -126,6 +130,13 @@ def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
     elif asked.why == "scatter":
         _scatter(asked.given)
     return True
+
+
+def _recorded_device(tensor: Tensor) -> torch.device:
+    if not is_deferred_tensor(tensor):
+        return tensor.device
+    _, program, ref = locate(tensor)
+    return program.storages[ref.storage].device
 
 
 def _scatter(asked: Mapping[str, Any]) -> None:

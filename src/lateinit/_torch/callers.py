@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lateinit._torch.modules import load_with_counter
+
 _INIT = vars(nn.init)
 _BETWEEN = ("lateinit", "torch")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
@@ -59,6 +61,15 @@ def why_is_meta(tensor: Any) -> Asked:
     if name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
         return Asked("scatter", caller.f_locals)
     return _NOTHING
+
+
+def is_batch_norm_loading() -> bool:
+    """Whether a batch norm's ``_load_from_state_dict`` reads what the function that asks answers.
+
+    It loads a state dict that lacks its counter as if it had the one that there is, but a zero in
+    place of one on meta (torch/nn/modules/batchnorm.py).
+    """
+    return sys._getframe(2).f_code is load_with_counter.__code__
 
 
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
