@@ -67,6 +67,7 @@ class Aliased(nn.Module):
         self.register_buffer("b", self.a.data.view(2, 5), persistent=False)
         self.parts = [torch.randn(3), self.a.data[2:7]]
         self.norm = nn.BatchNorm1d(9)
+        self.norm(torch.arange(18.0).view(2, 9))  # which it counts
         self.helper = Helper()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -334,7 +335,6 @@ def both(
     if any(raised):
         if raised[0] is None or raised[1] is None:
             raise AssertionError(f"expected {raised[0]!r}, found {raised[1]!r}") from raised[1]
-        assert state_of(pair) == was, raised
         return REFUSED
     return expected, found
 
