@@ -108,10 +108,12 @@ def looks_at_frames(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def exports(tree: ast.Module) -> Iterator[str]:
-    """The public names that a module makes at its top."""
+    """The public names that a module makes at its top, but for names of types."""
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             made = [node.name]
+        elif isinstance(getattr(node, "value", None), ast.Subscript):
+            made = []
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             made = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]

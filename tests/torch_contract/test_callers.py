@@ -19,6 +19,7 @@ from lateinit._torch.callers import (
     attention_without_fused_kernel,
     callers,
     innermost_foreign_line,
+    is_batch_norm_loading,
     is_in_torch_optim,
     is_library,
     is_optimizer_stepping,
@@ -101,6 +102,29 @@ def test_loading_asks_a_parameter_whether_it_is_on_meta() -> None:
     AskedIfMeta.heard.clear()
     assert layer.weight.is_meta
     assert AskedIfMeta.heard == [Asked(None, {})]
+
+
+class AsksItsDevice(torch.Tensor):
+    """Notes whether it is a loading batch norm that reads its device."""
+
+    heard: ClassVar[list[bool]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.device.__get__:
+            cls.heard.append(is_batch_norm_loading())
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_batch_norm_asks_for_the_device_of_a_counter_that_a_state_dict_lacks() -> None:
+    """torch/nn/modules/batchnorm.py: _NormBase takes the counter that there is, unless on meta."""
+    layer = nn.BatchNorm1d(2)
+    layer.num_batches_tracked = torch.tensor(3).as_subclass(AsksItsDevice)
+    layer.load_state_dict({"weight": torch.ones(2)}, strict=False)
+    assert any(AsksItsDevice.heard)
+    AsksItsDevice.heard.clear()
+    assert layer.num_batches_tracked.device.type == "cpu"
+    assert AsksItsDevice.heard == [False]
 
 
 def test_distributing_asks_for_meta_and_leaves_the_scatter_out_there() -> None:

@@ -6,6 +6,7 @@ leave out a step on ``meta``. Which function asks is then all that there is to g
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
 _BETWEEN = ("lateinit", "torch")
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _NO_FILES = ("<frozen", "<eval_with_key")
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
@@ -84,12 +85,17 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
         if frame.f_globals is _INIT:
             if frame.f_code.co_name.removeprefix("_no_grad_") in names:
                 found = frame
-        elif found is not None or not frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        elif found is not None or _library_of(frame) not in _BETWEEN:
             break
         frame = frame.f_back
     if found is None:
         return None
     return found.f_code.co_name.removeprefix("_no_grad_"), found.f_locals
+
+
+def _library_of(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]
 
 
 def is_running(code: CodeType, within: int) -> bool:
