@@ -228,9 +228,7 @@ def test_a_forward_that_needs_values_says_where() -> None:
     lines = Path(__file__).read_text().splitlines()
     here = next(i for i, line in enumerate(lines, 1) if line.endswith("  # HERE"))
     model = Branches()
-    with pytest.raises(
-        NeedsValuesError, match=rf"test_lazy_infer\.py:{here} in forward.*real=True"
-    ):
+    with pytest.raises(NeedsValuesError, match=rf"test_infer\.py:{here} in forward.*real=True"):
         lateinit.infer_shapes(model, torch.ones(2, 3))
     assert is_lazy(model.left.weight)
     assert lateinit.infer_shapes(model, torch.ones(2, 3), real=True, strict=False) == ["right"]
@@ -250,7 +248,7 @@ def test_other_ways_to_need_values_say_where_too(read: Any) -> None:
             read(x)
             return self.lazy(x)
 
-    with pytest.raises(NeedsValuesError, match=r"test_lazy_infer\.py:\d+ in forward"):
+    with pytest.raises(NeedsValuesError, match=r"test_infer\.py:\d+ in forward"):
         lateinit.infer_shapes(Reads(), torch.ones(2, 3))
     assert lateinit.infer_shapes(Reads(), torch.ones(2, 3), real=True) == []
 

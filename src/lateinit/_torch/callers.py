@@ -19,7 +19,7 @@ from torch import nn
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
-_BETWEEN = ("lateinit", "torch")
+_BETWEEN = frozenset({"lateinit", "torch"})
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _NO_FILES = ("<frozen", "<eval_with_key")
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
@@ -85,7 +85,10 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
         if frame.f_globals is _INIT:
             if frame.f_code.co_name.removeprefix("_no_grad_") in names:
                 found = frame
-        elif found is not None or _library_of(frame) not in _BETWEEN:
+        elif (
+            found is not None
+            or frame.f_globals.get("__name__", "").partition(".")[0] not in _BETWEEN
+        ):
             break
         frame = frame.f_back
     if found is None:
@@ -93,9 +96,9 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     return found.f_code.co_name.removeprefix("_no_grad_"), found.f_locals
 
 
-def _library_of(frame: FrameType) -> str:
-    name: str = frame.f_globals.get("__name__", "")
-    return name.partition(".")[0]
+def _is_between(frame: FrameType) -> bool:
+    """Whether a frame may stand between an op and the initialiser that runs it."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN
 
 
 def is_running(code: CodeType, within: int) -> bool:
