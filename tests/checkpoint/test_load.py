@@ -186,3 +186,19 @@ def test_a_name_that_a_file_calls_tied_is_known_too(tmp_path: Path) -> None:
     assert told(known) == told(tried)
     lateinit.load_checkpoint(model, tmp_path / "a.safetensors")
     assert torch.equal(model[1].weight, tied[0].weight)
+
+
+def test_a_checkpoint_may_lack_a_lazy_batch_norm(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(5))
+            self.norm = lateinit.nn.LazyBatchNorm1d()
+
+    model = lateinit.deferred_init(Scaled)
+    path = FORMATS["safetensors"]({"scale": torch.full((5,), 4.0)}, tmp_path)
+    lateinit.load_checkpoint(model, path, strict=False)
+    lateinit.infer_shapes(model.norm, torch.empty(2, 5, device="meta"))
+    lateinit.materialize(model)
+    assert torch.equal(model.scale, torch.full((5,), 4.0))
+    assert_same(nn.BatchNorm1d(5), model.norm)

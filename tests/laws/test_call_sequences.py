@@ -198,7 +198,7 @@ class CallSequences(RuleBasedStateMachine):
         if not state:  # a checkpoint without one name of the model is an error
             return
         # TODO: what is lazy, once a load is refused before it starts if what the checkpoint lacks
-        # cannot be computed, and a checkpoint may lack a lazy batch norm.
+        # cannot be computed.
         if self.pair.lazy and every > 1:
             return
         if wide:
