@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytest.importorskip("resource", reason="limits on memory are POSIX's")
 
@@ -123,5 +127,42 @@ def test_redrawing_is_counted_in_bounded_memory() -> None:
         lateinit.deferred_init(redrawn, 1 << 22)
         allow(96 * MIB)
         lateinit.deferred_init(redrawn, 1 << 26)  # a third of it, as places, takes 162 MiB
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "materialize"])
+def test_running_out_of_address_space_is_told_and_can_be_repeated(
+    kind: str, tmp_path: Path
+) -> None:
+    done = run(f"""
+        from lateinit.errors import OutOfMemoryError
+        path = {str(tmp_path / f"saved.{kind}")!r}
+        eager = stack(4, 4096)
+        if path.endswith("pt"):
+            torch.save(eager.state_dict(), path)
+        elif path.endswith("safetensors"):
+            lateinit.save_checkpoint(eager, path)
+        model = lateinit.deferred_init(stack, 4, 4096)
+        def give():
+            if path.endswith("materialize"):
+                return lateinit.materialize(model)
+            return lateinit.load_checkpoint(model, path)
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 40 * MIB, resource.RLIM_INFINITY))
+        try:
+            give()
+        except OutOfMemoryError as error:
+            assert "free" in str(error)
+        else:
+            raise AssertionError("there was memory enough")
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        give()
+        if not path.endswith("materialize"):
+            pairs = zip(eager.parameters(), model.parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+        assert not lateinit.is_deferred(model)
     """)
     assert done.returncode == 0, done.stderr

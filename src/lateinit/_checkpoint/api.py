@@ -22,10 +22,11 @@ from lateinit._progress import Progress
 from lateinit._recording.recorder import current
 from lateinit._replay.streams import recorded_seed
 from lateinit._tensors.realize import cast_to
+from lateinit._torch.messages import is_out_of_memory
 from lateinit._torch.modes import outside
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
-from lateinit.errors import DeferredTensorError
+from lateinit.errors import DeferredTensorError, LateinitError, OutOfMemoryError
 
 _INDEX = "model.safetensors.index.json"
 _ROOM = 5 * 10**9  # bytes in memory at once while one file is written
@@ -195,7 +196,15 @@ def load_checkpoint(
         )
     grad = torch.is_grad_enabled()
     with outside(), torch.set_grad_enabled(grad):  # as hooks always see it
-        return load_into(module, Path(path), cast, strict=strict, progress=progress)
+        try:
+            return load_into(module, Path(path), cast, strict=strict, progress=progress)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, LateinitError) or not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory while loading {path}; what was done before stands: free memory "
+                "and call load_checkpoint() again, or load a part"
+            ) from error
 
 
 def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,6 +30,7 @@ from lateinit._rng.truncated_normal import Late
 from lateinit._torch.modes import without_modes
 from lateinit._torch.operators import TRUNCATED
 from lateinit._torch.storage import allocate
+from lateinit._workers import Workers
 
 _AHEAD = 3  # runs that wait for a thread, for each thread
 _LEAST = 1 << 21  # elements below which a run is not worth its jump
@@ -82,7 +83,7 @@ def execute(
             yield crew.collect(waiting.popleft())
     finally:
         if crew is not None:
-            crew.pool.shutdown(wait=True, cancel_futures=True)
+            crew.pool.shutdown()
 
 
 def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedFill | None]]:
@@ -157,7 +158,7 @@ class _Crew:
     """Threads, and the run of jobs that is being put together for one of them."""
 
     def __init__(self, replay: Replay, threads: int) -> None:
-        self.pool = ThreadPoolExecutor(threads)
+        self.pool = Workers(threads)
         self.runs = 0  # that were given to the threads
         self._replay = replay
         self._threads = threads

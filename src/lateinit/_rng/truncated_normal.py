@@ -16,7 +16,6 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch import Tensor
 from lateinit._rng import consumption, mt19937
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
+from lateinit._workers import Workers
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
 _FEW = 8  # outliers in a part up to which only the 16 elements around each are drawn
@@ -199,7 +199,7 @@ def after(
     parts = cut(numel, min(-(-numel // count), _AT_ONCE))
     if count == 1:
         return _together(map(surveyed, parts), state, period, most)
-    with ThreadPoolExecutor(count) as pool:
+    with Workers(count) as pool:
         return _together(pool.map(surveyed, parts), state, period, most)
 
 

@@ -5,7 +5,14 @@ torch raises bare ``RuntimeError`` for most things.
 
 from __future__ import annotations
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+import errno
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # c10/core/impl/alloc_cpu.cpp
+    "Cannot allocate memory",  # aten/src/ATen/MapAllocator.cpp: what mmap says
+    "not enough memory",
+    "out of memory",
+)
 _WITHOUT_MEMORY = ("meta", "unallocated storage")
 _MISFIT = "Error(s) in loading state_dict for "
 
@@ -14,6 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch's or of Python's says that memory ran out."""
     if isinstance(error, MemoryError):
         return True
+    if isinstance(error, OSError):  # of mmap
+        return error.errno == errno.ENOMEM
     # torch.OutOfMemoryError is CUDA's; the CPU allocator raises a bare RuntimeError.
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _OUT_OF_MEMORY)
 

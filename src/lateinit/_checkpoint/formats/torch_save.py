@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
 from lateinit._checkpoint.formats.torch_zip import Records
+from lateinit._torch.messages import is_out_of_memory
 from lateinit._torch.storage import storage_key
 from lateinit._torch.wrappers import is_wrapper
 from lateinit.errors import CorruptCheckpointError, listing
@@ -70,6 +71,8 @@ def _load(path: Path) -> Any:
             f"({_reason(error)})"
         ) from error
     except Exception as error:  # a corrupt pickle fails in any way
+        if is_out_of_memory(error):
+            raise
         raise CorruptCheckpointError(
             f"{path} is no whole file of torch.save: {_first_line(error)}; fetch or write it again"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import BinaryIO
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from lateinit._progress import Progress
 from lateinit._replay.replay import Replay, Storages
 from lateinit._torch.messages import is_out_of_memory
 from lateinit._torch.modes import without_modes
+from lateinit._workers import Workers
 from lateinit.errors import OutOfMemoryError, listing
 
 _BATCH = 1 << 25  # bytes that are computed together, where single tensors are smaller
@@ -38,7 +39,7 @@ def write_shards(
     While some tensors are written the next ones are computed, if both take at most ``room`` bytes.
     """
     values = TensorComputer(seed)
-    with contextlib.ExitStack() as files, ThreadPoolExecutor(1, "lateinit-write") as thread:
+    with contextlib.ExitStack() as files, Workers(1) as thread:
         pipe = Pipe(thread, room)
         for shard in shards:
             real = any(item.place is None for item in shard.items)
@@ -157,7 +158,7 @@ def _finishing(
 class Pipe:
     """A thread that writes while the next tensors are computed; one call waits at most."""
 
-    def __init__(self, thread: ThreadPoolExecutor, room: int) -> None:
+    def __init__(self, thread: Workers, room: int) -> None:
         self._thread = thread
         self._room = room
         self._held = 0

@@ -1,0 +1,92 @@
+"""Worker threads that make do with fewer where the system gives no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class Workers:
+    """Up to a number of threads, which run calls in the order in which they are submitted.
+
+    ``concurrent.futures.ThreadPoolExecutor`` raises if a thread cannot be started, after it has
+    queued the call. Here such a thread is done without; where there is none at all, ``submit``
+    runs the call itself.
+
+    Example:
+        >>> with Workers(2) as workers:
+        ...     list(workers.map(abs, [-1, 2]))
+        [1, 2]
+    """
+
+    def __init__(self, count: int) -> None:
+        self._most = count
+        self._threads: list[Thread] = []
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = SimpleQueue()
+
+    def submit(self, call: Callable[..., R], *args: Any) -> Future[R]:
+        """Have a call run by a thread; gives what its result will be in."""
+        future: Future[R] = Future()
+        if len(self._threads) < self._most:
+            self._start_one()
+        if self._threads:
+            self._calls.put((future, call, args))
+        else:
+            _run(future, call, args)
+        return future
+
+    def map(self, call: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
+        """The results of a call for each item, in order; all are submitted at once."""
+        for future in [self.submit(call, item) for item in items]:
+            yield future.result()
+
+    def shutdown(self) -> None:
+        """Cancel what has not begun, and wait for what has."""
+        while True:
+            try:
+                left = self._calls.get_nowait()
+            except Empty:
+                break
+            if left is not None:
+                left[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+
+    def _start_one(self) -> None:
+        thread = Thread(target=self._work, name="lateinit", daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):  # "can't start new thread": no stack, or a limit
+            self._most = len(self._threads)
+        else:
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while (found := self._calls.get()) is not None:
+            future, call, args = found
+            if future.set_running_or_notify_cancel():
+                _run(future, call, args)
+            del found, future, call, args  # a result that nobody else holds is freed now
+
+
+def _run(future: Future[Any], call: Callable[..., Any], args: Any) -> None:
+    try:
+        result = call(*args)
+    except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
+        future.set_exception(error)
+    else:
+        future.set_result(result)
