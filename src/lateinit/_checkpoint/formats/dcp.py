@@ -1,7 +1,8 @@
-"""Reading a folder of ``torch.distributed.checkpoint``, without a process group.
+"""Read a folder of ``torch.distributed.checkpoint`` (DCP), without a process group.
 
 The ``.metadata`` of such a folder is a pickle. It is read by an unpickler that knows the few
-classes which belong there and no other. Of a block, only the part that is asked for is read.
+classes which belong there, and no other. The blocks of a tensor are mapped, and only the parts
+asked for are read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from lateinit.errors import CorruptCheckpointError, listing
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
+# Where an older or newer Python, or another system, pickles the class of a path.
 _PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
+# What `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/metadata.py and
+# filesystem.py), and no other class.
 _KNOWN = {
     f"{_DCP}.metadata": {
         "BytesStorageMetadata",
@@ -70,7 +74,7 @@ class _Bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A block of a tensor, where it is in that tensor, and how it lies in its file."""
+    """A block of a tensor: its bytes, its offsets in the tensor, and its layout in those bytes."""
 
     at: _Bytes
     offsets: tuple[int, ...]
@@ -78,7 +82,7 @@ class _Block:
 
 
 class DcpReader(Reader):
-    """A folder that ``torch.distributed.checkpoint`` wrote with its ``FileSystemWriter``."""
+    """A folder that the ``FileSystemWriter`` of DCP wrote."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -110,7 +114,7 @@ class DcpReader(Reader):
         self._join(metadata.planner_data or {})
 
     def _place(self, name: str, place: Any) -> _Bytes:
-        """Check where a block is said to be."""
+        """Check the place of a block, and map its file."""
         if place is None:
             raise CorruptCheckpointError(f"{self.path} does not say where {name!r} is")
         if getattr(place, "transform_descriptors", None):
@@ -130,7 +134,7 @@ class DcpReader(Reader):
         return _Bytes(file, start, length)
 
     def _block(self, name: str, place: Any, chunk: Any) -> _Block:
-        """Check one block of a tensor, but for its data."""
+        """Check a block of a tensor, except for its data."""
         at, entry = self._place(name, place), self.entries[name]
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         fits = len(sizes) == len(offsets) == len(entry.shape) and all(
@@ -158,7 +162,7 @@ class DcpReader(Reader):
         return Part(self._files[at.file], at.start, at.length)
 
     def _check_cover(self, name: str) -> None:
-        """Check that the blocks fill the tensor."""
+        """Check that the blocks have as many elements as the tensor."""
         wanted = torch.Size(self.entries[name].shape).numel()
         found = sum(torch.Size(b.layout.size).numel() for b in self._blocks[name])
         if found < wanted:
@@ -178,7 +182,11 @@ class DcpReader(Reader):
             ) from error
 
     def _join(self, paths: dict[str, Any]) -> None:
-        """Let the extra state of a module be whole: a dict was taken apart when it was written."""
+        """Put the extra state of a module back together.
+
+        DCP flattens nested dicts and lists when it writes (``flatten_state_dict``), and keeps the
+        path of each leaf in ``planner_data``.
+        """
         for name, path in paths.items():
             if isinstance(path, tuple) and len(path) > 1 and str(path[0]).endswith("_extra_state"):
                 value = self.objects.pop(name) if name in self.objects else self.read(name).clone()
@@ -231,7 +239,7 @@ def _put(target: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _with_lists(value: Any) -> Any:
-    """Dicts whose keys are places were lists."""
+    """Turn dicts whose keys are 0, 1, 2, ... back into the lists that they were."""
     if not isinstance(value, dict):
         return value
     inner = {key: _with_lists(item) for key, item in value.items()}
