@@ -138,7 +138,7 @@ def check(
 ) -> None:
     """Build a model eagerly and deferred from one seed, and compare every bit.
 
-    With --checkpoint, compare that with what the seed gives, one tensor at a time.
+    With --checkpoint, compare the checkpoint with the values of the seed, one tensor at a time.
     """
     cast = _dtype(dtype)
     if cast is not None and checkpoint is None:

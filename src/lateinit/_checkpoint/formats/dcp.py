@@ -31,7 +31,8 @@ from lateinit.errors import CorruptCheckpointError, listing
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
-# Where an older or newer Python, or another system, pickles the class of a path.
+# The names of the classes of paths differ between systems, and their module between Python
+# versions.
 _PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
 # What `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/metadata.py and
 # filesystem.py), and no other class.
@@ -93,7 +94,7 @@ class DcpReader(Reader):
             self._describe(metadata)
         except CorruptCheckpointError:
             raise
-        except Exception as error:  # what a corrupt pickle gives is of any kind
+        except Exception as error:  # a corrupt pickle can yield any object
             raise CorruptCheckpointError(
                 f"{path / METADATA} describes no checkpoint: {type(error).__name__}: {error}"
             ) from error
