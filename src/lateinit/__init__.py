@@ -1,7 +1,9 @@
 """Deferred and lazy parameter initialisation for PyTorch.
 
-Declare a model now; decide its shapes, its memory, its device and its values later, and get
-exactly the model that eager construction would have given.
+Declare a model now; decide its shapes, memory, device and values later, and get exactly the model
+that eager construction would have given. These names, and those of ``lateinit.nn``,
+``lateinit.pfn_extras`` and ``lateinit.errors``, are the public API; everything with an underscore
+is not.
 """
 
 from lateinit import errors, nn, pfn_extras

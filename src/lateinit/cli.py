@@ -1,4 +1,9 @@
-"""The command ``lateinit``: describe a model, check it against its eager twin, initialise it."""
+"""The command ``lateinit``: ``inspect`` a model, ``check`` it, ``init`` a checkpoint.
+
+Each command finds the model (``model_specs``), calls the library, and prints text or JSON. Exit
+codes: 0, 1 for a difference, 2 for an expected error, 130 for an interrupt. The docstrings of
+commands are their help.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +138,7 @@ def check(
 ) -> None:
     """Build a model eagerly and deferred from one seed, and compare every bit.
 
-    With --checkpoint, compare that with what the seed gives, one tensor at a time.
+    With --checkpoint, compare the checkpoint with the values of the seed, one tensor at a time.
     """
     cast = _dtype(dtype)
     if cast is not None and checkpoint is None:
@@ -227,7 +232,7 @@ class _ConstructionError(Exception):
 
 
 def _building(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """The same function, what goes wrong in it told apart from what goes wrong with us."""
+    """The same function, with its errors told apart from lateinit's own."""
 
     @functools.wraps(build)
     def building() -> nn.Module:
@@ -243,7 +248,7 @@ def _building(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Show an expected error as a message on stderr, and exit with 2."""
+    """Print an expected error on stderr, and exit with 2."""
     try:
         yield
     except LateinitError as error:

@@ -1,6 +1,8 @@
-"""Lazy layers, with the signatures of their ``torch.nn`` classes less what the input tells.
+"""Lazy layers: ``torch.nn`` classes without the arguments that follow from the input.
 
-``LazyX`` becomes ``torch.nn.X`` when it sees its first input, or in ``lateinit.infer_shapes``.
+``LazyX`` takes the other arguments of ``torch.nn.X``, and becomes ``torch.nn.X`` at its first
+forward call or in ``lateinit.infer_shapes``. ``LazyModuleMixin`` and the two placeholders serve
+lazy modules of your own; ``lateinit.lazy`` makes a lazy version of any class.
 """
 
 from lateinit._lazy.layers import (

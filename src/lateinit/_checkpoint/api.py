@@ -1,4 +1,8 @@
-"""Checkpoints: written of models that need not fit into memory, loaded into deferred ones."""
+"""``save_checkpoint`` and ``load_checkpoint``: the public functions on checkpoints.
+
+Arguments are checked here, and the steps of a save are put together. How a checkpoint is loaded is
+in ``load/load.py``.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +33,14 @@ from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError, LateinitError, OutOfMemoryError
 
 _INDEX = "model.safetensors.index.json"
-_ROOM = 5 * 10**9  # bytes in memory at once while one file is written
+# Bytes of tensors in memory at once while a single file is written: the default of
+# `max_shard_size`, which bounds them in a folder.
+_ROOM = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What ``save_checkpoint`` wrote."""
+    """What ``save_checkpoint`` wrote; ``nbytes`` counts the tensors' bytes, without headers."""
 
     path: Path
     files: tuple[str, ...]
@@ -60,34 +66,38 @@ def save_checkpoint(
 ) -> Saved:
     """Write the state dict of a module as safetensors, in the layout of the Hugging Face hub.
 
-    A deferred tensor is computed, written and freed, one after another: the module stays deferred,
-    and memory peaks at one shard and the largest tensor, whatever the model's size. Real tensors
-    are written as they are. Tied tensors are written once. The random state is not moved.
+    Deferred tensors are computed, written and freed in turn, and stay deferred: memory peaks at one
+    shard and the largest tensor, whatever the size of the model. Real tensors are written as they
+    are. Tied tensors are written once. The global random state is neither read nor moved.
 
-    The output appears whole or not at all: it grows beside its place, is synced, and renamed. A
-    killed process leaves what was there before, and ``resume=True`` continues its work.
+    The output appears whole or not at all: it is written beside its place, synced to disk, and
+    renamed. A killed process leaves the earlier output as it was, and ``resume=True`` continues its
+    work.
 
     Args:
         module: any module, deferred, real or in part.
         path: a folder to make, or one file if it ends in ``.safetensors``.
-        max_shard_size: bytes to a file in a folder, such as ``"5GB"``; a larger tensor has its own.
-        dtype: cast floating-point tensors to this.
-        force: overwrite a checkpoint that is there, or discard an unfinished one.
+        max_shard_size: the most bytes for a file in a folder, such as ``"5GB"``. A tensor that is
+            larger has a file of its own.
+        dtype: cast floating-point tensors to this dtype.
+        force: overwrite an existing checkpoint, or discard an unfinished one.
         progress: show a progress bar on stderr.
-        seed: as if ``torch.manual_seed(seed)`` had preceded the construction; by default the
-            random state that really did.
-        resume: continue a save that was killed; the files are those that it would have written.
+        seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
+            state that really preceded it.
+        resume: continue a save that was killed. The files are those that it would have written.
 
     Returns:
-        What was written: path, files, tensors, bytes, and the seed where it is known.
+        What was written: path, files, tensors, bytes, and the seed if it is known.
 
     Raises:
-        OutputExistsError: there is an output, finished or not, and no ``force`` or ``resume``.
+        OutputExistsError: there is an output, finished or not, and neither ``force`` nor
+            ``resume``.
         OutputError: there is no room or no permission.
-        CheckpointError: the module holds what safetensors cannot, or ``resume`` finds the
-            unfinished checkpoint of another model.
+        CheckpointError: the module holds something that safetensors cannot, or the unfinished
+            checkpoint to resume is of another model, seed, dtype or shard size.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
+        OutOfMemoryError: memory ran out while a tensor was computed.
 
     Example:
         >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2)
@@ -96,6 +106,7 @@ def save_checkpoint(
         >>> lateinit.is_deferred(layer)
         True
     """
+    # Through symbolic links, so that a rename replaces the output and not a link to it.
     target = Path(os.path.realpath(path))
     one_file = target.suffix == ".safetensors"
     limit = parse_bytes(max_shard_size)
@@ -106,6 +117,7 @@ def save_checkpoint(
     metadata = _metadata(recorded if seed is None else seed)
     nbytes = sum(shard.nbytes for shard in shards)
     check_room(target, nbytes)
+    # Also decides whether the files of a killed save may be kept.
     request = fingerprint(shards, metadata, seed)
     with staged(target, request, resume=resume, force=force) as stage:
         with Progress("write", nbytes, shown=progress) as bar:
@@ -126,54 +138,61 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Loaded:
-    """Give a module the values of a checkpoint, without initialising what it holds.
+    """Give a module the values of a checkpoint, without initialising it first.
 
-    What goes where is decided by torch's own ``module.load_state_dict``, so that hooks, overrides,
-    versions and extra state count, and the result is what loading into the eager twin gives. It is
-    run twice: as a rehearsal on ``meta``, from which all problems are known before anything
-    changes, and then for real, one tensor at a time. Hooks, which run twice then, see the values
-    that they always see. Parameters stay the objects they are.
+    The result is what loading into the eager twin gives. torch's own ``module.load_state_dict``
+    decides which tensor goes where, so that hooks, overrides, versions and extra state count. It
+    runs twice: first as a dry run on ``meta``, which finds all problems before anything changes,
+    and then for real, one tensor at a time. Hooks therefore run twice, and see the values that they
+    always see. Parameters stay the same objects.
 
-    Of a ``transformers`` model the names count under which it is saved, too: what they are
-    renamed, joined and split to is what ``from_pretrained`` makes of them.
+    A ``transformers`` model also accepts the names under which it is saved: they are renamed,
+    joined and split as ``from_pretrained`` does it.
 
-    On the CPU, a deferred tensor that has the dtype of the file is not copied: it takes the file's
-    memory, mapped privately, so that pages are read when they are touched and training never
-    writes to the file. The file must not be overwritten in place or cut off while the model lives;
-    to replace it by renaming another one, as ``save_checkpoint`` does, is safe.
+    On the CPU, a deferred tensor with the dtype of the file is not copied. It takes the file's
+    memory, mapped privately: pages are read when they are touched, and training never writes to the
+    file. While the model lives, the file must not be overwritten in place or truncated. Replacing
+    it by a rename, as ``save_checkpoint`` does, is safe. Other tensors are allocated and copied
+    into, one at a time.
 
     Deferred tensors that the checkpoint does not hold are materialised: non-persistent buffers
-    always, others as their recorded construction says if ``strict=False``. The global random state
-    is neither read nor moved by this.
+    always, others from their recorded construction if ``strict=False``. The global random state is
+    neither read nor moved by this.
 
     Args:
-        module: any module, deferred, lazy, real, or a mixture. Real tensors are copied into.
+        module: any module: deferred, lazy, real, or a mixture. Lazy modules take their sizes from
+            the checkpoint. Real tensors are copied into.
         path: a ``.safetensors`` file, a folder of them with their index, a ``.pt``, ``.pth`` or
             ``.bin`` file of ``torch.save`` (read with ``weights_only=True``), or a folder of
             ``torch.distributed.checkpoint``.
-        strict: whether both sides must have the same names, but for those that a ``transformers``
-            model says do not matter. If not, there must still be one that both have.
-        device: where to put deferred tensors; by default the device each was recorded for. Real
+        strict: whether module and checkpoint must have the same names, apart from those that a
+            ``transformers`` model declares irrelevant. If False, they must still have one name in
+            common.
+        device: where deferred tensors will be, by default the device each was recorded for. Real
             tensors stay where they are.
-        dtype: cast deferred floating-point tensors to this; by default each keeps its own.
+        dtype: cast deferred floating-point tensors to this dtype; by default each keeps its own.
         progress: show a progress bar on stderr.
 
     Returns:
-        What was loaded, initialised, computed, and unexpected, with sizes; ``print`` it.
+        What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
 
     Raises:
-        MismatchError: names, shapes or dtypes do not fit. All of them are told, and nothing has
-            changed.
+        MismatchError: names, shapes or dtypes do not fit. The message lists all of them; nothing
+            has changed.
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
-            corrupt, outside of its folder, or a pickle that could run code. Nothing has changed.
+            corrupt, outside its folder, or a pickle that could run code. Nothing has changed.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
-        ShardingError: a tensor is sharded already: load before sharding.
-        ConstantChangedError: real data that the construction read has changed since, and what the
-            checkpoint lacks is computed from them. Nothing has changed.
-        CheckpointError: a hook fails, or wants values that cannot be had. Nothing has changed.
-            Or hooks did something else when they were run again, and the message says so: what was
-            done stands.
-        OutOfMemoryError: memory ran out; what was done stands, and calling again continues.
+        ShardingError: a tensor is sharded so that its local part is no block of the whole: load
+            before sharding.
+        ConstantChangedError: real data has changed since the construction read it, and a tensor
+            that the checkpoint lacks is computed from it. Nothing has changed.
+        CheckpointError: a hook fails, or needs values that do not exist; then nothing has changed.
+            Or a hook behaved differently in the second run; the message says so, and the module has
+            changed.
+        DeferredTensorError: this was called inside a ``deferred()`` block.
+        OutOfMemoryError: memory ran out. Tensors that were loaded stay so, and another call
+            continues.
+        TypeError: ``module`` is no module, or ``path`` no path.
 
     Example:
         >>> _ = lateinit.save_checkpoint(torch.nn.Linear(4, 2), tmp_path / "saved.safetensors")
@@ -208,7 +227,10 @@ def load_checkpoint(
 
 
 def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:
-    """The seed that the recorded construction started from, and the one to replace it."""
+    """The seed that all constructions started from, if known, and the seed to replace it, if any.
+
+    The replacing seed is dropped if it is the recorded one: nothing would change.
+    """
     programs = {id(item.place[1]): item.place[1] for item in items if item.place is not None}
     recorded = {recorded_seed(program) for program in programs.values()}
     known = recorded.pop() if len(recorded) == 1 else None
@@ -220,7 +242,7 @@ def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | N
 
 
 def _metadata(seed: int | None) -> dict[str, str]:
-    """What every file says of itself; ``format`` is what ``transformers`` looks for."""
+    """The metadata of every file; ``transformers`` looks for ``format``."""
     known = {} if seed is None else {"seed": str(seed)}
     return {"format": "pt", "lateinit": __version__, "torch": torch.__version__, **known}
 

@@ -1,1 +1,7 @@
-"""Shards, ranks and meshes: which part of a tensor a rank holds, and whether the ranks agree."""
+"""Shards, ranks and meshes: which part of a tensor a rank holds, and whether the ranks agree.
+
+The room gives ``_materialize`` the flat ranges of a shard (``shard_ranges``) and the agreement of
+ranks (``rank_agreement``), ``_checkpoint`` the place of a shard in its tensor (``placement``), and
+the command the cost of a mesh (``mesh_cost``). It may import ``_tensors`` and everything below
+that, but not ``_recording``, its neighbour. Start with ``shard_ranges.py``.
+"""

@@ -1,8 +1,9 @@
-"""How much of a deferred model one rank of a mesh would hold and draw, worked out on paper.
+"""How much of a deferred model one rank of a mesh would hold and draw, without any rank.
 
-The axes are ``replicate`` (a copy of all on each), ``fsdp`` (parameters cut along their first dim,
-as ``fully_shard`` does) and ``tp`` (cut by the model's own plan of tensor parallelism, or by one
-that is given). Reckoned is rank 0, which of uneven shards has the largest.
+The axes are ``replicate`` (a full copy on each), ``fsdp`` (parameters cut along their first dim, as
+``fully_shard`` does) and ``tp`` (cut by the model's own tensor-parallel plan, or by a given one).
+The figures are those of rank 0, which has the largest of uneven shards. ``lateinit inspect --mesh``
+shows them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,27 @@ from lateinit._units import format_bytes
 from lateinit.errors import ShardingError, candidates, listing
 
 AXES = ("replicate", "fsdp", "tp")
-_TRIAL = 1 << 22  # elements that are drawn to see how fast this machine draws
+# Elements that are drawn to measure how fast this machine draws: 16 MiB.
+_TRIAL = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank has of a model, in bytes and elements."""
+    """What one rank has of a model.
+
+    Attributes:
+        mesh: the size of each axis.
+        model_bytes: the bytes of the full model.
+        rank_bytes: the bytes that the rank holds.
+        parameters: the elements of the model's parameters.
+        rank_parameters: those that the rank holds.
+        buffer_bytes: the bytes of buffers and other tensors, which are not cut.
+        drawn: the elements that the rank draws.
+        seconds: an estimate of the time for that.
+        threads: the threads that the estimate is for.
+        whole: the largest tensor that is computed in full for a shard, if any.
+        whole_bytes: its bytes.
+    """
 
     mesh: dict[str, int]
     model_bytes: int
@@ -70,10 +86,10 @@ class Share:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The axes of ``fsdp=64,tp=8``.
+    """Parse the axes of ``fsdp=64,tp=8``.
 
     Raises:
-        ShardingError: an axis that is not known, is there twice, or has no positive size.
+        ShardingError: an axis is unknown, is given twice, or has no positive size.
     """
     mesh: dict[str, int] = {}
     for part in text.split(","):
@@ -95,12 +111,12 @@ def share_of_rank(
     Args:
         model: a deferred module; nothing of it is changed.
         mesh: the size of each axis.
-        plan: how modules or parameters are cut along ``tp``: a glob on their fully qualified names
-            and a style with ``colwise`` or ``rowwise`` in its name, as in ``transformers``. By
-            default the model's own.
+        plan: how parameters are cut along ``tp``: globs on the fully qualified names of modules or
+            parameters, each with a style that has ``colwise`` or ``rowwise`` in its name, as in
+            ``transformers``. By default the model's own plan.
 
     Raises:
-        ShardingError: there is a ``tp`` axis and no plan, or a pattern of it that matches nothing.
+        ShardingError: there is a ``tp`` axis and no plan, or a pattern of the plan matches nothing.
     """
     dims = _cut_by_plan(model, mesh, plan)
     held = parameters = rank_parameters = buffers = drawn = 0
@@ -139,7 +155,7 @@ def share_of_rank(
 
 
 def _shard(shape: tuple[int, ...], dim: int | None, mesh: Mapping[str, int]) -> tuple[int, ...]:
-    """The largest shard: cut along ``dim`` by tensor parallelism, then along the first by FSDP."""
+    """The shape of rank 0's shard: cut along ``dim`` by ``tp``, then along dim 0 by FSDP."""
     sizes = list(shape)
     for place, parts in ((dim, mesh.get("tp", 1)), (0, mesh.get("fsdp", 1))):
         if place is not None and sizes:
@@ -148,7 +164,7 @@ def _shard(shape: tuple[int, ...], dim: int | None, mesh: Mapping[str, int]) -> 
 
 
 def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:
-    """The elements that are drawn for a shard; whether the whole tensor is computed for it."""
+    """The elements drawn for a shard, and whether the full tensor is computed for it."""
     slot, program, ref = locate(found.tensor) if found.deferred else (None, None, None)
     if slot is None or program is None or ref is None:
         return 0, False
@@ -157,7 +173,7 @@ def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:
     whole = found.tensor.numel()
     if not all(_in_ranges(program, step) for step in steps):
         return whole * draws, math.prod(shape) < whole
-    # Rows are drawn from end to end, whichever columns of them are kept.
+    # Rows are drawn from end to end, whichever of their columns are kept (`shard_ranges.leaves`).
     return math.prod((shape[0], *ref.size[1:])) * draws if shape else whole * draws, False
 
 
@@ -170,7 +186,7 @@ def _in_ranges(program: Program, step: Step) -> bool:
 def _cut_by_plan(
     model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None
 ) -> dict[str, int]:
-    """The dim that each parameter is cut along by tensor parallelism."""
+    """The dim along which tensor parallelism cuts each parameter."""
     if mesh.get("tp", 1) == 1:
         return {}
     known = plan if plan is not None else getattr(model, "_tp_plan", None)
@@ -184,6 +200,7 @@ def _cut_by_plan(
     unmatched = []
     for pattern, style in known.items():
         names = [n for n in parameters if _matches(n, pattern)]
+        # A model's own plan may name modules that this configuration lacks.
         if not names and plan is not None:
             unmatched.append(pattern)
         for name in names:
@@ -213,7 +230,7 @@ def _dim(style: str, dims: int, name: str) -> int | None:
 
 
 def _seconds_to_draw() -> float:
-    """How long one thread of this machine takes to draw an element."""
+    """The time that one thread of this machine takes to draw an element: the best of three."""
     trial, generator = torch.empty(_TRIAL), torch.Generator()
     times = []
     for _ in range(3):

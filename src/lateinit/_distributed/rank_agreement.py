@@ -1,8 +1,8 @@
-"""Whether the ranks of a mesh would fill their shards from one and the same construction.
+"""Whether the ranks of a mesh recorded one and the same construction.
 
-Each rank computes its shards alone. That they are parts of one model holds only if all of them
-recorded the same ops from the same random state: a digest of both is compared, once, along every
-axis of the meshes that the shards are on.
+Each rank computes its shards alone. They are parts of one model only if all ranks recorded the same
+ops from the same random state. A digest of both is compared once, along every axis of the meshes
+that the shards are on. If the digests differ, all ranks exchange more, to say in what.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from lateinit._torch.storage import digest
 from lateinit.errors import ShardingError, listing
 
 T = TypeVar("T")
-_HASH = 8  # bytes of each op's digest
+# Bytes kept of each op's digest. They only locate the first difference; equality is decided by a
+# full SHA-256 over all of them.
+_HASH = 8
 
 
 def agree(shards: dict[str, Any], program: Program, seed: int | None) -> None:
-    """Raise on every rank unless all ranks of the shards' meshes tell the same.
+    """Raise on every rank unless all ranks of the shards' meshes agree.
+
+    A collective operation: every rank of the meshes must call it.
 
     Args:
         shards: the ``DTensor`` of each fully qualified name.
-        program: what they were recorded in.
-        seed: what replaces the recorded random state.
+        program: the program they were recorded in.
+        seed: the seed that replaces the recorded random state.
 
     Raises:
         ShardingError: another rank recorded another construction, started from another random
@@ -44,7 +48,14 @@ def agree(shards: dict[str, Any], program: Program, seed: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What a rank says of itself."""
+    """What one rank recorded.
+
+    Attributes:
+        start: the random state it started from, in words.
+        placed: how each tensor is sharded.
+        ops: the recorded ops of the construction.
+        hashes: a short digest of each op, one after another.
+    """
 
     start: str
     placed: dict[str, str]
@@ -66,12 +77,15 @@ def _account(shards: dict[str, Any], program: Program, seed: int | None) -> _Acc
 
 
 def _in_block(op: Op, program: Program) -> bool:
-    """Whether an op belongs to the construction, and not to the sharding, which may differ."""
+    """Whether an op belongs to the construction; the ops of sharding differ between ranks."""
     return all(program.storages[ref.storage].closed for ref in op.written())
 
 
 def _plain(value: Any, program: Program, names: dict[int, int]) -> Any:
-    """An op's argument in a form that is the same in every process."""
+    """An argument of an op in a form that is the same in every process.
+
+    Storages are numbered in the order in which the ops name them.
+    """
     if type(value) is Op:
         parts = (value.args, sorted(value.kwargs.items()), value.outs, value.draw)
         ambient = program.ambients[value.ambient]
@@ -104,17 +118,18 @@ def _placed(tensor: Any) -> str:
 
 
 def _groups(shards: Iterable[Any]) -> Iterator[dist.ProcessGroup]:
-    """The process groups along the axes of all meshes, each once, in an order all ranks share."""
+    """The process groups along the axes of all meshes, each once, in one order on all ranks."""
     seen: set[str] = set()
     for tensor in shards:
         for group in tensor.device_mesh.get_all_groups():
+            # torch's fake process group (for tests and tracing) has no other ranks to ask.
             if group.group_name not in seen and dist.get_backend(group) != "fake":
                 seen.add(group.group_name)
                 yield group
 
 
 def _spread(value: T, groups: list[dist.ProcessGroup], merge: Callable[[list[T]], T]) -> T:
-    """What all ranks say, merged along one axis after the other."""
+    """Merge the values of all ranks, along one axis after the other."""
     for group in groups:
         answers: list[Any] = [None] * dist.get_world_size(group)
         try:
@@ -131,7 +146,7 @@ def _spread(value: T, groups: list[dist.ProcessGroup], merge: Callable[[list[T]]
 
 
 def _difference(account: _Account, groups: list[dist.ProcessGroup]) -> str:
-    """In what the ranks differ; all of them ask at the same time."""
+    """In what the ranks differ. A collective operation: all of them call it."""
 
     def by_rank(value: T) -> dict[int, T]:
         spread = _spread({dist.get_rank(): value}, groups, lambda a: dict(ChainMap(*a)))
@@ -160,7 +175,7 @@ def _difference(account: _Account, groups: list[dist.ProcessGroup]) -> str:
 
 
 def _told(found: dict[int, str]) -> str:
-    """What each rank says, those that say the same together."""
+    """What each rank said, ranks that said the same together."""
     ranks: dict[str, list[str]] = {}
     for rank, words in found.items():
         ranks.setdefault(words, []).append(str(rank))
@@ -168,7 +183,7 @@ def _told(found: dict[int, str]) -> str:
 
 
 def _first_difference(hashes: list[bytes]) -> int:
-    """The number of the first op that is not the same everywhere."""
+    """The number of the first op that differs between ranks."""
     shortest = min(map(len, hashes)) // _HASH
     for place in range(shortest):
         if len({h[place * _HASH : (place + 1) * _HASH] for h in hashes}) > 1:

@@ -1,9 +1,10 @@
-"""From a shard to flat ranges: computing only the part of a tensor that is wanted.
+"""From a shard to flat ranges: compute only the part of a tensor that a rank holds.
 
-Sharding a deferred tensor records copies: of a chunk into a padded buffer (FSDP2), or into
-chunks to be scattered (``distribute_tensor``). Followed back, they lead to a box of the whole
-tensor. Where that one is filled element by element in flat order, only the ranges that the box
-lies in are drawn, a bounded number of elements at a time, each at its place in the random stream.
+Sharding a deferred tensor records copies: of a chunk into a padded buffer (FSDP2:
+``FSDPParam._init_sharded_param``), or into chunks to be scattered (``distribute_tensor``). Followed
+backwards, they lead to a box of the full tensor. If the full tensor is filled element by element in
+flat order, only the ranges that contain the box are drawn, a bounded number of elements at a time,
+each at its place in the random stream.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from lateinit._replay.chunks import PIECE, ChunkedFill, calls_of, words_of
 from lateinit._rng import mt19937
 from lateinit._rng.alignment import UNIT
 
-_ROWS = 1 << 19  # elements that are drawn at a time
-_APART = 1 << 22  # elements from which on one shard is given to several threads
-_GAP = 1 << 16  # elements between rows from which on each is drawn on its own
+# Elements that are drawn at a time, 2 MiB in float32. Bounds the memory beside the shard.
+_ROWS = 1 << 19
+# Elements of a shard from which several threads draw it. Each thread makes a jump of its own, as
+# long as about 5e5 draws.
+_APART = 1 << 22
+# Unused elements between two rows from which each row is drawn alone. Below it, drawing the gap is
+# preferred to moving the generator over it.
+_GAP = 1 << 16
 
 
 class Box(NamedTuple):
@@ -34,13 +40,13 @@ class Box(NamedTuple):
     size: tuple[int, ...]
 
     def within(self, other: Box) -> Box:
-        """What two boxes have in common."""
+        """The intersection of two boxes."""
         start = tuple(map(max, self.start, other.start))
         ends = map(min, self._ends(), other._ends())
         return Box(start, tuple(max(0, e - s) for s, e in zip(start, ends, strict=True)))
 
     def moved(self, origin: Box, target: Box) -> Box:
-        """This box, which lies in ``origin``, as it lies in ``target``."""
+        """This box, moved as a move of ``origin`` to ``target`` would move it."""
         start = zip(self.start, origin.start, target.start, strict=True)
         return Box(tuple(s - o + t for s, o, t in start), self.size)
 
@@ -50,7 +56,15 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A contiguous tensor, ``box`` of which holds ``source`` of a whole one, the rest zeros."""
+    """A contiguous tensor that holds a box of another one, and zeros elsewhere.
+
+    Attributes:
+        shape: the shape of this tensor.
+        dtype: its dtype.
+        box: where in it the copied values are.
+        source: where in the full tensor they come from.
+        casts: the dtypes that they went through on the way.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -59,7 +73,7 @@ class Copied:
     casts: tuple[torch.dtype, ...] = ()
 
     def read(self, ref: TensorRef) -> Copied | None:
-        """What a window on this tensor shows."""
+        """The part of this tensor that a window shows; None if that is no box."""
         seen = box_of(ref, self.shape)
         if seen is None or ref.dtype != self.dtype:
             return None
@@ -73,7 +87,7 @@ class Copied:
         )
 
     def written(self, ref: TensorRef, value: Copied) -> Copied | None:
-        """This tensor after ``value`` was copied to a window on it."""
+        """This tensor after ``value`` was copied to a window on it; None if that is not one box."""
         target = box_of(ref, self.shape)
         whole = ref.size == self.shape
         # One box is all that is followed: what is written must be all that is there.
@@ -84,7 +98,7 @@ class Copied:
         return replace(value.cast(self.dtype), shape=self.shape, box=box)
 
     def cast(self, dtype: torch.dtype) -> Copied:
-        """The same in another dtype."""
+        """The same tensor in another dtype."""
         if dtype == self.dtype:
             return self
         return replace(self, dtype=dtype, casts=(*self.casts, dtype))
@@ -99,7 +113,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def box_of(ref: TensorRef, shape: tuple[int, ...]) -> Box | None:
-    """The block of a contiguous tensor that a window shows, if it is one."""
+    """The box of a contiguous tensor that a window shows; None if it shows no box."""
     if len(ref.size) != len(shape) or ref.bits:
         return None
     if ref.numel == 0:
@@ -117,7 +131,7 @@ def box_of(ref: TensorRef, shape: tuple[int, ...]) -> Box | None:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A storage that holds a block of a tensor which a fill computes."""
+    """A storage that holds a box of a tensor which a fill computes."""
 
     storage: int
     copied: Copied
@@ -125,7 +139,16 @@ class Shard:
 
 
 def shards_of(program: Program, step: Step, fill: ChunkedFill) -> list[Shard] | None:
-    """The shards that a step gives, if they are blocks of what its fill computes, copied."""
+    """The shards that a step gives.
+
+    None if the step does anything but copy boxes of what its fill computes: then it has to run
+    whole.
+
+    Args:
+        program: the program.
+        step: the step.
+        fill: the ops that the step begins with.
+    """
     ref = fill.ref
     if ref.storage in step.gives:
         return None
@@ -146,7 +169,7 @@ def _fills(program: Program, number: int, known: dict[int, Copied]) -> bool:
 
 
 def _follow(program: Program, op: Op, known: dict[int, Copied]) -> bool:
-    """Take note of what an op copies; False if it does anything else."""
+    """Update ``known`` by what an op copies; False if the op does anything else."""
     name = op.name.removeprefix("aten::")
     out = op.args[0] if name in ("copy_", "zero_") else next(iter(op.outs), None)
     if out is None or len(op.outs) > 1:
@@ -166,7 +189,7 @@ def _follow(program: Program, op: Op, known: dict[int, Copied]) -> bool:
 
 
 def _blank(program: Program, ref: TensorRef) -> Copied | None:
-    """A tensor that takes all of its storage, with nothing in it yet."""
+    """A tensor on the whole of its storage, with no copied values yet; None if it is not."""
     if ref.bits or not ref.is_contiguous() or not program.covers(ref):
         return None
     nothing = Box((0,) * len(ref.size), (0,) * len(ref.size))
@@ -174,11 +197,13 @@ def _blank(program: Program, ref: TensorRef) -> Copied | None:
 
 
 def _made(name: str, op: Op, out: TensorRef, known: dict[int, Copied]) -> Copied | None:
-    """The tensor that an op makes by copying another."""
+    """The tensor that a copying op makes; None if it cannot be followed."""
     value = _read(known, op.args[0]) if name in _COPIES and op.args else None
     if value is None:
         return None
     if name == "constant_pad_nd":
+        # Padding is (left, right) for each dim from the last one: only zeros on the right are
+        # followed.
         if any(op.args[1][::2]) or min(op.args[1]) < 0 or any(op.args[2:]) or op.kwargs:
             return None
         return replace(value, shape=out.size)
@@ -199,7 +224,10 @@ def _read(known: dict[int, Copied], ref: object) -> Copied | None:
 
 
 def reads_nothing(program: Program, storage: int) -> bool:
-    """Whether a shard was made of memory that nothing was ever written to, after the block."""
+    """Whether a shard was made from memory that nothing was ever written to.
+
+    That happens if torch leaves out a copy on ``meta`` that lateinit does not know of.
+    """
     read = {
         ref.storage
         for number in needed_ops(program, [storage])
@@ -216,7 +244,15 @@ _UNWRITTEN = frozenset({"aten::new_empty", "aten::empty_like", "aten::empty.memo
 
 
 class Leaf(NamedTuple):
-    """Rows that are drawn at a time: a flat range, and the elements of it that go somewhere."""
+    """Rows that are drawn together.
+
+    Attributes:
+        start: the first flat element of the full tensor.
+        end: the one after the last.
+        target: the index of the rows in the box of the shard.
+        size: the shape of the elements to keep.
+        stride: their strides in the flat range.
+    """
 
     start: int
     end: int
@@ -226,11 +262,13 @@ class Leaf(NamedTuple):
 
 
 def leaves(shard: Shard) -> list[Leaf]:
-    """The flat ranges of the whole tensor that a shard lies in, in order."""
+    """The flat ranges of the full tensor that contain a shard, in order."""
     start, size = shard.copied.source
     if 0 in size:
         return []
     strides = _strides(shard.fill.ref.size)
+    # The outermost dim of which one row is small enough to be drawn at a time; the dims before it
+    # are gone through one by one.
     dim = next(d for d, stride in enumerate(strides) if stride <= _ROWS)
     inner = list(zip(start, size, strides, strict=True))[dim + 1 :]
     before = sum(s * stride for s, _, stride in inner)
@@ -251,7 +289,7 @@ def leaves(shard: Shard) -> list[Leaf]:
 
 
 def groups(shard: Shard, threads: int) -> list[list[Leaf]]:
-    """The leaves of a shard, divided among threads."""
+    """Divide the leaves of a shard among threads."""
     found = leaves(shard)
     drawn = sum(leaf.end - leaf.start for leaf in found)
     count = min(len(found), max(threads if drawn > _APART else 1, -(-drawn // PIECE)))
@@ -262,9 +300,13 @@ def groups(shard: Shard, threads: int) -> list[list[Leaf]]:
 def run_leaves(
     shard: Shard, storage: torch.UntypedStorage, part: list[Leaf], state: bytes | None
 ) -> None:
-    """Draw some ranges, and put what is wanted of them into the shard.
+    """Draw some ranges, and copy the elements that the shard holds into it.
 
-    ``state`` is where the generator stands at the beginning of the whole tensor.
+    Args:
+        shard: the shard.
+        storage: its storage.
+        part: the ranges, in order.
+        state: the generator's state at the beginning of the full tensor.
     """
     copied = shard.copied
     whole = torch.empty(0, dtype=copied.dtype)
@@ -274,17 +316,20 @@ def run_leaves(
         target, reader = whole[box], _Reader(shard.fill, part[0].start // UNIT * UNIT, state)
         for leaf in part:
             drawn = reader.read(leaf.start, leaf.end).as_strided(leaf.size, leaf.stride)
+            # The last cast is made by the copy. Those before it are made too, since each one
+            # rounds.
             for dtype in copied.casts[:-1]:
                 drawn = drawn.to(dtype)
             target[leaf.target].copy_(drawn)
 
 
 class _Reader:
-    """The elements of a tensor that a fill would compute, read forward from one place on."""
+    """Reads the elements that a fill would compute, forward from one place on."""
 
     def __init__(self, fill: ChunkedFill, start: int, state: bytes | None) -> None:
         self._fill = fill
-        # A last piece of less than 16 elements would be drawn in another way.
+        # Kernels draw a last piece of less than 16 elements in another way than the full tensor:
+        # the last 16 to 31 elements are drawn together.
         self._last = (fill.ref.numel - UNIT) // UNIT * UNIT
         self._drawn = min(start, self._last)
         if state is not None:
@@ -295,10 +340,12 @@ class _Reader:
         self._values = torch.empty(0, dtype=fill.ref.dtype)
 
     def read(self, start: int, end: int) -> Tensor:
-        """Elements ``start`` to ``end``; neither may lie before that of the call before."""
+        """Elements ``start`` to ``end``; neither may be before that of the previous call."""
         first, last = start // UNIT * UNIT, -(-end // UNIT) * UNIT
         if last > self._last:
             first, last = min(first, self._last), self._fill.ref.numel
+        # Ranges may overlap after they are widened to multiples of 16; elements drawn before are
+        # kept.
         values = torch.empty(last - first, dtype=self._values.dtype)
         kept = max(0, self._drawn - first)
         values[:kept] = self._values[first - self._start :][:kept]

@@ -1,5 +1,7 @@
-"""What lateinit knows of other libraries by name.
+"""Everything that knows another library by name: model specifications, and transformers' names.
 
-Model specifications such as ``transformers:gpt2``, and the names that transformers gives to
-parameters in checkpoints. Each library is imported only when it is asked for.
+``model_specs`` turns a text such as ``transformers:gpt2`` into a constructor, for the command.
+``transformers_names`` knows under which names ``transformers`` saves a model, for ``_checkpoint``.
+The room may import only ``errors`` and the other leaves. A library is imported only when a
+specification asks for it. Start with ``model_specs.py``.
 """

@@ -27,23 +27,21 @@ def load_spec(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
     """Find the model that a specification names, without building it.
 
     Args:
-        spec: one of
-
-            - ``transformers:MODEL_TYPE``: its default configuration, as a causal language model if
-              there is one, else as the bare model; ``transformers:MODEL_TYPE:CLASS`` names a class,
-            - ``transformers:PATH``: a ``config.json`` or the folder of one; the class is the one
-              under ``architectures``,
-            - ``timm:NAME`` and ``torchvision:NAME``, without pretrained weights,
+        spec: one of the following.
+            - ``transformers:MODEL_TYPE``: the default configuration, as a causal language model if
+              there is one, else as the bare model; ``transformers:MODEL_TYPE:CLASS`` names a class.
+            - ``transformers:PATH``: a ``config.json`` or its folder; the class is the one under
+              ``architectures``.
+            - ``timm:NAME`` and ``torchvision:NAME``, without pretrained weights.
             - ``package.module:callable`` and ``path/file.py:callable``.
-        kwargs: what the callable is called with; for transformers, attributes of the
-            configuration to set.
+        kwargs: arguments of the callable; for transformers, attributes of the configuration to set.
 
     Returns:
-        A function that builds the model, anew at each call.
+        A function that builds the model, anew at each call. It raises ``SpecError`` if the result
+        is no module.
 
     Raises:
-        SpecError: the specification names no model, or ``kwargs`` do not fit it. When the function
-            is called: what it built is no module.
+        SpecError: the specification names no model, or ``kwargs`` do not fit it.
 
     Example:
         >>> from lateinit._integrations import model_specs
@@ -64,7 +62,15 @@ def load_spec(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
 
 
 def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
-    """The keyword arguments that a JSON object on the command line stands for."""
+    """Parse the keyword arguments that a JSON object on the command line gives.
+
+    Args:
+        text: the JSON text, or None for no arguments.
+        option: the name of the option, for messages.
+
+    Raises:
+        SpecError: this is no JSON object.
+    """
     if text is None:
         return {}
     try:
@@ -87,7 +93,7 @@ def _import(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and something that it imports is not
+            raise  # the module exists; a module that it imports does not
         raise SpecError(
             f"{spec!r}: there is no module {error.name!r} on the import path. Write {_FORMS}"
         ) from error
@@ -102,7 +108,8 @@ def _from_file(path: Path) -> ModuleType:
     if found is None or found.loader is None:
         raise SpecError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)
-    # As for a script: it can import its neighbours, and what it defines can be pickled.
+    # As for a script: the file can import its neighbours, and instances of its classes can be
+    # pickled.
     sys.path.insert(0, str(path.resolve().parent))
     sys.modules[name] = module
     found.loader.exec_module(module)
@@ -125,7 +132,7 @@ def _attribute(module: ModuleType, path: str, spec: str) -> Callable[..., Any]:
 
 
 def _calling(make: Callable[..., Any], kwargs: dict[str, Any], spec: str) -> Build:
-    """A function that makes the model, its arguments checked now as far as can be."""
+    """A function that makes the model; arguments are checked now, as far as a signature tells."""
     try:
         signature = inspect.signature(make)
     except (TypeError, ValueError):  # builtins have none
@@ -176,7 +183,8 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> Build:
     if name not in (names := models.list_models()):
         raise SpecError(f"torchvision has no model {name!r}; near: {candidates(name, names)}")
     builder = models.get_model_builder(name)
-    # Left to their defaults, models with a backbone download its weights.
+    # Builders of models with a backbone download the backbone's weights by default
+    # (`weights_backbone`).
     unweighted = ("weights", "weights_backbone")
     given = {k: None for k in unweighted if k in inspect.signature(builder).parameters} | kwargs
     return _calling(builder, given, f"torchvision:{name}")

@@ -1,4 +1,7 @@
-"""Models of ``transformers``, from a model type or a ``config.json``, never from the hub."""
+"""Models of ``transformers``, from a model type or a ``config.json``, never from the hub.
+
+Importing this module imports ``transformers``; ``model_specs`` does so on demand.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,15 @@ Build = Callable[[], nn.Module]
 
 
 def load_transformers(what: str, kwargs: dict[str, Any]) -> Build:
-    """Find the model that ``MODEL_TYPE``, ``PATH`` or ``MODEL_TYPE_OR_PATH:CLASS`` names."""
+    """Find the model that ``MODEL_TYPE``, ``PATH`` or ``MODEL_TYPE_OR_PATH:CLASS`` names.
+
+    Args:
+        what: the specification, without ``transformers:``.
+        kwargs: attributes of the configuration to set.
+
+    Raises:
+        SpecError: there is no such model, or ``kwargs`` do not fit it.
+    """
     source, _, class_name = what.partition(":")
     path = Path(source)
     if path.suffix == ".json" or path.is_dir() or "/" in source:
@@ -69,7 +80,7 @@ def _config_class(model_type: str | None, source: str) -> Any:
 
 
 def _architecture(values: dict[str, Any], path: Path) -> str:
-    """The class that a configuration names, or "" where it names none."""
+    """The class that a configuration names, or "" if it names none."""
     names = values.get("architectures") or [""]
     if "auto_map" in values and not hasattr(transformers, str(names[0])):
         raise SpecError(
@@ -93,7 +104,7 @@ def _auto_class(config_class: Any, source: str) -> Any:
     for name in ("AutoModelForCausalLM", "AutoModel"):
         auto = getattr(modeling_auto, name)
         if config_class in auto._model_mapping:
-            auto._model_mapping[config_class]  # imports it now, and not while it is built
+            auto._model_mapping[config_class]  # imports its class now, not while it is built
             return auto
     modeling = config_class.__module__.replace(".configuration_", ".modeling_")
     classes = [
@@ -110,7 +121,7 @@ def _auto_class(config_class: Any, source: str) -> Any:
 
 
 def _check(kwargs: dict[str, Any], config_class: Any) -> None:
-    """Refuse what the configuration does not know: it would take it, and nobody would read it."""
+    """Refuse unknown attributes: a configuration would accept them, and nobody would read them."""
     default = config_class()
     unknown = [key for key in kwargs if not hasattr(default, key)]
     if unknown:

@@ -1,8 +1,9 @@
-"""The names that ``transformers`` gives to the tensors of a checkpoint: which become which.
+"""The names that ``transformers`` gives to the tensors of a checkpoint.
 
-Its models rename, split and join what a checkpoint holds while it is loaded, and undo it when they
-are saved. Its own tables say how; they are not documented, so what is used of them is looked for,
-and whatever is not as it was known is an ``UnknownTablesError``.
+Its models rename, split and join tensors when they load a checkpoint, and undo it when they save
+one. The tables for it (transformers/conversion_mapping.py) and the code that applies them
+(core_model_loading.py) are not documented. Whatever differs from the known form raises
+``UnknownTablesError``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Conversion:
     """Tensors of a checkpoint that are joined, split or rearranged together.
 
     Attributes:
-        first: the name that ``transformers`` knows it by, of one of the results.
+        first: the name of one of the results, by which ``transformers`` calls the conversion.
+        converter: the ``WeightConverter`` of ``transformers``.
+        module: the model.
         sources: the names in the checkpoint, each with the pattern that it matched.
     """
 
@@ -38,7 +41,12 @@ class Conversion:
     sources: list[tuple[str, str]] = field(default_factory=list)
 
     def run(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The results by name, computed from what ``read`` gives for each source."""
+        """Compute the results, by name.
+
+        Args:
+            read: gives the tensor of each source.
+        """
+        # It collects the tensors it is given, and one pattern serves several layers.
         converter = copy.deepcopy(self.converter)
         for name, pattern in self.sources:
             converter.add_tensor(self.first, name, pattern, read(name))
@@ -51,9 +59,9 @@ class Translation:
     """What becomes of the names of a checkpoint.
 
     Attributes:
-        renamed: names in the checkpoint by name in the model; more than one cannot be.
-        conversions: what takes more than another name.
-        strangers: names in the checkpoint that lead nowhere.
+        renamed: for each name in the model, the names in the checkpoint; it should be one.
+        conversions: tensors that take more than another name.
+        strangers: names in the checkpoint that have no place in the model.
     """
 
     renamed: dict[str, list[str]] = field(default_factory=dict)
@@ -69,14 +77,18 @@ def is_theirs(module: nn.Module) -> bool:
 
 
 def version() -> str:
-    """The version of ``transformers``, for messages."""
+    """``transformers`` and its version, for messages."""
     return f"transformers {getattr(sys.modules.get('transformers'), '__version__', '')}".strip()
 
 
 def left_out(
     module: nn.Module, missing: Iterable[str], unexpected: Iterable[str]
 ) -> tuple[set[str], set[str]]:
-    """The names that a model's class says may be missing, or may be there too."""
+    """The missing and the unexpected names that the model's class declares irrelevant.
+
+    Asked of ``PreTrainedModel._adjust_missing_and_unexpected_keys``, which removes such names from
+    a loading report.
+    """
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     before = set(info.missing_keys), set(info.unexpected_keys)
     adjust = getattr(module, "_adjust_missing_and_unexpected_keys", None)
@@ -84,21 +96,21 @@ def left_out(
         return set(), set()
     try:
         adjust(info)
-    except Exception:  # noqa: BLE001 - another version's: then every name counts
+    except Exception:  # noqa: BLE001 - another version: then every name counts
         return set(), set()
     return before[0] - set(info.missing_keys), before[1] - set(info.unexpected_keys)
 
 
 def translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]) -> Translation:
-    """What ``from_pretrained`` of a model makes of the names of a checkpoint.
+    """What ``from_pretrained`` makes of the names of a checkpoint.
 
     Args:
         module: a model of ``transformers``.
-        state: its state dict, of which the names count.
+        state: its state dict; only the names and shapes are read.
         names: the names in the checkpoint.
 
     Raises:
-        UnknownTablesError: this version keeps its tables in another way.
+        UnknownTablesError: this version has other tables, or applies them otherwise.
     """
     try:
         return _translate(module, state, names)
@@ -115,10 +127,12 @@ def _translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]
     found = Translation()
     conversions: dict[str, Conversion] = {}
     prefix = module.base_model_prefix
-    # The order in which tensors are stacked, and in which some renamings look at them.
+    # As in `core_model_loading`: the order in which tensors are stacked, and on which some
+    # renamings depend (a group of renamings is switched on by its first match).
     for name in sorted(names, key=_natural):
         new, pattern = core.rename_source_key(name, renamings, converters, prefix, state)
         if new not in state and name in state:
+            # The name is right already; only the model's prefix may be missing.
             new, pattern = core.rename_source_key(name, [], [], prefix, state)
         if new not in state:
             found.strangers.append(name)
@@ -133,7 +147,7 @@ def _translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]
 
 
 def _tables() -> tuple[Any, Any]:
-    """The two modules of ``transformers`` that are made use of, if they are what is known."""
+    """The two modules of ``transformers`` that hold and apply the tables."""
     tables = sys.modules.get("transformers.conversion_mapping")
     core = sys.modules.get("transformers.core_model_loading")
     if tables is None or core is None:
@@ -142,7 +156,10 @@ def _tables() -> tuple[Any, Any]:
 
 
 def _natural(name: str) -> list[tuple[int, int | str, int]]:
-    """Numbers in the order of their values, before words; numbers that end a word likewise."""
+    """The sort key of ``core_model_loading.dot_natural_key``, in a form that mypy accepts.
+
+    Numbers come first and in numerical order; a number at the end of a word counts as a number.
+    """
     found: list[tuple[int, int | str, int]] = []
     for part in name.split("."):
         word, digits = re.fullmatch(r"(.*?)(\d*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -154,7 +171,8 @@ def _natural(name: str) -> list[tuple[int, int | str, int]]:
 
 
 def tied_targets(module: nn.Module) -> Iterable[str]:
-    """The names that a ``transformers`` model expects not to find in a checkpoint, as patterns."""
+    """Patterns of the names that a ``transformers`` model leaves out of a checkpoint, as tied."""
+    # Version 5 has names in full here; version 4 has patterns in `_tied_weights_keys`.
     tied = getattr(module, "all_tied_weights_keys", None)
     if tied is not None:
         return [re.escape(name) for name in tied]
@@ -162,7 +180,7 @@ def tied_targets(module: nn.Module) -> Iterable[str]:
 
 
 def preferred_name(names: list[str], targets: Iterable[str]) -> str:
-    """The name that tied tensors are written under."""
+    """The name, of those of a tied tensor, under which it is written."""
     for name in names:
         if not any(re.fullmatch(pattern, name) for pattern in targets):
             return name
@@ -170,7 +188,7 @@ def preferred_name(names: list[str], targets: Iterable[str]) -> str:
 
 
 def saved_config(config: Any, module: nn.Module, dtype: torch.dtype | None) -> str:
-    """A configuration that names the class and the dtype that were saved."""
+    """The JSON text of a configuration that names the saved class and dtype."""
     config = copy.deepcopy(config)
     config.architectures = [type(module).__name__]
     if dtype is not None:

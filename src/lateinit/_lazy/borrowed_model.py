@@ -1,7 +1,8 @@
-"""Stand-ins for a model's tensors, and the states of random generators, kept and put back.
+"""Stand-ins for a model's tensors, for as long as somebody else's code runs on the model.
 
-For the time of the pass each tensor of the model has a stand-in, so that nothing which the
-pass does to tensors, attributes, hooks or flags is seen afterwards.
+Each tensor gets one stand-in, wherever the model holds it, so that nothing which a forward pass
+(``infer_shapes``) or a dry run of loading (``_checkpoint.load``) does to tensors remains.
+Attributes, hooks and flags are restored by ``_tensors.object_graph``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MakeStandIn = Callable[[Tensor], Tensor]
 
 
 class Lending:
-    """Stand-ins for tensors: one for each tensor, wherever it is met."""
+    """Makes one stand-in for each tensor, and gives the same one whenever the tensor is met."""
 
     def __init__(self, stand_in: MakeStandIn) -> None:
         self._stand_in = stand_in
@@ -38,6 +39,7 @@ class Lending:
         """The stand-in of a tensor."""
         known = self._made.get(id(tensor))
         if known is None:
+            # The tensor is kept beside its stand-in, so that no other object gets its id.
             known = self._made[id(tensor)] = tensor, self.make(tensor)
         return known[1]
 
@@ -50,7 +52,10 @@ class Lending:
 
 
 def dressed(stand_in: Tensor, tensor: Tensor, of: MakeStandIn) -> Tensor:
-    """Let a stand-in have the class, the attributes and the flags of its tensor."""
+    """Give a stand-in the class, the attributes and the flags of its tensor.
+
+    Attributes that are tensors are replaced by their own stand-ins, which ``of`` gives.
+    """
     if is_parameter(tensor):
         stand_in = nn.Parameter(stand_in, tensor.requires_grad)
     elif tensor.requires_grad:
@@ -63,7 +68,7 @@ def dressed(stand_in: Tensor, tensor: Tensor, of: MakeStandIn) -> Tensor:
 
 
 def clone_placeholder(placeholder: Any) -> Any:
-    """A placeholder like another one."""
+    """A placeholder of the same class and dtype: lateinit's, torch's, or pytorch-pfn-extras'."""
     if isinstance(placeholder, Placeholder):
         return copy.deepcopy(placeholder)
     if isinstance(placeholder, UninitializedTensorMixin):
@@ -73,7 +78,7 @@ def clone_placeholder(placeholder: Any) -> Any:
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """A meta tensor with the layout of another one."""
+    """A meta tensor with the shape, the strides and the dtype of ``tensor``."""
     with without_subclass_functions():
         shape, dtype = tensor.size(), tensor.dtype
         try:
@@ -84,9 +89,10 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 
 def counting_stand_in(tensor: Tensor) -> Tensor:
-    """A stand-in without memory; of a counter one with its value, which steers a forward pass.
+    """A stand-in without memory, except that an integer scalar keeps its value.
 
-    A batch norm that averages over all batches reads how many there were.
+    Such a counter may steer a forward pass: ``_BatchNorm.forward`` (torch/nn/modules/batchnorm.py)
+    divides by ``num_batches_tracked`` if ``momentum`` is None.
     """
     with without_subclass_functions():
         counts = tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex())
@@ -94,5 +100,5 @@ def counting_stand_in(tensor: Tensor) -> Tensor:
         return on_meta(tensor)
     try:
         return readable(own_copy(tensor, {}))
-    except RecordingError:  # it depends on what lazy modules will draw
+    except RecordingError:  # its value depends on what lazy modules will draw
         return on_meta(tensor)

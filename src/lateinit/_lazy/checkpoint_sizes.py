@@ -1,4 +1,8 @@
-"""Loading a checkpoint into a lazy module: its sizes are those of the checkpoint."""
+"""The sizes of lazy modules from a checkpoint, when one is loaded into them.
+
+``load_sizes`` serves the load hook of one lazy module. ``wrong_sizes`` finds the same problems in a
+whole model beforehand, for ``load_checkpoint``.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,15 @@ def load_sizes(
     prefix: str,
     error_msgs: list[str],
 ) -> dict[str, Any] | None:
-    """The sizes that a checkpoint tells, or None if it tells none.
+    """The sizes that a checkpoint tells of a lazy module, or None if it tells none.
 
-    What disagrees with what is known is noted, and replaced in the state dict by the placeholder
-    itself, so that torch does not try to load it all the same.
+    Args:
+        module: the lazy module.
+        layout: its layout.
+        state_dict: the checkpoint. The entry of a tensor that does not fit is replaced by the
+            placeholder itself, so that torch does not try to load it.
+        prefix: the prefix of the module's names.
+        error_msgs: receives a message for each problem.
     """
     present = _present(module, state_dict, prefix)
     if not present:
@@ -44,7 +53,7 @@ def load_sizes(
 
 
 def _present(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The placeholders that the checkpoint has values for."""
+    """The placeholders of a module that the checkpoint has a value for, by key."""
     return {
         prefix + name: tensor
         for name, tensor in named_tensors(module)
@@ -63,7 +72,7 @@ def _shape(state_dict: dict[str, Any], prefix: str, name: Name) -> tuple[int, ..
 
 
 def wrong_sizes(module: nn.Module, state_dict: dict[str, Any]) -> list[str]:
-    """What loading would find wrong with the sizes of lazy modules; nothing changes."""
+    """What loading would find wrong with the sizes of lazy modules, without changing anything."""
     wrong: dict[str, str] = dict(check_known(module, state_dict, ""))
     messages: list[str] = []
     for path, part in module.named_modules():

@@ -1,4 +1,4 @@
-"""Declaring a lazy module: the structure of the plain one, with placeholders for its tensors."""
+"""Declare a lazy module: the structure of the plain class, with placeholders for its tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from lateinit._torch.modules import own_buffers, own_parameters
 
 
 def declare(module: nn.Module, spec: LazySpec) -> None:
-    """Give a module the structure of the plain class, with placeholders for tensors."""
+    """Give ``module`` the structure of the plain class, with placeholders for its tensors.
+
+    The constructor runs on the module itself, with trial sizes, in a recording that nobody keeps.
+    """
     layout = layout_of(spec)
     first = layout.families[-1].base.sizes
     with aside():
@@ -36,6 +39,7 @@ AskedFor = tuple[int, torch.dtype, torch.device, bool]
 
 
 def _facts(tensor: Tensor) -> AskedFor:
+    """What a placeholder takes over from a tensor of the trial: its identity, to keep ties."""
     if is_lazy(tensor):
         return id(tensor), tensor.data.dtype, tensor.data.device, tensor.requires_grad
     return id(tensor), tensor.dtype, tensor.device, tensor.requires_grad
@@ -52,7 +56,7 @@ def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
 
 
 def _place(module: nn.Module, layout: ModuleLayout, asked: dict[Name, AskedFor]) -> None:
-    """Put placeholders where tensors are or may come to be; tied tensors share theirs."""
+    """Put placeholders where a tensor is in some trial; tied tensors share one placeholder."""
     parts = dict(module.named_modules(remove_duplicate=False))
     made: dict[int, Any] = {}
     default = next(iter(asked.values()), (0, torch.get_default_dtype(), torch.device("cpu"), True))
@@ -74,7 +78,7 @@ def _place(module: nn.Module, layout: ModuleLayout, asked: dict[Name, AskedFor])
 
 
 def _forget_sizes(module: nn.Module, layout: ModuleLayout) -> None:
-    """Attributes that follow from sizes tell nothing yet: 0, as in torch's lazy layers."""
+    """Set the attributes that follow from sizes to 0, as torch's lazy layers have it."""
     parts = dict(module.named_modules(remove_duplicate=False))
     for path, name in layout.varying:
         part = parts.get(path)
@@ -83,6 +87,7 @@ def _forget_sizes(module: nn.Module, layout: ModuleLayout) -> None:
 
 
 def _blanked(value: Any) -> Any:
+    """A value without sizes: 0 for a number, None for a tensor, the same for anything else."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -93,7 +98,7 @@ def _blanked(value: Any) -> Any:
 
 
 def layout_of(spec: LazySpec) -> ModuleLayout:
-    """The layout of what a lazy module will be, found once."""
+    """The layout of what a lazy module will be; measured once for equal specs."""
     parts = (spec.cls, _frozen(spec.rules), _frozen(spec.arguments), spec.settings)
     try:
         key = _Key(parts, spec)
@@ -103,7 +108,12 @@ def layout_of(spec: LazySpec) -> ModuleLayout:
 
 
 class _Key:
-    """A spec that is hashed and compared by what determines its layout."""
+    """A spec that is hashed and compared by the values that determine its layout.
+
+    Raises:
+        TypeError: an argument cannot be hashed, or is a module or tensor that a cache would keep
+            alive.
+    """
 
     def __init__(self, key: Any, spec: LazySpec) -> None:
         self.key = key
@@ -119,12 +129,13 @@ class _Key:
         return isinstance(other, _Key) and self.key == other.key
 
 
+# Bounds what the cache keeps alive: a layout holds the shapes of several trial constructions.
 @functools.lru_cache(maxsize=512)
 def _layout(key: _Key) -> ModuleLayout:
     return measure(key.spec)
 
 
 def _frozen(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Arguments as something that can be hashed; ``1`` and ``True`` differ."""
+    """Arguments in a form that can be hashed; with types, since ``1 == True``."""
     items = sorted(values.items(), key=lambda item: item[0])
     return tuple((k, type(v), tuple(v) if isinstance(v, list) else v) for k, v in items)

@@ -1,4 +1,10 @@
-"""``infer_shapes``: the shapes of lazy modules, from a forward pass on shapes alone."""
+"""``infer_shapes``: find the sizes of lazy modules by a forward pass on shapes alone.
+
+The pass runs on stand-ins for the model's tensors (``borrowed_model``). Each lazy module that it
+calls is initialised by way of trial, so that the pass can go on behind it. Afterwards the model is
+put back as it was, and only if the whole pass succeeded are the lazy modules initialised for good.
+``protocols.py`` says how one module is initialised.
+"""
 
 from __future__ import annotations
 
@@ -27,39 +33,47 @@ from lateinit._torch.modes import outside, without_modes
 from lateinit._torch.modules import replace_forward_pre_hook
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 
+# By plain class, so that the rules also serve a lazy layer of torch or of pytorch-pfn-extras that
+# was initialised as that class.
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
 
 
 def infer_shapes(
     module: nn.Module, /, *args: Any, strict: bool = True, real: bool = False, **kwargs: Any
 ) -> list[str]:
-    """Tell lazy modules their sizes, by a forward pass on shapes alone, and initialise them.
+    """Infer the sizes of lazy modules by a forward pass on shapes alone, and initialise them.
 
     Nothing is computed and no activation is allocated. In a model that was built in a
-    ``deferred()`` block what is initialised is deferred too, each module at its place in the
-    random stream; elsewhere parameters are allocated and drawn, in the order of the forward pass,
-    as a first forward pass would. The model is otherwise as it was: buffers, gradients, flags,
-    random states. If anything raises, no module has been initialised.
+    ``deferred()`` block, the new parameters and buffers are deferred too: nothing is allocated, and
+    each module's draws are recorded at the eager twin's place in the random stream. Elsewhere they
+    are allocated and drawn now, in the order of the forward pass, as a first forward pass would do
+    it. Placeholders stay the objects they are.
 
-    Lazy modules may be lateinit's, torch's and those of pytorch-pfn-extras, mixed.
+    Everything else in the model stays as it was: buffers, gradients, attributes, train/eval flags,
+    and the random states apart from the draws just named. If anything raises, no module has been
+    initialised.
+
+    Lazy modules may be those of lateinit, torch and pytorch-pfn-extras, mixed.
 
     Args:
         module: the model.
-        *args: example inputs as for its ``forward``, on ``meta`` or real: only shapes and dtypes
-            are looked at. Tensors in containers count too.
-        strict: raise if a lazy module is not reached.
-        real: run the forward pass with values, for a model whose control flow depends on them.
-            The inputs must be real. Tensors of the model are copied for it, and those that are
-            deferred are computed; the copies are then forgotten.
+        *args: example inputs for its ``forward``, real or on ``meta``; tensors may be inside
+            containers. Only shapes and dtypes are read.
+        strict: raise if the pass does not reach some lazy module.
+        real: run the pass with values, for a model whose control flow depends on them. The inputs
+            must be real. The model's tensors are copied for the pass, and its deferred tensors are
+            computed; all copies are dropped afterwards.
         **kwargs: keyword inputs.
 
     Returns:
-        The names of lazy modules that the forward pass did not reach, if ``strict=False``.
+        The names of the lazy modules that the pass did not reach. The list is empty unless
+        ``strict=False``.
 
     Raises:
-        UnreachedError: the forward pass did not reach some lazy modules.
-        NeedsValuesError: the forward pass depends on values; the message says where.
-        ShapeError: the inputs do not suit a lazy module, or two calls of one disagree.
+        UnreachedError: the pass did not reach some lazy modules.
+        NeedsValuesError: the pass depends on values; the message says where.
+        ShapeError: the inputs do not fit a lazy module, or two calls of one module give it
+            different sizes.
         TypeError: ``module`` is no module.
 
     Example:
@@ -90,7 +104,14 @@ def infer_shapes(
 
 
 class _Run:
-    """One forward pass, in which lazy modules are initialised by way of trial."""
+    """One forward pass, in which lazy modules are initialised by way of trial.
+
+    Attributes:
+        names: the name of each module, by id.
+        real: whether the pass runs with values.
+        met: the lazy modules that the pass called, in order, with the shapes of their inputs.
+        lending: makes the stand-ins.
+    """
 
     def __init__(self, names: dict[int, str], real: bool) -> None:
         self.names = names
@@ -101,10 +122,11 @@ class _Run:
         self._sizes: dict[int, dict[str, Any]] = {}
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Run the forward pass, and leave the model as it was."""
+        """Run the pass on stand-ins, and put the model back as it was."""
         reach, states, grad = Reach(module), RandomStates(), torch.is_grad_enabled()
         reach.keep()
         try:
+            # `outside` turns gradients on; the pass is to see the caller's setting.
             with outside(), torch.set_grad_enabled(grad), trying(self.real):
                 args, kwargs = self._inputs((args, kwargs))
                 reach.exchange(self.lending.of)
@@ -116,7 +138,7 @@ class _Run:
             states.restore()
 
     def initialise(self) -> None:
-        """Initialise what was met, in the order of the forward pass."""
+        """Initialise the modules that the pass called, for good, in the order of their calls."""
         for module, args, kwargs in self.met.values():
             initialise(module, args, kwargs)
 
@@ -124,7 +146,7 @@ class _Run:
         return own_copy(tensor, self._memo, past_holes=True)
 
     def _trial(self, tensor: Tensor) -> Tensor:
-        """What a trial of a lazy module has made on the side has a stand-in too."""
+        """The stand-in of a deferred tensor that the trial of a lazy module made."""
         return self.lending.of(tensor) if is_deferred_tensor(tensor) else tensor
 
     def _mode(self) -> Any:
@@ -139,19 +161,21 @@ class _Run:
         )
 
     def _prepare(self, module: nn.Module) -> None:
-        """Have lazy modules report instead of initialising."""
+        """Let every lazy module report its first call instead of initialising itself."""
         for part in module.modules():
             if not is_lazy_module(part):
                 continue
             part.__dict__.pop("_lateinit_hole", None)
             handle = part.__dict__.get("_initialize_hook")
+            # In the place of the module's own hook, so that other forward pre-hooks run before or
+            # after it as they always do.
             if isinstance(part, LazyModuleMixin) and handle is not None:
                 replace_forward_pre_hook(part, handle.id, self._meet)
             else:
                 part.register_forward_pre_hook(self._meet, with_kwargs=True)
 
     def _meet(self, module: Any, args: Any, kwargs: Any) -> None:
-        """A lazy module is called: note its inputs, and go on with a trial of it."""
+        """Forward pre-hook of a lazy module: note its inputs, and initialise it by way of trial."""
         if id(module) in self.met or not is_lazy_module(module):
             return
         shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
@@ -161,6 +185,8 @@ class _Run:
             raise ShapeError(
                 f"{self.names.get(id(module), '') or 'the module'}: {error}"
             ) from error
+        # The trial left tensors of a recording that nobody keeps. The pass goes on with stand-ins
+        # for them, like those of all other tensors.
         with outside():
             Reach(module).exchange(self._trial)
         self.met[id(module)] = module, *shapes
@@ -170,7 +196,7 @@ class _Run:
             self._check(rules)(module, args, kwargs)
 
     def _check(self, rules: Any) -> Any:
-        """A hook for later calls of a module: their sizes must be those of the first."""
+        """A hook for later calls of a module: they must give it the sizes of the first call."""
 
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
             sizes = evaluate_rules(rules, module, args, kwargs)
@@ -199,9 +225,9 @@ def _meta_input(tensor: Tensor) -> Tensor:
 
 
 def _rules_of(module: nn.Module) -> Any:
-    """The rules for a lazy module, ours or another's, that is initialised."""
+    """The rules by which a module was initialised, if it is a lazy layer of any library."""
     cls = type(module)
-    if cls.__module__.startswith("pytorch_pfn_extras."):  # their layers do not become plain ones
+    if cls.__module__.startswith("pytorch_pfn_extras."):  # their layers keep their class
         cls = next((base for base in cls.__mro__ if base in _RULES), cls)
     return _RULES.get(cls) or getattr(module, "_rules", None)
 
@@ -225,7 +251,10 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _said_where(real: bool) -> Iterator[None]:
-    """Say where a forward pass asked for values below the dispatcher (``numpy``, ``tolist``)."""
+    """Turn an error about missing values into ``NeedsValuesError`` that names the line.
+
+    ``numpy`` and ``tolist`` fail below the dispatcher, where ``ShapeMode`` does not hear them.
+    """
     try:
         yield
     except (NeedsValuesError, ShapeError):

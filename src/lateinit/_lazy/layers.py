@@ -1,4 +1,4 @@
-"""The table of lazy layers: which arguments of a class of ``torch.nn`` follow from its input."""
+"""The table of lazy layers: which arguments of a ``torch.nn`` class follow from its input."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from lateinit._lazy.rules import Rule, size
 
 
 def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
+    """The lazy version of a ``torch.nn`` class, importable by name from this module."""
     made = lazy_class(cls, tuple(rules.items()), False)
     made.__module__ = __name__
     return made
 
 
 def _instance_norm(cls: type[nn.Module], spatial: int) -> type[Any]:
-    """Torch's lazy ones have other defaults than its plain ones."""
+    """A lazy instance norm; torch's have other defaults than its plain ones.
+
+    ``torch.nn.LazyInstanceNorm2d`` and its like take theirs from ``_LazyNormBase``
+    (torch/nn/modules/batchnorm.py).
+    """
     made = _layer(cls, num_features=size(-1 - spatial, ndim=(spatial + 1, spatial + 2)))
     made._defaults = {"affine": True, "track_running_stats": True}
     signature = inspect.signature(made)
@@ -30,7 +35,7 @@ def _instance_norm(cls: type[nn.Module], spatial: int) -> type[Any]:
 
 
 def _conv(cls: type[nn.Module], spatial: int) -> type[Any]:
-    """Channels come before the spatial dims, whether or not there is a batch."""
+    """A lazy convolution: its channels come before the spatial dims, with or without a batch."""
     return _layer(cls, in_channels=size(-1 - spatial, ndim=(spatial + 1, spatial + 2)))
 
 

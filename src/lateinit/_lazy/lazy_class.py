@@ -1,4 +1,9 @@
-"""``lazy``: a lazy version of any module class."""
+"""``lazy``: the lazy version of a module class.
+
+A lazy instance has the structure of the plain class, with placeholders for its tensors
+(``declare``). Once the rules give its sizes, the plain class is constructed, and the result is
+moved into the instance (``transplant``), which changes its class.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +26,16 @@ from lateinit._lazy.trials import LazySpec
 from lateinit._torch.modules import own_buffers, own_modules, own_parameters
 from lateinit.errors import ShapeError
 
+# What a constructor raises for sizes that it cannot take, such as a width that its heads do not
+# divide.
 _REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
 
 
 class Lazy(LazyModuleMixin):
-    """The base of lazy versions of classes: constructed without the sizes that rules give.
+    """The base of lazy versions of classes, constructed without the sizes that rules give.
 
-    Until then it has the structure of the plain module, with placeholders for its tensors.
+    Until the sizes are known, an instance has the structure of the plain module, with placeholders
+    for its tensors.
     """
 
     _plain: type[nn.Module]
@@ -43,6 +51,7 @@ class Lazy(LazyModuleMixin):
         arguments = {name: value for name, value in arguments.items() if name not in rules}
         spec = LazySpec(self._plain, rules, arguments, Settings.now())
         if not rules:
+            # Every size was given by name: this is an ordinary module from the start.
             spec.construct_on(self, {})  # type: ignore[arg-type]
             self.__class__ = self.cls_to_become or type(self)
             return
@@ -58,7 +67,10 @@ class Lazy(LazyModuleMixin):
         return "_spec" not in self.__dict__
 
     def has_uninitialized_params(self: Any) -> bool:
-        """Whether a parameter or buffer, of a submodule too, has no shape yet."""
+        """Whether a parameter or buffer has no shape yet, in a submodule too.
+
+        Unlike torch's, this counts submodules, which the plain class may have constructed.
+        """
         held: list[dict[str, Any]] = [
             tensors
             for part in _own_modules(self)
@@ -67,19 +79,24 @@ class Lazy(LazyModuleMixin):
         return any(is_lazy(tensor) for tensors in held for tensor in tensors.values())
 
     def initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Infer the sizes from the arguments of a forward call, and initialise.
+        """Infer the sizes from the arguments of a forward call, and initialise the module.
+
+        Args:
+            *args: the arguments of the forward call; only shapes are read by ``size`` rules.
+            **kwargs: its keyword arguments.
 
         Raises:
-            ShapeError: the inputs have not the shapes that the rules expect.
+            ShapeError: the inputs do not have the shapes that the rules expect, or the plain class
+                refuses the sizes.
         """
         if not self.is_initialized:
             self._initialize(evaluate_rules(self._spec.rules, self, args, kwargs))
 
     def _initialising(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # _initialize opens its own, around the constructor alone
+        return contextlib.nullcontext()  # _initialize opens its own, around the construction alone
 
     def _initialize(self: Any, sizes: Mapping[str, Any]) -> None:
-        """Be what the plain class would be with these sizes."""
+        """Become what the plain class would be with these sizes."""
         spec: LazySpec = self._spec
         layout = layout_of(spec)
         with initialising(self):
@@ -94,7 +111,7 @@ class Lazy(LazyModuleMixin):
         self.__dict__.pop("_spec", None)
 
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Adopt the sizes of a checkpoint, and be initialised: nothing half lazy is left."""
+        """Adopt the sizes of a checkpoint and initialise; no module is left half lazy."""
         if self.is_initialized:
             return
         try:
@@ -103,6 +120,7 @@ class Lazy(LazyModuleMixin):
                 self._initialize(sizes)
                 finish(self)
         except ShapeError as error:
+            # The error messages of `load_state_dict`, which collects and raises them together.
             rest[-1].append(f"{prefix.rstrip('.') or 'the module'}: {error}")
 
     def __reduce_ex__(self: Any, proto: Any) -> Any:
@@ -111,7 +129,7 @@ class Lazy(LazyModuleMixin):
         return _blank, (self._plain, dict(self._rules)), self.__dict__
 
     def extra_repr(self: Any) -> str:
-        """As the plain class shows itself; an unknown size is 0, as in torch's lazy layers."""
+        """The plain class's own text; an unknown size shows as 0, as in torch's lazy layers."""
         try:
             return str(super().extra_repr())  # type: ignore[misc]
         except Exception:  # noqa: BLE001 - a class's extra_repr may rely on sizes in any way
@@ -119,7 +137,7 @@ class Lazy(LazyModuleMixin):
 
 
 def _own_modules(module: nn.Module) -> list[nn.Module]:
-    """A module and those below it that are not lazy in their own right."""
+    """A module and the modules below it, without those that are lazy in their own right."""
     found = [module]
     for child in own_modules(module).values():
         if child is not None and not hasattr(child, "_initialize_hook"):
@@ -128,25 +146,29 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
-    """A lazy version of a module class: constructed without the sizes that follow from its input.
+    """A lazy version of a module class, constructed without the sizes that its input tells.
 
-    The class is constructed with trial sizes, in recordings that are thrown away, to learn which
-    parameters it has and what of their shapes is known already. The first forward pass or
-    ``infer_shapes`` evaluates the rules, constructs the plain class, and moves what it holds into
-    the lazy module; parameter objects, hooks and the module itself stay. In a ``deferred()`` block
-    the random draws take the place of the eager twin's; elsewhere they are made when it happens.
+    To learn which parameters an instance has, and which of their dims are known already, the class
+    is constructed with trial sizes in recordings that are thrown away; this allocates and draws
+    nothing. The first forward pass, or ``infer_shapes``, evaluates the rules, constructs the plain
+    class, and moves the result into the lazy module. Parameter objects, hooks and the module itself
+    stay the same objects. If the module was declared in a ``deferred()`` block, its tensors are
+    then deferred and its draws take the eager twin's place in the random stream; elsewhere they are
+    allocated and drawn at that moment.
 
     Args:
         cls: a subclass of ``torch.nn.Module``.
-        **rules: for each argument of ``cls`` that is to be inferred: ``lateinit.size(dim)``, or a
-            function of the forward arguments that gives the value.
+        **rules: for each argument of ``cls`` to infer, ``lateinit.size(dim)`` or a function that
+            takes the arguments of a forward call and returns the value.
 
     Returns:
         A subclass of ``cls``. It takes the arguments of ``cls`` without the inferred ones (which
-        may still be given by name); its instances become ``cls`` itself.
+        may still be given by name). Its instances become instances of ``cls`` itself.
 
     Raises:
-        RuleError: a rule names no argument of ``cls``.
+        RuleError: a rule names no argument of ``cls``. Constructing an instance raises it too, if
+            ``cls`` cannot be constructed with trial sizes.
+        TypeError: ``cls`` is no subclass of ``torch.nn.Module``.
 
     Example:
         >>> LazyEmbed = lateinit.lazy(torch.nn.Linear, in_features=lambda x: x.shape[-1])
@@ -169,9 +191,13 @@ _MADE: dict[tuple[type[nn.Module], Rules, bool], type[Any]] = {}
 
 
 def lazy_class(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
-    """The lazy version of a class, one for each set of rules.
+    """The lazy version of a class: one class for each set of rules.
 
-    ``by_value`` says that no name leads to it, so that instances are pickled with the rules.
+    Args:
+        cls: the plain class.
+        rules: pairs of an argument and its rule.
+        by_value: whether the class has no importable name, so that its instances are pickled with
+            the plain class and the rules.
     """
     key = cls, rules, by_value
     if key not in _MADE:

@@ -1,7 +1,8 @@
-"""Shapes of the commonest ops, without torch's own ``meta`` kernels.
+"""Shapes of the most common ops, without torch's own ``meta`` kernels.
 
-Many of those are Python, some take a millisecond and import a compiler at their first call. A
-shortcut answers the plain case and gives None otherwise: then torch decides, and words the error.
+Many of those are written in Python, and some take a millisecond or import a compiler at their first
+call. A shortcut answers the plain case and returns None for every other: then torch's kernel
+decides, and words the error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Shortcut = Callable[..., Any]
 
 
 def shortcut(info: OpInfo, args: Any, kwargs: Any) -> Any:
-    """What an op on meta tensors gives, or None if there is no short way to it."""
+    """The result of an op on meta tensors, or None if there is no shortcut for it."""
     known = _SHORTCUTS.get(info.name)
     if known is None:
         if info.scalar_inplace and not any(isinstance(a, (Tensor, list, tuple)) for a in args[1:]):
@@ -29,7 +30,7 @@ def shortcut(info: OpInfo, args: Any, kwargs: Any) -> Any:
 
 
 def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
-    """``arange`` on meta: its kernel there is the slowest of all."""
+    """``arange`` on meta, whose meta kernel is the slowest of all; None if it is not plain."""
     numel = numel_of_factory(info, args) if info.name in _RANGES else None
     if numel is None:
         return None
@@ -39,7 +40,7 @@ def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def numel_of_factory(info: OpInfo, args: Any) -> int | None:
-    """How many elements a factory makes, if that is plain to see."""
+    """How many elements a factory makes, or None if its arguments do not tell plainly."""
     if info.name == "aten::scalar_tensor":
         return 1
     if info.name in _FILLED:
@@ -51,10 +52,14 @@ def numel_of_factory(info: OpInfo, args: Any) -> int | None:
 
 
 def _alike(x: Tensor) -> Tensor:
-    """``empty_like``, whose kernel for meta tensors imports sympy."""
+    """``empty_like``, whose kernel for meta tensors imports sympy.
+
+    For a dense tensor, its strides follow the order of the original's strides.
+    """
     if x.is_contiguous():
         return x.new_empty(x.shape)
     steps = [step for step, length in zip(x.stride(), x.shape, strict=True) if length > 1]
+    # An expanded or overlapping tensor: the strides do not tell the order of the dims.
     if 0 in steps or len(set(steps)) < len(steps):
         return torch.empty_like(x)
     strides, expected = [0] * x.dim(), 1
@@ -64,7 +69,7 @@ def _alike(x: Tensor) -> Tensor:
 
 
 def _plain(*tensors: Any) -> bool:
-    """Whether tensors are contiguous and of one floating dtype."""
+    """Whether tensors are contiguous, on ``meta``, and of one floating-point dtype."""
     first = tensors[0]
     return first.is_floating_point() and all(
         t.is_meta and t.dtype is first.dtype and t.is_contiguous() for t in tensors
@@ -103,7 +108,7 @@ def _where(condition: Tensor, a: Tensor, b: Tensor) -> Any:
 
 
 def _broadcast(*tensors: Tensor) -> Any:
-    """The common shape of tensors, where each other one is the end of the longest one's."""
+    """The common shape, if each shape is a suffix of the longest one; else None."""
     longest = max((t.shape for t in tensors), key=len)
     ends = all(not t.shape or longest[-t.dim() :] == t.shape for t in tensors)
     return longest if ends else None
@@ -164,7 +169,7 @@ def _max_pool(
 
 
 def _sides(sides: Any, *window: Any) -> list[int]:
-    """The sides of what a sliding window makes: kernel, stride, padding, dilation."""
+    """The output sides of a sliding window; ``window``: kernel, stride, padding, dilation."""
     count = len(sides)
     kernels, steps, pads, dilations = (list(v) * count if len(v) == 1 else list(v) for v in window)
     return [

@@ -1,4 +1,9 @@
-"""``LazyModuleMixin``: torch's protocol, with the eager twin's place in the random stream."""
+"""``LazyModuleMixin``: torch's protocol of lazy modules, with the eager twin's draws.
+
+Come here for where a lazy module is initialised (``initialising``: in its hole, by way of trial, or
+for real), how it ceases to be lazy (``finish``), and how a checkpoint's shapes are compared with
+what is known (``check_known``). ``lazy_class.py`` builds on it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,11 @@ _trial: ContextVar[TrialKind | None] = ContextVar("trial", default=None)
 
 @contextlib.contextmanager
 def trying(real: bool = False) -> Iterator[None]:
-    """Initialise lazy modules, in this block, by way of trial: in their own program or for real."""
+    """A block in which lazy modules are initialised by way of trial, out of the model's program.
+
+    Args:
+        real: initialise with values. By default in a recording that nobody keeps.
+    """
     token = _trial.set("real" if real else "aside")
     try:
         yield
@@ -40,7 +49,11 @@ def trying(real: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def initialising(module: nn.Module) -> Iterator[None]:
-    """Where a lazy module is initialised: in its hole if it has one, else for real."""
+    """The block in which a lazy module is initialised.
+
+    If the module was declared in a ``deferred()`` block, it records into the hole that was reserved
+    there. Otherwise it runs eagerly, or as ``trying`` says.
+    """
     hole = None if _trial.get() else holes.hole_of(module)
     with aside() if _trial.get() == "aside" else outside():
         if hole is None:
@@ -48,6 +61,8 @@ def initialising(module: nn.Module) -> Iterator[None]:
         else:
             with fill(hole):
                 yield
+    # A placeholder that became deferred in the block is neither new nor registered anew: the end of
+    # the block, which guards such tensors, may not see it.
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if is_deferred_tensor(tensor):
             guard(tensor)
@@ -57,9 +72,10 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
     """A mixin for modules that initialise parameters when they see their first input.
 
     The protocol is that of ``torch.nn.modules.lazy.LazyModuleMixin``: register placeholders in
-    ``__init__``, give them their shape in ``initialize_parameters``, name the class to become in
-    ``cls_to_become``. In a ``deferred()`` block the initialisation takes the eager twin's place in
-    the random stream; elsewhere it draws when it happens.
+    ``__init__``, give them their shape in ``initialize_parameters``, and name the class to become
+    in ``cls_to_become``. If the module is constructed in a ``deferred()`` block, its parameters
+    become deferred and their draws take the eager twin's place in the random stream. Elsewhere they
+    are allocated and drawn at the first forward call.
 
     Example:
         >>> class Scale(lateinit.nn.LazyModuleMixin, torch.nn.Module):
@@ -78,6 +94,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
     """
 
     def _infer_parameters(self: Any, module: Any, args: Any, kwargs: Any = None) -> None:
+        """The forward pre-hook: initialise the module from the arguments of its first call."""
         if not hasattr(module, "_initialize_hook"):
             return
         with module._initialising():
@@ -85,7 +102,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
         self._finish(module)
 
     def _finish(self: Any, module: Any) -> None:
-        """Make an initialised module one that never was lazy."""
+        """Check that every tensor has its shape, and make the module an ordinary one."""
         if module.has_uninitialized_params():
             left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
             left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
@@ -99,11 +116,13 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
         return initialising(self)
 
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Let placeholders adopt the shapes of a checkpoint that agree with what is known."""
+        """Let placeholders adopt the checkpoint's shapes, where those fit what is known."""
         wrong = check_known(self, state_dict, prefix)
         rest[-1].extend(wrong.values())  # the error messages
         for name, tensor in itertools.chain(self._parameters.items(), self._buffers.items()):
             key = prefix + name
+            # torch would try to copy, and report a second error: a placeholder is copied into
+            # itself.
             if is_lazy(tensor) and key in wrong:
                 state_dict[key] = tensor
             elif is_lazy(tensor) and key in state_dict and not is_lazy(state_dict[key]):
@@ -111,6 +130,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
                     tensor.materialize(state_dict[key].shape)
 
     def _replicate_for_data_parallel(self: Any) -> Any:
+        """Called by ``torch.nn.parallel.replicate``; refuses, as torch's own mixin does."""
         raise UninitializedError(
             f"{self._get_name()} has uninitialized parameters and can't be used with "
             "`DataParallel`: call lateinit.infer_shapes(model, ...) or run a forward pass first"
@@ -118,7 +138,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
 
 
 def finish(module: Any) -> None:
-    """Take what makes a module lazy off it, and make it the class that it is to become."""
+    """Take the hooks and the hole off an initialised module, and give it its final class."""
     for name in ("_initialize_hook", "_load_hook"):
         handle = module.__dict__.pop(name, None)
         if handle is not None:
@@ -130,14 +150,18 @@ def finish(module: Any) -> None:
 
 
 def _class_to_become(cls: Any) -> Any:
-    """What a class names in ``cls_to_become``; a user's subclass of a lazy layer stays itself."""
+    """The class to become, or None to stay; a user's subclass of a lazy layer stays itself."""
     named = next(base for base in cls.__mro__ if "cls_to_become" in base.__dict__)
     of_layer = "_plain" in named.__dict__
     return None if of_layer and named is not cls else named.cls_to_become
 
 
 def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """What disagrees between a checkpoint and what is known of the shapes of placeholders."""
+    """Compare a checkpoint's shapes with what is known of placeholders.
+
+    Returns:
+        A message for each key of the checkpoint whose shape contradicts its placeholder.
+    """
     wrong = {}
     for name, tensor in named_tensors(module):
         found = state_dict.get(prefix + name)
@@ -151,6 +175,6 @@ def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Parameters and buffers by all of their names."""
+    """The parameters and buffers of a module, under all of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)

@@ -1,4 +1,8 @@
-"""The protocol of ``pytorch_pfn_extras``' lazy modules, and its layers."""
+"""The lazy mixin, placeholder and layers of ``pytorch_pfn_extras`` (PPE), under PPE's protocol.
+
+The originals are in pytorch_pfn_extras/nn/modules/lazy.py, and lazy_conv.py and its like beside it.
+Names and arguments are theirs; ``lazy_parmeters_determined`` is spelt so there.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,9 @@ from lateinit.errors import UninitializedError
 
 
 class UninitializedParameter(placeholders.UninitializedParameter):
-    """A placeholder as ``pytorch_pfn_extras`` uses it: new tensors can be made like it.
+    """A placeholder as PPE uses it: new tensors can be made from it (``new_ones`` and the like).
 
-    Building an optimizer over it gives a warning, as there.
+    Building an optimizer over it gives a warning, as it does there.
 
     Example:
         >>> lateinit.pfn_extras.UninitializedParameter().new_empty(2).shape
@@ -32,7 +36,7 @@ class UninitializedParameter(placeholders.UninitializedParameter):
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
-        """True; asked by an optimizer, it warns."""
+        """True. Warns if an optimizer asks, as every optimizer does when it is built."""
         if is_in_torch_optim():
             warnings.warn(
                 "Use of uninitialized lazy parameter in Optimizer has been detected. Maybe you "
@@ -54,12 +58,13 @@ class UninitializedParameter(placeholders.UninitializedParameter):
 class LazyInitializationMixin:
     """A mixin for modules that create parameters and buffers in ``forward``.
 
-    Name them in ``lazy_parameter_names`` and ``lazy_buffer_names``; assign them in ``forward``
-    when ``isinstance(self.weight, UninitializedParameter)``. Assigning a parameter makes the
-    placeholder that parameter, so that whoever holds the object holds the parameter. What is not
-    initialised is not in the state dict.
+    Name them in ``lazy_parameter_names`` and ``lazy_buffer_names``, and assign them in ``forward``
+    while ``isinstance(self.weight, UninitializedParameter)``. Assigning a parameter makes the
+    placeholder that parameter, so that whoever holds the object holds the parameter. The state dict
+    leaves out what is not initialised.
 
-    In a ``deferred()`` block, let ``lateinit.infer_shapes`` initialise it.
+    A module that was constructed in a ``deferred()`` block should be initialised by
+    ``lateinit.infer_shapes``.
 
     Example:
         >>> class Scale(lateinit.pfn_extras.LazyInitializationMixin, torch.nn.Module):
@@ -88,7 +93,7 @@ class LazyInitializationMixin:
 
     @property
     def lazy_parmeters_determined(self: Any) -> bool:
-        """Whether every lazy parameter has its shape; the name is spelt as in the original."""
+        """Whether every lazy parameter has its shape. The name is spelt as in PPE."""
         ready = self.__dict__.get("_lazy_ready", True)
         return ready and not any(is_lazy(self._parameters[n]) for n in self.lazy_parameter_names)
 
@@ -98,6 +103,7 @@ class LazyInitializationMixin:
         return bool(self.lazy_parmeters_determined)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
+        """Make the placeholder the assigned parameter, where PPE would replace the object."""
         old = self.__dict__.get("_parameters", {}).get(name)
         if is_lazy(old) and isinstance(value, nn.Parameter) and not is_lazy(value):
             become(old, value)
@@ -111,7 +117,7 @@ class LazyInitializationMixin:
                 del destination[prefix + name]
 
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Load what is initialised; into an initialised module, nothing else."""
+        """Adopt the shapes of a checkpoint; refuse a lazy one for an initialised module."""
         self._load_buffers(state_dict, prefix)
         for name in self.lazy_parameter_names:
             parameter: Any = self._parameters[name]
@@ -126,6 +132,7 @@ class LazyInitializationMixin:
     def _load_buffers(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
         for name in self.lazy_buffer_names:
             buffer, loaded = self._buffers[name], state_dict.get(prefix + name)
+            # PPE's lazy buffers are `torch.Tensor([])` until they are initialised.
             ready = loaded is not None and not is_lazy(loaded) and tuple(loaded.shape) != (0,)
             if is_lazy(buffer):
                 if not ready:
@@ -145,7 +152,7 @@ def _refused(kind: str, prefix: str) -> UninitializedError:
 
 
 class _LazyLayer(LazyInitializationMixin, Lazy):
-    """A layer that takes ``None`` for the size that is to be inferred; its class stays."""
+    """A layer whose first argument may be None, to be inferred; its class stays as it is."""
 
     _parameter_kind = UninitializedParameter
 
@@ -155,7 +162,7 @@ class _LazyLayer(LazyInitializationMixin, Lazy):
             Lazy.__init__(self, *args, **kwargs)
         else:
             self._plain.__init__(self, first, *args, **kwargs)
-        self.__dict__.pop("_load_hook", None)  # stays for good: its rules hold once initialised too
+        self.__dict__.pop("_load_hook", None)  # stays for good, as PPE has it
         if first is not None:
             self._register_load_state_dict_pre_hook(self._lazy_load_hook)
         self.lazy_parameter_names = tuple(n for n, p in self._parameters.items() if p is not None)
@@ -180,7 +187,7 @@ class _LazyLayer(LazyInitializationMixin, Lazy):
             Lazy._lazy_load_hook(self, state_dict, prefix, *rest)
 
     def _leave_lazy(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
-        """What an uninitialised state has of an uninitialised module (a bias) tells nothing."""
+        """Ignore what an uninitialised state holds (such as a bias): it tells no size."""
         if not self.is_initialized:
             for name, tensor in (*self._parameters.items(), *self._buffers.items()):
                 if is_lazy(tensor):
@@ -188,6 +195,7 @@ class _LazyLayer(LazyInitializationMixin, Lazy):
 
 
 def _layer(cls: type[nn.Module], name: str, rule: size) -> type[Any]:
+    """PPE's lazy version of a ``torch.nn`` class, whose argument ``name`` may be None."""
     lazy = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     others = list(inspect.signature(cls).parameters.values())[1:]
     body = {

@@ -1,7 +1,8 @@
 """Placeholders: parameters and buffers whose shape is not, or not wholly, known yet.
 
-They are torch's own placeholder classes to everyone who asks, and know what *is* known of their
-shape. When the rest is known the object becomes the tensor: those who hold it need not care.
+They are instances of torch's own placeholder classes, so that torch recognises them, and also know
+what is known of their shape (``known_shape``). When the rest is known, the placeholder object
+itself becomes the tensor (``become``), so that whoever holds it holds the tensor.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from lateinit.errors import ShapeError, UninitializedError
 
 Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
+# The attributes of a placeholder that the tensor it becomes does not keep.
 _OWN = ("_casts", "_known", "_label", "_origin", "persistent", "_is_buffer")
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+# What `Module.to` and its like call on each parameter: a placeholder notes the cast and stays a
+# placeholder.
 _CONVERSIONS = (
     torch.Tensor.half,
     torch.Tensor.bfloat16,
@@ -40,7 +44,7 @@ _CONVERSIONS = (
 
 
 def show(shape: Shape | None) -> str:
-    """``(10, ?)``: a shape as far as it is known."""
+    """``(10, ?)``: a shape for messages, with a question mark for each unknown size."""
     if shape is None:
         return "(unknown shape)"
     sizes = ["?" if size is None else str(size) for size in shape]
@@ -48,7 +52,13 @@ def show(shape: Shape | None) -> str:
 
 
 def known_shape(tensor: Tensor) -> Shape | None:
-    """What is known of a tensor's shape, None for an unknown size; None if not even its rank is.
+    """What is known of a tensor's shape.
+
+    Args:
+        tensor: any tensor, or a placeholder.
+
+    Returns:
+        A tuple with None for each unknown size, or None if not even the rank is known.
 
     Example:
         >>> from lateinit._lazy.placeholders import known_shape
@@ -62,7 +72,7 @@ def known_shape(tensor: Tensor) -> Shape | None:
 
 
 def mismatch(known: Shape | None, found: Sequence[int]) -> str | None:
-    """What is wrong with a shape in view of what is known of it, or None."""
+    """How ``found`` contradicts what is known of a shape, in words; None if it does not."""
     if known is None:
         return None
     if len(known) != len(found):
@@ -76,7 +86,7 @@ def mismatch(known: Shape | None, found: Sequence[int]) -> str | None:
 
 
 class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
-    """What the two placeholder classes have in common."""
+    """The base of the two placeholder classes."""
 
     def describe(self) -> str:
         state = self.__dict__
@@ -89,15 +99,18 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         return known_shape(cast(Tensor, self))
 
     def materialize(self, shape: Any, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        """Become a parameter or tensor of a shape, its values not set; the object stays the same.
+        """Become a parameter or buffer of a shape, in place; the object stays the same.
+
+        Memory is allocated and its values are not set; nothing is drawn. In a ``deferred()`` block
+        the tensor is deferred instead.
 
         Args:
             shape: the whole shape.
-            device: where to allocate; by default where the placeholder is.
-            dtype: its dtype; by default the placeholder's.
+            device: where to allocate, by default the device of the placeholder.
+            dtype: the dtype, by default that of the placeholder.
 
         Raises:
-            ShapeError: the shape disagrees with what is known of it.
+            ShapeError: ``shape`` contradicts what is known of it.
 
         Example:
             >>> p = lateinit.nn.UninitializedParameter(known_shape=(10, None))
@@ -110,6 +123,8 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
             raise ShapeError(f"{self.describe()}: {wrong}")
         me = cast(Tensor, self)
         asked, origin = self.__dict__.get("_origin", (None, None))[:2]
+        # In a block the placeholder's own empty data is on the CPU (`_empty`), and the device that
+        # was asked for is in `_origin`. It counts unless the placeholder was moved since.
         if device is None:
             device = asked if asked is not None and me.data.device == origin else me.data.device
         new = torch.empty(tuple(shape), device=device, dtype=dtype or me.data.dtype)
@@ -118,14 +133,18 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
 
     @property
     def shape(self) -> Any:
-        """Refused: only ``known_shape`` can be told."""
+        """Raises ``UninitializedError``: only ``known_shape`` can be told.
+
+        ``Module._load_from_state_dict`` (torch/nn/modules/module.py) relies on that to refuse a
+        lazy state for an initialised module.
+        """
         raise UninitializedError(
             f"the shape of {self.describe()} is not known yet (if this is load_state_dict: an "
             f"uninitialised state cannot be loaded into an initialised module); {_ADVICE}"
         )
 
     def share_memory_(self) -> Any:
-        """Refused: there is no memory."""
+        """Raises ``UninitializedError``: there is no memory to share."""
         raise UninitializedError(
             f"can't share memory of {self.describe()}, an uninitialized parameter or buffer: "
             f"{_ADVICE}"
@@ -133,7 +152,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
 
     @property
     def grad(self) -> Any:
-        """None; an optimizer that asks in order to step is refused."""
+        """None. Raises if an optimizer reads it in order to step: it would skip the parameter."""
         _refuse_step(self)
         return None
 
@@ -143,7 +162,11 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
             raise UninitializedError(f"{self.describe()} cannot have a gradient: {_ADVICE}")
 
     def detach(self) -> Any:
-        """Itself: a state dict holds placeholders as they are."""
+        """The placeholder itself.
+
+        ``Module._save_to_state_dict`` detaches what it saves, and torch's lazy mixin, which spares
+        placeholders that, is not on every module that holds one.
+        """
         return self
 
     def __repr__(self) -> str:
@@ -155,6 +178,8 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         return memo[id(self)]
 
     def __reduce_ex__(self, proto: Any) -> Any:
+        # pickle and copy keep the known shape and the casts; torch's own method would keep
+        # `requires_grad` alone.
         if is_torch_saving():
             raise UninitializedError(
                 f"torch.save cannot save {self.describe()}, which has no values: {_ADVICE} "
@@ -164,11 +189,13 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Attributes arrive as method wrappers, which torch's own mixin allows in the same way.
         if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
             with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))
             if func == _SET_DATA and isinstance(args[1], Placeholder):
-                # As `module.to(...)` does: what was cast is put into the object that there is.
+                # `Module._apply` writes `param.data = converted`: the casts of the converted
+                # placeholder belong to the one that stays.
                 args[0].__dict__["_casts"] = args[1].__dict__.get("_casts", ())
             return _converted(args[0], result) if func in _CONVERSIONS else result
         given = (*args, *(kwargs or {}).values())
@@ -195,14 +222,14 @@ class UninitializedParameter(  # type: ignore[misc, override]
 ):
     """A parameter whose shape is not, or not wholly, known yet.
 
-    It may be moved and cast, copied, pickled and given to an optimizer; nothing else can be done
-    with it. ``materialize(shape)`` makes the very object a ``torch.nn.Parameter``.
+    It may be moved, cast, copied, pickled and given to an optimizer; any other use raises
+    ``UninitializedError``. ``materialize(shape)`` makes this very object a ``torch.nn.Parameter``.
 
     Args:
         requires_grad: whether the parameter will require gradients.
-        device: where it will be.
-        dtype: its dtype.
-        known_shape: what is known of its shape, None for each unknown size.
+        device: where the parameter will be, by default the default device.
+        dtype: its dtype, by default the default dtype.
+        known_shape: what is known of its shape, None for each unknown size; by default nothing.
 
     Example:
         >>> lateinit.nn.UninitializedParameter(known_shape=(10, None))
@@ -219,7 +246,7 @@ class UninitializedParameter(  # type: ignore[misc, override]
         *,
         known_shape: Shape | None = None,
     ) -> UninitializedParameter:
-        """An empty tensor, which becomes the parameter."""
+        """An empty tensor of this class; it becomes the parameter."""
         return cast(UninitializedParameter, _empty(cls, requires_grad, device, dtype, known_shape))
 
 
@@ -228,12 +255,15 @@ class UninitializedBuffer(  # type: ignore[misc, override]
 ):
     """A buffer whose shape is not, or not wholly, known yet.
 
+    It may be moved, cast, copied and pickled; any other use raises ``UninitializedError``.
+    ``materialize(shape)`` makes this very object a ``torch.Tensor``.
+
     Args:
         requires_grad: whether the buffer will require gradients.
-        device: where it will be.
-        dtype: its dtype.
-        persistent: whether it belongs to the state dict when it is assigned to a module.
-        known_shape: what is known of its shape, None for each unknown size.
+        device: where the buffer will be, by default the default device.
+        dtype: its dtype, by default the default dtype.
+        persistent: whether the buffer is in the state dict once it is assigned to a module.
+        known_shape: what is known of its shape, None for each unknown size; by default nothing.
 
     Example:
         >>> lateinit.nn.UninitializedBuffer(known_shape=(None,))
@@ -251,8 +281,10 @@ class UninitializedBuffer(  # type: ignore[misc, override]
         *,
         known_shape: Shape | None = None,
     ) -> UninitializedBuffer:
-        """An empty tensor, which becomes the buffer."""
+        """An empty tensor of this class; it becomes the buffer."""
         made = _empty(cls, requires_grad, device, dtype, known_shape)
+        # As torch's own: `isinstance(x, nn.Buffer)` asks for `_is_buffer`, and a module that it is
+        # assigned to registers it.
         made.__dict__.update(persistent=persistent, _is_buffer=True)
         return cast(UninitializedBuffer, made)
 
@@ -260,7 +292,7 @@ class UninitializedBuffer(  # type: ignore[misc, override]
 def _empty(
     cls: type, requires_grad: bool, device: Any, dtype: torch.dtype | None, known: Shape | None
 ) -> Tensor:
-    """A placeholder; its own empty data is real even in a block, and where there is no device."""
+    """Make a placeholder. In a block its own empty data is on the CPU, and is not recorded."""
     asked = torch.device(device) if device is not None else torch.get_default_device()
     place = torch.device("cpu") if current() is not None else asked
     dtype = dtype or torch.get_default_dtype()
@@ -272,7 +304,7 @@ def _empty(
 
 
 def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
-    """A placeholder moved or cast: it is one still."""
+    """The result of moving or casting a placeholder, made a placeholder again."""
     if isinstance(result, Placeholder):
         return result
     with without_subclass_functions(), torch.no_grad():
@@ -299,9 +331,9 @@ def _rebuild(
 
 
 def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dtype, ...]]:
-    """The device that a placeholder was moved to since it was made, and what it was cast to.
+    """The device that a placeholder was moved to since it was made, and the casts it went through.
 
-    Each of the casts counts: values that went by way of bfloat16 are rounded for good.
+    Every cast counts: values that went by way of bfloat16 have lost their low bits for good.
     """
     origin, casts = placeholder.__dict__.get("_origin"), placeholder.__dict__.get("_casts", ())
     if origin is None:
@@ -311,7 +343,7 @@ def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dty
 
 
 def become(placeholder: Tensor, tensor: Tensor) -> None:
-    """Let a placeholder object be a tensor; what hangs on it (hooks, references) stays."""
+    """Make a placeholder object the given tensor; hooks and references to the object stay."""
     with without_subclass_functions():
         with torch.no_grad():
             shown = tensor.detach()
@@ -321,12 +353,13 @@ def become(placeholder: Tensor, tensor: Tensor) -> None:
         placeholder.__dict__.pop(name, None)
     placeholder.__dict__.update(tensor.__dict__)
     placeholder.__class__ = type(tensor)
+    # Inside a block deferred tensors are guarded only when the block ends.
     if is_deferred_tensor(placeholder) and current() is None:
         guard(placeholder)
 
 
 def _refuse_step(placeholder: Placeholder) -> None:
-    """Raise if an optimizer is about to step over a placeholder, which it would silently skip."""
+    """Raise if an optimizer is about to step, which would silently skip a placeholder."""
     if is_optimizer_stepping():
         raise UninitializedError(
             f"an optimizer cannot step over {placeholder.describe()}, whose shape is not known "

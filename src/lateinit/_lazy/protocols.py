@@ -1,4 +1,9 @@
-"""Lazy modules of every kind: ours, torch's, and those of pytorch-pfn-extras."""
+"""The three protocols of lazy modules: lateinit's, torch's, and pytorch-pfn-extras' (PPE's).
+
+lateinit's and torch's modules initialise themselves in ``initialize_parameters``, called by a
+forward pre-hook. PPE's create their parameters in ``forward`` itself. ``infer_shapes`` uses all of
+them through ``is_lazy_module`` and ``initialise``.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +23,26 @@ from lateinit._torch.modules import own_parameters
 
 
 def is_lazy_module(module: nn.Module) -> bool:
-    """Whether a module waits for its first input."""
+    """Whether a module waits for its first input, by any of the protocols."""
     if isinstance(module, LazyModuleMixin):
         return hasattr(module, "_initialize_hook")
     return waits_for_forward(module)
 
 
 def waits_for_forward(module: nn.Module) -> bool:
-    """Whether a module follows the protocol of pytorch-pfn-extras and is not initialised."""
+    """Whether a module follows PPE's protocol and is not initialised."""
+    # Spelt so in pytorch_pfn_extras/nn/modules/lazy.py.
     return getattr(module, "lazy_parmeters_determined", True) is False
 
 
 def initialise(module: Any, args: Any, kwargs: Any) -> None:
-    """Initialise a lazy module as its first forward would; its inputs may be on meta."""
+    """Initialise a lazy module as its first forward call would.
+
+    Args:
+        module: any module; one that is not lazy is left alone.
+        args: the arguments of the call, which may be on ``meta``.
+        kwargs: its keyword arguments.
+    """
     if not is_lazy_module(module):
         return
     if not issubclass(type(module), LazyModuleMixin):
@@ -44,15 +56,17 @@ def initialise(module: Any, args: Any, kwargs: Any) -> None:
 
 
 def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
-    """Let ``forward`` initialise its parameters, and stop it before it computes with them."""
+    """Let ``forward`` create the parameters, and stop it before it computes with them."""
     before = dict(own_parameters(module))
     training = module.training
     try:
-        module.__dict__["training"] = False  # batch norms would count this batch
+        module.__dict__["training"] = False  # a batch norm would count this batch
         with initialising(module), contextlib.suppress(_KnownError), _StopBeforeUse(module):
             module.forward(*args, **kwargs)
     finally:
         module.__dict__["training"] = training
+    # PPE's modules replace their placeholders by new parameters. The placeholder objects become
+    # those, since an optimizer may hold them.
     for name, placeholder in before.items():
         made = own_parameters(module).get(name)
         if made is not None and placeholder is not None and made is not placeholder:
@@ -62,11 +76,11 @@ def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
 
 
 class _KnownError(Exception):
-    """Everything is initialised."""
+    """Ends ``forward``: every parameter has its shape."""
 
 
 class _StopBeforeUse(TorchFunctionMode):
-    """Ends a forward pass when its parameters are known and it comes to its input."""
+    """Function mode: ends a forward pass once its parameters are known and it uses its input."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -81,8 +95,10 @@ class _StopBeforeUse(TorchFunctionMode):
 
 
 def _is_activation(tensor: Tensor) -> bool:
+    """Whether a tensor comes from the input: on ``meta``, and not recorded."""
     return tensor.is_meta and not is_deferred_tensor(tensor)
 
 
 def _asks_only(func: Any) -> bool:
+    """Whether a function reads the shape or another property, as ``forward`` does to initialise."""
     return type(func).__name__ == "method-wrapper" or func in (Tensor.size, Tensor.dim)

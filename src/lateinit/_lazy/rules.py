@@ -1,4 +1,8 @@
-"""Rules: how a size follows from the arguments of a forward call."""
+"""Rules: how a size follows from the arguments of a forward call.
+
+``size`` is the usual rule; any function of the forward arguments is one, too. ``evaluate_rules``
+applies the rules of a lazy module to a call.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,19 @@ Size = int | tuple[int, ...]
 class size:  # noqa: N801 - reads as a function in a rule
     """The rule "as long as this dim of the input".
 
+    Called with the arguments of a forward call by name, it returns an int, or a tuple if there are
+    several dims. Nothing but shapes is read.
+
     Args:
-        *dims: one dim, or several, which give a tuple of sizes.
-        of: which input: its name or place among the arguments of ``forward``, by default the
-            first; or several, whose sizes must agree.
-        ndim: the ranks that the input may have; by default any that has the dims.
+        *dims: the dims of the input, by default the last one. Several of them give a tuple of
+            sizes.
+        of: the input: its name, or its place among the arguments of ``forward``; by default the
+            first. With several inputs their sizes must agree.
+        ndim: the rank, or ranks, that the input may have; by default any rank that has the dims.
         default: the size to take if the input does not have the dim.
+
+    Raises:
+        TypeError: a dim is no int.
 
     Example:
         >>> LazyLSTM = lateinit.lazy(torch.nn.LSTM, input_size=lateinit.size(-1))
@@ -53,7 +64,12 @@ class size:  # noqa: N801 - reads as a function in a rule
         self.__dict__.update(values)
 
     def __call__(self, **inputs: Any) -> Size:
-        """The size, from the arguments of a forward call by name."""
+        """The size, from the arguments of a forward call by name.
+
+        Raises:
+            ShapeError: the input is missing, is no tensor, or has not the rank or the dim; or the
+                inputs disagree.
+        """
         sources = self.of if isinstance(self.of, tuple) else (self.of,)
         found = {name: self._read(name, inputs[name]) for name in self._names(sources, inputs)}
         if len(set(found.values())) > 1:
@@ -96,7 +112,13 @@ Rule = size | Callable[..., Any]
 def evaluate_rules(
     rules: Mapping[str, Rule], module: nn.Module, args: Any, kwargs: Any
 ) -> dict[str, Any]:
-    """The sizes that a forward call tells.
+    """The value of each rule, from the arguments of a forward call.
+
+    Args:
+        rules: the rule of each argument of the plain class.
+        module: the module that is called, for the names of the arguments and for messages.
+        args: the arguments of the call.
+        kwargs: its keyword arguments.
 
     Raises:
         ShapeError: the inputs do not have the shape that a rule expects.
@@ -114,7 +136,7 @@ def evaluate_rules(
 
 
 def _inputs(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a forward call by name, those not given left out."""
+    """The arguments of a forward call by name, without defaults."""
     signature = inspect.signature(type(module).forward)
     try:
         bound = signature.bind(module, *args, **kwargs)
@@ -133,7 +155,7 @@ def _inputs(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def check_rules(cls: type[nn.Module], rules: Mapping[str, Rule], names: list[str]) -> None:
-    """Raise if rules are not for arguments of a class, or are no rules."""
+    """Raise ``RuleError`` if a rule is none, or is for no argument of the class."""
     for name, rule in rules.items():
         if name not in names:
             raise RuleError(

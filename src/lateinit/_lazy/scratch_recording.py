@@ -1,4 +1,7 @@
-"""Contexts: out of every mode that is in force, and recordings that nobody keeps."""
+"""Recordings that nobody keeps, and the settings that a later construction needs.
+
+``aside`` runs trial constructions: they allocate nothing, and move no generator.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from lateinit._torch.modes import default_device_in_force, outside
 def aside() -> Iterator[Recorder]:
     """Record a block into a program that nobody keeps; the generators stay where they are.
 
-    What is warned of is ignored: it is about trial sizes, or comes again when it is done truly.
+    Warnings are ignored: they are about trial sizes, or are given again by the construction that
+    counts.
     """
     recorder = Recorder()
     with outside(), warnings.catch_warnings():
@@ -33,19 +37,19 @@ def aside() -> Iterator[Recorder]:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings that a constructor reads: those of its call hold when it is run later."""
+    """The settings that a constructor reads, kept from its declaration until it runs."""
 
     dtype: torch.dtype
     device: torch.device | None
 
     @classmethod
     def now(cls) -> Settings:
-        """Those in force now."""
+        """The settings in force now."""
         return cls(torch.get_default_dtype(), default_device_in_force())
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Have them in force for a block."""
+        """A block in which these settings are in force."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:

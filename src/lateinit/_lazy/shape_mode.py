@@ -1,4 +1,9 @@
-"""Running torch code on shapes alone."""
+"""Run torch code on shapes alone, for ``infer_shapes``.
+
+``ShapeMode`` sends what a forward pass computes to ``meta``. Tensors that the pass makes from
+nothing, such as positions or sizes, are small and often read by Python, so they are computed. A
+mark on their storage says that their values can be trusted, or no longer can.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +23,20 @@ from lateinit._torch.modes import DispatchMode
 from lateinit._torch.operators import OpInfo, OpOverload, op_info
 from lateinit.errors import NeedsValuesError
 
-_SMALL = 4096  # elements that a tensor made in a forward pass may have to be computed for real
+# Elements up to which a tensor that the pass makes from nothing is computed, so that its values can
+# be read. Bounds the memory and the arithmetic of a pass on shapes.
+_SMALL = 4096
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# On real storages of the pass: "small" (values can be read) or "spoilt" (values of a meta tensor
+# were written there, or computed with, so that nobody knows them).
 _MARK = "_lateinit_small"
 
 
 class ShapeMode(DispatchMode):
-    """Sends what a forward pass computes to ``meta``.
+    """Dispatch mode: sends what a forward pass computes to ``meta``.
 
-    Small tensors that it makes out of nothing (sizes as tensors, ranges) are computed for real,
-    so that their values may be read; real tensors from elsewhere are read by shape and not written.
+    Small tensors that the pass makes from nothing (sizes as tensors, ranges) are computed, so that
+    their values can be read. Real tensors from elsewhere are seen by shape, and are not written to.
     """
 
     def __torch_dispatch__(
@@ -48,7 +57,7 @@ class ShapeMode(DispatchMode):
         return on_shapes(info, args, kwargs)
 
     def _without_meta(self, info: OpInfo, args: Any, kwargs: Any, real: list[Tensor]) -> Any:
-        """An op on no tensor, or on real ones alone."""
+        """Run an op whose tensors are all real, or that takes no tensor."""
         if not real:
             return self._made(info, args, kwargs)
         written = [args[i] for i in info.mutates] + [kwargs.get(k) for k in info.mutates_kw]
@@ -61,7 +70,7 @@ class ShapeMode(DispatchMode):
         return made if written else _marked(made, any(_is_spoilt(t) for t in real))
 
     def _made(self, info: OpInfo, args: Any, kwargs: Any) -> Any:
-        """A tensor made out of nothing."""
+        """Make a tensor from nothing: real if it is small and on the CPU, else on ``meta``."""
         on_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
         numel, made = numel_of_factory(info, args), None
         if numel is None or numel > _SMALL or not on_cpu:
@@ -73,7 +82,7 @@ class ShapeMode(DispatchMode):
 
 
 def on_shapes(info: OpInfo, args: Any, kwargs: Any) -> Any:
-    """The op on meta tensors."""
+    """Run an op on meta tensors, by a shortcut if there is one."""
     made = shortcut(info, args, kwargs)
     if made is not None:
         return made
@@ -105,7 +114,7 @@ def _marked(made: Any, spoilt: bool = False) -> Any:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Let a real tensor be computed with and read in a forward pass on shapes."""
+    """Mark a real tensor as one that the pass may compute with and read."""
     made: Tensor = _marked(tensor)
     return made
 
@@ -125,13 +134,18 @@ def _is_spoilt(tensor: Any) -> bool:
 
 
 def _spoil(tensor: Any) -> None:
-    """Note that a real tensor should have been given values that nobody knows."""
+    """Note that a real tensor was written to with values that nobody knows."""
     if _is_small(tensor):
         setattr(tensor.untyped_storage(), _MARK, "spoilt")
 
 
 def needs_values(op: str, error: BaseException | None = None) -> NeedsValuesError:
-    """The error for a forward pass that cannot be run on shapes."""
+    """The error for a forward pass that needs values; it names the line that asks for them.
+
+    Args:
+        op: the op, or the message of the error, that asked.
+        error: the error to take the line from, by default the running frame.
+    """
     place = where(error.__traceback__ if error is not None else None)
     return NeedsValuesError(
         f"{place}: the forward pass needs the values of a tensor here ({op}), and only its shape "
@@ -140,7 +154,7 @@ def needs_values(op: str, error: BaseException | None = None) -> NeedsValuesErro
 
 
 def where(trace: TracebackType | None = None) -> str:
-    """``file.py:12 in forward``: the innermost line that is neither torch's nor ours."""
+    """``file.py:12 in forward``: the innermost line that is neither torch's nor lateinit's."""
     if trace is None:
         return innermost_foreign_line() or "inside torch"
     found = [f for f in traceback.extract_tb(trace) if not is_library(f.filename)]

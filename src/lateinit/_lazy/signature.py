@@ -1,4 +1,9 @@
-"""The arguments of a module class, whatever its ``__init__`` forwards."""
+"""The arguments of a module class, even if its ``__init__`` forwards ``*args`` and ``**kwargs``.
+
+A lazy class is constructed without some of the plain class's arguments, by place or by name. Here
+the plain class's arguments are found, the given ones bound to names, and a call of the plain class
+written from names.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,12 @@ Parameters = dict[str, inspect.Parameter]
 
 
 def parameters_of(cls: type[nn.Module]) -> Parameters:
-    """The arguments of a constructor by name; where it forwards all, those of the class above."""
+    """The arguments of a constructor by name, including those it forwards to base classes."""
     return _own_and_rest(cls)[0]
 
 
 def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
-    """The arguments of a constructor, and its ``*args`` and ``**kwargs`` that no class names."""
+    """The arguments of a constructor, and the ``*args`` and ``**kwargs`` that no class names."""
     found: Parameters = {}
     rest: Parameters = {}
     for base in cls.__mro__:
@@ -30,6 +35,8 @@ def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
         rest = {p.name: p for p in own if p.kind in _VARIADIC}
         if not rest:
             break
+    # torch/nn/modules/rnn.py: nn.RNN, nn.LSTM and nn.GRU forward everything to RNNBase, and give it
+    # `mode` themselves.
     if issubclass(cls, nn.RNNBase) and cls is not nn.RNNBase:
         found = {name: p for name, p in found.items() if name != "mode"}
         if cls is nn.RNN:
@@ -38,7 +45,7 @@ def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
 
 
 def _with_nonlinearity(found: dict[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
-    # nn.RNN takes it out of its *args itself, in fourth place.
+    # nn.RNN.__init__ takes it out of its *args itself, in fourth place (torch/nn/modules/rnn.py).
     items = list(found.items())
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     items.insert(3, ("nonlinearity", inspect.Parameter("nonlinearity", kind, default="tanh")))
@@ -46,7 +53,7 @@ def _with_nonlinearity(found: dict[str, inspect.Parameter]) -> dict[str, inspect
 
 
 def accepts_any(cls: type[nn.Module]) -> bool:
-    """Whether a constructor takes keyword arguments that no signature names."""
+    """Whether a constructor takes keyword arguments that no base class names."""
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _own_and_rest(cls)[1].values())
 
 
@@ -59,6 +66,7 @@ def without(cls: type[nn.Module], names: Iterable[str]) -> inspect.Signature:
     ordered = []
     for p in kept:
         has_default = p.default is not inspect.Parameter.empty
+        # A required argument may not follow an optional one: it can be given by name only.
         late = seen_default and not has_default and p.kind not in _VARIADIC
         ordered.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if late else p)
         seen_default = seen_default or has_default
@@ -67,11 +75,12 @@ def without(cls: type[nn.Module], names: Iterable[str]) -> inspect.Signature:
 
 
 def call_with(cls: type[nn.Module], values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """How a constructor is called with arguments by name, some of which it takes by place only."""
+    """The positional and the keyword arguments that pass ``values`` to a constructor."""
     found, rest = _own_and_rest(cls)
     kinds = {name: p.kind for name, p in (found | rest).items()}
     more = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL]
     by_place = values.get(more[0], ()) if more else ()
+    # With values for *args, everything before them is passed by place; else only what must be.
     last = (
         inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.POSITIONAL_ONLY
     )
@@ -83,7 +92,17 @@ def call_with(cls: type[nn.Module], values: Mapping[str, Any]) -> tuple[list[Any
 
 
 def bind(cls: type[nn.Module], lazy: Iterable[str], args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by name, given without the lazy ones; those may be given by name too."""
+    """The given arguments by name.
+
+    Args:
+        cls: the plain class.
+        lazy: the arguments that are inferred; they may still be given by name.
+        args: the positional arguments, in which the lazy ones are skipped.
+        kwargs: the keyword arguments; the lazy ones are taken out of it.
+
+    Raises:
+        TypeError: the arguments do not fit the class.
+    """
     lazy = list(lazy)
     given = {name: kwargs.pop(name) for name in lazy if name in kwargs}
     try:

@@ -1,4 +1,4 @@
-"""Moving what a plain module holds into a lazy one, whose objects stay the objects they are."""
+"""Move what a plain module holds into a lazy one, whose objects stay the same objects."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ from lateinit._torch.modules import (
 )
 from lateinit.errors import ShapeError
 
+# Attributes that belong to the lazy module itself: torch's dictionaries and hooks, and the hooks
+# that make it lazy.
 _PLUMBING = OWN_ATTRIBUTES | {"_initialize_hook", "_load_hook"}
 
 
 class Transplant:
-    """Moves tensors, and the attributes that depend on sizes, from one module to another.
+    """Moves tensors, submodules and attributes from a plain module into a lazy one.
 
-    ``varying`` names those attributes. A placeholder becomes its tensor; where the user has put
-    another tensor in a placeholder's stead, that one stays.
+    A placeholder becomes its tensor. If the user has put another tensor in a placeholder's place,
+    that one stays.
+
+    Attributes:
+        varying: the attributes that depend on sizes, which are replaced.
+        owned: the tensors that the class declared, and may retire if the plain module has none.
+        moved: the target's tensor for each tensor of the plain module, by id.
     """
 
     def __init__(self, varying: Collection[Name], owned: Collection[Name]) -> None:
@@ -40,7 +47,7 @@ class Transplant:
         self._targets: dict[int, nn.Module] = {}
 
     def run(self, target: nn.Module, plain: nn.Module) -> None:
-        """Move everything."""
+        """Move everything from ``plain`` into ``target``."""
         self._module("", target, plain)
         for path, part in target.named_modules(remove_duplicate=False):
             self._attributes(path, part, self._modules.get(id(part)))
@@ -69,11 +76,12 @@ class Transplant:
                     del target[name]
 
     def _moved(self, fqn: str, old: Any, new: Any) -> Any:
-        """What stands for a tensor in the target."""
+        """The tensor that the target holds from now on, for a tensor of the plain module."""
         if new is None:
             if is_lazy(old):
                 _retire(old)
             return None
+        # Tied in the plain module: tied in the target.
         if id(new) in self.moved:
             return self.moved[id(new)]
         if is_lazy(new):
@@ -100,7 +108,7 @@ class Transplant:
                 target.__dict__[name] = self.mapped(plain.__dict__[name])
 
     def mapped(self, value: Any) -> Any:
-        """A value of an attribute, about what was moved and not about the originals."""
+        """An attribute's value, with the target's tensors and modules in place of the originals."""
         if isinstance(value, Tensor):
             return self.moved.get(id(value), value)
         if isinstance(value, nn.Module):
@@ -118,7 +126,7 @@ class Transplant:
 
 
 def _cast(new: Tensor, old: Tensor) -> Tensor:
-    """A tensor moved and cast as its placeholder was, after the eager twin was constructed."""
+    """Move and cast a new tensor as its placeholder was moved and cast since it was declared."""
     device, casts = converted(old)
     casts = casts if new.is_floating_point() else ()
     if device is None and not casts:
@@ -131,7 +139,7 @@ def _cast(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _retire(placeholder: Any) -> None:
-    """Make a placeholder that turned out not to be needed an empty tensor."""
+    """Make a placeholder that is not needed an empty tensor, for those who still hold it."""
     kind: Callable[..., Tensor] = placeholder.cls_to_become
     become(placeholder, kind(torch.empty(0, dtype=placeholder.data.dtype)))
 

@@ -1,7 +1,9 @@
-"""Layouts: what can be told of a module before its sizes are known.
+"""Layouts: what is known of a module before its sizes are.
 
-A class is constructed with trial sizes, in recordings that nobody keeps, and what comes out is
-compared: the dims that stay are known, those that move follow from the sizes, in a straight line.
+A class is constructed with trial sizes, in recordings that nobody keeps, and the results are
+compared. A dim that stays the same is known. A dim that moves is taken to follow from the sizes in
+a straight line, so that a checkpoint's shapes give the sizes back (``solve``). Come here for which
+trial sizes are tried; ``declare.py`` turns a layout into placeholders.
 """
 
 from __future__ import annotations
@@ -21,13 +23,22 @@ from lateinit._lazy.signature import call_with
 from lateinit._torch.modules import OWN_ATTRIBUTES, own_buffers, own_parameters
 from lateinit.errors import RuleError
 
-Name = tuple[str, str]  # the path of a module, and the name of something on it
+Name = tuple[str, str]  # the path of a module, and the name of a tensor or attribute on it
+# Trial sizes for a class that divides them by numbers which are not among its arguments: 48 is 3 x
+# 16, and 5040 a multiple of every number up to 10.
 _STEPS = (48, 5040)
 
 
 @dataclass(frozen=True)
 class LazySpec:
-    """What a lazy module will be: a class, its arguments, and rules for those that are missing."""
+    """What a lazy module will be.
+
+    Attributes:
+        cls: the plain class.
+        rules: for each missing argument, the rule that gives it.
+        arguments: the arguments that were given.
+        settings: the default dtype and device in force when it was declared.
+    """
 
     cls: type[nn.Module]
     rules: Mapping[str, Rule]
@@ -35,13 +46,13 @@ class LazySpec:
     settings: Settings
 
     def construct(self, sizes: Mapping[str, Any]) -> nn.Module:
-        """The plain module."""
+        """Construct the plain module with these sizes."""
         args, kwargs = call_with(self.cls, {**self.arguments, **sizes})
         with self.settings.in_force():
             return self.cls(*args, **kwargs)
 
     def construct_on(self, module: nn.Module, sizes: Mapping[str, Any]) -> None:
-        """Run the constructor of the plain class on a module that exists."""
+        """Run the constructor of the plain class on an existing module."""
         args, kwargs = call_with(self.cls, {**self.arguments, **sizes})
         with self.settings.in_force():
             self.cls.__init__(module, *args, **kwargs)
@@ -49,7 +60,7 @@ class LazySpec:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial construction: its sizes, and what it had."""
+    """One trial construction: its sizes, and what the module then had."""
 
     sizes: dict[str, Any]
     shapes: dict[Name, Shape | None]
@@ -59,10 +70,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Family:
-    """Trials that differ in one size each from the first: all of the same structure.
+    """A base trial, and further trials that each differ from it in one size only.
 
-    ``moved[unknown]`` is the trial in which that size differs. An unknown is an argument, or one
-    place of a tuple, or None for all of them together.
+    ``moved[unknown]`` is the trial in which ``unknown`` differs. An unknown is an argument and a
+    place in it (-1 if it is no tuple), or None for all of them together.
     """
 
     base: Trial
@@ -71,7 +82,14 @@ class Family:
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """What the trials have in common; in the last family all sizes are equal."""
+    """What the trials have in common.
+
+    Attributes:
+        families: the families of trials. In the last one all sizes are equal.
+        known: the shape of each tensor, None for each dim that varies, or None if its rank does.
+        buffers: which of the tensors are buffers.
+        varying: the plain attributes that differ between trials.
+    """
 
     families: tuple[Family, ...]
     known: dict[Name, Shape | None]
@@ -80,7 +98,7 @@ class ModuleLayout:
 
 
 def trial_sizes(rules: Mapping[str, Rule], values: Iterator[int]) -> dict[str, Any]:
-    """A trial size for each rule: a number, or as many as it asks for."""
+    """Take from ``values`` a trial size for each rule: a number, or a tuple for several dims."""
     sizes: dict[str, Any] = {}
     for name, rule in rules.items():
         count = len(rule.dims) if isinstance(rule, size) else 1
@@ -89,7 +107,7 @@ def trial_sizes(rules: Mapping[str, Rule], values: Iterator[int]) -> dict[str, A
 
 
 def unknowns(sizes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Each single size: an argument, and the place in it (-1 for one that is no tuple)."""
+    """Each single size: an argument, and the place in it (-1 if it is no tuple)."""
     for name, value in sizes.items():
         yield from (
             ((name, i) for i in range(len(value))) if isinstance(value, tuple) else [(name, -1)]
@@ -97,17 +115,17 @@ def unknowns(sizes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def with_size(sizes: Mapping[str, Any], unknown: tuple[str, int], value: int) -> dict[str, Any]:
-    """Sizes with one of them changed."""
+    """A copy of ``sizes`` in which one unknown has another value."""
     name, place = unknown
     old = sizes[name]
     return {**sizes, name: value if place < 0 else (*old[:place], value, *old[place + 1 :])}
 
 
 def measure(spec: LazySpec) -> ModuleLayout:
-    """Construct a class with trial sizes and compare.
+    """Construct a class with trial sizes, and compare the results.
 
     Raises:
-        RuleError: no trial size suits the class.
+        RuleError: the class can be constructed with none of the trial sizes.
     """
     failure: Exception | None = None
     for step in _steps(spec.arguments):
@@ -123,8 +141,10 @@ def measure(spec: LazySpec) -> ModuleLayout:
 
 
 def _steps(arguments: Mapping[str, Any]) -> list[int]:
-    """Trial sizes that divide as the arguments (heads, groups) may want them to."""
+    """Trial sizes that are divisible by the arguments given, such as heads or groups."""
     numbers = [n for value in arguments.values() for n in _integers(value)]
+    # Large arguments (a vocabulary, a width) are seldom divisors and would make large trial sizes:
+    # up to 64 they are tried first, and all of them last, up to 2**30.
     small = math.lcm(*(n for n in numbers if n <= 64))
     every = math.lcm(*numbers)
     return list(dict.fromkeys([math.lcm(small, 16), *_STEPS, min(every, 1 << 30)]))
@@ -143,12 +163,16 @@ def _measure(spec: LazySpec, step: int) -> ModuleLayout:
     together = Family(_try(spec, equal), {None: _try(spec, twice)})
     if len(every) == 1:
         return _compare((Family(together.base, {every[0]: together.moved[None]}),))
+    # With all sizes different, each can be solved for alone. A class that wants some of them equal
+    # has only the family in which all move together.
     apart = _apart(spec, step)
     return _compare((apart, together) if apart is not None else (together,))
 
 
 def _apart(spec: LazySpec, step: int) -> Family | None:
-    """A family with all sizes different; None if the class wants some of them equal."""
+    """A family in which all sizes differ, or None if the class cannot be constructed so."""
+    # Multiples of the step, so that they are divisible as the step is; the moved one, 30 steps, is
+    # none of the first 27 of them.
     base = trial_sizes(spec.rules, itertools.count(3 * step, step))
     try:
         return Family(
@@ -166,7 +190,7 @@ def _try(spec: LazySpec, sizes: dict[str, Any]) -> Trial:
 
 
 def look(module: nn.Module, sizes: dict[str, Any]) -> Trial:
-    """What a module has: shapes of its tensors, and its plain attributes."""
+    """What a module has: the shapes of its tensors, and its plain attributes."""
     shapes: dict[Name, Any] = {}
     buffers, attributes = set(), {}
     for path, part in module.named_modules(remove_duplicate=False):
@@ -194,7 +218,7 @@ def _compare(families: tuple[Family, ...]) -> ModuleLayout:
 
 
 def _bare(family: Family) -> Family:
-    """A family without the attributes, which may hold anything, and which are compared by now."""
+    """The family without attributes: they are compared by now, and may keep anything alive."""
     moved = {unknown: replace(trial, attributes={}) for unknown, trial in family.moved.items()}
     return Family(replace(family.base, attributes={}), moved)
 
@@ -234,7 +258,13 @@ Solved = dict[str, Any]
 
 
 def solve(layout: ModuleLayout, shapes: Callable[[Name], tuple[int, ...] | None]) -> Solved | None:
-    """The sizes that give tensors the shapes they have in a checkpoint; None if it has too few."""
+    """The sizes that would give the tensors these shapes; None if the shapes do not tell them.
+
+    Args:
+        layout: the layout of the lazy module.
+        shapes: the shape of each tensor in a checkpoint, None if it is not there.
+    """
+    # First the family whose tensors are the most of those that the checkpoint has.
     for family in sorted(
         layout.families, key=lambda f: -sum(shapes(n) is not None for n in f.base.shapes)
     ):
@@ -254,7 +284,7 @@ def _solve_one(
     unknown: tuple[str, int] | None,
     shapes: Callable[[Name], tuple[int, ...] | None],
 ) -> int | None:
-    """One size, from the first dim that follows from it."""
+    """One size, from the first dim that follows from this size and from no other."""
     base, moved = family.base, family.moved[unknown]
     others = [t for u, t in family.moved.items() if u != unknown]
     before = _single(base.sizes, unknown)
@@ -266,6 +296,8 @@ def _solve_one(
         for dim, here in enumerate(shape):
             rise = _dim(moved, name, dim, here)
             if rise and not any(_dim(t, name, dim, here) for t in others):
+                # The line through two trials. A dim off the line (a checkpoint of another
+                # configuration) gives no whole number.
                 exact = before + (found[dim] - (here or 0)) * run / rise
                 return int(exact) if exact == int(exact) else None
     return None
@@ -278,7 +310,7 @@ def _single(sizes: Mapping[str, Any], unknown: tuple[str, int] | None) -> int:
 
 
 def _dim(trial: Trial, name: Name, dim: int, before: int | None) -> int:
-    """How far a dim moved in a trial."""
+    """How far a dim moved between the base trial and ``trial``."""
     shape = trial.shapes.get(name)
     if shape is None or len(shape) <= dim:
         return 0

@@ -1,4 +1,9 @@
-"""Running the ops that deferred tensors need, and giving each tensor its storage and values."""
+"""``materialize``, ``plan`` and ``is_deferred``: the public functions on deferred tensors.
+
+The order is fixed: collect the wanted tensors by program, check everything that can fail before a
+tensor changes, then execute the plan and place each storage as soon as it has its values. Come here
+for a check that is missing, or for the order of two checks.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,8 @@ from lateinit.errors import (
 )
 
 T = TypeVar("T")
-# Replaying sets what holds for the whole process, and tensors on one storage are to share one.
+# Replay sets process-wide state, such as the default dtype (`Ambient.in_force`). And two threads
+# that materialise tensors on one storage must end up with one real storage.
 _one_thread = threading.RLock()
 
 
@@ -53,45 +59,57 @@ def materialize(
 ) -> T:
     """Give deferred tensors their storage and their values, in place.
 
-    Bit for bit what eager construction gives, whatever is materialised first. The global random
-    state is neither read nor moved. Tensors that are real already are left alone. Of several
-    threads that call this at once, one materialises after the other.
+    The values are bit for bit those of the eager twin, whichever tensors are materialised first.
+    Tensor objects stay the same objects, so that optimizers, ties and hooks keep working, and
+    tensors that share memory in the eager twin share it here. Tensors that are real already are
+    left alone. The global random state is neither read nor moved.
 
-    Of a model that was sharded while it was deferred (``fully_shard``, ``parallelize_module``,
-    ``distribute_tensor``) each rank computes its own shards, and nothing is sent but one digest.
+    Each storage is allocated when its step of the plan starts. Memory peaks at the materialised
+    tensors plus a bounded working set. Calls from several threads run one after another.
+
+    If a model was sharded while it was deferred (``fully_shard``, ``parallelize_module``,
+    ``distribute_tensor``), each rank computes its own shards. The ranks exchange nothing but one
+    digest.
 
     Args:
-        target: a module, a tensor, or a list, tuple or dict of them.
-        only: which tensors: a glob on their fully qualified names (``"*.bias"``), several of
-            them, or a predicate ``(fqn, tensor) -> bool``. A tensor with several names is taken
-            if one of them matches.
-        device: where to put them; by default the device that each was recorded for, and of a
-            shard that of its mesh (``device="cpu"`` for FSDP2's CPU offloading). Values are
-            computed where they were recorded for, then copied while the next are computed.
-        dtype: cast floating-point tensors to this; by default each keeps the dtype it has now.
-        seed: as if ``torch.manual_seed(seed)`` had preceded the construction; by default the
-            random state that really did.
-        threads: how many threads fill large tensors, by default ``torch.get_num_threads()``; the
-            bits are the same for any number.
+        target: a module, a tensor, or a list, tuple, set or dict of them.
+        only: which tensors: a glob on their fully qualified names (``"*.bias"``), several globs, or
+            a predicate ``(fqn, tensor) -> bool``. A tensor with several names is selected if any of
+            them matches. By default all deferred tensors.
+        device: where the tensors will be. By default the device that each tensor was recorded for;
+            for a shard, the device type of its mesh (pass ``device="cpu"`` for FSDP2's CPU
+            offloading). Values are computed on the recorded device and then copied.
+        dtype: cast floating-point tensors to this dtype. By default each tensor keeps the dtype it
+            has now.
+        seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
+            state that really preceded it.
+        threads: how many threads fill large tensors, by default ``torch.get_num_threads()``. The
+            bits do not depend on it.
         progress: show a progress bar on stderr.
-        check: before shards are filled, ask the other ranks of their mesh whether they recorded
-            the same construction from the same random state: one all-gather of a few bytes along
-            each axis, for which all of them must call this. False asks nobody.
+        check: before shards are filled, ask the other ranks of the mesh whether they recorded the
+            same construction from the same random state. This takes one all-gather of a few bytes
+            along each mesh axis, so every rank must make this call. With False no rank is asked.
 
     Returns:
         ``target`` itself.
 
     Raises:
-        NotRecordedError: a wanted tensor is on ``meta`` and was never recorded.
-        UninitializedError: a wanted tensor is lazy: its shape is not known yet.
+        NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
+        UninitializedError: a selected tensor is lazy: its shape is not known yet.
         PatternError: a pattern of ``only`` matches no tensor.
-        RecordingError: a wanted tensor is drawn after a lazy module, whose shape is not known yet.
+        RecordingError: a selected tensor is drawn after a lazy module whose shape is not known yet.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
-        ShardingError: ranks disagree on what they recorded, or a shard's placement is one that
-            no part of a tensor can be computed for.
-        OutOfMemoryError: memory ran out; what was materialised stands, and calling again
-            continues.
+        DeferredTensorError: tensors that share a storage cannot all have the dtype or device asked
+            for, or a selected tensor has a gradient.
+        ShardingError: the ranks disagree on what they recorded, or a placement has no part of a
+            tensor that could be computed alone.
+        MaterializeError: a recorded op failed when it was replayed.
+        OutOfMemoryError: memory ran out. Tensors that were materialised before stay so, and another
+            call continues.
+        TypeError: ``target`` is none of the above, or ``dtype`` is no ``torch.dtype``.
+        ValueError: ``threads`` is less than 1, ``dtype`` is no floating-point dtype, or ``device``
+            is ``meta``.
 
     Example:
         >>> with lateinit.deferred():
@@ -110,6 +128,7 @@ def materialize(
         )
     wanted = wanted_in(target, only)
     for group in wanted:
+        # Outside the lock, since this may wait for other ranks.
         _check_shards(group, seed, ask=check)
     with _one_thread:
         for group in wanted:
@@ -130,8 +149,21 @@ def materialize(
 def plan(target: Any, *, only: Only | None = None) -> Plan:
     """What ``materialize(target, only=only)`` would run, without running it.
 
+    Nothing is allocated, drawn or changed.
+
+    Args:
+        target: a module, a tensor, or a container of them, as for ``materialize``.
+        only: which tensors, as for ``materialize``.
+
     Returns:
         A ``Plan``; ``print`` it to see every op, with its place in the random stream.
+
+    Raises:
+        ValueError: the tensors were recorded in several separate blocks, so that they have no
+            common program.
+        NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
+        UninitializedError: a selected tensor is lazy.
+        PatternError: a pattern of ``only`` matches no tensor.
 
     Example:
         >>> with lateinit.deferred():
@@ -153,6 +185,13 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
 def is_deferred(target: Any) -> bool:
     """Whether a tensor is deferred, or any tensor of a module is.
 
+    Args:
+        target: a module, a tensor, or a container of them.
+
+    Returns:
+        True if at least one tensor has a recorded construction that has not run. Lazy tensors do
+        not count: their shape is not known yet.
+
     Example:
         >>> lateinit.is_deferred(torch.nn.Linear(2, 2))
         False
@@ -161,7 +200,11 @@ def is_deferred(target: Any) -> bool:
 
 
 def check_seed(program: Program, seed: int | None) -> None:
-    """Raise where another seed would have sent the constructor another way."""
+    """Raise ``SeedError`` if the construction would have run differently under ``seed``.
+
+    A constructor that read a random value may have branched on it, and the program holds only the
+    branch that was taken. Each recorded read is therefore replayed under ``seed`` and compared.
+    """
     if seed is None:
         return
     if program.seed_bound:
@@ -169,6 +212,7 @@ def check_seed(program: Program, seed: int | None) -> None:
     replay = Replay(program, seed)
     for read in program.reads:
         value = replay.value(read.ref, read.before)
+        # A read without a digest recorded only that Python saw a shape; replay itself compares it.
         if read.digest and digest(value) != read.digest:
             raise SeedError(
                 f"seed={seed} cannot be honoured: the constructor read a random value "
@@ -177,7 +221,7 @@ def check_seed(program: Program, seed: int | None) -> None:
 
 
 def _leave_real(group: Wanted) -> None:
-    """Ask no more for what another thread has materialised since."""
+    """Drop the tensors that another thread has materialised since ``group`` was collected."""
     for number, tensors in list(group.tensors.items()):
         if tensors[0][2].real is not None:
             left = [entry for entry in tensors if is_deferred_tensor(entry[1])]
@@ -187,7 +231,13 @@ def _leave_real(group: Wanted) -> None:
 
 
 def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
-    """Raise where shards hold no part of a recorded tensor, or other ranks recorded another one."""
+    """Raise ``ShardingError`` for shards that cannot be computed alone.
+
+    Args:
+        group: the selected tensors of one program.
+        seed: the seed that replaces the recorded random state.
+        ask: compare the recorded construction with that of the other ranks.
+    """
     shards: dict[str, tuple[Any, TensorRef]] = {}
     for tensors in group.tensors.values():
         for name, tensor, _, ref in tensors:
@@ -216,7 +266,11 @@ def _is_partial(tensor: Any) -> bool:
 
 
 def check_shared(group: Wanted, cast: Cast) -> None:
-    """Raise where a storage that is real already was asked for in another dtype or place."""
+    """Raise if tensors on one storage cannot all have the dtype and device of ``cast``.
+
+    Two cases fail: the tensors have several dtypes and a cast would change one of them, or the
+    storage is real already and was cast or moved otherwise.
+    """
     for tensors in group.tensors.values():
         name, _, slot, shown = tensors[0]
         if slot.real is None and len(tensors) == 1:
@@ -239,7 +293,13 @@ def check_shared(group: Wanted, cast: Cast) -> None:
 
 
 def check_constants(group: Wanted, replay: Replay, storages: Iterable[int] | None = None) -> None:
-    """Raise where real data have changed that some storages, by default all, are computed from."""
+    """Raise if real data that some values are computed from has changed.
+
+    Args:
+        group: the selected tensors of one program.
+        replay: reads the constants and compares their checksums.
+        storages: the storages that will be computed, by default all storages of ``group``.
+    """
     program = group.program
     if all(constant.checksum is None for constant in program.constants):
         return
@@ -260,7 +320,10 @@ def check_constants(group: Wanted, replay: Replay, storages: Iterable[int] | Non
 
 
 def check_holes(group: Wanted, replay: Replay) -> None:
-    """Raise where a value is drawn after a lazy module of which no shape is known yet."""
+    """Raise if a value is drawn after a lazy module whose shape is not known.
+
+    Such a module draws an unknown number of words, so no later draw has a known position.
+    """
     program = group.program
     if None not in program.holes:
         return
@@ -277,8 +340,11 @@ def check_holes(group: Wanted, replay: Replay) -> None:
 def _materialize(
     group: Wanted, cast: Cast, replay: Replay, threads: int | None, bar: Progress
 ) -> None:
+    """Run the plan of one program, and place each storage as soon as it has its values."""
     done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
     with without_modes():
+        # These storages became real in an earlier call. The tensors left on them only share the
+        # memory.
         for number in done:
             place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
     steps = plan_storages(group.program, (n for n in group.tensors if n not in done))
@@ -290,12 +356,16 @@ def _materialize(
                 running = step
                 storages = run()
                 for number in step.gives:
+                    # The tensor that replay allocated a small storage as. The first tensor placed
+                    # can take it over, which spares making another one.
                     window = replay.windows.pop(number, None)
                     place(group.tensors[number], storages.pop(number), cast, replay.strides, window)
                     bar.advance(group.program.storages[number].nbytes)
                     del left[number]
                 running = None
     except Exception as error:
+        # No step is running if `execute` failed while it started a later one, for example in
+        # allocating memory: then everything that is left is named.
         failed = left if running is None else running.gives
         names = listing(name for n in failed for name, *_ in group.tensors[n])
         if is_out_of_memory(error):

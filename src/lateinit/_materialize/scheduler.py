@@ -1,4 +1,11 @@
-"""Running the steps of a plan, the large ones by several threads."""
+"""Execute the steps of a plan, the large fills on several threads.
+
+A *fill* is the beginning of a step that computes one storage element by element, so that flat
+pieces of it can be computed alone (``_replay.chunks``). A *run* is a sequence of pieces, of one
+fill or of neighbouring ones, that one thread computes with one generator. Moving a generator to a
+distant position (a *jump*) costs as much as half a million draws, which is why pieces are joined to
+runs. Come here for how work is divided; ``materialize.py`` decides what work there is.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +39,15 @@ from lateinit._torch.operators import TRUNCATED
 from lateinit._torch.storage import allocate
 from lateinit._workers import Workers
 
-_AHEAD = 3  # runs that wait for a thread, for each thread
-_LEAST = 1 << 21  # elements below which a run is not worth its jump
-_MOST_JOINED = 16  # small fills that join a run, which begins when they are known
+# Runs submitted for each thread beyond the oldest step that is not placed yet. Bounds the storages
+# that are allocated and not yet handed to their tensors.
+_AHEAD = 3
+# Elements of the shortest run that is cut off for a thread. Its jump, as long as about 5e5 draws
+# (see `PIECE`), then costs at most a quarter of what its draws cost.
+_LEAST = 1 << 21
+# Steps after a large fill in which a small fill may still join its run. The run is not begun before
+# they are known, so this bounds how long it waits.
+_MOST_JOINED = 16
 
 Results = Callable[[], Storages]
 
@@ -42,13 +55,19 @@ Results = Callable[[], Storages]
 def execute(
     replay: Replay, steps: Iterable[Step], threads: int | None = None
 ) -> Iterator[tuple[Step, Results]]:
-    """Run steps; yields each with a function that gives its storages, or raises what failed.
+    """Run steps; yield each with a function that returns its storages, or raises.
 
-    Steps that begin by filling a large storage are given to ``threads`` threads (by default
-    ``torch.get_num_threads()``), in pieces, and so are small ones that draw right after them; all
-    others run here, as eager construction runs them.
-    Of a storage that is only filled to be cut into shards, no more than those is computed where
-    that can be; where it cannot, there is one such storage at a time.
+    A step that begins by filling a large storage is given to threads in pieces, and so is a small
+    fill that draws right after it. All other steps run in the calling thread, when their function
+    is called, as eager construction runs them.
+
+    If a storage is needed only to produce shards, only the sharded ranges are computed. If that is
+    impossible, the full storage is computed, at most one at a time.
+
+    Args:
+        replay: the replay of the program, under the seed asked for.
+        steps: steps of a plan, in program order.
+        threads: how many threads fill large storages, by default ``torch.get_num_threads()``.
     """
     count = torch.get_num_threads() if threads is None else threads
     found = _fills(replay.program, steps)
@@ -61,9 +80,12 @@ def execute(
                 yield step, partial(replay.run, step)
                 continue
             crew = crew or _Crew(replay, count)
-            # Long runs need few jumps, short ones at the end keep all threads busy.
+            # Long runs need few jumps; short ones at the end keep all threads busy. A single thread
+            # has nobody to share the end with.
             length = max(_LEAST, min(PIECE, left // (2 * count))) if count > 1 else PIECE
             left -= 0 if is_small(fill) else fill.ref.numel
+            # Nobody asked for the filled storage itself: other storages of this step are computed
+            # from it.
             passing = fill.ref.storage not in step.gives
             shards = shards_of(replay.program, step, fill) if passing else None
             try:
@@ -72,10 +94,13 @@ def execute(
                 else:
                     waiting.append(crew.start_shards(step, shards))
             except Exception:
-                # There may be too little memory for this one: what has its own is given still.
+                # Memory may have run out for this step. The steps before it have their memory
+                # already: they are still yielded, so that their tensors become real.
                 while waiting:
                     yield crew.collect(waiting.popleft())
                 raise
+            # A full storage that is needed only for its shards is finished before the next step
+            # begins, so that no two of them are in memory.
             most = 0 if passing and shards is None else _AHEAD * count
             while waiting and (most == 0 or crew.runs - waiting[0].run > most):
                 yield crew.collect(waiting.popleft())
@@ -83,14 +108,15 @@ def execute(
             yield crew.collect(waiting.popleft())
     finally:
         if crew is not None:
+            # Also when the consumer stops early or is interrupted: no thread writes on after this.
             crew.pool.shutdown()
 
 
 def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedFill | None]]:
-    """The steps, each with the fill that threads are to make, if any.
+    """Pair each step with the fill that threads will compute, or with None.
 
-    A small one is among them where it is drawn right after a large one, as a bias is after
-    a weight: the thread's generator stands there already, and another one would have to jump.
+    A small fill is included if it draws right after a large one, as a bias does after a weight: the
+    thread's generator is at that position already, and any other would have to jump there.
     """
     found: list[tuple[Step, ChunkedFill | None]] = []
     following, joined = None, 0
@@ -109,19 +135,30 @@ def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedF
 
 
 def _counted(step: Step, fill: ChunkedFill) -> bool:
-    """Whether a fill is made as a whole, and ends where its elements say in the random stream."""
+    """Whether the position after a fill follows from its number of elements alone.
+
+    It does not if only shards of it are computed, nor for a ``trunc_normal_`` that redraws.
+    """
     return fill.ref.storage in step.gives and fill.ops[0].name != TRUNCATED
 
 
 def _followed(found: list[tuple[Step, ChunkedFill | None]], number: int) -> bool:
-    """Whether the next step fills a storage that joins the run of this one."""
+    """Whether the next step has a small fill, which joins the run of this one."""
     fill = found[number + 1][1] if number + 1 < len(found) else None
     return fill is not None and is_small(fill)
 
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A step that threads work on: what they begin, the ops that come after, and the last run."""
+    """A step that threads work on.
+
+    Attributes:
+        step: the step.
+        begun: the storages that the threads fill.
+        rest: the ops after the fill, or None if there are none to run.
+        done: one future for each piece.
+        run: the number of the run that holds the last piece.
+    """
 
     step: Step
     begun: Storages
@@ -132,9 +169,15 @@ class _Started:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A piece of a fill, and how many words after the first draw of its run it is drawn.
+    """One piece of a fill.
 
-    ``late`` is what is known of the late rounds of a ``trunc_normal_``.
+    Attributes:
+        fill: the ops that compute it.
+        storage: the storage that it is a part of.
+        piece: the first element, and the one after the last.
+        after: the words between the first draw of the run and the first draw of this piece.
+        late: what is known of the late rounds of a ``trunc_normal_``.
+        done: set when the piece is filled or has failed.
     """
 
     fill: ChunkedFill
@@ -147,28 +190,29 @@ class _Job:
 
 @dataclass(slots=True)
 class _Run:
-    """Jobs that one thread does in turn, its generator moving on from each to the next."""
+    """Jobs that one thread does in turn, moving one generator forward from each to the next."""
 
     jobs: list[_Job] = field(default_factory=list)
     numel: int = 0
-    origin: tuple[Draw, int] | None = None  # the draw that it begins in, and how far in
+    origin: tuple[Draw, int] | None = None  # the draw it begins in, and the words before it there
 
 
 class _Crew:
-    """Threads, and the run of jobs that is being put together for one of them."""
+    """The threads, and the run that is being put together for the next free one."""
 
     def __init__(self, replay: Replay, threads: int) -> None:
         self.pool = Workers(threads)
-        self.runs = 0  # that were given to the threads
+        self.runs = 0  # runs that were submitted to the threads
         self._replay = replay
         self._threads = threads
         self._run = _Run()
         self._last: tuple[Draw, int, bytes] | None = None
 
     def start(self, step: Step, fill: ChunkedFill, length: int, followed: bool = False) -> _Started:
-        """Have a storage filled, in runs of about ``length`` elements.
+        """Allocate the storage of a fill and add its pieces to runs of about ``length`` elements.
 
-        The last one is not begun yet where it is ``followed`` by something small.
+        If the step is ``followed`` by a small fill, its last run is left open, so that the small
+        fill joins it.
         """
         number = fill.ref.storage
         storage, done = self._allocated(number), []
@@ -183,12 +227,13 @@ class _Crew:
         return _Started(step, {number: storage}, rest, done, last)
 
     def start_shards(self, step: Step, shards: list[Shard]) -> _Started:
-        """Have shards of storages filled."""
+        """Allocate the shards that a step gives, and have the threads fill them."""
         begun: Storages = {}
         done: list[Future[None]] = []
         for shard in shards:
             storage = begun[shard.storage] = self._allocated(shard.storage)
             if shard.copied.box.size != shard.copied.shape:
+                # Uneven shards: FSDP2 pads the local tensor, and its padding is zeros.
                 torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
             draw = shard.fill.draw
             state = None if draw is None else self._replay.streams.state(draw)
@@ -199,8 +244,9 @@ class _Crew:
         return _Started(step, begun, None, done, self.runs - 1)
 
     def collect(self, started: _Started) -> tuple[Step, Results]:
-        """A step that was started, and what waits for it, completes it and gives its storages."""
+        """Give a started step, with a function that waits for it and completes it."""
         if started.run == self.runs:
+            # The last piece is in the run that is still open: nobody would ever compute it.
             self.flush()
 
         def storages() -> Storages:
@@ -213,7 +259,7 @@ class _Crew:
         return started.step, storages
 
     def flush(self) -> None:
-        """Give the threads the run as it is."""
+        """Submit the open run to the threads."""
         run, self._run = self._run, _Run()
         if not run.jobs:
             return
@@ -227,6 +273,7 @@ class _Crew:
     def _add(
         self, fill: ChunkedFill, storage: torch.UntypedStorage, piece: tuple[int, int]
     ) -> Future[None]:
+        """Add a piece to the open run, or to a new run if its distance from there is not known."""
         draw, into = fill.draw, words_of(fill, piece[0])
         after = 0
         if draw is not None:
@@ -248,14 +295,16 @@ class _Crew:
         return late_of(self._replay.program, fill, self._replay.streams.state(fill.draw))
 
     def _words_to(self, draw: Draw) -> int | None:
-        """The words from the draw that the run begins in to another one."""
+        """The words from the first draw of the open run to ``draw``; None if that is not known."""
         return self._replay.streams.words(self._run.origin[0], draw) if self._run.origin else 0
 
     def _state(self, run: _Run) -> bytes | None:
-        """Where the generator stands at the beginning of a run."""
+        """The state of the generator at the beginning of a run."""
         if run.origin is None:
             return None
         draw, into = run.origin
+        # Within one draw, jump on from the run before: runs of one length are equally far apart,
+        # and `mt19937.jump` is fastest over a distance that it has seen.
         if self._last is not None and self._last[0] == draw:
             state = mt19937.jump(self._last[2], into - self._last[1])
         else:
@@ -270,7 +319,7 @@ class _Crew:
 
 
 def _work(jobs: list[_Job], state: bytes | None) -> None:
-    """Do the jobs of a run; what fails is raised to whoever waits for the job or a later one."""
+    """Do the jobs of a run; an error is raised to whoever waits for a job that is not done."""
     try:
         generator = None if state is None else mt19937.generator_at(state)
         at = 0
@@ -281,12 +330,12 @@ def _work(jobs: list[_Job], state: bytes | None) -> None:
                 at = job.after + words_of(job.fill, job.piece[1] - job.piece[0])
             run_piece(job.fill, job.storage, job.piece, drawing, job.late)
             job.done.set_result(None)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - handed to the thread that waits
         _fail(jobs, error)
 
 
 def _fail(jobs: list[_Job], error: BaseException) -> None:
-    """Let nobody wait for what is not done."""
+    """Give ``error`` to all waiting for a job that is not done, so that nobody waits forever."""
     for job in jobs:
         if not job.done.done():
             job.done.set_exception(error)

@@ -1,4 +1,4 @@
-"""The result of comparing tensors bit for bit: what differs, by name."""
+"""The result of a bitwise comparison of tensors, shared by ``parity`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What was compared with what a seed gives, and what differs."""
+    """What was compared with the values of a seed, and the differences.
+
+    Attributes:
+        differences: pairs of a name and a description.
+        tensors: how many tensors were compared.
+        nbytes: their bytes.
+        seed: the seed.
+    """
 
     differences: tuple[tuple[str, str], ...]
     tensors: int
@@ -31,7 +38,7 @@ class Comparison:
         }
 
     def told(self, equal: str) -> list[str]:
-        """A line for each difference, then the verdict, which is ``equal`` if there is none."""
+        """A line for each difference, then the verdict: ``equal`` if there is no difference."""
         count = len(self.differences)
         verdict = equal if self.equal else f"DIFFERENT: {count} difference{'s' * (count != 1)}"
         return [*(f"  {name}: {what}" for name, what in self.differences), verdict]

@@ -1,4 +1,4 @@
-"""Folding the names of repeated layers: ``layers.{0..31}.mlp.up_proj.weight``."""
+"""Fold the names of repeated layers: ``layers.{0..31}.mlp.up_proj.weight``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+# Runs of numbers that a folded name shows, such as `{0..3,5,7,...,31}`. Bounds its length.
 _MOST_RUNS = 4
 
 
 def fold(
     rows: Iterable[T], name: Callable[[T], str], kind: Callable[[T], Hashable]
 ) -> list[tuple[str, list[T]]]:
-    """Group rows of one kind whose names differ in their layer numbers only, in order.
+    """Group rows of one kind whose names differ only in their layer numbers.
 
-    A group's name stands for exactly the names in it: numbers are folded where every combination
-    of them is there.
+    A folded name stands for exactly the names of its rows: numbers are folded only if every
+    combination of them occurs.
+
+    Args:
+        rows: the rows, in order; so are the groups, by their first rows.
+        name: the name of a row.
+        kind: rows are grouped only if this is equal.
     """
     groups: dict[Hashable, list[T]] = {}
     places: dict[int, int] = {}
@@ -35,7 +41,7 @@ def _fold_group(rows: list[T], name: Callable[[T], str]) -> list[tuple[str, list
     by_rest: dict[Hashable, list[T]] = {}
     for row, found in zip(rows, numbers, strict=True):
         by_rest.setdefault(found[1:], []).append(row)
-    if len(by_rest) == 1:  # what repeats is not told apart by its numbers
+    if len(by_rest) == 1:  # rows with the same numbers cannot be told apart by them
         return [(name(row), [row]) for row in rows]
     return [part for group in by_rest.values() for part in _fold_group(group, name)]
 

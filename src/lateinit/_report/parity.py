@@ -1,4 +1,8 @@
-"""Whether a deferred model, materialised, is its eager twin: law 1, for one model and one seed."""
+"""Whether a deferred model, once materialised, equals its eager twin: law 1, for one seed.
+
+``check_parity`` serves ``lateinit check``. ``facts`` and ``compare`` say what equality means, for
+the tests too.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,12 @@ Build = Callable[[], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """All that is compared of one tensor.
+    """Everything that is compared of one tensor.
 
-    ``memory`` is the first name on its storage and the distance in bytes to that one's first
-    element; ``bits`` a digest of its values.
+    Attributes:
+        memory: the first name on its storage, and the distance in bytes to that tensor's first
+            element.
+        bits: a digest of its values.
     """
 
     names: tuple[str, ...]
@@ -47,7 +53,7 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity(Comparison):
-    """The result of a comparison of twins, and the seconds that each stage took."""
+    """The result of comparing twins, with the seconds that each stage took."""
 
     parameters: int
     seconds: dict[str, float]
@@ -73,8 +79,12 @@ class Parity(Comparison):
 def check_parity(build: Build, *, seed: int = 0) -> Parity:
     """Build a model eagerly and deferred from one seed, materialise it, and compare every bit.
 
-    One of the two models is in memory at a time, unless they differ. Python's and numpy's random
-    generators are seeded too. All generators are left as they were.
+    One of the two models is in memory at a time; only if values differ, both are. Python's and
+    numpy's global generators are seeded too. All global generators are left as they were.
+
+    Args:
+        build: constructs the model; called twice, or three times if values differ.
+        seed: the seed of all generators before each construction.
 
     Example:
         >>> from lateinit._report import parity
@@ -94,7 +104,7 @@ def _check(build: Build, seed: int) -> Parity:
     eager = _timed(seconds, "eager", build)
     expected, state = facts(eager), torch.get_rng_state()
     del eager
-    gc.collect()  # modules refer to each other in circles
+    gc.collect()  # modules refer to each other in circles: free the eager twin now
     seed_all(seed)
     try:
         late = _timed(seconds, "record", lambda: deferred_init(build))
@@ -147,7 +157,7 @@ def _timed(seconds: dict[str, float], what: str, call: Callable[[], Any]) -> Any
 
 
 def facts(module: nn.Module) -> dict[str, TensorFacts]:
-    """The facts of every tensor of a module, by its first name."""
+    """The facts of every tensor of a module, by the tensor's first name."""
     first: dict[int, tuple[str, int]] = {}
     return {found.name: _facts(found, first) for found in find_tensors(module)}
 
@@ -188,7 +198,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _components(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that a tensor of another layout is made of."""
+    """The dense tensors that hold the values of a tensor of another layout."""
     if tensor.layout is torch.sparse_coo:
         return sparse_parts(tensor)
     return [tensor.to_dense()]
@@ -197,7 +207,7 @@ def _components(tensor: Tensor) -> list[Tensor]:
 def compare(
     expected: dict[str, TensorFacts], found: dict[str, TensorFacts]
 ) -> list[tuple[str, str]]:
-    """What differs between two models' facts: pairs of a name and what is wrong there."""
+    """The differences between two models' facts: pairs of a name and a description."""
     differences = [(name, "missing") for name in expected if name not in found]
     differences += [(name, "one too many") for name in found if name not in expected]
     for name, ours in expected.items():
@@ -233,7 +243,13 @@ def _with_values(
 def values_differ(
     expected: Tensor, found: Tensor, sides: tuple[str, str] = ("eager", "deferred")
 ) -> str:
-    """How many elements differ in their bits, and the first of them."""
+    """How many elements differ in their bits, and the first of them, in words.
+
+    Args:
+        expected: the right values.
+        found: the values to judge.
+        sides: what to call the two.
+    """
     if found.is_meta or expected.is_meta or expected.shape != found.shape:
         return "they cannot be compared"
     ours, theirs = in_a_row(expected.cpu()), in_a_row(found.cpu())

@@ -1,4 +1,4 @@
-"""``summary``: what a model is, how big, and how each of its tensors will be initialised."""
+"""``summary``: a table of a model's tensors, and how each of them will be initialised."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from lateinit.errors import listing
 
 State = Literal["deferred", "lazy", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
+# The columns that a terminal may break into several lines.
 _WRAPPED = ("name", "initialised")
 
 
@@ -37,9 +38,18 @@ _WRAPPED = ("name", "initialised")
 class Row:
     """One tensor.
 
-    ``names`` are all that lead to it, the first one first; ``shares`` is the name of an earlier
-    tensor whose storage it looks at; ``init`` is None where nothing was recorded. A lazy tensor has
-    None for an unknown size, for a shape of which nothing is known, and for its bytes.
+    Attributes:
+        names: all names of the tensor, the first one first.
+        kind: parameter, buffer or attribute.
+        persistent: whether a state dict holds it.
+        shape: its shape, None for each unknown size; None if nothing is known.
+        dtype: its dtype, without ``torch.``.
+        device: the device it is on, or was recorded for.
+        requires_grad: whether it requires gradients.
+        state: deferred, lazy, real, or plain ``meta``.
+        nbytes: its bytes; None if its shape is not known.
+        init: how it is initialised; None if nothing was recorded.
+        shares: the name of an earlier tensor on the same storage.
     """
 
     names: tuple[str, ...]
@@ -61,7 +71,7 @@ class Row:
 
     @property
     def numel(self) -> int:
-        """How many elements it has; 0 where that is not known."""
+        """How many elements it has; 0 if that is not known."""
         return _numel(self.shape)
 
     @property
@@ -72,13 +82,13 @@ class Row:
 
     @property
     def what(self) -> str:
-        """Its kind, in words."""
+        """Its kind, in words, with a note if a state dict leaves it out."""
         return self.kind if self.kind != "buffer" or self.persistent else "buffer (not saved)"
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over a model, tensors of unknown size left out; bytes count each memory once."""
+    """Sums over a model, without tensors of unknown size; bytes count shared memory once."""
 
     tensors: int
     unsized_tensors: int
@@ -91,7 +101,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of a model's tensors. Print it, show it in a notebook, or take ``to_dict()``."""
+    """A table of a model's tensors. Print it, show it in a notebook, or take ``to_dict()``.
+
+    Attributes:
+        rows: one for each tensor, in the order of the module.
+        totals: the sums.
+    """
 
     rows: tuple[Row, ...]
     totals: Totals
@@ -103,7 +118,7 @@ class Summary:
 
     @cached_property
     def lines(self) -> tuple[tuple[str, ...], ...]:
-        """The table's cells as printed, repeated layers folded."""
+        """The cells of the table as printed, with repeated layers folded."""
         return tuple(_cells(name, rows) for name, rows in fold(self.rows, _name, _alike))
 
     @property
@@ -144,8 +159,14 @@ class Summary:
         yield Text(self.footer)
 
     def _columns(self, room: int) -> list[int]:
-        """The columns that fit a width, those left out first that say the same in each line."""
+        """The columns that fit a width.
+
+        Columns with the same cell in every line are left out first, then the others in a fixed
+        order; ``name`` always stays.
+        """
         table = [_HEADS, *self.lines]
+        # Three characters for the padding and the gap between columns; a wrapped column can shrink
+        # to 16.
         widths = [max(len(line[i]) for line in table) + 3 for i in range(len(_HEADS))]
         folded = [min(w, 16) if h in _WRAPPED else w for h, w in zip(_HEADS, widths, strict=True)]
         shown = list(range(len(_HEADS)))
@@ -173,14 +194,15 @@ class Summary:
 def summary(module: Any, *, only: Only | None = None) -> Summary:
     """A table of every tensor of a model: what it is, and how it will be initialised.
 
-    Nothing is allocated and nothing is run.
+    Nothing is allocated, run or changed.
 
     Args:
         module: a module, a tensor, or a list, tuple or dict of them.
-        only: which tensors: a glob on their names, several, or a predicate ``(fqn, tensor)``.
+        only: which tensors: a glob on their fully qualified names, several globs, or a predicate
+            ``(fqn, tensor) -> bool``.
 
     Returns:
-        A ``Summary``, in the order of the module. Printed, repeated layers share a line.
+        A ``Summary``, in the order of the module. When printed, repeated layers share a line.
 
     Raises:
         PatternError: a pattern of ``only`` matches no tensor.
@@ -197,7 +219,7 @@ def summary(module: Any, *, only: Only | None = None) -> Summary:
         32 B (float32 32 B), of which 32 B deferred
     """
     rows: list[Row] = []
-    first: dict[int, str] = {}  # the first name on each storage
+    first: dict[int, str] = {}  # the first name on each storage, by its key
     sizes: dict[int, _Memory] = {}
     for found in select(find_tensors(module), only):
         row, key = _row(found, first), _storage_key(found.tensor)
@@ -208,7 +230,7 @@ def summary(module: Any, *, only: Only | None = None) -> Summary:
 
 
 class _Memory:
-    """The bytes of one storage that some tensors look at, as far as the tensors reach."""
+    """The bytes of one storage, as far as some tensors cover it."""
 
     def __init__(self, row: Row) -> None:
         self.dtype = row.dtype
@@ -216,7 +238,7 @@ class _Memory:
         self.nbytes = 0
 
     def add(self, nbytes: int, tensor: Tensor) -> None:
-        """Count a tensor that looks at it."""
+        """Count a tensor on this storage; views of the same bytes do not count twice."""
         self.nbytes = min(self.nbytes + nbytes, max(_storage_bytes(tensor), nbytes))
 
 
@@ -241,12 +263,12 @@ def _row(found: Found, first: dict[int, str]) -> Row:
 
 
 def _numel(shape: tuple[int | None, ...] | None) -> int:
-    """How many elements a shape has; 0 where that is not known."""
+    """How many elements a shape has; 0 if that is not known."""
     return 0 if shape is None else math.prod(size or 0 for size in shape)
 
 
 def _state(found: Found) -> tuple[State, str, str | None]:
-    """The state of a tensor, the device that it is on or meant for, and its initialisation."""
+    """The state of a tensor, its device (or the recorded one), and its initialisation."""
     tensor = found.tensor
     if is_placeholder(tensor):
         return "lazy", str(tensor.device), None

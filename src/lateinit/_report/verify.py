@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what a seed gives: compared bit for bit, a few tensors at a time."""
+"""Whether a checkpoint holds the values of a seed, compared bit for bit, batch by batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lateinit._units import format_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification(Comparison):
-    """The result of a comparison of a checkpoint with what a seed gives."""
+    """The result of comparing a checkpoint with the values of a seed."""
 
     path: Path
 
@@ -42,10 +42,12 @@ def verify(
 ) -> Verification:
     """Compare a checkpoint with the values of a deferred module, which stays deferred.
 
+    A few tensors at a time are in memory.
+
     Args:
         module: a module that was recorded from ``seed``.
         path: any checkpoint that ``load_checkpoint`` reads.
-        seed: for the report.
+        seed: the seed, for the report.
         dtype: cast floating-point tensors to this first, as ``save_checkpoint(dtype=)`` does.
 
     Raises:

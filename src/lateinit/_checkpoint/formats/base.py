@@ -1,4 +1,4 @@
-"""What every checkpoint format offers: named tensors, read whole or one window at a time."""
+"""The interface of every checkpoint format: named tensors, read whole or one block at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from lateinit.errors import CorruptCheckpointError, candidates
 
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)  # only what is written needs memory of its own
+# A private mapping reserves swap for its whole length, as every page might be written to. With this
+# flag only written pages count. Python has the constant where the system does.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as a file holds it."""
+    """The name, dtype and shape of a tensor in a checkpoint."""
 
     name: str
     dtype: torch.dtype
@@ -33,17 +35,17 @@ class StoredTensor:
 
 
 class Reader(abc.ABC):
-    """An open checkpoint whose structure has been checked; knows of no module.
+    """An open checkpoint whose structure has been checked. It knows no module.
 
     Attributes:
         path: the file or folder, for messages.
-        entries: dtype and shape of every tensor, by name.
-        objects: what is no plain tensor, by name, such as the extra state of a module.
-        aliases: names of tied tensors that were left out, with the name that was kept.
-        shared: of tensors that have memory in common, all names of it, by name.
-        versions: the ``_metadata`` of a state dict, where a format keeps it.
-        origins: names in the files, by name, of what has another name there.
-        hint: what to say beside names that do not fit.
+        entries: the dtype and shape of every tensor, by name.
+        objects: values that are no plain tensors, such as the extra state of a module, by name.
+        aliases: names of tied tensors that were not written, each with the name that was.
+        shared: for a tensor that shares its memory with others, the names of all of them.
+        versions: the ``_metadata`` of a state dict, if the format keeps it.
+        origins: for a tensor that is called otherwise in the files, its names there.
+        hint: a sentence to add to a message about names that do not fit.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,10 +64,19 @@ class Reader(abc.ABC):
         offsets: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> Tensor:
-        """A tensor, or the block of it that starts at ``offsets`` and has the shape ``sizes``.
+        """Read a tensor, or the block that starts at ``offsets`` and has the shape ``sizes``.
 
-        On the CPU; where the format allows, a window on the file, mapped so that writing to it
-        never changes the file and that only what is touched is read.
+        The result is on the CPU. If the format allows, it is a window on a private mapping of the
+        file: only touched pages are read, and writing to it never changes the file.
+
+        Args:
+            name: the tensor.
+            offsets: where the block starts, by default at the first element.
+            sizes: the shape of the block, by default that of the tensor.
+
+        Raises:
+            CorruptCheckpointError: there is no tensor of this name.
+            ValueError: the block is not inside the tensor.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -84,11 +95,11 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """A block that is known to lie inside its tensor."""
+        """Read a block that is known to be inside its tensor."""
 
 
 def block_of(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """The block of a tensor, without a copy."""
+    """A block of a tensor, as a view."""
     for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, start, size)
@@ -96,7 +107,7 @@ def block_of(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Te
 
 
 def mapped(path: Path) -> mmap.mmap:
-    """A file in memory, copied where it is written to: the file itself is never changed."""
+    """Map a file, privately: a page that is written to is copied, and the file never changes."""
     with path.open("rb") as file:
         if hasattr(mmap, "MAP_PRIVATE"):
             flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -105,7 +116,7 @@ def mapped(path: Path) -> mmap.mmap:
 
 
 def tensor_at(data: mmap.mmap, start: int, entry: StoredTensor) -> Tensor:
-    """A tensor that starts at a byte of a mapped file; copied if that is no place for its dtype."""
+    """The tensor at a byte of a mapped file; copied if its dtype does not allow that address."""
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     if start % entry.dtype.itemsize:
@@ -116,10 +127,10 @@ def tensor_at(data: mmap.mmap, start: int, entry: StoredTensor) -> Tensor:
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file.
+    """The size of a file in bytes.
 
     Raises:
-        CorruptCheckpointError: there is none, or it cannot be read.
+        CorruptCheckpointError: there is no such file, or it cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -129,10 +140,15 @@ def size_of(path: Path) -> int:
 
 
 def inside(folder: Path, name: object, source: str) -> Path:
-    """The place of a file that a checkpoint names, which must lie in its own folder.
+    """The path of a file that a checkpoint names, which must lie in the checkpoint's own folder.
+
+    Args:
+        folder: that folder.
+        name: the name in the checkpoint, of which nothing is assumed.
+        source: the file that names it, for the message.
 
     Raises:
-        CorruptCheckpointError: the name leads out of the folder.
+        CorruptCheckpointError: the name is none, or leads out of the folder.
     """
     pure = PurePosixPath(name) if isinstance(name, str) else None
     bad = (

@@ -1,7 +1,8 @@
-"""Reading a folder of ``torch.distributed.checkpoint``, without a process group.
+"""Read a folder of ``torch.distributed.checkpoint`` (DCP), without a process group.
 
 The ``.metadata`` of such a folder is a pickle. It is read by an unpickler that knows the few
-classes which belong there and no other. Of a block, only the part that is asked for is read.
+classes which belong there, and no other. The blocks of a tensor are mapped, and only the parts
+asked for are read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from lateinit.errors import CorruptCheckpointError, listing
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
+# The names of the classes of paths differ between systems, and their module between Python
+# versions.
 _PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
+# What `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/metadata.py and
+# filesystem.py), and no other class.
 _KNOWN = {
     f"{_DCP}.metadata": {
         "BytesStorageMetadata",
@@ -70,7 +75,7 @@ class _Bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A block of a tensor, where it is in that tensor, and how it lies in its file."""
+    """A block of a tensor: its bytes, its offsets in the tensor, and its layout in those bytes."""
 
     at: _Bytes
     offsets: tuple[int, ...]
@@ -78,7 +83,7 @@ class _Block:
 
 
 class DcpReader(Reader):
-    """A folder that ``torch.distributed.checkpoint`` wrote with its ``FileSystemWriter``."""
+    """A folder that the ``FileSystemWriter`` of DCP wrote."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -89,7 +94,7 @@ class DcpReader(Reader):
             self._describe(metadata)
         except CorruptCheckpointError:
             raise
-        except Exception as error:  # what a corrupt pickle gives is of any kind
+        except Exception as error:  # a corrupt pickle can yield any object
             raise CorruptCheckpointError(
                 f"{path / METADATA} describes no checkpoint: {type(error).__name__}: {error}"
             ) from error
@@ -110,7 +115,7 @@ class DcpReader(Reader):
         self._join(metadata.planner_data or {})
 
     def _place(self, name: str, place: Any) -> _Bytes:
-        """Check where a block is said to be."""
+        """Check the place of a block, and map its file."""
         if place is None:
             raise CorruptCheckpointError(f"{self.path} does not say where {name!r} is")
         if getattr(place, "transform_descriptors", None):
@@ -130,7 +135,7 @@ class DcpReader(Reader):
         return _Bytes(file, start, length)
 
     def _block(self, name: str, place: Any, chunk: Any) -> _Block:
-        """Check one block of a tensor, but for its data."""
+        """Check a block of a tensor, except for its data."""
         at, entry = self._place(name, place), self.entries[name]
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         fits = len(sizes) == len(offsets) == len(entry.shape) and all(
@@ -158,7 +163,7 @@ class DcpReader(Reader):
         return Part(self._files[at.file], at.start, at.length)
 
     def _check_cover(self, name: str) -> None:
-        """Check that the blocks fill the tensor."""
+        """Check that the blocks have as many elements as the tensor."""
         wanted = torch.Size(self.entries[name].shape).numel()
         found = sum(torch.Size(b.layout.size).numel() for b in self._blocks[name])
         if found < wanted:
@@ -178,7 +183,11 @@ class DcpReader(Reader):
             ) from error
 
     def _join(self, paths: dict[str, Any]) -> None:
-        """Let the extra state of a module be whole: a dict was taken apart when it was written."""
+        """Put the extra state of a module back together.
+
+        DCP flattens nested dicts and lists when it writes (``flatten_state_dict``), and keeps the
+        path of each leaf in ``planner_data``.
+        """
         for name, path in paths.items():
             if isinstance(path, tuple) and len(path) > 1 and str(path[0]).endswith("_extra_state"):
                 value = self.objects.pop(name) if name in self.objects else self.read(name).clone()
@@ -231,7 +240,7 @@ def _put(target: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _with_lists(value: Any) -> Any:
-    """Dicts whose keys are places were lists."""
+    """Turn dicts whose keys are 0, 1, 2, ... back into the lists that they were."""
     if not isinstance(value, dict):
         return value
     inner = {key: _with_lists(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any format: one file, or a folder of shards with their index."""
+"""Open a checkpoint of any format: one file, or a folder of shards with their index."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from lateinit._checkpoint.formats.safetensors import SafetensorsReader
 from lateinit._checkpoint.formats.torch_save import TorchReader, starts_as_zip
 from lateinit.errors import CorruptCheckpointError, listing
 
+# The first line of the text file that stands for a large file in a clone without Git LFS.
 _POINTER = b"version https://git-lfs"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
+# `model-00002-of-00003.safetensors`. A name that ends in `-of-00001` is a whole checkpoint.
 _SHARD = re.compile(r"(-\d+-of-(?!0*1\.)\d+)(\.[a-z]+)$")
 
 
 def open_checkpoint(path: Path) -> Reader:
-    """Open a checkpoint and check the structure of all of its files.
+    """Open a checkpoint, and check the structure of all of its files.
+
+    Args:
+        path: a file, an index of shards, or a folder.
 
     Raises:
-        CorruptCheckpointError: it is none, or a part of it is missing, truncated or corrupt.
+        CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated or
+            corrupt.
     """
     if path.is_dir():
         return _open_folder(path)
@@ -82,7 +88,7 @@ def _open_folder(path: Path) -> Reader:
 
 
 class _Sharded(Reader):
-    """Shards with an index that says which tensor is in which."""
+    """Shards, with an index that says which file holds which tensor."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -103,6 +109,7 @@ class _Sharded(Reader):
             )
         self._shards = {name: shards[file] for name, file in places.items()}
         for shard in shards.values():
+            # Tensors that the index leaves out count too, since they are in the files.
             self._shards = dict.fromkeys(shard.entries, shard) | self._shards
             self.aliases |= shard.aliases
             self.objects |= shard.objects

@@ -1,4 +1,7 @@
-"""Reading a safetensors file: header and lengths checked, data mapped."""
+"""Read a safetensors file: header and lengths are checked, the data are mapped.
+
+``DTYPES`` holds the dtypes that the format and torch have in common.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,8 @@ DTYPES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+# The limit of the safetensors library (MAX_HEADER_SIZE in its tensor.rs). Bounds what is read on
+# the word of a file's first 8 bytes.
 _LONGEST_HEADER = 100_000_000
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 
@@ -67,7 +72,7 @@ class SafetensorsReader(Reader):
         self._data = mapped(path)
 
     def _place(self, base: int, size: int, described: dict[str, Any]) -> None:
-        """Check that the tensors fill the file exactly."""
+        """Check that the tensors fill the data part of the file, without gaps or overlaps."""
         spans = []
         for name, value in described.items():
             entry, start, end = _entry(name, value)
@@ -89,7 +94,7 @@ class SafetensorsReader(Reader):
 
 
 def _header(path: Path, size: int) -> tuple[int, dict[str, Any]]:
-    """Where the data start, and what the header says."""
+    """The position of the data, and the parsed header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8:
@@ -121,7 +126,7 @@ def _metadata(described: dict[str, Any]) -> dict[str, str]:
 
 
 def _entry(name: str, value: Any) -> tuple[StoredTensor, int, int]:
-    """What the header says of one tensor."""
+    """The tensor that the header describes, with the first byte of its data and the one after."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"its header has no dtype, shape and place of {name!r}")
     code, shape, place = value["dtype"], value["shape"], value["data_offsets"]
@@ -138,7 +143,7 @@ def _entry(name: str, value: Any) -> tuple[StoredTensor, int, int]:
 
 
 def _sizes(value: Any) -> bool:
-    """Whether this is a list of sizes that torch can count."""
+    """Whether this is a list of sizes that torch, which counts in signed 64 bits, can take."""
     return isinstance(value, list) and all(
         isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in value
     )

@@ -1,4 +1,4 @@
-"""Reading what ``torch.save`` wrote: mapped, and never anything but tensors and plain data."""
+"""Read a file of ``torch.save``: mapped, and never anything but tensors and plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lateinit.errors import CorruptCheckpointError, listing
 
 
 class TorchReader(Reader):
-    """One file of ``torch.save`` that holds a state dict."""
+    """A file of ``torch.save`` that holds a state dict."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -62,7 +62,8 @@ def _load(path: Path) -> Any:
         if is_zip:
             with path.open("rb") as file:
                 Records(file)
-        # Only the zip format, torch's since 1.6, can be mapped.
+        # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
+        # that a mapping relies on.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CorruptCheckpointError(
@@ -79,13 +80,13 @@ def _load(path: Path) -> Any:
 
 
 def starts_as_zip(path: Path) -> bool:
-    """Whether a file starts as a zip does."""
+    """Whether a file starts with the signature of a zip file."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def _reason(error: Exception) -> str:
-    """What torch found, without its advice to unpickle it all the same."""
+    """The reason that torch gives, without its advice to unpickle the file without a check."""
     found = re.search(r"WeightsUnpickler error: (.+?)(?:\. |\n|$)", str(error))
     return found.group(1) if found else "torch.load(weights_only=True) refuses it"
 
@@ -95,7 +96,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _plain(value: Any) -> bool:
-    """Whether this is a tensor that is described by dtype and shape."""
+    """Whether a value is a tensor that dtype and shape describe."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided

@@ -1,4 +1,8 @@
-"""The records of a zip file as ``torch.save`` writes it, checked without reading their data."""
+"""The records of a zip file of ``torch.save``, checked without reading tensor data.
+
+Python's ``zipfile`` reads the directory at the end of the file. torch maps data at the place that
+each record's own header implies, so both are compared here.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import zipfile
 import zlib
 from typing import IO
 
-_HEADER = struct.Struct("<4s22xHH")  # what stands before a record, up to its name
+# A local file header up to its name: signature, (skipped), the lengths of name and extra field.
+_HEADER = struct.Struct("<4s22xHH")
 _SIGNATURE = b"PK\x03\x04"
 
 
 class Records:
-    """Where each record is; the few that are not tensor data are compared with their checksums.
+    """The place of each record; records that are not tensor data are checked by checksum.
 
     Raises:
         ValueError: this is no whole file of ``torch.save``.
@@ -30,7 +35,8 @@ class Records:
             name = info.filename.partition("/")[2]
             start = self._start(info)
             file.seek(start + info.file_size)
-            # What follows a record starts with this too: the next one, or the end of this one.
+            # After a record's data comes another signature, which begins with PK too: of a data
+            # descriptor, of the next record or of the directory.
             stored = info.compress_type == zipfile.ZIP_STORED and file.read(2) == b"PK"
             if not stored or len(tops) != 1 or name in self._places:
                 raise ValueError(f"its record {info.filename!r} is damaged")
@@ -44,7 +50,7 @@ class Records:
                 raise ValueError(f"its record {info.filename!r} is damaged")
 
     def _start(self, info: zipfile.ZipInfo) -> int:
-        """Where a record's data start, if its own header says what the directory says."""
+        """The first byte of a record's data, if its own header agrees with the directory."""
         self._file.seek(info.header_offset)
         header = self._file.read(_HEADER.size)
         if len(header) < _HEADER.size:

@@ -1,6 +1,7 @@
-"""A tensor inside a file of ``torch.save`` that is itself a part of a larger file.
+"""A tensor in a ``torch.save`` file that is itself a part of a larger file, as in DCP folders.
 
-What is needed to find its data is read, and checked; the data themselves are not.
+The pickle is read by an unpickler that knows tensors only, and finds where the data are. The data
+themselves are not read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lateinit._torch.serialization import (
 
 
 class Part(io.RawIOBase):
-    """A range of a buffer as a file."""
+    """A range of a buffer, as a read-only file."""
 
     def __init__(self, data: Any, start: int, length: int) -> None:
         self._data = memoryview(data)[start : start + length]
@@ -57,7 +58,16 @@ class Part(io.RawIOBase):
 
 @dataclass(frozen=True, slots=True)
 class StoredLayout:
-    """Where a tensor's storage is in the part, in bytes, and how the tensor lies on it."""
+    """Where a tensor is in its part.
+
+    Attributes:
+        start: the first byte of its storage.
+        numel: the elements of its storage.
+        dtype: the dtype.
+        offset: the element of the storage at which the tensor starts.
+        size: its shape.
+        stride: its strides, in elements.
+    """
 
     start: int
     numel: int
@@ -71,7 +81,7 @@ def stored_layout(part: Part) -> StoredLayout:
     """Find the one tensor of a file.
 
     Raises:
-        ValueError: this is no whole file with a plain tensor and nothing else.
+        ValueError: this is no whole file with one plain tensor.
     """
     try:
         return _layout_of(Records(io.BufferedReader(part)))
@@ -99,7 +109,7 @@ def _layout_of(records: Records) -> StoredLayout:
 
 
 def _check(layout: StoredLayout, itemsize: int) -> None:
-    """Check that a tensor lies on its storage."""
+    """Check that a tensor lies inside its storage."""
     numbers = (layout.offset, *layout.size, *layout.stride)
     last = layout.offset + sum((n - 1) * s for n, s in zip(layout.size, layout.stride, strict=True))
     empty = 0 in layout.size
@@ -126,7 +136,7 @@ class _Tensor:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and nothing else; makes none."""
+    """Describes tensors; knows nothing else, and makes none."""
 
     def persistent_load(self, saved: Any) -> _Storage:
         kind, dtype, key, _, numel = saved

@@ -1,4 +1,4 @@
-"""Giving tensors of a module the values that a checkpoint has for them."""
+"""Put the values of a checkpoint into the tensors of a module, as cheaply as each allows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _Entry = tuple[str, Tensor, Slot, TensorRef]
 
 
 class Placer:
-    """Puts values into tensors, each as cheaply as it can be.
+    """Puts values into tensors, one at a time.
 
-    A deferred tensor on the CPU that is to have the values' own dtype takes their very memory;
-    anything else is copied into. All tensors on one storage become real together.
+    A deferred tensor on the CPU with the dtype of the values takes their memory (*zero-copy*); for
+    any other deferred tensor memory is allocated and copied into; a real tensor is copied into. All
+    tensors on one storage become real together.
     """
 
     def __init__(self, groups: Iterable[Wanted], cast: Cast) -> None:
@@ -40,18 +41,19 @@ class Placer:
             for tensors in group.tensors.values()
             for _, tensor, slot, ref in tensors
         }
+        # Data pointers of the memory that was given away: no second tensor may have it.
         self._taken: set[int] = set()
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is deferred: a stand-in of itself, which has no values yet."""
+        """Whether a tensor is deferred: in a load it is a stand-in for itself, without values."""
         return is_deferred_tensor(tensor) and not is_lazy(tensor)
 
     def device(self, tensor: Tensor) -> torch.device:
-        """Where the values of a deferred tensor will be."""
+        """The device where the values of a deferred tensor will be."""
         return destination(tensor, self._cast)
 
     def reveal(self, tensor: Tensor) -> None:
-        """Materialise a tensor, if it is deferred, and those that share its memory."""
+        """Materialise a tensor if it is deferred, and the tensors that share its memory."""
         if not self.holds(tensor):
             return
         entries = self._sharing.get(id(locate(tensor)[0]), ())
@@ -59,9 +61,13 @@ class Placer:
         materialize(together, device=self._cast.device, dtype=self._cast.dtype)
 
     def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
-        """``target.copy_(source)``, for a target that may be deferred, or a shard of the source.
+        """Do ``target.copy_(source)``; ``target`` may be deferred, or a shard of the whole.
 
-        ``take`` says whether it may have the values' memory, which nobody else is to see then.
+        Args:
+            target: a tensor of the module.
+            source: its values.
+            take: whether ``target`` may keep the memory of ``source``, which nobody else may use
+                then.
         """
         source = source.detach()
         known = self._place_in_program(target)
@@ -83,7 +89,7 @@ class Placer:
                     target.copy_(source)
 
     def _place_in_program(self, target: Tensor) -> tuple[Slot, Program, TensorRef] | None:
-        """Where a tensor's construction is recorded, if it is deferred."""
+        """Where a tensor's construction is recorded; None if it is not deferred."""
         slot = slot_of(target)
         if slot is None or slot is ON_META:
             return None
@@ -100,7 +106,11 @@ class Placer:
         *,
         take: bool = True,
     ) -> bool:
-        """Make a deferred tensor real; whether the values are in it already."""
+        """Make a deferred tensor real; returns whether it has its values already.
+
+        It has not if its storage was real already, or if the checkpoint holds only a part of it and
+        the rest was computed: then the caller copies the values.
+        """
         tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
         own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
         storage, strides, filled = slot.real, _NO_STRIDES, False
@@ -110,9 +120,9 @@ class Placer:
         elif storage is None and (is_dtensor(target) or program.covers(ref)):
             storage, filled = self._made(target, program, ref), True
             ref._replace(dtype=self._cast.dtype_of(ref)).on(storage).copy_(source)
-        if filled:  # no sooner: whoever breaks off here leaves a deferred tensor
+        if filled:  # not before: an interruption up to here leaves a deferred tensor
             slot.real = storage
-        if storage is None:  # what the checkpoint has is a part of it: the rest is computed
+        if storage is None:  # the checkpoint has a part of it: the rest is computed
             replay = Replay(program)
             storage = replay.values([ref.storage])[ref.storage]
             strides = replay.strides
@@ -120,14 +130,14 @@ class Placer:
         return filled
 
     def _made(self, target: Tensor, program: Program, ref: TensorRef) -> torch.UntypedStorage:
-        """Memory for a tensor that is to be copied into."""
+        """Allocate memory for a tensor that will be copied into."""
         if is_dtensor(target):
             return self._padded(target, program, ref)
         dtype = self._cast.dtype_of(ref)
         return allocate(ref.numel * dtype.itemsize, self._device(program, ref))
 
     def _padded(self, shard: Tensor, program: Program, ref: TensorRef) -> torch.UntypedStorage:
-        """Memory for a shard, and for the zeros that follow it where shards are uneven."""
+        """Allocate memory for a shard, with the zeros that FSDP2 pads uneven shards with."""
         known, dtype = program.storages[ref.storage], self._cast.dtype_of(ref)
         nbytes = known.nbytes // ref.dtype.itemsize * dtype.itemsize
         storage = allocate(nbytes, self.device(shard))
@@ -136,7 +146,11 @@ class Placer:
         return storage
 
     def _may_take(self, source: Tensor, program: Program, ref: TensorRef) -> bool:
-        """Whether a storage can be the values' own, which no other tensor must have."""
+        """Whether a storage can be the memory of the values.
+
+        It must be exactly as long and contiguous, on the CPU, in the dtype that the tensor will
+        have, and must not have been given to another tensor.
+        """
         nbytes = ref.numel * ref.dtype.itemsize
         return (
             nbytes > 0

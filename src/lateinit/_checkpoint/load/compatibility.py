@@ -1,4 +1,7 @@
-"""Whether a checkpoint fits a module: every problem of it, in one error."""
+"""Whether a checkpoint fits a module: every problem, in one error.
+
+``fit`` judges a dry run. Come here for the wording of a mismatch.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +25,39 @@ from lateinit._torch.storage import as_bytes
 from lateinit._torch.wrappers import is_dtensor
 from lateinit.errors import MismatchError, listing
 
+# The message of `Module._load_from_state_dict` (torch/nn/modules/module.py).
 _SIZES = re.compile(
     r"size mismatch for (.+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
     r"the shape in current model is torch\.Size\(\[(.*?)\]\)\."
 )
+# How alike two names must be for one to be suggested; stricter than difflib's default, 0.6.
 _NEAR = 0.75
+# Source names that a message shows for one tensor.
 _MOST_SOURCES = 3
-_MOST_SEARCHED = 20  # names that near ones are looked for; each is compared with every other
+# Names for which a similar one is looked for: each is compared with all others, which takes long
+# for a large model.
+_MOST_SEARCHED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What is loaded from where, and what is not."""
+    """What is loaded, and what is not.
+
+    Attributes:
+        loaded: the names that get their values from the checkpoint.
+        missing: the names that it lacks.
+        unexpected: the names that only the checkpoint has.
+        repeated: the indices of copies that bring a tied tensor its value again.
+    """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    repeated: frozenset[int]  # the places among the copies that bring a tied tensor's value again
+    repeated: frozenset[int]
 
 
 class TensorNames:
-    """The tensors of a module by name, and which of them are one."""
+    """The tensors of a module by name, and which names are one tensor."""
 
     def __init__(self, module: nn.Module) -> None:
         self.distinct: list[Found] = list(find_tensors(module))
@@ -53,7 +68,7 @@ class TensorNames:
             self._together.setdefault(self.key(found.tensor), []).append(name)
 
     def key(self, tensor: Tensor) -> Any:
-        """The same for tensors that show the same memory in the same way."""
+        """A key that is equal for tensors that show the same memory in the same way."""
         if id(tensor) not in self._keys:
             plain = not is_lazy(tensor) and not is_dtensor(tensor)
             whole = plain and tensor.layout is torch.strided
@@ -61,11 +76,11 @@ class TensorNames:
         return self._keys[id(tensor)]
 
     def of(self, tensor: Tensor) -> list[str]:
-        """All names of a tensor, those that it is tied to included."""
+        """All names of a tensor, including those that are tied to it."""
         return self._together.get(self.key(tensor), [])
 
     def saved(self) -> list[str]:
-        """The names that a state dict has."""
+        """The names that a state dict holds."""
         return [n for n, f in self.found.items() if f.kind != "attribute" and f.persistent]
 
 
@@ -78,10 +93,18 @@ def fit(
     *,
     strict: bool,
 ) -> Fit:
-    """Check all that a rehearsal found; ``wanted`` gives the dtype that a tensor is to have.
+    """Judge a dry run, and raise all of its problems at once.
+
+    Args:
+        module: the module.
+        names: its tensors.
+        reader: the checkpoint.
+        rehearsal: the dry run.
+        wanted: the dtype that a tensor will have.
+        strict: whether both sides must have the same names.
 
     Raises:
-        MismatchError: anything at all does not fit.
+        MismatchError: anything does not fit.
     """
     problems = [_as_told(message, reader) for message in rehearsal.wrong]
     problems += _kinds(names, reader, rehearsal, wanted)
@@ -94,6 +117,7 @@ def fit(
     done = set(loaded)
     missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in done]
     unexpected = list(dict.fromkeys(rehearsal.unexpected))
+    # Not one name of the checkpoint is in the model: a mistake even with strict=False.
     strange = reader.entries.keys() <= set(unexpected)
     if (missing or unexpected) and (strict or strange):
         problems += _strangers(module, names, reader, missing, unexpected)
@@ -110,7 +134,7 @@ def fit(
 
 
 def _as_told(message: str, reader: Reader) -> str:
-    """What torch says of a size, in our words."""
+    """A message of torch's about a size, in lateinit's words and with the names in the file."""
     found = _SIZES.fullmatch(message)
     if found is None:
         return message
@@ -126,7 +150,7 @@ def _kinds(
     rehearsal: Rehearsal,
     wanted: Callable[[Tensor], torch.dtype],
 ) -> Iterable[str]:
-    """Casts that would lose more than precision: a float to an integer, a complex to a real."""
+    """Casts that would lose more than precision: float to integer, complex to real."""
     for target, source in rehearsal.copies:
         if source is not None:
             dtype = reader.entries[source].dtype if isinstance(source, str) else source.dtype
@@ -136,7 +160,7 @@ def _kinds(
 
 
 def _unwritable(names: TensorNames, rehearsal: Rehearsal) -> Iterable[str]:
-    """Tensors that torch copies nothing into; it would say so half way through."""
+    """Tensors that torch refuses to copy into, which it would find out half way through."""
     for target in {id(target): target for target, _ in rehearsal.copies}.values():
         if is_lazy(target) or is_dtensor(target) or target.layout is not torch.strided:
             continue
@@ -152,9 +176,10 @@ def _unwritable(names: TensorNames, rehearsal: Rehearsal) -> Iterable[str]:
 def _tied(
     names: TensorNames, reader: Reader, rehearsal: Rehearsal
 ) -> tuple[frozenset[int], list[str]]:
-    """Copies that bring what a tied tensor has already; and those that bring something else.
+    """Copies that bring a tied tensor its value again, and problems where the values differ.
 
-    What a hook brings from under another name is its own affair: the last copy counts.
+    A value that a hook brings from under another name is the hook's own affair: the last copy
+    counts.
     """
     first: dict[Any, str] = {}
     repeated, problems = set(), []
@@ -169,13 +194,13 @@ def _tied(
                 f"{first[key]} and {source} are one tensor in the model, but two in the "
                 "checkpoint, which differ"
             )
-        elif rehearsal.plain:  # else it may have been changed in the meantime
+        elif rehearsal.plain:  # otherwise a hook may have changed it in between
             repeated.add(number)
     return frozenset(repeated), problems
 
 
 def same_bits(reader: Reader, first: str, second: str) -> bool:
-    """Whether a checkpoint has the same bits under two names."""
+    """Whether a checkpoint holds the same bits under two names."""
     ours, theirs = reader.entries[first], reader.entries[second]
     if first == second:
         return True
@@ -187,7 +212,7 @@ def same_bits(reader: Reader, first: str, second: str) -> bool:
 def _strangers(
     module: nn.Module, names: TensorNames, reader: Reader, missing: list[str], unexpected: list[str]
 ) -> Iterable[str]:
-    """Names that only one side has, but for those that the model's class says do not matter."""
+    """Problems with names that only one side has, except those the class declares irrelevant."""
     no_need, no_use = left_out(module, missing, unexpected)
     missing = [name for name in missing if name not in no_need]
     unexpected = [name for name in unexpected if name not in no_use]
@@ -216,7 +241,7 @@ def _near(name: str, others: Collection[str], mine: list[str]) -> str:
 
 
 def _prefix(ours: list[str], theirs: list[str]) -> str | None:
-    """What to do where names would fit, were it not for how all of one side start."""
+    """Advice if the names would fit but for a prefix that all names of one side have."""
     if set(ours) & set(theirs):
         return None
     for prefix in _prefixes(theirs):
@@ -235,7 +260,7 @@ def _prefix(ours: list[str], theirs: list[str]) -> str | None:
 
 
 def _prefixes(names: list[str]) -> list[str]:
-    """What all names start with, up to each dot."""
+    """The prefixes, each up to a dot, that all names have."""
     first, last = min(names, default=""), max(names, default="")
     ends = [i + 1 for i, letter in enumerate(first) if letter == "."]
     return [first[:end] for end in ends if last.startswith(first[:end])]

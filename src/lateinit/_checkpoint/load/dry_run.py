@@ -1,8 +1,10 @@
-"""What ``load_state_dict`` would do to a module, found out without doing it.
+"""Find out what ``load_state_dict`` would do to a module, without doing it.
 
-Torch's own ``load_state_dict`` decides which tensor of a checkpoint goes where: hooks, versions and
-overrides are part of it. It is run on stand-ins: meta tensors in the place of what the checkpoint
-holds, and, in a rehearsal, in the place of what the module holds. Copies are noted.
+torch's own ``load_state_dict`` decides which tensor of a checkpoint goes where: hooks, versions and
+overrides are part of it. It runs on stand-ins: meta tensors for the checkpoint's tensors
+(``stand_ins``) and, in the dry run, for the module's tensors too (``module_stand_ins``). Every
+``target.copy_(source)`` is noted. For modules that do nothing but copy, the copies follow from the
+names, and no dry run is needed (``plain_state``).
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from lateinit._torch.messages import is_misfit
 from lateinit._torch.modules import load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, LateinitError
 
+# The methods by which a class can change how it loads.
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
+# Batch norms override one of them (`_NormBase`, torch/nn/modules/batchnorm.py), which only adds a
+# counter to state dicts that lack it: `_plainly` sees to that.
 _PLAIN_WAYS = {"_load_from_state_dict": load_with_counter}
 _COUNTER = "num_batches_tracked"
 _PLAIN_TENSORS = (Tensor, nn.Parameter, DeferredTensor)
@@ -35,12 +40,18 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, DeferredTensor)
 
 @dataclass(slots=True)
 class Rehearsal:
-    """What came of it: the problems, and every copy as (target, source).
+    """The result of a dry run: the problems, and every copy as (target, source).
 
-    A source is a name in the checkpoint, a tensor computed from what is there, or None for a
-    value that has nothing to do with it. ``revealed`` are the names whose values somebody wanted
-    besides, ``failure`` is what torch raised of problems that are told in the other lists. If it is
-    ``plain``, the copies are all that loading does.
+    Attributes:
+        missing: names that the checkpoint lacks.
+        unexpected: names that the module lacks.
+        wrong: messages of ``load_state_dict``.
+        copies: the copies. A source is a name in the checkpoint, a tensor computed from the
+            checkpoint's, or None for a value that has nothing to do with it.
+        replaced: parameters and buffers that a hook exchanged for other tensors.
+        revealed: names whose values were needed for more than a copy.
+        failure: the error that torch raised about problems in the other lists.
+        plain: whether loading does nothing but these copies.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -54,10 +65,9 @@ class Rehearsal:
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor] | None:
-    """The tensors of a state dict by name, if ``load_state_dict`` does nothing but copy into them.
+    """The tensors of the state dict by name, if loading does nothing but copy into them.
 
-    None if any part of the module has hooks, extra state or a way of its own to load, or tensors
-    of a class of its own.
+    None if a part of the module has hooks, extra state, or a loading method of its own.
     """
     found: dict[str, Tensor] = {}
     classes: dict[type, bool] = {}
@@ -67,7 +77,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor] | None:
 def _collect(
     part: nn.Module, prefix: str, found: dict[str, Tensor], classes: dict[type, bool]
 ) -> bool:
-    """Note what one module would load, and those below it; whether all of it is plain."""
+    """Add the tensors that a module and those below it load; False if one of them is not plain."""
     own, cls = part.__dict__, type(part)
     if cls not in classes:
         own_ways = [n for n in _OWN_WAYS if getattr(cls, n, None) is not getattr(nn.Module, n)]
@@ -76,7 +86,7 @@ def _collect(
         not classes[cls]
         or own["_load_state_dict_pre_hooks"]
         or own["_load_state_dict_post_hooks"]
-        or "_spec" in own  # lazy, whose sizes come first
+        or "_spec" in own  # lazy: its load hook takes the sizes first
         or not own.keys().isdisjoint(_OWN_WAYS)
     ):
         return False
@@ -95,7 +105,7 @@ def _collect(
 
 
 def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
-    """What loading does to plain modules, if all that the checkpoint has fits as it is."""
+    """The result for a plain module if everything fits; None if ``load_state_dict`` must decide."""
     sources = dict(reader.aliases) | {name: name for name in reader.entries}
     if reader.objects or not reader.entries.keys() <= state.keys():
         return None
@@ -104,6 +114,7 @@ def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
         source = sources.get(name)
         if type(tensor) not in _PLAIN_TENSORS:
             return None
+        # `_NormBase._load_from_state_dict` adds the counter to a state dict that lacks it.
         if source is None and name.endswith(_COUNTER):
             return None
         if source is None:
@@ -125,11 +136,15 @@ def rehearse(
 ) -> Rehearsal:
     """Find out what loading a checkpoint would do; the module stays as it is.
 
-    With the ``plain_state`` of a module there is nothing to be tried, unless something does not
-    fit.
+    Args:
+        module: the module.
+        reader: the checkpoint.
+        cast: where deferred tensors will be placed.
+        state: the ``plain_state`` of the module. With it, nothing has to run if all shapes fit.
+        strict: handed on to a class's own ``load_state_dict``.
 
     Raises:
-        CheckpointError: loading fails, other than by what does not fit.
+        CheckpointError: loading fails for another reason than names and shapes.
     """
     plainly = None if state is None else _plainly(state, reader)
     if plainly is not None:
@@ -175,10 +190,10 @@ def _rehearse(
 
 
 def run(module: nn.Module, stands: Stands, lists: tuple[list[str], ...], *, strict: bool) -> None:
-    """``module.load_state_dict``, and what it finds missing and unexpected.
+    """Call ``module.load_state_dict``, and add what it returns to the lists.
 
-    One of a class's own may hand it on to other modules, whose lists are not seen, and must be told
-    whether it is to be strict. Torch's own is to go on in any case: all problems are told at once.
+    torch's own never runs strict here, so that all problems are found at once. A class's own may
+    hand the state dict on to other modules, whose lists are not seen; it has to be told ``strict``.
     """
     own = getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
     found = module.load_state_dict(stands.fresh(), **({} if own and strict else {"strict": False}))
@@ -188,7 +203,12 @@ def run(module: nn.Module, stands: Stands, lists: tuple[list[str], ...], *, stri
 
 @contextlib.contextmanager
 def caught(module: nn.Module) -> Iterator[tuple[list[str], list[str], list[str]]]:
-    """What ``load_state_dict`` finds missing, unexpected and wrong, while it is in force."""
+    """While in force, catch the missing, unexpected and wrong that ``load_state_dict`` finds.
+
+    ``Module.load_state_dict`` gives its lists to every pre-hook. One that runs before all others
+    takes hold of them, so that they are seen even if a class's own ``load_state_dict`` does not
+    return them.
+    """
     lists: tuple[list[str], list[str], list[str]] = ([], [], [])
 
     def catch(state: Any, prefix: str, metadata: Any, strict: bool, *found: list[str]) -> None:
@@ -200,6 +220,8 @@ def caught(module: nn.Module) -> Iterator[tuple[list[str], list[str], list[str]]
     held: list[tuple[list[str], list[str]]] = []
     swap = torch.__future__.get_swap_module_params_on_conversion()
     handle = load_state_dict_first(module, catch)
+    # Under this setting `_load_from_state_dict` swaps tensors instead of copying, and no copy is
+    # heard.
     torch.__future__.set_swap_module_params_on_conversion(False)
     try:
         yield lists

@@ -1,4 +1,8 @@
-"""Loading: find out what would happen, check it, then put one tensor after another."""
+"""Load a checkpoint into a module: dry run, checks, then one tensor after another.
+
+``load_into`` is the order of everything. Until its checks are through nothing changes, so that
+every error before that leaves the module as it was.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +44,11 @@ class Loaded:
 
     Attributes:
         path: the checkpoint.
-        loaded: names that have their values from the checkpoint, tied ones included.
-        initialised: names that it lacks: initialised as their construction says, or, in a model
-            that was real already, left as they were.
+        loaded: the names that have their values from the checkpoint, tied ones included.
+        initialised: the names that the checkpoint lacks. A deferred tensor was initialised by its
+            recorded construction; a real one was left as it was.
         computed: deferred tensors that no checkpoint holds, such as non-persistent buffers.
-        unexpected: what the checkpoint has and the model has not.
+        unexpected: the tensors of the checkpoint that the model lacks.
         nbytes: the bytes that were loaded, tied tensors counted once.
     """
 
@@ -73,13 +77,13 @@ class Loaded:
 
 
 def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
-    """See ``load_checkpoint``."""
+    """Load a checkpoint into a module; see ``load_checkpoint``."""
     reader = open_checkpoint(path)
     names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
     for found in names.distinct:
         if is_dtensor(found.tensor):
-            place_of(found.tensor)
+            place_of(found.tensor)  # raises for a shard that is no block of its tensor
     for group in groups:
         check_shared(group, cast)
     reader = translated(module, reader, state)
@@ -98,8 +102,10 @@ def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progre
             _put_plainly(reader, rehearsal, fitting, placer, bar)
         else:
             _put(module, names, reader, rehearsal, placer, bar, strict=strict)
+    # What the checkpoint lacks is computed last. Hooks may have exchanged tensors, so that the
+    # module is searched anew unless none ran.
     left: Any = module
-    if rehearsal.plain:  # no hook has exchanged anything
+    if rehearsal.plain:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
@@ -108,12 +114,12 @@ def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progre
 
 
 def _is_known(_: str, tensor: Tensor) -> bool:
-    """Whether a tensor's shape is known: what stays lazy can be loaded around."""
+    """Whether a tensor has its shape; lazy modules that the checkpoint lacks may stay lazy."""
     return not is_lazy(tensor)
 
 
 def _dtype_of(tensor: Tensor, cast: Cast) -> torch.dtype:
-    """The dtype that a tensor is to have: real ones keep theirs."""
+    """The dtype that a tensor will have; a real tensor keeps its own."""
     dtype = tensor.dtype
     if cast.dtype is not None and dtype.is_floating_point and is_deferred_tensor(tensor):
         return cast.dtype
@@ -123,7 +129,7 @@ def _dtype_of(tensor: Tensor, cast: Cast) -> torch.dtype:
 def _put_plainly(
     reader: Reader, rehearsal: Rehearsal, fitting: Fit, placer: Placer, bar: Progress
 ) -> None:
-    """Copy what ``load_state_dict`` would copy, where it would do nothing else."""
+    """Make the copies of ``load_state_dict`` without running it, as it would do nothing else."""
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for number, (target, name) in enumerate(rehearsal.copies):
@@ -144,7 +150,7 @@ def _put(
     *,
     strict: bool,
 ) -> None:
-    """Run ``load_state_dict``, each copy of a stand-in being one of the tensor itself."""
+    """Run ``load_state_dict`` on stand-ins for the checkpoint; each copy places real values."""
     stands = Stands(reader, names.found)
     uses = Counter(name for _, name in rehearsal.copies if isinstance(name, str))
     copies = 0
@@ -161,7 +167,8 @@ def _put(
             placer.reveal(source)
             placer.put(target, block_of(source, *place), take=False)
         else:
-            # What was loaded may be written to by a hook before the same memory is read again.
+            # Only a tensor that is read once may be given away as memory: a hook may write to a
+            # loaded tensor before the same data is read again.
             once = uses[name] == 1 and name not in rehearsal.revealed
             take = once and name not in reader.shared
             placer.put(target, reader.read(name, *place), take=take)
@@ -172,10 +179,13 @@ def _put(
         with loading, caught(module) as lists:
             run(module, stands, lists, strict=strict)
     except Exception as error:
+        # load_state_dict turns an exception in a copy into a message; the first one itself is
+        # raised.
         raise loading.failure or error from error
+    # Stand-ins that a hook kept somewhere in the module.
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
-    # What FSDP2 copies when all is loaded is left out of a rehearsal, which has no shards.
+    # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
     sharded = any(is_dtensor(found.tensor) for found in names.distinct)
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
@@ -194,7 +204,7 @@ def _to_compute(group: Wanted, loaded: set[str]) -> Iterator[int]:
 
 
 def _computed(names: TensorNames, fitting: Fit) -> list[Found]:
-    """Deferred tensors that no checkpoint would hold."""
+    """The deferred tensors that no checkpoint would hold."""
     known = {*fitting.loaded, *fitting.missing}
     return [f for f in names.distinct if f.deferred and not known.intersection(f.names)]
 

@@ -1,4 +1,4 @@
-"""Stand-ins for a module's own tensors, so that loading can be tried without being done."""
+"""Stand-ins for a module's own tensors, so that a dry run of loading changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lateinit.errors import CheckpointError
 
 
 class Shadows(Lending, StandIns):
-    """Meta tensors in the place of a module's own, which get values where hooks want them."""
+    """Meta tensors in place of a module's own; they get values if a hook computes with them."""
 
     def __init__(self, module: nn.Module, stands: Stands, cast: Cast) -> None:
         Lending.__init__(self, on_meta)
@@ -40,14 +40,14 @@ class Shadows(Lending, StandIns):
         self._together: dict[Any, list[Tensor]] = {}  # shadows by the memory that they share
         self._originals: dict[int, Tensor] = {}  # by the id of the shadow
         self._overwritten: set[int] = set()
-        self._copies: dict[Any, list[tuple[Tensor, str]]] = {}  # into those without values
+        self._copies: dict[Any, list[tuple[Tensor, str]]] = {}  # not made yet, by memory
 
     def make(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             copied: Tensor = copy.deepcopy(tensor)
             self._originals[id(copied)] = tensor
             return copied
-        if is_lazy(tensor):  # it takes the checkpoint's shape; whether it may is checked apart
+        if is_lazy(tensor):  # takes the checkpoint's shape; `wrong_sizes` checks it
             found = self._found.get(id(tensor))
             loaded = self._stands.state.get(found.name) if found is not None else None
             shape = loaded.shape if isinstance(loaded, Tensor) else ()
@@ -66,12 +66,12 @@ class Shadows(Lending, StandIns):
         return shadow
 
     def original(self, tensor: Tensor) -> Tensor:
-        """What a shadow stands for; any other tensor itself."""
+        """The module's tensor that a stand-in stands for; any other tensor is returned itself."""
         base = self.base(tensor)
         return self._originals.get(id(tensor if base is None else base), tensor)
 
     def replaced(self, module: nn.Module) -> list[Tensor]:
-        """Parameters and buffers that have been exchanged for other tensors."""
+        """The parameters and buffers that were exchanged for other tensors."""
         now = {name: f.tensor for f in find_tensors(module) for name in f.names}
         return [
             found.tensor
@@ -89,7 +89,7 @@ class Shadows(Lending, StandIns):
         return destination(original, self._cast) if deferred else original.device
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """``target.copy_(source)``; of what the checkpoint has only once the values are wanted."""
+        """Do ``target.copy_(source)``; from the checkpoint only once the values are needed."""
         base, name = self.base(target), self._stands.source(source)
         if base is not None:
             self._overwritten.add(id(base))
@@ -116,8 +116,10 @@ class Shadows(Lending, StandIns):
         return _memory(self._originals[id(shadow)])
 
     def _initial(self, shadow: Tensor, together: list[Tensor], memo: dict[Any, Any]) -> Tensor:
-        """What a tensor of the module has now, in memory that only the shadows share."""
+        """The value a tensor of the module has now, in memory that only stand-ins share."""
         original = self._originals[id(shadow)]
+        # Its values will all be overwritten by the copies that are due, so that it need not be
+        # computed.
         if len(together) == 1 and id(shadow) in self._overwritten:
             device = self.device(shadow)
             return torch.empty_strided(
@@ -140,7 +142,7 @@ class Shadows(Lending, StandIns):
 
 
 def _memory(tensor: Tensor) -> Any:
-    """The same for tensors that share memory."""
+    """A key that is equal for tensors that share memory."""
     if is_lazy(tensor) or is_dtensor(tensor):
         return id(tensor)
     if is_deferred_tensor(tensor):
@@ -152,14 +154,15 @@ def _memory(tensor: Tensor) -> Any:
 
 @contextlib.contextmanager
 def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]:
-    """Have shadows in a module's place; afterwards all is as it was, random states included."""
+    """Put stand-ins in a module's place; afterwards everything is as it was, generators too."""
     shadows = Shadows(module, stands, cast)
     reach, states = Reach(module), RandomStates()
     reach.keep()
     try:
         for part in module.modules():
             if any(is_dtensor(parameter) for parameter in own_parameters(part).values()):
-                # FSDP2 looks at its shards again afterwards; here it would find none.
+                # `FSDPParam.reset_sharded_param`, a post hook, looks at the local parts of its
+                # shards, which a stand-in does not have.
                 part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
         reach.exchange(shadows.of)
         yield shadows

@@ -1,4 +1,9 @@
-"""A checkpoint seen under the names of a ``transformers`` model."""
+"""A checkpoint under the names of a ``transformers`` model.
+
+``from_pretrained`` renames, joins and splits the tensors of a checkpoint. ``translated`` puts a
+reader in front of another one that does the same, with the tables of
+``_integrations.transformers_names``.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +20,29 @@ from lateinit._tensors.walk import is_placeholder
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import MismatchError, listing
 
+# Source names that a message shows.
 _SHOWN = 3
 
 
 def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | None = None) -> Reader:
     """A checkpoint under the names of a module, if that is a model which renames what it loads.
 
-    Nothing is read but headers: shapes and dtypes of what is joined or split are found on
-    ``meta``. ``state`` is the module's state dict, where it is known.
+    Only headers are read: the shapes and dtypes of joined and split tensors are found on ``meta``.
+
+    Args:
+        module: the module.
+        reader: the checkpoint.
+        state: the module's state dict, if it is known.
 
     Raises:
-        MismatchError: something of the checkpoint cannot be brought into the form of the model.
+        MismatchError: a tensor of the checkpoint cannot be brought into the form of the model.
     """
     if not transformers_names.is_theirs(module):
         return reader
     if state is None:
         state = module.state_dict(keep_vars=True)
     if all(name in state and _fits(state[name], entry) for name, entry in reader.entries.items()):
-        return reader  # as load_state_dict would take it
+        return reader  # it has the names and shapes of the state dict already
     try:
         names = transformers_names.translate(module, state, reader.entries)
     except transformers_names.UnknownTablesError as error:
@@ -52,10 +62,10 @@ def _fits(tensor: Any, entry: StoredTensor) -> bool:
 
 
 class Translated(Reader):
-    """Tensors that have other names in a model, or that several of a checkpoint make up.
+    """A reader whose tensors have other names, or are made from several stored ones.
 
-    What is computed is computed when it is read. Of what belongs together, the results that were
-    not asked for are kept until others are computed.
+    A conversion runs when one of its results is read. Its other results are kept until another
+    conversion runs.
     """
 
     def __init__(
@@ -93,7 +103,7 @@ class Translated(Reader):
         }
 
     def _doubled(self, names: transformers_names.Translation) -> list[str]:
-        """Names that become one; that is well where they have the same bits."""
+        """Problems with names that become one; there is none if both have the same bits."""
         wrong = []
         for new, (first, *others) in names.renamed.items():
             wrong += [
@@ -110,7 +120,7 @@ class Translated(Reader):
         )
 
     def _add(self, conversions: list[Conversion]) -> list[str]:
-        """Find out what conversions give, on ``meta``."""
+        """Find out on ``meta`` what each conversion gives."""
         wrong = []
         for conversion in conversions:
             try:

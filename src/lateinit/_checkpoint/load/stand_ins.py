@@ -1,7 +1,8 @@
-"""Stand-ins: tensors without memory that pass for others while a state dict is loaded.
+"""Stand-ins: meta tensors in place of others while a state dict is loaded.
 
-Torch's own ``load_state_dict`` is run on them. Most of it only asks for shapes, and copies; what
-hooks compute with gets its values at that moment, in place, so that they see what they always see.
+torch's ``load_state_dict`` runs on them. Most of it only asks for shapes, and copies. Where a hook
+computes with a stand-in, the stand-in is given its values at that moment, in place (*revealed*), so
+that hooks see the values that they always see.
 """
 
 from __future__ import annotations
@@ -37,33 +38,34 @@ class Held(Protocol):
 
 
 class StandIns(abc.ABC):
-    """Meta tensors that pass for others until somebody wants their values.
+    """Meta tensors that pass for others until their values are needed.
 
-    They are known by their storages: ``.data``, ``detach()`` and ``Parameter(...)`` share those.
+    They are recognised by their storages, which ``.data``, ``detach()`` and ``Parameter(...)``
+    share.
     """
 
     def __init__(self) -> None:
         self._on: dict[int, Tensor] = {}
-        self._storages: list[Any] = []  # kept, so that no other storage gets the place of one
+        self._storages: list[Any] = []  # kept, so that no other storage gets the address of one
 
     def add(self, stand: Tensor) -> None:
-        """Have a meta tensor as a stand-in."""
+        """Register a meta tensor as a stand-in."""
         storage = stand.untyped_storage()
         self._on[storage_key(storage)] = stand
         self._storages.append(storage)
 
     def base(self, tensor: Tensor) -> Tensor | None:
-        """The stand-in whose meta storage a tensor shows, if there is one."""
+        """The stand-in on whose meta storage a tensor is, if there is one."""
         if not tensor.is_meta or tensor.layout is not torch.strided or is_dtensor(tensor):
             return None
         return self._on.get(storage_key(tensor.untyped_storage()))
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor shows a stand-in, and has no values yet."""
+        """Whether a tensor is on the storage of a stand-in that has no values yet."""
         return self.base(tensor) is not None
 
     def reveal(self, tensor: Tensor) -> None:
-        """Give a tensor its values, in place; and the stand-in, and what shares its memory."""
+        """Give a tensor its values, in place, and its stand-in and all that share its memory."""
         base = self.base(tensor)
         if base is not None and base.is_meta:
             self.give_values(base)
@@ -72,15 +74,21 @@ class StandIns(abc.ABC):
 
     @abc.abstractmethod
     def give_values(self, base: Tensor) -> None:
-        """Give a stand-in its values, in place; and those that share memory with it."""
+        """Give a stand-in its values, in place, and the stand-ins that share its memory."""
 
     @abc.abstractmethod
     def device(self, tensor: Tensor) -> torch.device:
-        """Where the values will be."""
+        """The device where the values will be."""
 
 
 class Stands(StandIns):
-    """A state dict of stand-ins for what a checkpoint holds."""
+    """A state dict of stand-ins for the tensors of a checkpoint.
+
+    Attributes:
+        reader: the checkpoint.
+        revealed: the names whose values were needed.
+        state: the state dict.
+    """
 
     def __init__(self, reader: Reader, names: Collection[str]) -> None:
         super().__init__()
@@ -101,28 +109,28 @@ class Stands(StandIns):
             self.add(stand)
 
     def fresh(self) -> OrderedDict[str, Any]:
-        """The state dict, of which only the stand-ins are not copied."""
+        """The state dict for one run, in which everything but the stand-ins is a copy."""
         state = copy.copy(self.state)
         state.update(copy.deepcopy(self.reader.objects))
         vars(state)["_metadata"] = copy.deepcopy(self.reader.versions)  # as state_dict() has it
         return state
 
     def source(self, tensor: Tensor) -> str | None:
-        """The name in the checkpoint of what a tensor stands for; None once it has values."""
+        """The name in the checkpoint that a tensor stands for; None once it has values."""
         base = self.base(tensor)
         return self._sources[id(base)] if base is not None and base.is_meta else None
 
     def kept(self, module: nn.Module) -> list[tuple[Tensor, str]]:
-        """Stand-ins without values that a module leads to, each with its source."""
+        """The stand-ins without values that a module holds anywhere, each with its source."""
         tensors = Reach(module).tensors()
         return [(t, name) for t in tensors if (name := self.source(t)) is not None]
 
     def gave(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of these, or was computed from them."""
+        """Whether a tensor is a stand-in, or was computed from some."""
         return self.base(tensor) is not None or tensor in self._derived
 
     def follow(self, given: list[Tensor], result: Any) -> None:
-        """Note what an op made of tensors, some of which may be these."""
+        """Note the result of an op as computed from stand-ins, if one was among its arguments."""
         if any(map(self.gave, given)):
             self._derived.update({t: True for t in flat(result) if isinstance(t, Tensor)})
 
@@ -131,7 +139,8 @@ class Stands(StandIns):
         return torch.device("cpu")
 
     def give_values(self, base: Tensor) -> None:
-        # A hook may write to them: never to the file's own memory, but to all names of it.
+        # A copy, never the file's own memory, since a hook may write to it; one memo, so that names
+        # that share memory in the file share the copy.
         memo: dict[int, Any] = {}
         source = self._sources[id(base)]
         for name in self.reader.shared.get(source, (source,)):
@@ -142,7 +151,11 @@ class Stands(StandIns):
 
 
 class Loading(TorchFunctionMode):
-    """Has stand-ins pass for what they stand for, and hands on every ``target.copy_(source)``."""
+    """Function mode: lets stand-ins pass for their tensors, and hands on each ``copy_``.
+
+    A question about shape or dtype is answered by the stand-in itself, a question about the device
+    as the tensor would answer it. Everything else reveals the values.
+    """
 
     def __init__(
         self, stands: Stands, own: Held, on_copy: Callable[[Tensor, Tensor], None]
@@ -161,7 +174,7 @@ class Loading(TorchFunctionMode):
             try:
                 self._on_copy(args[0], args[1])
             except Exception as error:
-                self.failure = self.failure or error  # load_state_dict would make it a message
+                self.failure = self.failure or error  # load_state_dict would turn it into a message
                 raise
             self._stands.follow([args[1]], args[0])
             return args[0]
@@ -183,7 +196,7 @@ class Loading(TorchFunctionMode):
 
 
 def _in_slices(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that an index starts or stops at."""
+    """The tensors that an index starts, stops or steps by."""
     index = args[0] if args and type(args[0]) is tuple else args
     parts = [(i.start, i.stop, i.step) for i in index if type(i) is slice]
     return tensors_in(tuple(parts), {}) if parts else []
@@ -197,7 +210,7 @@ def _property(name: str) -> Any:
     return getattr(Tensor, name)
 
 
-# Getters arrive as method wrappers that are made anew, but are equal.
+# Getters arrive as method wrappers that are made anew at each access, but compare equal.
 _PLACES: dict[Any, Callable[[torch.device], Any]] = {
     _property("device").__get__: lambda device: device,
     _property("is_meta").__get__: lambda device: device.type == "meta",

@@ -1,11 +1,11 @@
 """Outputs that appear whole or not at all.
 
-What is written goes into a hidden folder beside the output, ``.NAME.partial``, which is locked and
-keeps a journal of finished files. Once all is on the disk it takes the output's place by a rename.
-A killed process leaves the folder, so that another can continue.
+The output is written into a hidden folder beside its place, ``.NAME.partial``, which is locked and
+keeps a journal of finished files. When everything is on disk, a rename puts it in its place. A
+killed process leaves the folder, so that another can continue.
 
     .NAME.partial/lock       held by the process that writes
-    .NAME.partial/journal    what is being written, then a line for each finished file
+    .NAME.partial/journal    the digest of the save, then a line for each finished file
     .NAME.partial/files/     what takes the output's place
 """
 
@@ -25,24 +25,38 @@ from pathlib import Path
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, OutputError, OutputExistsError, listing
 
+# The files that a folder of a checkpoint may hold. A folder with any other file is never replaced.
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
 class Stage:
-    """The hidden folder in which one output grows. Made by ``staged``."""
+    """The hidden folder in which one output grows. ``staged`` makes it.
+
+    Attributes:
+        target: the place of the output.
+        folder: the hidden folder.
+        files: the folder in it that becomes the output.
+        finished: the checksum of each finished file, by file name.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target.parent / f".{target.name}.partial"
         self.files = self.folder / "files"
-        self.finished: dict[str, str] = {}  # file name: checksum
+        self.finished: dict[str, str] = {}
         self._journal = self.folder / "journal"
         self._lock = -1
 
     # -- opening and closing -------------------------------------------------------------------
 
     def open(self, request: str, *, resume: bool, force: bool) -> None:
-        """Make the folder, or take over what a killed process left of the same request."""
+        """Make the folder, or take over the one that a killed process left.
+
+        Args:
+            request: the digest of this save.
+            resume: keep the finished files of a killed save with the same digest.
+            force: discard an unfinished save.
+        """
         left = self.folder.exists()
         if left and not (resume or force):
             raise OutputExistsError(
@@ -57,6 +71,7 @@ class Stage:
             if not self.finished:
                 self._begin(request)
         except OSError:
+            # A folder of an earlier process stays: its finished files are still worth a resume.
             if not left:
                 self.discard()
             raise
@@ -69,6 +84,7 @@ class Stage:
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            # The system releases the lock when its holder dies, however it dies.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.release()
@@ -77,12 +93,12 @@ class Stage:
             ) from error
 
     def _read_journal(self, request: str) -> None:
-        """Trust the finished files of an earlier process, if it wrote the same thing."""
+        """Trust the finished files of an earlier process, if it had the same digest."""
         try:
             lines = self._journal.read_text().splitlines()
             entries = [json.loads(line) for line in lines[:1]]
             for line in lines[1:]:
-                with contextlib.suppress(json.JSONDecodeError):  # the last may be torn
+                with contextlib.suppress(json.JSONDecodeError):  # the last line may be torn
                     entries.append(json.loads(line))
             found = entries[0]["request"]
         except (OSError, ValueError, LookupError):
@@ -99,26 +115,27 @@ class Stage:
                 self.finished[entry["file"]] = entry["crc32"]
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Release the lock."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def discard(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the folder and everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- writing -------------------------------------------------------------------------------
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file."""
+        """Write a small file, and sync it."""
         with (self.files / name).open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, name: str, checksum: str) -> None:
-        """Note a file whose bytes are on the disk."""
+        """Enter a file into the journal; its bytes must be on disk."""
+        # The entry of the file first: the journal must never name a file that a crash could undo.
         sync(self.files)
         with self._journal.open("a") as journal:
             journal.write(json.dumps({"file": name, "crc32": checksum}) + "\n")
@@ -127,7 +144,7 @@ class Stage:
         self.finished[name] = checksum
 
     def publish(self) -> None:
-        """Let the finished files take the output's place, in one step."""
+        """Put the finished files in the output's place, in one step."""
         sync(self.files)
         made = self.files
         if self.target.suffix == ".safetensors":
@@ -142,13 +159,14 @@ class Stage:
 
 @contextlib.contextmanager
 def staged(target: Path, request: str, *, resume: bool, force: bool) -> Iterator[Stage]:
-    """A stage for an output: published if the block ends, and removed if it raises an error.
+    """A stage for an output, published when the block ends, removed if the block raises.
 
-    An interrupt is no error: what is finished is kept for ``resume``.
+    Interrupts (``KeyboardInterrupt``, ``SystemExit``) are no errors in this sense: the finished
+    files stay, for ``resume``.
 
     Raises:
-        OutputExistsError: there is an output, or an unfinished one, and no ``force``.
-        CheckpointError: what is to be continued is something else.
+        OutputExistsError: there is an output, finished or not, and no ``force`` or ``resume``.
+        CheckpointError: the unfinished save to resume is another one.
         OutputError: the place cannot be written to.
     """
     check_target(target, force=force)
@@ -168,7 +186,7 @@ def staged(target: Path, request: str, *, resume: bool, force: bool) -> Iterator
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Errors of the file system, as ours."""
+    """Raise errors of the file system as ``OutputError``, with a next step."""
     try:
         yield
     except (OutputError, OutputExistsError):
@@ -186,7 +204,7 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise unless a file or a folder may be put in this place."""
+    """Raise ``OutputExistsError`` unless the output may be put in this place."""
     if not target.exists():
         return
     if target.is_dir() == (target.suffix == ".safetensors"):
@@ -206,7 +224,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def check_room(target: Path, nbytes: int) -> None:
-    """Raise if the disk cannot take this many bytes beyond those of an unfinished save."""
+    """Raise if the disk has no room for this many bytes, less those of an unfinished save."""
     nbytes -= sum(path.stat().st_size for path in Stage(target).files.glob("*"))
     place = target.parent
     while not place.exists():
@@ -221,7 +239,7 @@ def check_room(target: Path, nbytes: int) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Have a folder's entries on the disk."""
+    """Sync the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -238,16 +256,17 @@ def _checksum(path: Path) -> str:
 
 
 def _exchange(made: Path, target: Path) -> None:
-    """Put a folder in the place of another, which goes to the first one's."""
+    """Exchange two folders."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
+        # renameat2(2) of Linux: the exchange is atomic.
         at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         if libc.renameat2(at, os.fsencode(made), at, os.fsencode(target), exchange) == 0:
             return
     except (AttributeError, OSError):
         pass
-    # Where the system cannot exchange, a process killed between these two leaves no output, and
-    # the old one in the hidden folder.
+    # Without it two renames are needed. A process killed between them leaves no output, and the old
+    # one in the hidden folder.
     old = made.with_name("replaced")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a module holds, and how it is divided into files."""
+"""The tensors of a module's checkpoint, and how they are divided among files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from lateinit.errors import CheckpointError, NotRecordedError, listing
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor of a checkpoint; ``aliases`` are the names that are tied to its own."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        entry: its name, and the dtype and shape that are written.
+        tensor: the module's tensor.
+        aliases: the names that are tied to its name.
+        place: where its construction is recorded; None for a real tensor.
+    """
 
     entry: StoredTensor
     tensor: Tensor
@@ -45,11 +52,16 @@ class ShardFile:
 def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
     """The tensors of a module's state dict, tied ones once.
 
+    Args:
+        module: the module.
+        dtype: cast floating-point tensors to this dtype.
+
     Raises:
-        CheckpointError: there is what safetensors cannot hold.
-        NotRecordedError: there is a tensor on ``meta`` that was never recorded.
+        CheckpointError: the module holds something that safetensors cannot.
+        NotRecordedError: a tensor is on ``meta`` and was never recorded.
     """
-    # A state dict may leave out what is lazy, or fail over it, as in pytorch-pfn-extras.
+    # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others may
+    # fail over them.
     _check({n: p for n, p in module.named_parameters() if is_placeholder(p)}, dtype)
     state = module.state_dict(keep_vars=True)
     _check(state, dtype)
@@ -107,10 +119,13 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
 
 
 def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[ShardFile]:
-    """Divide tensors among files of at most ``limit`` bytes, a larger tensor alone in one.
+    """Divide tensors among files of at most ``limit`` bytes; a larger tensor has its own file.
 
-    ``file`` is the name of a single file. Otherwise the names are those of the Hugging Face hub:
-    ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on.
+    Args:
+        items: the tensors, in the order of the state dict.
+        limit: the most bytes for a file; None for one file.
+        file: the name of a single file. By default the names are those of the Hugging Face hub:
+            ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on.
     """
     groups: list[list[Item]] = [[]]
     room = limit
@@ -131,5 +146,8 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _aligned(items: list[Item]) -> list[Item]:
-    """Wide dtypes first, so that every tensor starts at a multiple of its element size."""
+    """Sort by item size, largest first: every tensor then starts at a multiple of its own.
+
+    Otherwise a reader could not map it, and would have to copy.
+    """
     return sorted(items, key=lambda item: -item.entry.dtype.itemsize)

@@ -1,4 +1,9 @@
-"""Computing tensors and writing them to files, without ever holding many of them."""
+"""Compute tensors and write them to files, without holding many of them in memory.
+
+One thread computes (with the threads of ``_materialize.scheduler``) while another writes.
+``write_shards`` is the whole of it; ``TensorComputer`` also serves the comparison of a checkpoint
+with a seed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,9 @@ from lateinit._torch.modes import without_modes
 from lateinit._workers import Workers
 from lateinit.errors import OutOfMemoryError, listing
 
-_BATCH = 1 << 25  # bytes that are computed together, where single tensors are smaller
+# Bytes of small tensors that are computed together (32 MiB). Bounds the memory of a batch, unless a
+# single storage is larger.
+_BATCH = 1 << 25
 
 
 def write_shards(
@@ -34,14 +41,22 @@ def write_shards(
     room: int,
     bar: Progress,
 ) -> None:
-    """Compute and write shards, but for those that an earlier process has finished.
+    """Compute and write shards, except those that an earlier process has finished.
 
-    While some tensors are written the next ones are computed, if both take at most ``room`` bytes.
+    Args:
+        stage: the folder in which the output grows.
+        shards: the files and their tensors.
+        metadata: what every file says of itself.
+        seed: replaces the recorded random state; None keeps it.
+        room: the bytes up to which the next tensors are computed while others are still written.
+        bar: advances as bytes are written.
     """
     values = TensorComputer(seed)
     with contextlib.ExitStack() as files, Workers(1) as thread:
         pipe = Pipe(thread, room)
         for shard in shards:
+            # The digest of a resumed save does not cover the values of real tensors: files that
+            # hold one are written again.
             real = any(item.place is None for item in shard.items)
             if shard.file in stage.finished and not real:
                 bar.advance(shard.nbytes)
@@ -58,9 +73,10 @@ def write_shards(
 
 
 def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Runs of tensors that are computed together: few bytes, or one storage."""
+    """Divide items into batches that are computed together: few bytes, or one storage."""
     batch: list[Item] = []
     for item in items:
+        # Bytes count each storage once, so that items on one storage stay in one batch.
         if batch and sum(_working_bytes([*batch, item])) > max(_BATCH, sum(_working_bytes(batch))):
             yield batch
             batch = []
@@ -70,14 +86,18 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 class TensorComputer:
-    """Gives tensors their values, and keeps nothing of them."""
+    """Computes the values of deferred tensors, which stay deferred; keeps none of them."""
 
     def __init__(self, seed: int | None) -> None:
         self._seed = seed
         self._replays: dict[int, Replay] = {}
 
     def of(self, items: list[Item]) -> list[Tensor]:
-        """The real tensors of some items; those that are deferred stay deferred."""
+        """Real tensors with the values of some items.
+
+        Raises:
+            OutOfMemoryError: memory ran out.
+        """
         wanted: dict[int, dict[int, None]] = {}
         for item in items:
             if item.place is not None and item.place[0].real is None:
@@ -113,7 +133,7 @@ def _real(item: Item, found: dict[int, Storages]) -> Tensor:
 
 
 def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
-    """The bytes of the storages that are computed for some items."""
+    """The bytes of each storage that has to be computed for some items."""
     storages: dict[tuple[int, int], int] = {}
     for item in items:
         if item.place is not None:
@@ -126,6 +146,7 @@ def _writing(
     writer: SafetensorsWriter, file: BinaryIO, tensors: list[Tensor], bar: Progress
 ) -> Callable[[], None]:
     def write() -> None:
+        # Each tensor is freed as soon as it is written.
         tensors.reverse()
         with without_modes():
             while tensors:
@@ -136,9 +157,11 @@ def _writing(
 
 
 def _to_disk(file: BinaryIO) -> None:
-    """Have the system begin to write, rather than wait for memory to fill or for the sync."""
+    """Have the system start writing now, instead of when memory is full or at the sync."""
     file.flush()
     if hasattr(os, "posix_fadvise"):
+        # On Linux POSIX_FADV_DONTNEED starts writing dirty pages, and drops clean ones from the
+        # cache. It is advice: a system may ignore it.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -156,7 +179,7 @@ def _finishing(
 
 
 class Pipe:
-    """A thread that writes while the next tensors are computed; one call waits at most."""
+    """A thread that writes while the next tensors are computed; at most one call is pending."""
 
     def __init__(self, thread: Workers, room: int) -> None:
         self._thread = thread
@@ -165,17 +188,17 @@ class Pipe:
         self._last: Future[None] | None = None
 
     def make_room(self, nbytes: int) -> None:
-        """Wait until this many bytes more may be held."""
+        """Wait for the pending write, if ``nbytes`` more than it holds are not allowed."""
         if self._held + nbytes > self._room:
             self.wait()
 
     def put(self, call: Callable[[], None], nbytes: int) -> None:
-        """Have something written, that holds this many bytes until it is."""
+        """Have ``call`` run by the writing thread; it holds ``nbytes`` until it is done."""
         self.wait()
         self._last, self._held = self._thread.submit(call), nbytes
 
     def wait(self) -> None:
-        """Wait until everything is written; raises what writing raised."""
+        """Wait until everything is written; raises the error of the write."""
         last, self._last, self._held = self._last, None, 0
         if last is not None:
             last.result()

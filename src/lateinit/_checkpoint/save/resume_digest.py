@@ -1,4 +1,7 @@
-"""A digest of all that a checkpoint's bytes follow from, to know an interrupted save again."""
+"""Digest of everything that determines a checkpoint's bytes.
+
+It decides whether an interrupted save may be resumed.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,15 @@ from lateinit._torch.storage import as_bytes
 
 
 def fingerprint(shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None) -> str:
-    """The digest of what the shards will hold, without computing that.
+    """The digest of what the shards will hold, without computing it.
 
-    Tensors that are real already count by name, dtype and shape only: files with such tensors are
-    not to be trusted when a save is continued.
+    Real tensors count by name, dtype and shape only. Files that hold one are therefore not trusted
+    when a save is resumed.
+
+    Args:
+        shards: the files and their tensors.
+        metadata: what every file says of itself, the versions of lateinit and torch included.
+        seed: replaces the recorded random state; None keeps it.
     """
     digest = hashlib.sha256()
     for part in _parts(shards, metadata, seed):
@@ -45,6 +53,7 @@ def _program_parts(program: Program, seed: int | None) -> Iterator[bytes | memor
     for op in program.ops:
         yield repr((op, program.ambients[op.ambient])).encode()
     for stream in program.streams:
+        # The recorded state of a root stream does not matter where a seed replaces it.
         replaced = stream.root and seed is not None
         yield repr((stream.device, stream.ops, None if replaced else stream.start)).encode()
     yield repr(program.holes).encode()

@@ -1,7 +1,7 @@
-"""Writing a safetensors file from first byte to last, holding one piece of it at a time.
+"""Write a safetensors file from first byte to last, one piece of a tensor at a time.
 
-The format: the length of the header (8 bytes, little-endian), the header (JSON: for each tensor its
-dtype, shape and place in the data), the data without gaps.
+The format: the length of the header (8 bytes, little-endian), the header (JSON: dtype, shape and
+data offsets of each tensor), and the data without gaps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from lateinit._checkpoint.formats.base import StoredTensor
 from lateinit._checkpoint.formats.safetensors import DTYPES
 from lateinit._torch.storage import in_a_row
 
-_PIECE = 1 << 24  # bytes that are cast and written at a time
+# Bytes that are moved to the CPU, cast and written at a time (16 MiB). Bounds the memory of a cast.
+_PIECE = 1 << 24
 
 
 def header(entries: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
-    """Everything before the data, for tensors that follow each other in this order."""
+    """Everything before the data, for tensors whose data follow each other in this order."""
     described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for entry in entries:
@@ -33,12 +34,12 @@ def header(entries: Iterable[StoredTensor], metadata: Mapping[str, str]) -> byte
             "data_offsets": [start, end],
         }
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8, for memory maps
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8, as the format asks
     return len(text).to_bytes(8, "little") + text
 
 
 class SafetensorsWriter:
-    """Writes a file's header, then its tensors in the header's order, and sums up the bytes."""
+    """Writes the header of a file, then its tensors in the same order, and a checksum of all."""
 
     def __init__(
         self, file: BinaryIO, entries: Iterable[StoredTensor], metadata: Mapping[str, str]
@@ -49,7 +50,7 @@ class SafetensorsWriter:
         self._put(header(reversed(self._due), metadata))
 
     def write(self, tensor: Tensor) -> int:
-        """Write the next tensor, cast to the dtype that the header says; gives its bytes."""
+        """Write the next tensor, cast to its dtype in the header; returns its bytes."""
         entry = self._due.pop()
         assert tuple(tensor.shape) == entry.shape, entry.name
         flat = in_a_row(tensor)
@@ -60,7 +61,7 @@ class SafetensorsWriter:
         return entry.nbytes
 
     def finish(self) -> str:
-        """Check that all was written; gives the checksum of the file."""
+        """Check that every tensor was written; returns the file's checksum (CRC-32, in hex)."""
         assert not self._due, f"{len(self._due)} tensors were not written"
         return f"{self._sum:08x}"
 
