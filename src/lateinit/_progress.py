@@ -1,4 +1,4 @@
-"""A progress bar for long work, on stderr."""
+"""A progress bar for long operations, on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 class Progress:
-    """Counts bytes; draws a bar if ``shown``."""
+    """Context manager that shows a bar of ``total`` bytes, or nothing if not ``shown``."""
 
     def __init__(self, what: str, total: int, *, shown: bool) -> None:
         self._what = what
@@ -30,7 +30,7 @@ class Progress:
         return self
 
     def advance(self, nbytes: int) -> None:
-        """Count work done."""
+        """Advance the bar by a number of bytes."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], nbytes)
 

@@ -1,4 +1,4 @@
-"""``skip_init``: a module whose parameters are allocated and not initialised."""
+"""``skip_init``: construct a module with uninitialised parameters."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ M = TypeVar("M", bound=nn.Module)
 def skip_init(
     module_cls: type[M], *args: Any, device: torch.device | str | None = None, **kwargs: Any
 ) -> M:
-    """Construct a module without paying for the initialisation of its parameters.
+    """Construct a module without initialising its parameters.
 
-    Parameters are allocated and hold whatever the memory held: fill them before use. Buffers and
-    other tensors have their true values. The class need not take ``device``, and its constructor
-    may compute with its parameters. No random numbers are consumed.
+    Parameters are allocated and hold arbitrary values: fill them before use. Buffers and other
+    tensors have their true values. Unlike ``torch.nn.utils.skip_init``, this does not require the
+    class to take an argument ``device``, and its constructor may compute with its parameters. The
+    global random generators are left as they are.
 
     Args:
         module_cls: a subclass of ``torch.nn.Module``.
         *args: arguments of its constructor.
-        device: where to allocate; by default where the constructor asks for it.
+        device: the device to allocate on; by default the one that the constructor asks for.
         **kwargs: keyword arguments of its constructor.
 
     Returns:
         The module.
 
     Raises:
-        RuntimeError: ``module_cls`` is no subclass of ``torch.nn.Module``.
+        RuntimeError: ``module_cls`` is no subclass of ``torch.nn.Module``, as torch raises it.
 
     Example:
         >>> layer = lateinit.skip_init(torch.nn.BatchNorm2d, 3)
@@ -50,6 +51,7 @@ def skip_init(
     found = [f for f in find_tensors(module) if f.deferred]
     parameters = {id(parameter) for parameter in module.parameters()}
     others = {locate(f.tensor)[2].storage for f in found if id(f.tensor) not in parameters}
+    # A parameter that shares its storage with a buffer or another tensor must have true values.
     for item in found:
         if locate(item.tensor)[2].storage not in others:
             adopt_uninitialized(item.tensor, device)

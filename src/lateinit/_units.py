@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Format and parse sizes in bytes, such as ``497.8 MB`` and ``2GiB``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def format_bytes(count: int) -> str:
     """A size in decimal units: ``497.8 MB``."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
+        # Rounded first: 999.96 kB reads 1.0 MB, not 1000.0 kB.
         if round(size, 1) < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
@@ -26,7 +27,7 @@ def parse_bytes(size: int | str) -> int:
     """The number of bytes in ``"5GB"`` (10**9), ``"2GiB"`` (2**30), ``"500"`` or an integer.
 
     Raises:
-        ValueError: this is no positive size.
+        ValueError: ``size`` is no positive size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(found[2].upper()) if found else None

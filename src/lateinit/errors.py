@@ -1,25 +1,27 @@
-"""What lateinit raises.
+"""The exceptions that lateinit raises, and helpers for their messages.
+
+Every exception is a ``LateinitError`` and also one of Python's own, given in parentheses.
 
 LateinitError
- +-- RecordingError        (RuntimeError)             the construction did what cannot be recorded
+ +-- RecordingError        (RuntimeError)             the construction cannot be recorded
  +-- DeferredTensorError   (RuntimeError)             a deferred tensor was used as if it had values
  +-- NotRecordedError      (RuntimeError)             a meta tensor that was never recorded
- +-- ConstantChangedError  (RuntimeError)             real data that a program refers to has changed
+ +-- ConstantChangedError  (RuntimeError)             real data that a program reads has changed
  +-- SeedError             (ValueError)               another seed would have built another model
  +-- PatternError          (ValueError)               `only=` matches nothing
  +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
- +-- ShardingError         (RuntimeError)             shards that cannot be computed, or do not fit
+ +-- ShardingError         (RuntimeError)             shards cannot be computed, or do not fit
  +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
- +-- SpecError             (ValueError)               a model specification that names no model
- +-- OutputExistsError     (FileExistsError)          an output that would be overwritten
- +-- OutputError           (OSError)                  an output that cannot be written
- +-- CheckpointError       (ValueError)               a model that cannot be saved, or cannot load
- |    +-- MismatchError         (ValueError)          a checkpoint that does not fit the model
- |    +-- CorruptCheckpointError (ValueError)         no checkpoint, or not a whole or a safe one
- +-- ShapeError            (ValueError, RuntimeError) a shape that disagrees with what is known
- +-- RuleError             (TypeError)                a rule that does not fit its class
+ +-- SpecError             (ValueError)               a model specification names no model
+ +-- OutputExistsError     (FileExistsError)          an output would be overwritten
+ +-- OutputError           (OSError)                  an output cannot be written
+ +-- CheckpointError       (ValueError)               a model cannot be saved, or cannot load
+ |    +-- MismatchError         (ValueError)          a checkpoint does not fit the model
+ |    +-- CorruptCheckpointError (ValueError)         a file is no complete, safe checkpoint
+ +-- ShapeError            (ValueError, RuntimeError) a shape disagrees with a known one
+ +-- RuleError             (TypeError)                a rule does not fit its class
  +-- UninitializedError    (RuntimeError, ValueError) a placeholder was used as a tensor
- +-- UnreachedError        (RuntimeError)             the forward never met some lazy modules
+ +-- UnreachedError        (RuntimeError)             the forward never called some lazy modules
  +-- NeedsValuesError      (RuntimeError)             the forward depends on values, not shapes
 """
 
@@ -34,7 +36,7 @@ class LateinitError(Exception):
 
 
 class RecordingError(LateinitError, RuntimeError):
-    """The construction did something that cannot be recorded honestly."""
+    """The construction did something that cannot be recorded faithfully."""
 
 
 class DeferredTensorError(LateinitError, RuntimeError):
@@ -66,7 +68,7 @@ class ShardingError(LateinitError, RuntimeError):
 
 
 class OutOfMemoryError(LateinitError, MemoryError):
-    """Memory ran out while materialising; what was done stands and the call can be repeated."""
+    """Memory ran out while materialising. Finished tensors stay, and the call can be repeated."""
 
 
 class SpecError(LateinitError, ValueError):
@@ -81,6 +83,7 @@ class OutputError(LateinitError, OSError):
     """An output cannot be written: no room, no permission, no such place."""
 
     def __str__(self) -> str:
+        # OSError would put the number of the error and the file name around the message.
         return self.strerror or super().__str__()
 
 
@@ -93,11 +96,11 @@ class MismatchError(CheckpointError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """What is no checkpoint, or a truncated or corrupt one, or one that could run code."""
+    """A file that is no checkpoint, or a truncated or corrupt one, or one that could run code."""
 
 
 class ShapeError(LateinitError, ValueError, RuntimeError):
-    """An input or a checkpoint has a shape that disagrees with what is known."""
+    """The shape of an input or a checkpoint disagrees with a known shape."""
 
 
 class RuleError(LateinitError, TypeError):
@@ -105,15 +108,15 @@ class RuleError(LateinitError, TypeError):
 
 
 class UninitializedError(LateinitError, RuntimeError, ValueError):
-    """A tensor whose shape is not known yet was used."""
+    """A lazy tensor, whose shape is not known yet, was used as a tensor."""
 
 
 class UnreachedError(LateinitError, RuntimeError):
-    """A forward pass ended and some lazy modules were never called."""
+    """A forward pass ended without calling some lazy modules."""
 
 
 class NeedsValuesError(LateinitError, RuntimeError):
-    """A forward pass needs the values of a tensor of which only the shape is known."""
+    """A forward pass needs the values of a tensor, and only its shape is known."""
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
@@ -124,7 +127,7 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
 
 
 def candidates(name: str, names: Iterable[str]) -> str:
-    """The names nearest to one that was not found, or the first few."""
+    """The names nearest to an unknown name, or else the first few, for an error message."""
     every = sorted(set(names))
     near = difflib.get_close_matches(name, every, n=5, cutoff=0.4)
     return listing(near or every)

@@ -1,5 +1,7 @@
 """The recorded construction as plain data, and planning on it.
 
-A program is a sequence of ops over numbered storages. A plan says which of its ops must run to give
-some storages their values.
+Gives the rooms above ``Program`` (a sequence of ops over numbered storages), plans (the ops that
+must run to compute some storages), the constants that ops read, and the words for how a tensor is
+initialised. May import ``_torch`` and the leaf modules; ``_rng`` beside it knows no program. Start
+with ``program``.
 """

@@ -1,4 +1,4 @@
-"""Real data that enters a program: constants, and how they stay what they were."""
+"""Constants: the real data that enters a program, protected against later changes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from torch import Tensor
 from lateinit._program.program import Const, Constant, Program
 from lateinit._torch.storage import checksum, copied_with_strides, is_plain, storage_key
 
+# 64 KiB: below that a copy costs next to nothing, and large data is not held twice.
 _SMALL = 1 << 16
 
 
 class RealData:
     """The real tensors that recorded ops read.
 
-    Data of up to 64 KiB, and data that numpy could change behind our back, is copied; other data
-    is kept as it is, with its checksum, and copied before an op of the block writes to it. Its
-    version would not do: that does not count what is written through ``.data`` or an array.
+    Data of up to 64 KiB is copied, as is memory that torch did not allocate (an array's owner may
+    write to it). Other data is kept by reference, with a checksum that replay compares. It is
+    copied before an op of the block writes to it. The tensor's version counter would not do: it
+    does not count writes through ``.data`` or an array.
     """
 
     def __init__(self, program: Program) -> None:
@@ -23,7 +25,7 @@ class RealData:
         self._kept: dict[int, list[int]] = {}
 
     def refer(self, tensor: Tensor) -> Const:
-        """A reference to a real tensor, as it is now."""
+        """A reference to the present values of a real tensor."""
         if not is_plain(tensor):
             return self.own(tensor.clone())
         storage = tensor.untyped_storage()
@@ -35,7 +37,7 @@ class RealData:
         return constant
 
     def own(self, tensor: Tensor) -> Const:
-        """A reference to data that nobody else can change."""
+        """A reference to data that no one else can write to."""
         return self._keep(Constant(tensor, None))
 
     def _keep(self, constant: Constant) -> Const:
@@ -43,7 +45,7 @@ class RealData:
         return Const(len(self.program.constants) - 1)
 
     def before_write(self, tensor: Tensor) -> None:
-        """Copy what is kept of a tensor's storage before it is written in place."""
+        """Copy the kept data on a tensor's storage, which is about to be written in place."""
         if not is_plain(tensor):
             return
         for number in self._kept.pop(storage_key(tensor.untyped_storage()), ()):

@@ -1,7 +1,7 @@
-"""How a tensor is initialised, in the field's words.
+"""The words for how a tensor is initialised, as summaries show them: ``normal_(std=0.02)``.
 
-Two sources: the ``nn.init`` function that was running when an op was recorded (``initializer``),
-and, where none was, the recorded ops themselves (``describe``).
+They come from the function of ``nn.init`` that was running when an op was recorded
+(``initializer``). If none was, they come from the recorded ops (``describe_initialisation``).
 """
 
 from __future__ import annotations
@@ -20,30 +20,32 @@ from lateinit._torch import operators
 from lateinit._torch.callers import running_initialiser
 
 EMPTY = "empty (uninitialised)"
-_MOST_PIECES = 3
-_DEEPEST = 8  # copies of copies that are followed
+_MOST_PIECES = 3  # writes that are listed; more are counted
+_DEEPEST = 8  # copies of copies that are followed to their source
 
 # -- while recording -----------------------------------------------------------------------------
 
 
 def initializer() -> str | None:
-    """How the ``nn.init`` function that is running was called, if one is.
+    """The call of the ``nn.init`` function that is running, or None.
 
-    Defaults are left out: ``kaiming_uniform_(a=2.236)``, ``normal_(std=0.02)``, ``zeros``.
+    Arguments equal to their defaults are left out: ``kaiming_uniform_(a=2.236)``,
+    ``normal_(std=0.02)``, ``zeros``.
     """
     found = running_initialiser(_DEFAULTS)
     return called(*found) if found is not None else None
 
 
 def called(name: str, given: Mapping[str, Any]) -> str:
-    """How the ``nn.init`` function of a name was called, with these arguments."""
+    """The call of a function of ``nn.init`` with these arguments, as ``initializer`` shows it."""
     values = map(given.get, _DEFAULTS[name])
     return _call(name, tuple([v if isinstance(v, _PLAIN) else None for v in values]))
 
 
 @functools.lru_cache(maxsize=1024)
 def _call(name: str, values: tuple[Any, ...]) -> str:
-    """An initialiser's call with what differs from its defaults."""
+    """The call of an initialiser, without arguments that equal their defaults."""
+    # The same few calls repeat for every layer, hence the cache.
     if name in ("zeros_", "zero_", "ones_", "eye_"):
         return {"zero_": "zeros"}.get(name, name[:-1])
     if name in ("constant_", "fill_"):
@@ -59,12 +61,13 @@ def _call(name: str, values: tuple[Any, ...]) -> str:
 
 
 def _initialisers() -> dict[str, dict[str, Any]]:
-    """The arguments of every initialiser, beyond the tensor, with their defaults."""
+    """The arguments of every initialiser after the tensor, with their defaults."""
     found: dict[str, dict[str, Any]] = {}
     for name, function in vars(torch.nn.init).items():
         if name.endswith("_") and not name.startswith("_") and inspect.isfunction(function):
             parameters = list(inspect.signature(function).parameters.values())[1:]
             found[name] = {p.name: p.default for p in parameters if p.name != "generator"}
+    # The private _no_grad_fill_ and _no_grad_zero_ do the work of constant_ and zeros_.
     found["fill_"] = {"val": inspect.Parameter.empty}
     found["zero_"] = {}
     return found
@@ -77,9 +80,9 @@ _DEFAULTS = _initialisers()
 
 
 def describe_initialisation(program: Program, ref: TensorRef) -> str:
-    """How a tensor of a program gets its values.
+    """The words for how a tensor of a program gets its values.
 
-    Says what the live writes say where they are few and simple, and else how many ops it takes.
+    The live writes, if they are few and simple; otherwise the number of ops.
     """
     words = _describe(program, ref, len(program.ops), _DEEPEST)
     if words is not None:
@@ -90,7 +93,10 @@ def describe_initialisation(program: Program, ref: TensorRef) -> str:
 
 
 def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str | None:
-    """The words for a tensor as it is before an op, or None if they would be too many."""
+    """The words for a tensor as it is before op ``before``, or None if they are too many.
+
+    Walks backwards over the writes that overlap the tensor, until one that overwrites all of it.
+    """
     pieces: list[_Piece] = []
     for number in reversed(program.writers(ref.storage)):
         op = program.ops[number]
@@ -101,6 +107,7 @@ def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str 
         whole = any(w == ref or program.covers(w) for w in written)
         if words is None or len(pieces) == len(_TRUNCATED):
             return None
+        # The ops of one initialiser have the same label and count as one piece.
         if op.label is not None and pieces and pieces[-1].words == words:
             pieces[-1] = _Piece(op, words, whole or pieces[-1].whole)
         else:
@@ -111,7 +118,7 @@ def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str 
 
 
 class _Piece(NamedTuple):
-    """One write in words, and whether it was to all of the tensor."""
+    """The words for one write, and whether it covers the whole tensor."""
 
     op: Op
     words: str
@@ -119,7 +126,7 @@ class _Piece(NamedTuple):
 
 
 def _joined(pieces: list[_Piece]) -> str | None:
-    """The words for some writes, one after another."""
+    """The words for a sequence of writes, or None for too many."""
     if tuple(_base(piece.op) for piece in pieces) == _TRUNCATED:
         return _truncated(*(piece.op for piece in pieces[2:]))
     if len(pieces) > _MOST_PIECES:
@@ -128,7 +135,7 @@ def _joined(pieces: list[_Piece]) -> str | None:
     return ", then ".join(shown) or EMPTY
 
 
-# How a truncated normal is drawn by inversion, in libraries and older versions of torch.
+# A truncated normal by inversion, as libraries and torch/nn/init.py before 2.13 draw it.
 _TRUNCATED = ("uniform_", "erfinv_", "mul_", "add_", "clamp_")
 
 
@@ -136,12 +143,12 @@ def _truncated(scaled: Op, moved: Op, clamped: Op) -> str | None:
     values = [moved.args[1], scaled.args[1], *clamped.args[1:], *clamped.kwargs.values()]
     if moved.kwargs or len(values) != 4 or not all(isinstance(v, (int, float)) for v in values):
         return None
-    values[1] /= math.sqrt(2)
+    values[1] /= math.sqrt(2)  # erfinv is scaled by std * sqrt(2)
     return _call("trunc_normal_", tuple(float(f"{v:.4g}") for v in values))
 
 
 def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
-    """The words for one write, or None if other tensors take part in it."""
+    """The words for one write, or None if it reads other tensors."""
     base = _base(op)
     if op.name == operators.CONSTANT:
         return "constant"
@@ -152,6 +159,7 @@ def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
         if type(source) is TensorRef and depth:
             return _describe(program, source, number, depth - 1)
         return None
+    # The first argument is no other tensor: it is written, or lends its sizes alone.
     own = 1 if operators.by_name(op.name).mutates or base in _ONLY_LIKE else 0
     if _mentions_tensor(op.args[own:]) or _mentions_tensor(
         value for key, value in op.kwargs.items() if key != "out"
@@ -161,7 +169,7 @@ def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
 
 
 def _call_of(base: str, scalars: list[Any]) -> str:
-    """The words for a write that takes no other tensor: a factory, a fill, a draw, arithmetic."""
+    """The words for a write that reads no other tensor: a factory, fill, draw or arithmetic."""
     if base in _FILL:
         value = _FILL[base]
         return _fill(scalars[-1] if value is None and scalars else value)
@@ -201,7 +209,7 @@ _ONLY_LIKE = frozenset(name for name in _FILL if name.startswith("new_") or name
 
 
 def _base(op: Op) -> str:
-    """An op's name without namespace and overload."""
+    """The name of an op without namespace and overload."""
     return op.name.partition("::")[2].partition(".")[0]
 
 
@@ -215,7 +223,7 @@ def _mentions_tensor(values: Iterable[Any]) -> bool:
 
 
 def _overlap(a: TensorRef, b: TensorRef) -> bool:
-    """Whether two windows on a storage may share bytes: whether their spans do."""
+    """Whether the spans of two windows on one storage overlap: then they may share bytes."""
     (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
     return a_start < b_end and b_start < a_end
 

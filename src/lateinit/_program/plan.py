@@ -1,9 +1,11 @@
-"""From the storages that are wanted to the ops that must run.
+"""Plans: which ops must run to compute some storages, and in which independent steps.
 
-A backward walk over the program from the last write of each wanted storage: an op is needed if it
-writes a storage whose value is needed, and then so is all that it reads. An op that overwrites
-a storage wholly ends the need for what was written there before (a *dead store*: most of what an
-eager constructor computes). Ops that share storages form a ``Step``; steps are independent.
+A plan is found by walking the program backwards from the last write of each target storage. An op
+is needed if it writes a storage whose values are needed; then the storages that it reads are needed
+too. An op that overwrites a whole storage makes earlier writes to it dead. Most writes of an eager
+constructor are dead: a layer initialises its weights, and the model initialises them again. Dead
+writes are not run; only their draws are skipped over. Ops that share storages form a ``Step``, and
+steps are independent of each other.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from lateinit._program.program import Program, TensorRef
 
 
 class Step(NamedTuple):
-    """Ops that must run in this order, and the wanted storages that they give."""
+    """Ops that must run in this order, and the target storages that they compute."""
 
     ops: tuple[int, ...]
     gives: tuple[int, ...]
@@ -27,7 +29,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would run, in which order, to give some tensors their values."""
+    """The steps that compute some tensors, in order; ``names`` has the tensors for printing."""
 
     program: Program
     steps: tuple[Step, ...]
@@ -35,7 +37,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all wanted storages."""
+        """The total size of the target storages in bytes."""
         storages = self.program.storages
         return sum(storages[number].nbytes for step in self.steps for number in step.gives)
 
@@ -54,12 +56,18 @@ class Plan:
 
 
 def plan_storages(program: Program, wanted: Iterable[int], before: int | None = None) -> list[Step]:
-    """The steps that give ``wanted`` storages the values they have before op ``before``."""
+    """The steps that compute storages as they are before op ``before`` (default: at the end).
+
+    Args:
+        program: the program.
+        wanted: the numbers of the target storages.
+        before: the number of an op.
+    """
     targets = dict.fromkeys(wanted)
     fills = _fills(program, targets, before)
     rest = [storage for storage in targets if storage not in fills]
     if rest:
-        # A fill is a step of its own, unless what else is needed has to do with its storage.
+        # A fill is a step of its own, unless other needed ops read or write its storage.
         needed = needed_ops(program, rest, before)
         touched = {storage for number in needed for storage in _touched(program, number)}
         shared = [storage for storage in fills if storage in touched]
@@ -76,7 +84,10 @@ def _first_op(step: Step) -> float:
 
 
 def _fills(program: Program, wanted: Iterable[int], before: int | None) -> dict[int, int]:
-    """The number of the op that writes a storage last, where it fills it and reads nothing."""
+    """The last write of each storage that is a fill from numbers: storage to op number.
+
+    Nearly all parameters end this way. For these the plan is one op, and the walk is spared.
+    """
     end = len(program.ops) if before is None else before
     fills: dict[int, int] = {}
     for storage in wanted:
@@ -89,14 +100,22 @@ def _fills(program: Program, wanted: Iterable[int], before: int | None) -> dict[
 
 
 def needed_ops(program: Program, wanted: Iterable[int], before: int | None = None) -> set[int]:
-    """The numbers of the ops that the values of some storages depend on."""
+    """The numbers of the ops that the values of some storages depend on.
+
+    Args:
+        program: the program.
+        wanted: the numbers of the storages.
+        before: the op before which the values are meant, by default the end.
+    """
+    # Visits writes in descending order, over all live storages at once: when an op is visited,
+    # every later op that could need its result, or make it dead, has been visited.
     end = len(program.ops) if before is None else before
     heap: list[tuple[int, int]] = []  # (minus the number of the last write, storage)
     live: dict[int, bool] = {}
     needed: set[int] = set()
 
     def want(storage: int, bound: int) -> None:
-        """Ask for the last write of a storage before op ``bound``."""
+        """Queue the last write of a storage before op ``bound``."""
         writers = program.writers(storage)
         last = _below(writers, bound)
         if last is not None:
@@ -126,7 +145,7 @@ def needed_ops(program: Program, wanted: Iterable[int], before: int | None = Non
 
 
 def _ended(program: Program, number: int, read: set[int]) -> Iterator[int]:
-    """The storages whose earlier values an op makes irrelevant."""
+    """The storages that an op overwrites wholly, without reading them: earlier writes are dead."""
     for ref in program.ops[number].written():
         if ref.storage not in read and program.covers(ref):
             yield ref.storage
@@ -138,7 +157,10 @@ def _below(ascending: list[int], bound: int) -> int | None:
 
 
 def _steps(program: Program, needed: list[int], targets: dict[int, None]) -> list[Step]:
-    """Group ops that touch a common storage; groups in the order of their first ops."""
+    """Group needed ops that touch a common storage (union-find over storages).
+
+    Targets that no op writes form steps without ops: their memory is only allocated.
+    """
     parent: dict[int, int] = {}
 
     def find(storage: int) -> int:

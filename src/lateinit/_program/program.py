@@ -1,9 +1,9 @@
-"""The recorded construction: plain data, printable and picklable.
+"""``Program``, the recorded construction: plain data, printable and picklable.
 
-A program is a sequence of ops over numbered storages. Tensors are not named in it: an op's
-tensor argument is a ``TensorRef``, a window on a storage, because views, ``.data``, ``set_`` and
-``Parameter(...)`` make new tensors without the dispatcher's knowledge, while the storage that
-they look at is always known.
+A program is a sequence of ops over numbered storages. An op's tensor argument is a ``TensorRef``, a
+window on a storage, and no tensor has a number. For views, ``.data``, ``set_`` and
+``Parameter(...)`` make new tensors that the dispatcher does not always see, while their storage
+always identifies itself.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class TensorRef(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    bits: int = 0  # CONJUGATE and NEGATIVE: how the elements are seen, lazily
+    bits: int = 0  # CONJUGATE and NEGATIVE: torch's lazy conjugation and negation
 
     @classmethod
     def of(cls, tensor: Tensor, storage: int) -> TensorRef:
-        """The window that a tensor is on a storage of this number."""
+        """The window of a tensor, on the storage with this number."""
         bits = (CONJUGATE if tensor.is_conj() else 0) | (NEGATIVE if tensor.is_neg() else 0)
         size, stride, offset = tuple(tensor.size()), tensor.stride(), tensor.storage_offset()
         fields = storage, tensor.dtype, size, stride, int(offset), bits
-        return tuple.__new__(cls, fields)  # what cls(...) does, without its Python
+        return tuple.__new__(cls, fields)  # as cls(...) does, without its Python function
 
     @property
     def numel(self) -> int:
@@ -52,6 +52,7 @@ class TensorRef(NamedTuple):
 
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
+        # The stride of a dim of length one moves nothing and may be any number.
         expected = 1
         for length, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
             if length != 1:
@@ -71,7 +72,7 @@ class TensorRef(NamedTuple):
         return True
 
     def on(self, storage: torch.UntypedStorage) -> Tensor:
-        """The tensor that this window shows of a real storage."""
+        """The tensor that shows this window on a real or meta storage."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)
         if self.bits & CONJUGATE:
@@ -84,10 +85,11 @@ class TensorRef(NamedTuple):
 
 
 NUMBERS = frozenset({float, int, bool, type(None)})
+"""The types of arguments that can be passed to a part of a fill unchanged."""
 
 
 class Const(NamedTuple):
-    """A reference to real data kept by the program."""
+    """A reference to real data that the program keeps."""
 
     number: int
 
@@ -100,7 +102,17 @@ class Draw(NamedTuple):
 
 
 class Op(NamedTuple):
-    """One recorded op; ``args`` hold ``TensorRef`` and ``Const`` where there were tensors."""
+    """One recorded op.
+
+    Attributes:
+        name: the qualified name of the overload; ``OpOverload`` objects cannot be pickled.
+        args: its positional arguments, with ``TensorRef`` or ``Const`` in place of tensors.
+        kwargs: its keyword arguments, likewise, without ``generator``.
+        outs: the windows of its results; empty if it only writes its arguments.
+        draw: its place in a random stream, None if it draws nothing.
+        ambient: the number of the settings in force.
+        label: the words for the initialiser that called it, if one did.
+    """
 
     name: str
     args: tuple[Any, ...]
@@ -111,7 +123,7 @@ class Op(NamedTuple):
     label: str | None
 
     def fills(self) -> TensorRef | None:
-        """The window that this op overwrites, if that and nothing else is what it does."""
+        """The window that this op fills from numbers alone, None if it does anything else."""
         if self.outs or self.kwargs or self.name == operators.CONSTANT:
             return None
         if not operators.by_name(self.name).overwrites or type(self.args[0]) is not TensorRef:
@@ -140,6 +152,7 @@ class Op(NamedTuple):
 
     def read(self) -> list[TensorRef]:
         """The windows that this op reads."""
+        # An op that overwrites its first argument does not read it: what was there is dead.
         own = self.name != operators.CONSTANT and operators.by_name(self.name).overwrites
         found: list[TensorRef] = []
         for value in self.args[1:] if own else self.args:
@@ -166,10 +179,10 @@ class Op(NamedTuple):
 
 
 class _Format(NamedTuple):
-    """A ``torch.memory_format`` in a pickle, by its name.
+    """The name of a ``torch.memory_format``, in its place in a pickle.
 
-    It pickles as an attribute of the module ``torch``, which protocol 2 cannot say, and that is
-    what ``torch.save`` writes.
+    A memory format pickles as an attribute of the module ``torch``. Protocol 2 cannot express that,
+    and ``torch.save`` writes protocol 2.
     """
 
     name: str
@@ -190,7 +203,7 @@ def _op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any) ->
 
 
 def tensor_refs(value: Any) -> Sequence[TensorRef]:
-    """Every ``TensorRef`` in an argument, lists of them included."""
+    """Every ``TensorRef`` in an argument, also inside lists and tuples."""
     kind = type(value)
     if kind is TensorRef:
         return (value,)
@@ -215,9 +228,9 @@ def _show(value: Any) -> str:
 
 @dataclass(slots=True)
 class Storage:
-    """What a program knows of one storage: its size, and the device that was asked for.
+    """The size of one storage, and the device that the constructor asked for.
 
-    ``closed`` marks what was made in a block that has ended: it may be changed no more.
+    ``closed`` marks a storage whose block has ended: no further op may write to it.
     """
 
     nbytes: int
@@ -227,21 +240,24 @@ class Storage:
 
 @dataclass(slots=True)
 class Constant:
-    """Real data kept by a program; ``checksum`` is None where the program owns the data."""
+    """Real data that a program keeps; ``checksum`` is None if no one else can write to it."""
 
     tensor: Tensor
     checksum: int | None
 
 
 class Ambient(NamedTuple):
-    """Process-wide settings that a kernel's result depends on."""
+    """Process-wide settings that the result of a kernel depends on.
+
+    ``autocast`` is the device type and dtype, None if autocast was off.
+    """
 
     default_dtype: torch.dtype
     deterministic: bool
     autocast: tuple[str, torch.dtype] | None
 
     def holds(self) -> bool:
-        """Whether these settings are in force now, and none besides."""
+        """Whether exactly these settings are in force now."""
         return (
             self.autocast is None
             and self.default_dtype is torch.get_default_dtype()
@@ -251,7 +267,7 @@ class Ambient(NamedTuple):
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Run a block under these settings, with outer autocasting off."""
+        """Run a block under these settings and restore the present ones; outer autocast is off."""
         if self.holds():
             yield
             return
@@ -273,11 +289,11 @@ class Ambient(NamedTuple):
 
 @dataclass(slots=True, repr=False)
 class Stream:
-    """The random ops that drew one after another from a generator, and where it stood at first.
+    """A sequence of draws from one generator, and the state of the generator before the first.
 
-    ``start`` is the generator's state, or the position in another stream that it was taken from.
-    ``root`` marks the stream that begins where the block found the default generator: the one
-    that ``seed=`` replaces. A negative number among ``ops`` is a hole: ``-1 - hole``.
+    ``start`` is that state, or a place in another stream from which this one branches off.
+    ``root`` marks a stream that begins in the state in which the block found the default generator:
+    ``seed=`` replaces that state. A negative number among ``ops`` is a hole: ``-1 - hole``.
     """
 
     start: bytes | Draw
@@ -292,9 +308,10 @@ class Stream:
 
 
 class Read(NamedTuple):
-    """A random value that left the program while it was recorded: when, and a digest of it.
+    """A read of a random value during recording: of which window, before which op, its digest.
 
-    Where only the shape left, the digest is empty.
+    The digest is empty if only the shape of the value was seen. Materialising under another seed
+    compares digests (or shapes) and raises ``SeedError`` if they differ.
     """
 
     ref: TensorRef
@@ -303,7 +320,12 @@ class Read(NamedTuple):
 
 
 class Program:
-    """A recorded construction. Public to read, extended by recording only."""
+    """A recorded construction. Anyone may read it; only recording extends it.
+
+    ``holes`` has the stream that fills each hole, None while it is open. ``seed_bound`` says why no
+    other seed can be honoured, ``final`` is the state of the default generator after the block.
+    ``cache`` is for results that follow from the program; pickles leave it out.
+    """
 
     def __init__(self) -> None:
         self.ops: list[Op] = []
@@ -312,14 +334,14 @@ class Program:
         self.ambients: list[Ambient] = []
         self.streams: list[Stream] = []
         self.reads: list[Read] = []
-        self.holes: list[int | None] = []  # the stream of what fills each, once it is filled
+        self.holes: list[int | None] = []
         self.seed_bound: str | None = None
         self.final: bytes | None = None
         self.merged_into: tuple[Program, Bases] | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._writers: tuple[int, list[list[int]]] = (0, [])  # of so many ops
+        self._writers: tuple[int, list[list[int]]] = (0, [])  # how many ops are indexed; the index
         self.cache: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -342,14 +364,14 @@ class Program:
         self._reset()
 
     def writers(self, storage: int) -> list[int]:
-        """The numbers of the ops that write a storage, ascending."""
+        """The numbers of the ops that write a storage, in ascending order."""
         indexed, writers = self._writers
         if indexed != len(self.ops) or len(writers) != len(self.storages):
             writers = self._index()
         return writers[storage]
 
     def _index(self) -> list[list[int]]:
-        """Enter the ops that were recorded since into the lists of writers."""
+        """Extend the index of writers by the ops that were recorded since the last call."""
         (indexed, known), end = self._writers, len(self.ops)
         found: dict[int, list[int]] = {}
         for number in range(indexed, end):
@@ -360,23 +382,27 @@ class Program:
         writers = [*known, *([] for _ in range(len(known), len(self.storages)))]
         for storage, numbers in found.items():
             writers[storage] = writers[storage] + numbers
-        # All at once: it may be interrupted, and threads may do the same at a time.
+        # One assignment of new lists: an interruption here leaves the old index whole, and threads
+        # that index at the same time do not disturb each other.
         self._writers = end, writers
         return writers
 
     def draws(self) -> int:
-        """How many ops draw."""
+        """The number of recorded draws, holes included."""
         return sum(len(stream.ops) for stream in self.streams)
 
     def covers(self, ref: TensorRef) -> bool:
-        """Whether a window shows every byte of its storage, once."""
+        """Whether a window shows every byte of its storage exactly once."""
         nbytes = ref.numel * ref.dtype.itemsize
         if ref.offset != 0 or nbytes != self.storages[ref.storage].nbytes:
             return False
         return ref.is_contiguous() or ref.is_dense()
 
     def absorb(self, other: Program) -> None:
-        """Append another program to this one; ``other`` becomes a forwarding address."""
+        """Append another program to this one; ``other`` then only forwards to it.
+
+        Slots and holes of ``other`` find their new numbers through ``merged_into``.
+        """
         bases = Bases(
             op=len(self.ops),
             storage=len(self.storages),
@@ -398,7 +424,13 @@ class Program:
         other.merged_into = (self, bases)
 
     def _follow(self, other: Program, base: int) -> str | None:
-        """Let the root stream start where that of an earlier program ended, if it did."""
+        """Let the root stream start where the root stream of an appended program ended.
+
+        Then ``seed=`` can be honoured for both blocks: it replaces the start of the first.
+
+        Returns:
+            None, or why no other seed can be honoured.
+        """
         for stream in self.streams[:base]:
             if stream.root and stream.start == other.final:
                 ended = next(i for i, s in enumerate(other.streams) if s.root)
@@ -417,7 +449,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Bases:
-    """By how much the numbers of an appended program move."""
+    """The offsets of the numbers of an appended program."""
 
     op: int
     storage: int

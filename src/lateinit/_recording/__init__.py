@@ -1,5 +1,8 @@
-"""The block: turn the construction of a model into a program.
+"""The block ``with lateinit.deferred():``: turn the construction of a model into a program.
 
-A function mode answers what Python code asks of deferred tensors; a dispatch mode below it writes
-each op into the program; patches stand in for the few functions that neither can see.
+A function mode (``function_mode``) answers Python code that inspects deferred tensors. A dispatch
+mode below it (``recorder``) writes each op into the program. Patches (``patches``) replace the few
+functions of torch that reach neither mode. Gives the rooms above ``deferred``, the filling of
+holes, and the recording of ops after a block. May import ``_tensors`` and the rooms below it; it
+and ``_materialize`` do not know each other. Start with ``block``, then ``recorder``.
 """

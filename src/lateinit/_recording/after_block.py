@@ -1,8 +1,9 @@
-"""What may be done with deferred tensors after the block that recorded them.
+"""Record ops on deferred tensors outside blocks, or refuse them.
 
-Views, copies, casts and arithmetic among deferred tensors are recorded in their program; with
-tensors that are on ``meta`` by other means the result is an ordinary meta tensor, as shape
-propagation wants. What would need values, or change what the block recorded, raises.
+Views, copies, casts and arithmetic among deferred tensors are recorded in their program. Together
+with plain meta tensors the result is a plain meta tensor, which is what shape propagation needs.
+An op that needs values, or would change a tensor that a block recorded, raises
+``DeferredTensorError``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from lateinit.errors import DeferredTensorError
 
 
 class Follower(Recorder):
-    """Extends a program outside its block, as far as that is honest.
+    """Dispatch mode outside blocks: records the ops that can be replayed faithfully.
 
-    ``meant`` is the device of the tensors that a call is about, if none is on meta but deferred
-    ones: what the call makes on meta, such as the number in ``mask[0] = 1``, is then meant for it.
+    ``meant`` is the recorded device of the tensors of a call, if all of its meta tensors are
+    deferred. A tensor that the call makes on meta, such as the number in ``mask[0] = 1``, is then
+    recorded for that device.
     """
 
     meant: torch.device | None = None
@@ -36,7 +38,7 @@ class Follower(Recorder):
         deferred = [t for t in tensors if is_deferred_tensor(t)]
         own = bool(deferred) and kwargs.get("device") == META
         if own:
-            # Here a deferred tensor's device is meta: that of another one is what was meant.
+            # Outside blocks a deferred tensor reports meta, so y.to(x.device) asks for meta.
             kwargs = kwargs | {"device": self.device_of(deferred[0])}
         elif not deferred and self.meant and kwargs.get("device") == META and not info.random:
             return self.record(info, args, kwargs | {"device": self.meant}, [])
@@ -52,10 +54,10 @@ class Follower(Recorder):
         return self._named(self.record(info, args, kwargs, deferred), deferred[0])
 
     def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
-        """Nothing is drawn after a block; replay finds out where an op does so unsaid."""
+        """Record no draw: random ops are refused. Replay raises if a foreign op draws."""
 
     def _named(self, result: Any, source: Tensor) -> Any:
-        """Let what is made of a tensor go by its name, in messages."""
+        """Name new deferred tensors after the tensor that they are made from, for messages."""
         origin = slot_of(source)
         for leaf in flat(result):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
@@ -96,13 +98,17 @@ class Follower(Recorder):
 
 
 def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Run something on deferred tensors outside the block that recorded them."""
+    """Call a torch function on deferred tensors outside the block that recorded them.
+
+    In another block its modes record the call.
+    """
     if current() is not None:
         return func(*args, **kwargs)
     tensors = tensors_in(args, kwargs)
     deferred = [t for t in tensors if is_deferred_tensor(t)]
     for tensor in deferred:
-        share_real_storage(tensor)  # what was materialised may have been changed since
+        # Its storage may be real by now through another tensor, and changed since.
+        share_real_storage(tensor)
     first = next(filter(is_deferred_tensor, deferred), None)
     if first is None or first is not deferred[0]:
         return func(*args, **kwargs)

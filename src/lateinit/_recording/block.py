@@ -1,4 +1,4 @@
-"""``deferred()``: the block in which models are declared and not built."""
+"""``deferred()``, the block in which the construction of a model is recorded instead of run."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from lateinit._tensors.walk import own_tensors
 from lateinit._torch.modules import REGISTRATION_HOOKS
 
 T = TypeVar("T")
-# Blocks leave tokens in the default generator, which all threads share: one thread at a time.
+# A block keeps its place in the random stream as a token in the default generator (see
+# ``generators``). All threads share that generator, so only one thread records at a time.
 _one_thread = threading.RLock()
-_DEEPEST = 64  # modules in modules, in case a module is put into itself
+_DEEPEST = 64  # levels of a module's path: bounds the recursion if a module contains itself
 
 
 class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - reads as a statement
     """A block in which models are built without memory, arithmetic or random draws.
 
     Every tensor that is made in the block is deferred: it has a shape, a dtype and a recorded
-    construction, and no storage. On leaving the block the random generators stand where eager
-    construction would have left them. Blocks nest: an inner one is part of the outer one. If the
-    block raises, the generators stand where they stood before it.
+    construction, but no memory. When the block ends, the random generators are in the state that
+    eager construction would have left. If the block raises, they are in the state that they had
+    before it. An inner block is part of the outer one.
 
     Args:
-        advance_rng: False leaves the random generators where they were, for those who do not need
-            what follows to draw as it would after eager construction.
+        advance_rng: False leaves the random generators in the state that they had before the
+            block. Later random numbers then differ from those after eager construction.
 
     Raises:
-        RecordingError: the construction did what cannot be recorded honestly.
+        RecordingError: the construction did something that cannot be recorded faithfully.
 
     Example:
         >>> with lateinit.deferred():
@@ -62,6 +63,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             _one_thread.acquire()
             try:
                 recorder = Recorder()
+                # From the start, drawn from or not: settle() must know where the block began.
                 recorder.generators.watch(torch.default_generator)
                 block_ = recording_block(recorder)
                 block_.__enter__()
@@ -97,21 +99,22 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
 
 @contextlib.contextmanager
 def recording_block(recorder: Recorder) -> Iterator[None]:
-    """Record what a block does, and guard what it made."""
+    """Record the ops of a block; at its end, guard the deferred tensors that it made."""
     modules = _Modules()
     try:
         with Patches(), modules, in_force(recorder, Masquerade(recorder)):
             yield
     finally:
+        # After an error too: tensors that outlive a failed block must still refuse to be read.
         _guard_all(recorder, modules)
     recorder.finish()
 
 
 @contextlib.contextmanager
 def fill(hole: Hole) -> Iterator[Recorder]:
-    """Record the initialisation that a hole was reserved for.
+    """Record the initialisation that belongs in a hole.
 
-    The global generators stand afterwards where they stood before.
+    Afterwards the global generators are in the state that they had before.
     """
     program, number, place = hole.resolve()
     _one_thread.acquire()
@@ -123,6 +126,8 @@ def fill(hole: Hole) -> Iterator[Recorder]:
     finally:
         recorder.generators.restore()
         _one_thread.release()
+    # Deep copies of a lazy module share its hole, and eager construction drew once for all of
+    # them: the first filling determines how far the hole moves the generator.
     if program.holes[number] is None:
         program.holes[number] = stream
 
@@ -140,7 +145,7 @@ def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
 
 
 class _Modules:
-    """The modules that something is registered on while a block runs."""
+    """The modules that a block registers parameters, buffers or children on."""
 
     def __init__(self) -> None:
         self._found: dict[int, nn.Module] = {}
@@ -148,7 +153,8 @@ class _Modules:
         self._paths: dict[int, str] = {}
 
     def __enter__(self) -> _Modules:
-        # What register_module_parameter_registration_hook and its like do, without handles.
+        # torch/nn/modules/module.py: register_module_parameter_registration_hook and its like do
+        # this and return a handle; the key here is an id of ours, so no handle is needed.
         for registered in REGISTRATION_HOOKS:
             registered[id(self)] = self._note
         return self
@@ -157,7 +163,7 @@ class _Modules:
         self._found[id(module)] = module
         if type(value) is nn.Parameter:
             return
-        # PPE's placeholders are no subclasses of torch's.
+        # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
         ppe = type(value).__name__ == "UninitializedParameter"
         if ppe or isinstance(value, UninitializedTensorMixin):
             reserve(module)
@@ -173,7 +179,7 @@ class _Modules:
         return list(self._found.values())
 
     def path(self, module: nn.Module, depth: int = 0) -> str:
-        """The dotted name of a module below the outermost one that it was put in."""
+        """The fqn of a module in the outermost module that contains it, with a final dot."""
         known = self._paths.get(id(module))
         if known is None:
             parent = self._parents.get(id(module))
@@ -184,7 +190,11 @@ class _Modules:
 
 
 def _guard_all(recorder: Recorder, modules: _Modules) -> None:
-    """Guard what the block made: all tensors on its modules, and those made that still live."""
+    """Guard all deferred tensors on the block's modules, and all others that are still alive.
+
+    ``recorder.born`` holds the tensor objects that were seen when they were made. The walk over
+    the modules finds all others, and gives slots the names that error messages show.
+    """
     seen: set[int] = set()
     for module in modules.all():
         path = None

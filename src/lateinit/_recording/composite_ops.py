@@ -1,11 +1,11 @@
-"""Functions that are computed in another way on ``meta``, recorded as the one op that they are.
+"""Composite functions that torch decomposes differently on ``meta``: recorded as one op each.
 
-Torch takes them apart before a recording hears of them, and by what the tensors are: attention by a
-kernel of the device or by matrix products, a recurrent layer over the whole sequence at once or
-step by step, singular values with or without their vectors. The results differ in their last bits.
-They are recorded taken apart, as ever, which gives their shapes and graphs; then what the whole op
-gives is written over that. It is run as it was called: whether a tensor requires a gradient decides
-about kernels too.
+Torch decomposes these above the dispatcher, in a way that depends on the device of the tensors:
+attention into a fused kernel or into matrix products, a recurrent layer into one kernel for the
+sequence or one for each step, singular values with or without their vectors. The results differ in
+their last bits. So the decomposition on ``meta`` is recorded as usual, for its shapes and graph,
+and then an op ``lateinit::whole`` overwrites its results. Replaying that op calls the function
+itself, with the ``requires_grad`` flags of the original call, since these select kernels too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ Policy = Literal["same", "leave", "refuse"]
 
 
 def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) -> Any:
-    """What an op gives for tensors that require gradients as they did when it was recorded."""
+    """Replay a composite function.
+
+    Args:
+        name: the op, or a function of ``_IN_PYTHON``.
+        graph: whether gradients were enabled when it was recorded.
+        requiring: the ``requires_grad`` flag of each tensor among the arguments, in order.
+        args: its positional arguments.
+        **kwargs: its keyword arguments.
+    """
     flags = iter(requiring)
     given = [_requiring(value, flags) for value in args]
     named = {key: _requiring(value, flags) for key, value in kwargs.items()}
@@ -49,15 +57,19 @@ def _requiring(value: Any, flags: Iterator[bool]) -> Any:
     return [_requiring(item, flags) for item in value] if isinstance(value, list) else value
 
 
-# An op that is registered is one that writes its first argument: this one's is no tensor.
+# register() makes an op that writes its first argument. Here that is the name, so it writes no
+# tensor; its results are new tensors.
 _OP = register("lateinit::whole", _run, draws=False)
 
 
 def _whole(name: str, dropout: Policy = "leave") -> Handler:
-    """A handler of a function that is an op of ATen, or one of ``_IN_PYTHON``.
+    """The handler of a composite function.
 
-    ``dropout`` says what is done where it draws random numbers: the same; or nothing, since it is
-    taken apart eagerly too; or it is refused, since it is computed in a third way.
+    Args:
+        name: an op of ATen, or a function of ``_IN_PYTHON``.
+        dropout: the policy if the call recorded a draw. "same": override the results as usual.
+            "leave": keep the decomposition, which eager construction uses too when it drops out.
+            "refuse": materialising raises, since eager construction uses a third way.
     """
 
     def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -80,11 +92,12 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
 
 
 def _recurrent(name: str) -> Handler:
-    """A handler of a recurrent kernel, of sequences of one length or packed ones."""
+    """The handler of a recurrent kernel, for sequences of one length or packed ones."""
     whole = _whole(name, dropout="refuse")
 
     def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-        # RNN.cpp reads below the dispatcher how many sequences are left at each step.
+        # aten/src/ATen/native/RNN.cpp reads the batch sizes of packed sequences below the
+        # dispatcher, where they must be real.
         given = tuple(_counts(recorder, value) for value in args)
         named = {key: _counts(recorder, value) for key, value in kwargs.items()}
         return whole(recorder, func, given, named)
@@ -99,7 +112,10 @@ def _counts(recorder: Recorder, value: Any) -> Any:
 
 
 def _below(original: Handler, handler: Handler) -> Handler:
-    """What stands in for a function that torch's own code calls where no mode hears it."""
+    """A patch for a function that torch's own Python code calls with function modes off.
+
+    With a function mode in force the mode calls the handler itself.
+    """
 
     def called(*args: Any, **kwargs: Any) -> Any:
         recorder = current()
@@ -111,7 +127,11 @@ def _below(original: Handler, handler: Handler) -> Handler:
 
 
 def _multi_head(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Attention that eager construction would leave to a fused kernel, which no mode passes."""
+    """Refuse attention that eager construction would compute by its fused kernel.
+
+    torch/nn/modules/activation.py: MultiheadAttention.forward avoids that kernel under any function
+    mode, so a block never sees it.
+    """
     result = func(*args, **kwargs)
     module = attention_without_fused_kernel()
     if module is not None:
@@ -128,21 +148,22 @@ def _refuse(recorder: Recorder, result: Any, what: str) -> None:
 
 
 _IN_PYTHON: dict[str, Handler] = {
-    # Called by a mode, it sees that the tensors are on meta, and accumulates in another dtype.
+    # On meta tensors it accumulates in another dtype.
     name: getattr(functional, name)
     for name in ("linear_cross_entropy",)
     if hasattr(functional, name)  # from torch 2.13 on
 }
+# Called with function modes off, by:
 _UNHEARD = (
-    (functional, "scaled_dot_product_attention"),  # by multi_head_attention_forward
-    (torch, "max_pool1d"),  # by functional.max_pool1d
-    (torch.linalg, "matrix_norm"),  # by torch.norm
+    (functional, "scaled_dot_product_attention"),  # multi_head_attention_forward
+    (torch, "max_pool1d"),  # functional.max_pool1d
+    (torch.linalg, "matrix_norm"),  # torch.norm
 )
 HANDLERS: dict[Any, Handler] = {
     functional.multi_head_attention_forward: _multi_head,
     functional.scaled_dot_product_attention: _whole("aten::scaled_dot_product_attention"),
     torch.max_pool1d: _whole("aten::max_pool1d"),
-    # Its schema does not say that it draws nothing, so that it is taken to draw.
+    # Its schema does not say that it draws nothing, so it counts as drawing.
     **{function: _whole(name, dropout="same") for name, function in _IN_PYTHON.items()},
     **{
         getattr(torch, name): _recurrent(f"aten::{name}")

@@ -1,7 +1,7 @@
-"""Moves, casts and copies of deferred tensors in a block.
+"""Handlers of conversions in a block: moves, casts, copies, and tensors made from data.
 
-A tensor that is what it is to become is given back itself, not a copy of it; torch, which sees it
-on ``meta``, would often copy it to the device that it passes for.
+``x.to(...)`` returns ``x`` itself if device and dtype already match the recorded ones. Without
+these handlers torch would compare with the device ``meta``, and copy in every such case.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SEQUENCES = frozenset({list, tuple, range})
 
 
 def of_deferred(handler: Handler) -> Handler:
-    """A handler that is asked only where the first argument is deferred."""
+    """``handler`` for deferred first arguments; calls the function itself for all others."""
 
     def asked(recorder: Recorder, func: Handler, args: tuple[Any, ...], kwargs: Any) -> Any:
         if not is_deferred_tensor(args[0]):
@@ -35,13 +35,13 @@ def of_deferred(handler: Handler) -> Handler:
 
 
 def computed(recorder: Recorder, tensor: Tensor) -> Tensor:
-    """The values that a deferred tensor has now; that they were read is noted."""
+    """A copy of the current values of a deferred tensor; notes that they were read if random."""
     with without_modes():
         return recorder.read(tensor).clone()
 
 
 def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``x.to(...)``: a move to the device that the tensor passes for is no move."""
+    """``x.to(...)``, compared with the device that ``x`` reports inside a block."""
     tensor = args[0]
     copy = kwargs.pop("copy", False) if "copy" in kwargs else False
     others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
@@ -51,7 +51,8 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
     else:
         positional = args[1:]
-        # copy= comes third after a dtype, fourth after a device and a dtype.
+        # torch's own parser, the one of nn.Module.to, does not take copy=. Its place is third in
+        # to(dtype, non_blocking, copy), fourth in to(device, dtype, non_blocking, copy).
         last = 2 if positional and isinstance(positional[0], torch.dtype) else 3
         if len(positional) > last:
             copy, positional = positional[last], positional[:last]
@@ -62,6 +63,7 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         return func(tensor, asked, copy=copy, memory_format=_layout(layout))
     if not is_deferred_tensor(tensor):
         return func(tensor, device, asked, non_blocking, copy=copy)
+    # The user asks for meta: without this, the recorder would take meta for the recorded device.
     if device.type == "meta":
         recorder.call = (), {"device": device}
     return to_copy(
@@ -74,6 +76,7 @@ def _layout(layout: torch.memory_format | None) -> torch.memory_format:
 
 
 def _indexed(device: torch.device) -> torch.device:
+    # "cuda" and "cuda:0" name one device and compare unequal.
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", device_number(device))
     return device
@@ -85,6 +88,7 @@ def _reported(recorder: Recorder, tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+# Handlers of the methods that are ``to`` under another name: each passes on to ``_to``.
 def _cpu(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     return _to(recorder, torch.Tensor.to, (args[0], torch.device("cpu")), kwargs)
 
@@ -126,6 +130,7 @@ def _new(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
 def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     tensor, *asked = args
     kind: Any = asked[0] if asked else kwargs.get("dtype")
+    # Without an argument, type() names the legacy class, such as "torch.cuda.FloatTensor".
     if kind is None:
         name: str = func(*args, **kwargs)
         passes_for = recorder.device_of(tensor).type
@@ -138,7 +143,7 @@ def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     )
     dtype = getattr(getattr(torch, last, None), "dtype", None)
     if not isinstance(dtype, torch.dtype):
-        return func(*args, **kwargs)  # for its own message
+        return func(*args, **kwargs)  # raises torch's own message
     device = torch.device("cuda" if "cuda" in place else "cpu")
     return _to(recorder, torch.Tensor.to, (tensor, device, dtype), {})
 
@@ -148,10 +153,11 @@ def _type_as(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _from_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``torch.tensor`` and its like, of a tensor or of lists that have some in them."""
+    """``torch.tensor`` and its like, given a deferred tensor or lists that contain some."""
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     if isinstance(data, Tensor) and is_deferred_tensor(data):
         device = kwargs.get("device")
+        # Already there: with device= torch would copy from meta.
         if device is not None and _indexed(torch.device(device)) == _reported(recorder, data):
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
@@ -165,7 +171,7 @@ def _from_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any
 
 
 def _real(recorder: Recorder, data: Any) -> Any:
-    """Data with the deferred tensors in its lists read; itself, if it has none."""
+    """The data with all deferred tensors replaced by their values; itself, if it has none."""
     if isinstance(data, Tensor):
         return computed(recorder, data) if is_deferred_tensor(data) else data
     if not isinstance(data, (list, tuple)):
@@ -175,14 +181,18 @@ def _real(recorder: Recorder, data: Any) -> Any:
 
 
 def _by_index(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``x[[0, 2]]``: torch puts lists where it sees the tensor to be, on meta, without values."""
+    """``x[[0, 2]]``: turn index lists into tensors here, where they get values.
+
+    torch (torch/csrc/autograd/python_variable_indexing.cpp) makes them on the device of ``x``. That
+    is ``meta``, where the indices would be lost.
+    """
     tensor, index, *rest = args
     alone = type(index) is not tuple
     whole = (index,) if alone else index
     if not any(type(item) in _SEQUENCES for item in whole):
         return func(*args, **kwargs)
     if alone and not all(isinstance(place, Integral) for place in index):
-        return func(*args, **kwargs)  # it may stand for a tuple
+        return func(*args, **kwargs)  # a list of slices or of lists may stand for a tuple
     places = tuple([_places(item) if type(item) in _SEQUENCES else item for item in whole])
     return func(tensor, places[0] if alone else places, *rest, **kwargs)
 
@@ -191,7 +201,7 @@ def _places(item: Any) -> Any:
     try:
         return torch.tensor(item, dtype=None if len(item) else torch.int64)
     except (TypeError, ValueError, RuntimeError):
-        return item  # for torch's own message
+        return item  # torch raises its own message
 
 
 _tensor = torch.Tensor
@@ -209,4 +219,4 @@ HANDLERS: dict[Any, Handler] = {
     torch.as_tensor: _from_data,
     torch.asarray: _from_data,
 }
-"""The handlers of these functions in ``Masquerade``."""
+"""The entries of this module in the table of ``Masquerade``."""

@@ -1,4 +1,4 @@
-"""Factories as what they are to a program: memory, and an op that fills it."""
+"""Tables of factories: each is recorded as uninitialised memory and an in-place fill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lateinit._torch.modes import is_deterministic
 
 FillOp = tuple[str, tuple[Any, ...]]
-"""The in-place op that a factory ends in, and its numbers."""
+"""The name of an in-place fill and its numbers."""
 
 
 def _empty(args: tuple[Any, ...]) -> None:
@@ -46,19 +46,20 @@ FACTORIES: dict[str, Callable[[tuple[Any, ...]], FillOp | None]] = {
     "aten::full_like": _full(1),
     "aten::new_full": _full(2),
 }
-"""Factories that are recorded as what they are: memory, and an op that fills it.
+"""For each factory, the fill that its arguments call for, None for uninitialised memory.
 
-Of a tensor that they are given they use the sizes alone, which need no values.
+Those that take a tensor use its sizes alone, so they do not read its values.
 """
 
 
 def is_usual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether what a factory gives is known without its kernel, and is plain memory."""
-    if is_deterministic():  # fills what is empty
+    """Whether a factory's result is plain memory whose layout the meta kernel gives exactly."""
+    # Then factories fill memory that they would leave uninitialised (torch/utils/deterministic.py).
+    if is_deterministic():
         return False
     if kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
         return False
-    # Kernels and their meta twins disagree on the strides of dims of length one.
+    # Real and meta kernels disagree on the strides of dims of length one.
     like = args[0]
     return not isinstance(like, Tensor) or 1 not in like.size()
 
@@ -68,4 +69,4 @@ RANDOM = {
     for name, fill in (("rand", "uniform_"), ("randn", "normal_"), ("randint", "random_"))
     for overload in ("", ".generator", "_like", "_like.generator", ".low", ".low_generator")
 } | {"aten::randint_like.low_dtype": "random_"}
-"""The in-place ops that random factories end in."""
+"""The in-place fill of each random factory."""

@@ -1,8 +1,9 @@
-"""What constructors do most, answered before it reaches the dispatcher.
+"""Handlers of the most frequent calls of a constructor: record them before the dispatcher.
 
-Factories and fills make up nearly all of a construction. Their results are known without a kernel,
-and each is one op or none of a program; on its way through the dispatcher, a call costs several
-times what noting it does.
+Nearly all calls of a construction are factories and fills. Their results are known without a
+kernel, and each is one op in the program or none. The way through the dispatcher takes several
+times as long as recording the op. If anything about a call is unusual, the handler makes the call
+itself, and the dispatcher records it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _USUAL = frozenset({"dtype", "device", "requires_grad", "size"})
 
 
 def _making(fill: FillOp | None) -> Handler:
-    """A handler of a factory that takes sizes."""
+    """The handler of a factory that takes sizes and then applies ``fill``."""
 
     def make(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
@@ -42,14 +43,14 @@ def _making(fill: FillOp | None) -> Handler:
             with below_python():
                 tensor = torch.empty(*args, **(kwargs | {"device": META}))
         except (TypeError, RuntimeError):
-            return func(*args, **kwargs)  # for its own message
+            return func(*args, **kwargs)  # raises torch's own message
         return recorder.made(tensor, device, fill)
 
     return make
 
 
 def _data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``x.data``: a view, of which nothing is noted but that it exists."""
+    """``x.data``: a view, which needs no op; it is only remembered, to be guarded later."""
     if not is_deferred_tensor(args[0]) or not is_recording_alone():
         return func(*args, **kwargs)
     with below_python():
@@ -59,11 +60,18 @@ def _data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _overwriting(name: str, *keywords: str) -> Handler:
-    """A handler of a filling op."""
+    """The handler of an in-place fill.
+
+    Args:
+        name: the op.
+        keywords: the names of its numbers, in order.
+    """
 
     def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         tensor, *values = args
         values += [kwargs[key] for key in takewhile(kwargs.__contains__, keywords[len(values) :])]
+        # Every argument is accounted for, or the call is left to torch, as is an in-place write
+        # that autograd may have to refuse.
         usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
         grad = tensor.requires_grad and torch.is_grad_enabled()
         if not usual or grad or not _filled(recorder, name, tensor, values, kwargs):
@@ -74,7 +82,11 @@ def _overwriting(name: str, *keywords: str) -> Handler:
 
 
 def _initialising(name: str, *keywords: str) -> Handler:
-    """Likewise for a function of ``nn.init``, which passes all by name and turns gradients off."""
+    """The handler of a function of ``nn.init`` that is one in-place fill.
+
+    torch/nn/init.py passes every argument by name to ``handle_torch_function``. It fills under
+    ``no_grad``, so autograd need not be asked.
+    """
 
     def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         if args:
@@ -96,7 +108,7 @@ def _filled(
     given: Any,
     label: str | None = None,
 ) -> bool:
-    """Note that a tensor is filled, if it is deferred and the values are numbers."""
+    """Record a fill; False if the tensor is not deferred or a value is a tensor."""
     for value in values:
         if isinstance(value, Tensor):
             return False
@@ -104,7 +116,10 @@ def _filled(
 
 
 class _StandIn:
-    """A deferred tensor to an initialiser that asks for its sizes, and then fills it."""
+    """Stands for a deferred tensor in an initialiser that reads its sizes, then fills it.
+
+    The initialiser computes its bounds as usual; the fill is recorded without the dispatcher.
+    """
 
     __slots__ = ("dim", "label", "recorder", "shape", "size", "tensor")
 
@@ -126,7 +141,7 @@ class _StandIn:
 
 
 def _scaled(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """An initialiser that draws once, in bounds that follow from the sizes."""
+    """The handler of an initialiser that makes one draw, scaled by the sizes of the tensor."""
     tensor = args[0] if args else kwargs["tensor"]
     if not is_deferred_tensor(tensor) or not tensor.is_floating_point():
         return func(*args, **kwargs)
@@ -152,21 +167,27 @@ HANDLERS: dict[Any, Handler] = {
     nn.init.constant_: _initialising("aten::fill_.Scalar", "val"),
     nn.init.kaiming_uniform_: _scaled,
 }
-"""The handlers of these functions in ``Masquerade``."""
+"""The entries of this module in the table of ``Masquerade``."""
 
 _INITIALISERS: dict[str, Any] = {
     name: value
     for name, value in vars(nn.init).items()
     if inspect.isfunction(value) and value.__name__ == name
 }
-_DEEPEST = 4  # frames from a handler up to the initialiser that is running
+# How many callers of a function mode are searched for an initialiser. In torch 2.13 it is the
+# second one, after handle_torch_function (torch/overrides.py).
+_DEEPEST = 4
 
 
 def initialiser_behind(func: Any) -> Handler | None:
-    """The function of ``nn.init`` that is running, where another one has its name just now.
+    """The initialiser of torch, if ``func`` is a library's replacement of it that has called it.
 
-    Libraries put functions of their own there, which then call torch's; that one names itself to
-    modes by its name, and so names theirs, which must not run again.
+    Libraries replace functions of ``nn.init`` (such as ``nn.init.normal_``) by wrappers that call
+    the original. The original passes its global name to ``handle_torch_function``, which by then is
+    the wrapper. Calling that again would recurse.
+
+    Returns:
+        The original function if it is the one that is running, else None.
     """
     own: Any = _INITIALISERS.get(getattr(func, "__name__", ""))
     if own is None or getattr(nn.init, own.__name__) is not func:

@@ -1,9 +1,10 @@
-"""Making deferred tensors pass, in Python, for what they will be.
+"""Function mode: let deferred tensors answer Python code as the materialised tensors would.
 
-Inside a block a deferred tensor is a ``meta`` tensor; third-party constructors look at ``device``
-and ``is_meta`` and skip their own initialisation there. ``Masquerade`` answers as the finished
-tensor would, and sees to the calls that never reach the dispatcher: reads (``tolist``, ``numpy``,
-``repr``) and exchanges of storage between real and deferred tensors.
+Inside a block a deferred tensor is a ``meta`` tensor. Third-party constructors look at ``device``
+and ``is_meta``, and skip their own initialisation on ``meta``. ``Masquerade`` reports the recorded
+device instead. It also handles the calls that never reach the dispatcher: reads (``tolist``,
+``numpy``, ``repr``) and exchanges of storage between real and deferred tensors. ``_HANDLERS`` says
+which function of torch is answered by which handler.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Handler = Callable[..., Any]
 
 
 class Masquerade(TorchFunctionMode):
-    """The Python side of a recording."""
+    """Function mode of a block: calls the handler of a torch function, if it has one."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class Masquerade(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder = self.recorder
         handler = _HANDLERS.get(func)
+        # Within an op (busy) the caller is torch's own Python code, which must see meta tensors.
         if handler is _asks or recorder.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
         recorder.call = args, kwargs
@@ -53,7 +55,10 @@ class Masquerade(TorchFunctionMode):
 
 
 def _asks(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """For what is called most, and gets no further than the tensor itself."""
+    """Handler of the most frequent functions, which need no answer but torch's own.
+
+    Recognised first, so that they skip the bookkeeping of ``__torch_function__``.
+    """
     return func(*args, **kwargs)
 
 
@@ -78,7 +83,8 @@ def _get_device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> in
 
 
 def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
-    # Constructors compare addresses to find ties: give each storage one of its own.
+    # Constructors compare addresses to find ties, and every meta tensor has address 0: give each
+    # storage a distinct one. Empty tensors have address 0 on every device.
     tensor = args[0]
     if tensor.numel() == 0:
         return 0
@@ -88,15 +94,15 @@ def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
 
 
 def _untyped_storage(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    # Likewise for the addresses of storages; an attribute of the object, since storages have no
-    # torch functions.
+    # The same for ``storage.data_ptr()``. Storages have no __torch_function__, so the method of
+    # this one object is replaced.
     storage = func(*args)
     storage.data_ptr = functools.partial(storage_key, storage)
     return storage
 
 
 def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Sparse constructors read their arguments below the dispatcher: run them for real."""
+    """Run a sparse constructor on real values: it reads its arguments below the dispatcher."""
 
     def value(item: Any) -> Any:
         deferred = isinstance(item, Tensor) and is_deferred_tensor(item)
@@ -108,7 +114,7 @@ def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``tolist``, ``repr`` and the like: asked of the value."""
+    """Answer a read, such as ``tolist`` or ``repr``, from the computed values."""
     value = computed(recorder, args[0])
     with without_modes():
         return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
@@ -121,7 +127,7 @@ def _numpy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _shared(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``apply_``, ``__dlpack__`` and the like: done with the memory itself."""
+    """Run ``apply_``, ``__dlpack__`` and the like on memory that both sides share."""
     with without_modes():
         real = [_exposed(recorder, value) for value in args]
         result = func(*real, **kwargs)
@@ -149,7 +155,7 @@ def _deepcopy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tens
 
 
 def _set_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``a.data = b``; torch refuses if only one of them is on meta."""
+    """``a.data = b``, which torch refuses if exactly one of them is on meta."""
     target, source = args
     if target.is_meta == source.is_meta:
         return func(*args)
@@ -157,7 +163,7 @@ def _set_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _become(recorder: Recorder, target: Tensor, source: Tensor) -> None:
-    """Let a tensor object show what another one shows, and keep what autograd knows of it."""
+    """Swap the implementation of ``source`` into ``target``, which keeps ``requires_grad``."""
     with without_modes():
         source.requires_grad_(target.requires_grad)
     swap_implementation(target, source)

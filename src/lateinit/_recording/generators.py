@@ -1,9 +1,9 @@
-"""Following random generators through a block in which nothing is drawn.
+"""Follow the random generators through a block in which no number is drawn.
 
-While recording, a generator does not move. So that whatever is done to it in between is noticed
-(``manual_seed``, ``fork_rng``, ``set_state``: from Python or below it), each recorded draw leaves
-a *token* in the generator: a state that names its place in its stream. A token found later says
-where in which stream the generator stands; any other state begins a stream of its own.
+Recording a draw does not advance the generator. Instead it writes a *token* into it: a state that
+names the place of the next draw (stream and index). Code may save and set the generator's state
+meanwhile (``fork_rng``, ``set_state``, from Python or C++). At the next draw, a token says at which
+place of which stream the generator is, and any other state begins a new stream.
 """
 
 from __future__ import annotations
@@ -22,24 +22,33 @@ from lateinit._rng.mt19937 import set_state, state_of
 from lateinit._torch.devices import generator_key
 from lateinit.errors import RecordingError
 
-_MAGIC = 0x9A17E1A7
+_MAGIC = 0x9A17E1A7  # marks tokens; a true state has it with probability 2**-32
+# Tells the tokens of one recording from those of another: of this process by counting, of another
+# (states can be saved to files) by starting at random.
 _NONCES = itertools.count(secrets.randbits(24))
 
-# A CPU state holds `left`, `seeded` and `next` at bytes 8 to 24, then 624 words in 8 bytes each;
-# any other generator's (Philox) is a seed and an offset. A key is what tells two states apart: in
-# a token those numbers, and magic, nonce, stream and index for words.
+# The state of a CPU generator (aten/src/ATen/CPUGeneratorImpl.cpp) has a seed at byte 0, `left`,
+# `seeded` and `next` at bytes 8 to 24, then 624 words in 8 bytes each. That of a CUDA generator
+# (Philox) is a seed and an offset. The bytes compared between two states are called the key. In
+# the key of a CPU token the first four words are magic, nonce, stream and index; in that of a
+# Philox token the seed holds magic, nonce and stream, and the offset holds the index.
 _CPU_KEY = (8, 48)
 _CPU_TOKEN = struct.Struct("=iiQQQQQ")
 _CPU_INDEX = 48
 _PHILOX_KEY = (0, 16)
 _PHILOX_INDEX = 8
 _PHILOX_TOKEN = struct.Struct("=QQ")
-_INDEX = struct.Struct("=Q")  # where the token's last number is
-_UNUSED = (624, 1, 0)  # what `left`, `seeded` and `next` say where no word is drawn
+_INDEX = struct.Struct("=Q")
+# `left`, `seeded` and `next` of a token. A kernel that draws changes `left` and `next` and leaves
+# the words, so that a draw which recording did not see shows up in read_token().
+_UNUSED = (624, 1, 0)
 
 
 class Generators:
-    """The generators that a recording has met, and where each stands in the program's streams."""
+    """The generators that a recording uses, and the place of each in the program's streams.
+
+    A root stream begins at the state in which the block found the default generator.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -48,7 +57,13 @@ class Generators:
         self._settled: dict[bytes, Draw] = {}
 
     def draw(self, generator: torch.Generator, op: int, root: bool) -> Draw:
-        """Note that op number ``op`` draws from a generator; where it stood before."""
+        """Record that op number ``op`` draws from a generator, and return the draw's place.
+
+        Args:
+            generator: the generator.
+            op: the number of the op, or -1 - hole.
+            root: whether a stream that begins here is a root stream.
+        """
         watch = self._watched.get(generator_key(generator))
         if watch is None:
             watch = self._follow(generator)
@@ -56,7 +71,8 @@ class Generators:
         elif watch.key() != watch.expected:
             self._moved(watch)
         ops = self.program.streams[watch.stream].ops
-        if len(ops) != watch.at:  # another generator was set to this place, and went on from it
+        # Another generator was set to this place and drew there: this one branches off.
+        if len(ops) != watch.at:
             self._begin(watch, Draw(watch.stream, watch.at))
             ops = self.program.streams[watch.stream].ops
         place = Draw(watch.stream, len(ops))
@@ -65,30 +81,36 @@ class Generators:
         return place
 
     def reserve(self, generator: torch.Generator) -> Draw:
-        """Keep a place in the default generator's stream for draws that are not known yet."""
+        """Open a hole: keep a place in the default stream for draws that are not known yet."""
         self.program.holes.append(None)
         return self.draw(generator, -len(self.program.holes), root=True)
 
     def watch_from(self, generator: torch.Generator, place: Draw) -> int:
-        """Follow a generator as if it stood at a place; gives the stream that begins there."""
+        """Follow a generator as if it were at ``place``; returns the stream that begins there."""
         watch = self._follow(generator)
         self._begin(watch, place)
         return watch.stream
 
     def watch(self, generator: torch.Generator) -> None:
-        """Follow the default generator from now on, whether or not it is drawn from."""
+        """Follow the default generator from now on, even if nothing is drawn from it."""
         watch = self._follow(generator)
         self._begin(watch, watch.first, root=True)
 
     def reseeded(self, generator: torch.Generator) -> None:
-        """Note that a generator was seeded: it stands in no stream that it stood in before."""
+        """Record that a generator was seeded: its next draw begins a new stream."""
         watch = self._watched.get(generator_key(generator))
         if watch is not None:
             watch.stand()
             self._begin(watch, state_of(generator))
 
     def settle(self, state: Callable[[Draw], bytes]) -> None:
-        """Put every generator where eager construction would have it now."""
+        """Put every generator into the state that eager construction would have left by now.
+
+        Settled states are remembered, so that a draw after them continues its stream.
+
+        Args:
+            state: gives the generator state before a draw.
+        """
         for watch in self._watched.values():
             place = self._place(watch)
             if place is None and watch.key() == watch.expected:
@@ -101,7 +123,7 @@ class Generators:
                     self.program.final = true
 
     def restore(self) -> None:
-        """Put every generator where the block found it."""
+        """Put every generator into the state in which the block found it."""
         for watch in self._watched.values():
             set_state(watch.generator, watch.first)
 
@@ -114,7 +136,7 @@ class Generators:
         self.program.streams.append(Stream(start, watch.device, root))
 
     def _moved(self, watch: _Watch) -> None:
-        """Something else has set the generator since: continue a stream or begin one."""
+        """Find the place of a generator whose state was set from outside since its last draw."""
         place = self._place(watch)
         if place is None:
             state = state_of(watch.generator)
@@ -127,14 +149,14 @@ class Generators:
             self._begin(watch, place)
 
     def _place(self, watch: _Watch) -> Draw | None:
-        """The place that the generator is at; None if it is in no stream that is known."""
+        """The place of the generator, or None if its state belongs to no known stream."""
         key = watch.key()
         if key == watch.expected and not watch.has_token:
-            return None  # nothing was drawn and nothing has moved it
+            return None  # neither drawn from nor set from outside
         return self._named(watch, key)
 
     def _named(self, watch: _Watch, key: bytes) -> Draw | None:
-        """The place that a token in the generator names, or its state that was settled before."""
+        """The place named by the generator's token, or by a state that was settled before."""
         place = watch.read_token(key)
         if place is None:
             return self._settled.get(state_of(watch.generator))
@@ -142,7 +164,7 @@ class Generators:
 
 
 class _Watch:
-    """One generator, its first state, and the key of the state that it should be in."""
+    """One generator, its first state, and the key of the state that it is expected to be in."""
 
     def __init__(self, generator: torch.Generator, nonce: int) -> None:
         self.generator = generator
@@ -157,9 +179,9 @@ class _Watch:
         self._end = self._start + length
         self.expected = self.first[self._start : self._end]
         self._words = bytearray()
-        self._token: Any = None  # a tensor on the same memory, once there is a token
-        self._named = -1  # the stream that it names
-        # Looked up once: both are needed for every draw.
+        self._token: Any = None  # a tensor on the memory of _words: the state to set
+        self._named = -1  # the stream that the token names
+        # The key is read from raw memory, and methods are looked up once: this runs at every draw.
         self._get_state, self._set_state = generator.get_state, generator.set_state
         self._key_at = (ctypes.c_char * length).from_address
 
@@ -169,7 +191,7 @@ class _Watch:
         return found
 
     def stand(self) -> None:
-        """Expect the generator where it stands now."""
+        """Expect the generator in its current state."""
         self.expected = self.key()
         self.has_token = False
 
@@ -179,6 +201,7 @@ class _Watch:
         if self._cpu:
             _INDEX.pack_into(self._words, _CPU_INDEX, index)
         else:
+            # set_state refuses offsets that are no multiples of 4 (a Philox block is 4 words).
             _INDEX.pack_into(self._words, _PHILOX_INDEX, 4 * index)
         self._set_state(self._token)
         self.expected = bytes(self._words[self._start : self._end])
@@ -186,12 +209,12 @@ class _Watch:
         self.at = index
 
     def _name_stream(self) -> None:
-        """Write a token of the stream that the generator is in; what is still missing is where."""
+        """Write a token of the generator's stream; ``leave_token`` adds the index."""
         if not self._words:
             self._words[:] = self.first
             self._token = torch.frombuffer(self._words, dtype=torch.uint8)
         if self._cpu:
-            # The seed that stands there now: initial_seed() tells it.
+            # The token keeps the seed of the current state: initial_seed() reports it.
             self._words[: self._start] = state_of(self.generator)[: self._start]
             key = _CPU_TOKEN.pack(*_UNUSED, _MAGIC, self._nonce, self.stream, 0)
         else:
@@ -201,7 +224,11 @@ class _Watch:
         self._named = self.stream
 
     def read_token(self, key: bytes) -> Draw | None:
-        """The place that a token's key names; None if it is of no token."""
+        """The place that a key names, or None if it is not the key of a token.
+
+        Raises:
+            RecordingError: a kernel drew from the token unseen, or another recording wrote it.
+        """
         if self._cpu:
             *unused, magic, nonce, stream, index = _CPU_TOKEN.unpack(key)
             intact = (*unused, nonce) == (*_UNUSED, self._nonce)

@@ -1,8 +1,8 @@
-"""Holes: the places in a program where lazy modules' initialisations belong.
+"""Holes: the places in a program where the initialisations of lazy modules belong.
 
-A lazy module that is constructed in a block draws nothing yet, but its eager twin did so at this
-very place. The hole keeps the place in the random stream; once the shape is known, what is
-recorded in ``fill`` draws from there, and everything after it moves up by as much.
+A lazy module that is constructed in a block draws nothing yet, but its eager twin draws at this
+place of the random stream. A hole keeps the place. Once the shape is known, ``block.fill`` records
+the initialisation, whose draws start at the hole; all later draws of the stream move up by as many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ATTRIBUTE = "_lateinit_hole"
 
 
 class Hole:
-    """The place of one lazy module's initialisation. Deep copies of the module share it."""
+    """The place of one lazy module's initialisation. Deep copies of the module share its hole."""
 
     __slots__ = ("number", "place", "program")
 
@@ -32,13 +32,13 @@ class Hole:
         return self
 
     def __getstate__(self) -> tuple[Program, int, Draw]:
-        return self.resolve()  # a program that was merged into another one is not pickled with it
+        return self.resolve()  # so that a program which was merged into another is not pickled
 
     def __setstate__(self, state: tuple[Program, int, Draw]) -> None:
         self.program, self.number, self.place = state
 
     def resolve(self) -> tuple[Program, int, Draw]:
-        """The program, the hole's number and its place, wherever programs have been merged to."""
+        """The program, the hole's number and its place, after any merging of programs."""
         while self.program.merged_into is not None:
             self.program, bases = self.program.merged_into
             self.number += bases.hole
@@ -47,13 +47,13 @@ class Hole:
 
 
 def hole_of(module: nn.Module) -> Hole | None:
-    """The hole that was reserved for a module, if it was constructed in a block."""
+    """The hole of a module, or None if it was not constructed in a block."""
     hole: Hole | None = module.__dict__.get(_ATTRIBUTE)
     return hole
 
 
 def reserve(module: nn.Module) -> None:
-    """Reserve the hole of a lazy module that is constructed in a block, once."""
+    """Reserve the hole of a lazy module that is being constructed in a block, once."""
     recorder = current()
     if recorder is not None and hole_of(module) is None:
         place = recorder.generators.reserve(torch.default_generator)
@@ -62,5 +62,5 @@ def reserve(module: nn.Module) -> None:
 
 
 def close(module: nn.Module) -> None:
-    """Forget the hole of a module that is initialised."""
+    """Forget the hole of a module whose initialisation is recorded."""
     module.__dict__.pop(_ATTRIBUTE, None)

@@ -1,10 +1,14 @@
-"""What has to be replaced in torch while a block runs, because no mode sees it.
+"""Replace the functions of torch that no mode intercepts, while a block runs.
 
-``torch.get_rng_state`` must show the state that eager construction would show; ``manual_seed`` may
-give the very state that a stream began with; parameters are made below the dispatcher;
-``trunc_normal_`` is a loop in Python that is one op to a program; and torch's own functions in
-Python call others below the mode that hears functions. The replacements are in place
-while any thread is in a block, and ask whether this one is.
+- ``torch.get_rng_state`` must return the state of eager construction, not a token.
+- ``torch.manual_seed`` may restore the very state that a stream began with, which comparing states
+  cannot detect.
+- ``Parameter.__new__`` makes tensors below the dispatcher.
+- ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
+- Some functions of torch call others with function modes off (``composite_ops``).
+
+The replacements are process-wide while any thread is in a block. Each asks ``current()`` and acts
+only in a thread that is recording.
 """
 
 from __future__ import annotations
@@ -61,7 +65,10 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
 
 
 class Patches:
-    """Puts the replacements in place; the last to leave takes them out."""
+    """Context manager: the first block to enter replaces the functions, the last restores them.
+
+    Counted, since recordings nest, and those of several threads may overlap.
+    """
 
     _lock = threading.Lock()
     _users = 0

@@ -1,8 +1,8 @@
-"""Recording a construction that runs without memory or arithmetic.
+"""Record a construction at torch's dispatcher, without memory or arithmetic.
 
-``Recorder`` sits in torch's dispatcher: it sends every factory to ``meta``, has every op that
-writes to a deferred storage written into the program, and answers with real values where values
-leave.
+``Recorder`` is a dispatch mode. It sends every factory to ``meta``, records every op that writes to
+a deferred storage, and computes a real answer where Python code reads a value. ``dispatch`` is the
+place to look up how a given op is treated.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ _active = threading.local()
 
 
 def current() -> Recorder | None:
-    """The recorder of the block that this thread is in."""
+    """The recorder in force in this thread, or None outside blocks."""
     recorder: Recorder | None = getattr(_active, "recorder", None)
     return recorder
 
 
 class Recorder(ProgramWriter, DispatchMode):
-    """Decides what everything that a thread does in torch is to a program."""
+    """Dispatch mode: classifies each op of the thread and records those on deferred tensors.
+
+    ``busy`` is True while an op is dispatched: the calls of torch's Python kernels below it are no
+    calls of the constructor. ``call`` holds the arguments of the Python call that led to the op.
+    """
 
     def __init__(self, program: Program | None = None) -> None:
         ProgramWriter.__init__(self, program or Program())
@@ -55,7 +59,8 @@ class Recorder(ProgramWriter, DispatchMode):
             self.busy = busy
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
-        """Decide what an op is to a recording, by what it is given."""
+        """Treat one op by the kinds of its arguments: deferred, real, or on meta by request."""
+        # Writes to exposed memory (numpy) since the last op come before this op in the program.
         if self.shared:
             self.shared.take_back()
         if kwargs.get("device") == META:
@@ -66,6 +71,7 @@ class Recorder(ProgramWriter, DispatchMode):
         if fill is not None:
             return self._fill(fill, info, args, kwargs)
         deferred, real, on_meta = self._sort(args, kwargs)
+        # A real tensor is set to a deferred one: it must show memory that both share.
         if deferred and real and info.name == "aten::set_.source_Tensor" and args[1].is_meta:
             return info.func(args[0], self.expose(args[1]))
         set_storage = info.name.startswith("aten::set_.source_Storage")
@@ -87,10 +93,11 @@ class Recorder(ProgramWriter, DispatchMode):
         return self.record(info, args, kwargs, deferred)
 
     def _meant_by_meta(self) -> torch.device:
-        """The device that a factory is to use: kernels ask for that of a deferred argument.
+        """The device that a factory called with ``device=meta`` should use.
 
-        A scalar that is assigned to a slice becomes a tensor on the device of the other one; only
-        where the caller himself asked for meta is meta meant.
+        Composite kernels pass on the device of a deferred argument, which is ``meta`` to them: so
+        ``x[0] = 1`` makes a tensor of the number 1 on meta. The deferred tensor's recorded device
+        is meant. Only if the Python call itself asked for ``meta`` is ``meta`` meant.
         """
         args, kwargs = self.call
         asked = (kwargs or {}).get("device")
@@ -101,7 +108,7 @@ class Recorder(ProgramWriter, DispatchMode):
         return META
 
     def _sort(self, args: Args, kwargs: Kwargs) -> tuple[list[Tensor], list[Tensor], bool]:
-        """The deferred and the real tensors among arguments; whether one is on meta by request."""
+        """The deferred and the real tensors of a call; whether any is on meta by request."""
         deferred: list[Tensor] = []
         real: list[Tensor] = []
         on_meta = False
@@ -117,7 +124,7 @@ class Recorder(ProgramWriter, DispatchMode):
         return deferred, real, on_meta
 
     def _filled(self, info: OpInfo, args: Args, kwargs: Kwargs) -> bool:
-        """``record`` for the most frequent ops, without what they do not need."""
+        """Record a fill, the most frequent kind of op, without running its meta kernel."""
         if has_tensor(args[1:]):
             return False
         values = tuple(a for a in args[1:] if not isinstance(a, torch.Generator))
@@ -127,7 +134,10 @@ class Recorder(ProgramWriter, DispatchMode):
         return self.overwrite(info, args[0], values, generator)
 
     def _fill(self, fill: str, info: OpInfo, args: Args, kwargs: Kwargs) -> Tensor:
-        """A random factory as what it is: an empty tensor, filled in place."""
+        """Record a random factory as an empty tensor and an in-place fill.
+
+        Only in-place fills can be drawn in parts (see ``_replay.chunks``).
+        """
         like = "_like" in info.name
         shape_at = 0 if like else next(i for i, a in enumerate(args) if not isinstance(a, int))
         bounds_ = tuple(args[1:]) if like else tuple(args[:shape_at])
@@ -137,6 +147,7 @@ class Recorder(ProgramWriter, DispatchMode):
         name = "aten::empty_like" if like else "aten::empty.memory_format"
         tensor: Tensor = self.dispatch(operators.by_name(name), (args[shape_at],), given)
         if fill == "random_":
+            # randint(high) has one bound, random_.from always two.
             bounds_ = bounds_ if len(bounds_) == 2 else (0, *bounds_)
             fill = "random_.from"
         generator = {"generator": kwargs["generator"]} if kwargs.get("generator") else {}
@@ -147,10 +158,15 @@ class Recorder(ProgramWriter, DispatchMode):
         )
         return filled
 
-    # -- real data and values that leave -------------------------------------------------------
+    # -- real data that enters, values that leave ----------------------------------------------
 
     def _on_real(self, info: OpInfo, args: Args, kwargs: Kwargs, real: list[Tensor]) -> Any:
-        """An op on real tensors alone runs, unless it makes new random or unwritten data."""
+        """Run an op on real tensors, unless it makes new random or uninitialised data.
+
+        New data would be memory and draws of the construction: it is recorded instead.
+        """
+        # torch.tensor and torch.as_tensor end in lift_fresh. torch allocated the memory of a
+        # resizable storage, just now; the memory of any other (as_tensor of an array) is shared.
         if info.name == "aten::lift_fresh":
             data = args[0]
             return self._lift(data) if data.untyped_storage().resizable() else data
@@ -161,19 +177,22 @@ class Recorder(ProgramWriter, DispatchMode):
         for tensor in written:
             self.data.before_write(tensor)
         if info.random:
+            # It draws into real memory now, so the generator must have its eager state.
             self.settle()
+        # The schema of an op that is not torch's does not say whether it draws: compare states.
         before = torch.default_generator.get_state() if info.foreign else None
         result = info.func(*args, **kwargs)
         if info.random and (
             before is None or not before.equal(torch.default_generator.get_state())
         ):
             self.program.seed_bound = f"{info.name} drew into a real tensor"
+        # The written tensor may be a view of exposed memory.
         if written and self.shared:
             self.shared.take_back(every=True)
         return result
 
     def _lift(self, data: Tensor) -> Tensor:
-        """``torch.tensor(...)``: data that nobody else can see becomes a deferred constant."""
+        """A deferred constant of data that no one else can write to; the data is not copied."""
         tensor: Tensor = self._mirror(data, data.device)
         constant, outs = self.data.own(data), (self.ref(tensor),)
         op = Op(operators.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
@@ -190,7 +209,7 @@ class Recorder(ProgramWriter, DispatchMode):
         return any(not t.is_meta for t in tensors_in(tuple(written), {}))
 
     def _leave(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
-        """Write deferred values into a real tensor: they must be computed now."""
+        """Run an op that writes deferred values into a real tensor: compute them now."""
         for tensor in tensors_in(args, kwargs):
             if not tensor.is_meta:
                 self.data.before_write(tensor)
@@ -198,7 +217,7 @@ class Recorder(ProgramWriter, DispatchMode):
         return info.func(*real, **{k: self._evaluated(v) for k, v in kwargs.items()})
 
     def _answer(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
-        """Give a value that leaves: ``item``, ``equal`` and the like."""
+        """Answer an op that returns no tensor, such as ``item`` or ``equal``, with real values."""
         if info.name == "aten::_local_scalar_dense":
             certain = value_bounds.certain_value(self.program, self.ref(args[0]))
             if certain is not None:
@@ -213,17 +232,17 @@ class Recorder(ProgramWriter, DispatchMode):
         return value
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The values that a deferred tensor has now; that random ones were read is noted."""
+        """The current values of a deferred tensor; notes that they were read if random."""
         if self.shared:
             self.shared.take_back()
         return self.values.read(self.ref(tensor))
 
     def expose(self, tensor: Tensor) -> Tensor:
-        """A real tensor that shares its life with a deferred one: writes show on either side."""
+        """A real tensor kept equal to a deferred one: writes to either show in the other."""
         return self.shared.expose(tensor, self.ref(tensor))
 
     def _set_storage(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
-        """``set_`` of a real storage: the tensor shows a deferred twin of it."""
+        """``deferred.set_(real storage)``: set a deferred twin of the real storage instead."""
         target, storage, *rest = args
         twin = self.shared.twin_of(storage)
         if twin is None:
@@ -236,7 +255,7 @@ class Recorder(ProgramWriter, DispatchMode):
     # -- the end of a block --------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Note what is still to be noted when the block ends."""
+        """Close the storages of the block, and record the last writes to shared memory."""
         for storage in self.program.storages:
             storage.closed = True
         if self.shared:
@@ -244,13 +263,14 @@ class Recorder(ProgramWriter, DispatchMode):
                 self.shared.finish()
 
     def settle(self) -> None:
-        """Put the generators where eager construction would have them now."""
+        """Put the generators into the states that eager construction would have left by now."""
+        # An open hole is taken to draw nothing: how much it draws is not known yet.
         with without_modes():
             streams = streams_of(self.program, past_holes=None in self.program.holes)
             self.generators.settle(streams.state)
 
     def _on_meta(self, result: Any) -> Any:
-        """What the constructor itself put on meta stays there."""
+        """Mark tensors that the constructor itself put on meta: they are never materialised."""
         for leaf in flat(result):
             if isinstance(leaf, Tensor) and leaf.is_meta and slot_of(leaf) is None:
                 attach(leaf.untyped_storage(), ON_META)
@@ -261,7 +281,7 @@ class Recorder(ProgramWriter, DispatchMode):
 def in_force(
     recorder: Recorder, mode: contextlib.AbstractContextManager[Any] | None = None
 ) -> Iterator[Recorder]:
-    """Have a recorder, and the function mode that goes with it, in force for a block."""
+    """Put a recorder, and its function mode if it has one, in force for a block."""
     outer = current()
     _active.recorder = recorder
     try:

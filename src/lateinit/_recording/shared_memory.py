@@ -1,8 +1,8 @@
-"""Memory that a recording shares with the outside: ``numpy()``, and ``set_`` of a real storage.
+"""Real memory that a block shares with other code: by ``numpy()``, or ``set_`` of a real storage.
 
-A deferred tensor has no memory to share. Outsiders get real memory that is kept equal to it: what
-is recorded is shown there, and what is written there is noted. It is the whole of a storage, once,
-so that all who share it see each other's writes.
+A deferred tensor has no memory to share. Code that asks for it gets real memory, which is kept
+equal to the tensor: recorded ops are shown there, and writes there are recorded. One deferred
+storage is shared as one real storage, so that all of its users see each other's writes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from lateinit._torch.storage import storage_key
 
 @dataclass(slots=True)
 class Exposure:
-    """Shared memory and what it held when last looked at; all of them show bytes.
+    """One shared storage: the deferred tensor, the real one, and its contents when last compared.
 
-    ``watched`` marks memory that can be written unseen; ``twin`` that which the deferred tensor
-    takes for its own when it is materialised.
+    ``writes`` counts the recorded ops that the real memory shows. ``watched`` marks memory that can
+    be written without an op that a mode sees, such as that of an array. ``twin`` marks a real
+    storage that becomes the deferred tensor's own when the block ends.
     """
 
     tensor: Tensor
@@ -41,14 +42,18 @@ class Exposure:
 
 
 class SharedMemory:
-    """All that one recording shares. ``write(tensor, data)`` records ``tensor.copy_(data)``."""
+    """All memory that one recording shares.
+
+    ``write(tensor, data)`` records ``tensor.copy_(data)``. True in a boolean context if there is
+    shared memory to compare. It is False while a write is recorded, which would compare again.
+    """
 
     def __init__(
         self, values: ValueReads, data: RealData, write: Callable[[Tensor, Tensor], None]
     ) -> None:
         self._values = values
         self._data = data
-        self._write = weakref.WeakMethod(write)  # of whoever holds this, and is to go with it
+        self._write = weakref.WeakMethod(write)  # weak: the recorder that it belongs to owns this
         self._exposed: dict[int, Exposure] = {}
         self._writing = False
 
@@ -56,15 +61,16 @@ class SharedMemory:
         return bool(self._exposed) and not self._writing
 
     def expose(self, tensor: Tensor, ref: TensorRef) -> Tensor:
-        """A real tensor that shares its life with a deferred one, without modes."""
+        """A real tensor kept equal to a deferred one. Call without modes in force."""
         if self:
             self.take_back()
         value = self._values.read(ref)
         if value.device.type != "cpu":
-            return value.clone()  # numpy refuses it
+            return value.clone()  # numpy() of another device raises torch's own error
         known = self._exposed.get(ref.storage)
         if known is None:
-            # Whatever becomes of the tensor, the array shows the storage that it shows now.
+            # A tensor of the bytes of the storage, since the tensor may be set to another storage
+            # later and the array still shows this one.
             whole = _bytes_on(tensor.untyped_storage())
             all_of_it = TensorRef.of(whole, ref.storage)
             known = self._add(whole, all_of_it, self._values.of(all_of_it).clone())
@@ -72,14 +78,17 @@ class SharedMemory:
         return ref.on(known.real.untyped_storage())
 
     def twin_of(self, storage: torch.UntypedStorage) -> Tensor | None:
-        """The deferred tensor that stands for the whole of a real storage."""
+        """The deferred tensor that stands for a whole real storage, if there is one."""
         for e in self._exposed.values():
             if storage_key(e.real.untyped_storage()) == storage_key(storage):
                 return e.tensor
         return None
 
     def add_twin(self, tensor: Tensor, ref: TensorRef, real: Tensor) -> None:
-        """Let a deferred tensor stand for the whole of a real storage."""
+        """Let a deferred tensor stand for a whole real storage.
+
+        Storages that are not resizable belong to other libraries, which may write to them.
+        """
         known = self._add(tensor, ref, real)
         known.watched, known.twin = not real.untyped_storage().resizable(), True
 
@@ -90,7 +99,7 @@ class SharedMemory:
         return known
 
     def take_back(self, *, every: bool = False) -> None:
-        """Note what was written outside: to ``watched`` memory, or to any."""
+        """Record what other code wrote: to ``watched`` memory, or with ``every`` to any."""
         self._writing = True
         try:
             with without_modes():
@@ -103,13 +112,15 @@ class SharedMemory:
     def _note(self, e: Exposure) -> None:
         write = self._write()
         assert write is not None
-        self._values.read(e.ref)  # what stays of random values is real data from now on
+        # The new contents are recorded as a constant. Where they include random values, they were
+        # read: another seed would give another constant.
+        self._values.read(e.ref)
         e.seen = e.real.clone()
         write(e.tensor, e.seen)
         e.writes = self._values.writes(e.ref)
 
     def show(self) -> None:
-        """Write outside what was recorded."""
+        """Write the results of newly recorded ops into the shared memory."""
         for e in self._exposed.values():
             writes = self._values.writes(e.ref)
             if writes != e.writes:
@@ -120,7 +131,7 @@ class SharedMemory:
                 e.writes = writes
 
     def finish(self) -> None:
-        """Take back what is left, and let twins have the storages that they stand for."""
+        """Record the last writes, and give twins the real storages that they stand for."""
         self.take_back(every=True)
         for e in self._exposed.values():
             slot = slot_of(e.tensor)

@@ -1,8 +1,9 @@
-"""``nn.init.trunc_normal_`` as one op, where it may have to draw again.
+"""Record ``nn.init.trunc_normal_`` as one op, on the torch versions that redraw.
 
-From torch 2.13 on it redraws what falls outside its bounds until nothing does, and so reads what it
-drew. Recorded whole, nothing is read. Large ones are then drawn as ``redraw`` says, all others as
-they are, when their values, or a later place in the random stream, are wanted.
+From torch 2.13 on, torch/nn/init.py: _no_grad_trunc_normal_ redraws the elements outside the bounds
+in a loop, until ``mask.any()`` is False. It reads the values that it drew, which a recording would
+have to compute. Recorded as one op, it reads nothing. It is replayed when its values, or a later
+generator state, are needed: large tensors in parts (``_rng.truncated_normal``), others by torch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def _run(
     if a - 2 * std <= mean <= b + 2 * std:
         return original(tensor, mean, std, a, b, generator=generator)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warned when it was recorded
+        # It warned when it was recorded. catch_warnings changes process-wide state, so it is
+        # entered only for the numbers of which torch warns.
+        warnings.simplefilter("ignore")
         return original(tensor, mean, std, a, b, generator=generator)
 
 
@@ -39,8 +42,8 @@ _OP = operators.register(operators.TRUNCATED, _run)
 
 @functools.cache
 def may_redraw() -> bool:
-    """Whether the torch that runs rejects draws; older ones draw once and invert."""
-    with without_modes():  # it is first asked in a block
+    """Whether the installed torch redraws; older versions draw one uniform and invert the CDF."""
+    with without_modes():  # the first call comes from inside a block
         generator = torch.Generator().manual_seed(0)
         start = mt19937.state_of(generator)
         original(torch.empty(640, device="cpu"), 0.0, 1.0, -0.5, 0.5, generator=generator)
@@ -50,14 +53,14 @@ def may_redraw() -> bool:
 def recorded(
     tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
 ) -> Tensor:
-    """In place of ``nn.init._no_grad_trunc_normal_`` while a block runs."""
+    """Replaces ``nn.init._no_grad_trunc_normal_`` while a block runs."""
     recorder = current()
     floating = is_deferred_tensor(tensor) and tensor.is_floating_point()
     numbers = all(isinstance(value, (int, float)) for value in (mean, std, a, b))
     if recorder is None or not floating or not numbers or not may_redraw():
         return original(tensor, mean, std, a, b, generator=generator)
     if not _quiet(tensor.dtype, mean, std, a, b):
-        _on_nothing(tensor.dtype, mean, std, a, b)
+        _on_nothing(tensor.dtype, mean, std, a, b)  # again: _quiet has swallowed the warning
     with without_functions():
         recorder.overwrite(_OP, tensor, (mean, std, a, b), generator)
     return tensor
@@ -65,7 +68,7 @@ def recorded(
 
 @functools.lru_cache(maxsize=1024)
 def _quiet(dtype: torch.dtype, mean: float, std: float, a: float, b: float) -> bool:
-    """Whether torch takes these numbers without a warning; raises what it raises."""
+    """Whether torch accepts these numbers without a warning; raises what torch raises."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _on_nothing(dtype, mean, std, a, b)

@@ -1,8 +1,9 @@
-"""Answering reads of random tensors without drawing them, where the answer is certain.
+"""Answer reads of random tensors by interval arithmetic, if that makes the answer certain.
 
-``nn.init.trunc_normal_`` (torch 2.13) asks ``mask.any()`` of the mask of rejected draws. With
-bounds many standard deviations out the answer is False whatever is drawn: a Box-Muller normal made
-of 53-bit (24-bit) uniforms stays within sqrt(-2 ln 2**-53) = 8.58 (5.77) standard deviations.
+Initialisers that reject draws ask ``mask.any()`` of the mask of rejected draws, as
+torch/nn/init.py: trunc_normal_ does from 2.13 on. With bounds many standard deviations out the
+answer is False whatever is drawn: a Box-Muller normal of a 53-bit uniform stays within
+sqrt(-2 ln 2**-53) = 8.58 standard deviations, one of a 24-bit uniform within 5.77.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ def certain_value(program: Program, ref: TensorRef) -> bool | None:
     """The value of a one-element boolean tensor, if it follows from bounds alone."""
     if ref.dtype is not torch.bool:
         return None
+    # Depth 8 bounds the walk; ``mask.any()`` of two comparisons is four ops deep.
     low, high = _interval(program, ref, len(program.ops), depth=8)
     return bool(low) if low == high else None
 
 
 def _interval(program: Program, ref: Any, before: int, depth: int) -> Interval:
-    """An interval that holds every element of a tensor as it is before op ``before``."""
+    """An interval that contains every element of a tensor as it is before op ``before``.
+
+    Of booleans, False is 0 and True is 1.
+    """
     if isinstance(ref, (int, float)):
         return float(ref), float(ref)
     if type(ref) is not TensorRef or depth == 0:
@@ -69,5 +74,5 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "aten::gt.Scalar": lambda a, b: _less(b, a),
     "aten::bitwise_or.Tensor": _either,
     "aten::logical_or": _either,
-    "aten::any": lambda a: a,
+    "aten::any": lambda a: a,  # certain if all elements are alike
 }

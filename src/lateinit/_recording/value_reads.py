@@ -1,4 +1,4 @@
-"""Values that leave a program while it is recorded."""
+"""Answer reads of deferred values while a program is being recorded."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from lateinit._replay.replay import Replay
 from lateinit._torch.modes import without_modes
 from lateinit._torch.storage import digest
 
+# 64 MiB: bounds the memory of recording, and is ample for the small tables that constructors read.
 _KEPT = 1 << 26
 
 
 class ValueReads:
-    """Answers reads by replaying just what they need, and keeps up to 64 MiB for the next one."""
+    """Replays the ops that a read needs, and keeps up to 64 MiB of results for later reads.
+
+    A kept storage is valid for as long as no op writes to it, so the number of writes is its key.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._known: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     def of(self, ref: TensorRef) -> Tensor:
-        """The values that a deferred tensor has now."""
+        """The current values of a deferred tensor; not noted as a read."""
         writes = self.writes(ref)
         known = self._known.get(ref.storage)
         if known is None or known[0] != writes:
@@ -34,14 +38,18 @@ class ValueReads:
             return ref.on(known[1])
 
     def read(self, ref: TensorRef) -> Tensor:
-        """Likewise; that random values were read is noted, for ``seed=`` to be honest."""
+        """The current values of a deferred tensor; notes the read if they are random.
+
+        Python code may have acted on the values. Materialising under another ``seed=`` must
+        therefore find the same ones, or raise ``SeedError``.
+        """
         value = self.of(ref)
         if self.are_random([ref]):
             self.program.reads.append(Read(ref, len(self.program.ops), digest(value)))
         return value
 
     def are_random(self, refs: Iterable[TensorRef]) -> bool:
-        """Whether tensors depend on a draw."""
+        """Whether any of some tensors depends on a draw."""
         numbers = needed_ops(self.program, [ref.storage for ref in refs])
         return any(self.program.ops[number].draw is not None for number in numbers)
 

@@ -1,6 +1,7 @@
-"""Writing ops into a program, and the deferred tensors that they would give.
+"""Write ops into a program, and make the deferred tensors that they return.
 
-Ops that only make views need no note (see ``program``).
+Ops that only make views are not written: tensors are recorded as windows on storages (see
+``program``), and a view's window says everything.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ _CPU = torch.device("cpu")
 
 
 class ProgramWriter:
-    """Writes ops into a program, with all that they depend on."""
+    """Writes ops into a program, with the draws, constants and settings that they depend on.
+
+    ``born`` holds, weakly, the tensors that were made; ``autocasting`` is whether autocast was on
+    in the Python call that led to the current op.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -45,10 +50,10 @@ class ProgramWriter:
         self.data = RealData(program)
         self.shared = SharedMemory(self.values, self.data, self._overwrite)
 
-    # -- what is written of a tensor -----------------------------------------------------------
+    # -- tensors as windows --------------------------------------------------------------------
 
     def ref(self, tensor: Tensor) -> TensorRef:
-        """The window that a deferred tensor is on its storage."""
+        """The window of a deferred tensor on its storage."""
         slot = slot_of(tensor)
         assert slot is not None
         return self._ref(slot, tensor)
@@ -61,13 +66,15 @@ class ProgramWriter:
                 "before it is used in a block"
             )
         program, number = slot.resolve()
+        # The tensor comes from another block. Its program is appended to this one, and the slot
+        # then resolves to a number in this one.
         if program is not self.program:
             self.program.absorb(program)
             _, number = slot.resolve()
         return TensorRef.of(tensor, number)
 
     def _referred(self, value: Any) -> Any:
-        """An argument as it is written into the program."""
+        """An argument in the form that ops store: ``TensorRef``, ``Const``, tuple or number."""
         if isinstance(value, Tensor):
             return self.ref(value) if value.is_meta else self.data.refer(value)
         if isinstance(value, (list, tuple)):
@@ -79,11 +86,11 @@ class ProgramWriter:
         return value
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        """The device that a deferred tensor was asked for."""
+        """The device that the constructor asked for."""
         return self.storage_of(tensor).device
 
     def storage_of(self, tensor: Tensor) -> Storage:
-        """What the program knows of a deferred tensor's storage."""
+        """The program's record of a deferred tensor's storage."""
         slot = slot_of(tensor)
         assert slot is not None
         program, number = slot.resolve()
@@ -92,20 +99,33 @@ class ProgramWriter:
     # -- ops -----------------------------------------------------------------------------------
 
     def record(self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]) -> Any:
-        """Note an op, and give the deferred tensors that it would return."""
+        """Record an op, and return deferred tensors for its results.
+
+        Args:
+            info: the op.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            deferred: the deferred tensors among the arguments.
+        """
+        # An in-place op that takes numbers alone returns its first argument, unchanged in shape.
         alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
         floating = alone and args[0].is_floating_point()
         if floating and argument_checks.never_refuses(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
-        if floating and complex in map(type, args[1:]):  # which meta kernels take
+        # Meta kernels accept a complex number for a real tensor, real kernels refuse it.
+        if floating and complex in map(type, args[1:]):
             argument_checks.check_numbers(
                 info, self.ref(args[0]), self.device_of(args[0]), args[1:]
             )
+        # Autocast has no dispatch key for meta tensors (c10/core/DispatchKeySet.h): a meta kernel
+        # would give the dtype without autocast. Under autocast such ops are run instead.
         if not self.autocasting or info.mutates:
             try:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
-            except Exception:  # noqa: BLE001 - what eager would raise, the run raises
+            # No meta kernel, or a shape that depends on values. If the call is wrong, it raises
+            # again in the run, as it would in eager construction.
+            except Exception:  # noqa: BLE001
                 return self._by_running(info, args, kwargs, deferred)
         else:
             return self._by_running(info, args, kwargs, deferred)
@@ -113,7 +133,7 @@ class ProgramWriter:
         return result
 
     def made(self, tensor: Tensor, device: torch.device, fill: FillOp | None) -> Tensor:
-        """Note a new tensor and what it is filled with; its memory needs no op."""
+        """Record a new tensor and its fill. Allocation needs no op: replay allocates by need."""
         number = len(self.program.storages)
         storage = tensor.untyped_storage()
         attach(storage, Slot(self.program, number))
@@ -133,17 +153,25 @@ class ProgramWriter:
         generator: Any,
         label: str | None = None,
     ) -> bool:
-        """Note an op that fills a tensor with numbers in place, if it is deferred.
+        """Record an op that fills a tensor in place from numbers, without running a kernel.
 
-        ``label`` says which initialiser does so, where that is known. Only of floating-point
-        tensors it is known without a kernel that it can be done.
+        Args:
+            info: the op.
+            tensor: the tensor to fill.
+            values: the numbers.
+            generator: the generator to draw from, None for the default one.
+            label: the words for the initialiser, if the caller knows them.
+
+        Returns:
+            False if nothing was recorded: the tensor is not deferred, or is not floating-point,
+            so that only the kernel knows whether it accepts the fill.
         """
         slot = slot_of(tensor)
         if slot is None or slot is ON_META or not tensor.is_floating_point():
             return False
         if self.shared:
             self.shared.take_back()
-        ref = self._ref(slot, tensor)  # may bring in another program, and its ops
+        ref = self._ref(slot, tensor)  # first: it may absorb a program and so renumber the ops
         draw = None
         if info.random:
             device = self.program.storages[ref.storage].device
@@ -159,7 +187,7 @@ class ProgramWriter:
         return True
 
     def override(self, info: OpInfo, args: Args, kwargs: Kwargs, results: list[Tensor]) -> None:
-        """Note that tensors have the values of another op than those that they were made by."""
+        """Record that tensors take the values of another op, in place of those computed so far."""
         with without_modes():
             made = [self._mirror(result, self.device_of(result)) for result in results]
             self._append(info, args, kwargs, tuple(made))
@@ -167,7 +195,7 @@ class ProgramWriter:
                 self._overwrite(result, value)
 
     def refuse(self, tensor: Tensor, what: str) -> None:
-        """Note that the values of a tensor cannot be had."""
+        """Record that a tensor's values cannot be computed; materialising it raises."""
         with without_modes():
             self._append(operators.by_name(operators.REFUSED), (tensor, what), {}, ())
 
@@ -188,12 +216,17 @@ class ProgramWriter:
         asked = kwargs.get("device")
         if asked is not None:
             return torch.device(asked)
+        # A CPU tensor without dims may be combined with tensors of any device: it decides last.
         for tensor in sorted(deferred, key=lambda t: t.dim() == 0):
             return self.device_of(tensor)
         return _CPU
 
     def _adopt(self, tensor: Tensor, device: torch.device) -> bool:
-        """Give a new meta storage its number; keep the size of a known one up to date."""
+        """Number a new meta storage, or update the size of a known one (``resize_``).
+
+        Returns:
+            Whether the storage is new.
+        """
         storage = tensor.untyped_storage()
         slot = slot_of(tensor)
         if slot is None:
@@ -224,6 +257,7 @@ class ProgramWriter:
     def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Draw | None:
         generator = kwargs.get("generator")
         if generator is None:
+            # Some ops, such as ``poisson``, take it among the positional arguments.
             generator = next((a for a in args if isinstance(a, torch.Generator)), None)
         explicit = generator is not None
         if generator is None:
@@ -232,9 +266,9 @@ class ProgramWriter:
         return self.generators.draw(generator, len(self.program.ops), root=not explicit)
 
     def ambient(self) -> Ambient:
-        """The settings in force now."""
-        # Below the autocast key, where this runs, autocast seems to be off: whether it is on was
-        # seen above it, and the device is that of the deferred tensors, which pass for cpu there.
+        """The ambient settings now in force."""
+        # In a dispatch mode autocast reads as off. The function mode, which runs before it, has
+        # noted in ``autocasting`` whether it is on.
         device = "cuda" if self.autocasting and torch.is_autocast_enabled("cuda") else "cpu"
         autocast = (device, torch.get_autocast_dtype(device)) if self.autocasting else None
         return Ambient(
@@ -242,6 +276,7 @@ class ProgramWriter:
         )
 
     def _ambient(self) -> int:
+        """The number of the ambient settings; a new entry is added only if the key changed."""
         key = (
             torch.get_default_dtype(),
             is_deterministic(),
@@ -253,7 +288,7 @@ class ProgramWriter:
         return len(self.program.ambients) - 1
 
     def _by_running(self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]) -> Any:
-        """Note an op whose result's shape only a run can tell; what it raises, eager raises."""
+        """Record an op after running it on real values, to learn the shapes of its results."""
         referred = tuple(self._referred(value) for value in args)
         written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
         ambient = self._ambient()
@@ -264,6 +299,7 @@ class ProgramWriter:
         storages = self._inputs(replay, probe)
         with without_modes(), self.program.ambients[ambient].in_force():
             results = replay.call(probe, storages)
+        # Sparse, quantised and nested tensors have no windows on a storage: they stay real.
         if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
             if info.random or self.values.are_random(probe.read()):
                 self.program.seed_bound = f"{info.name} made a tensor without a plain layout"
@@ -283,7 +319,8 @@ class ProgramWriter:
         if self.shared:
             self.shared.show()
         if info.random or self.values.are_random(probe.read()):
-            # Python sees the shapes: another seed must give the same.
+            # Python code now sees shapes that depend on random values. Under another seed= the
+            # replay must find the same shapes; the empty digest says that values do not matter.
             reads = [Read(ref, len(self.program.ops), b"") for ref in outs if ref is not None]
             self.program.reads.extend(reads)
         return made[0] if len(made) == 1 else tuple(made)
@@ -294,14 +331,14 @@ class ProgramWriter:
         return replay.values(needed)
 
     def _resized(self, out: Tensor, real: Tensor) -> Tensor:
-        """What was given as ``out=``, with the shape that the op gives it."""
+        """The deferred ``out=`` argument, resized to the shape of the op's result."""
         if out.shape != real.shape:
             out.resize_(real.shape)
             self._adopt(out, self.device_of(out))
         return out
 
     def _mirror(self, real: Any, device: torch.device) -> Any:
-        """A deferred tensor with the layout of a real one."""
+        """A new deferred tensor with the layout of a real one; any other value unchanged."""
         if not isinstance(real, Tensor):
             return real
         tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)

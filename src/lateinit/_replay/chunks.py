@@ -1,9 +1,10 @@
-"""Filling one large storage in pieces, each at its own place in the random stream.
+"""Chunked fills: fill one large storage in pieces, each at its own place in the random stream.
 
-A kernel that fills a contiguous tensor element by element gives the same bits when it is called
-on flat pieces of it that begin at multiples of 16 elements, each with a generator that stands where
-the whole call would have stood. Nothing of that is assumed: each kernel is tried once a process,
-and one that differs is run whole.
+A kernel that fills a contiguous tensor element by element gives the same bits if it is called on
+flat pieces that start at multiples of 16 elements, each with a generator in the state that the
+whole call would have had there. So threads can share one tensor, and a rank can fill its shard
+alone. This is not assumed: each kernel is tried once per process (``is_exact_in_pieces``), and one
+that differs is run whole.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from lateinit._rng import consumption, mt19937, truncated_normal
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch.operators import TRUNCATED, by_name
 
-_SMALLEST = 1 << 18  # elements below which pieces are not worth their trouble
-PIECE = 1 << 23  # elements that one thread fills at a time: a jump costs what 5e5 draws cost
-_DRAWN = 1 << 17  # elements that normal_ draws at a time: it goes over them twice
-_IN_CACHE = 1 << 19  # elements that a chain of kernels goes through at a time
+_SMALLEST = 1 << 18  # elements: a jump costs as much as 5e5 draws, more than all of these
+PIECE = 1 << 23  # elements that one thread fills at a time: 16 times the cost of its jump
+_DRAWN = 1 << 17  # elements that normal_ draws at a time: it passes over them twice, in cache
+_IN_CACHE = 1 << 19  # elements that a chain of kernels passes over at a time: 2 MiB in float32
 
+# Ops that can begin a chunked fill, and element-wise ops that can follow.
 _FIRST = frozenset(
     {"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar", TRUNCATED}
 )
@@ -57,21 +59,28 @@ _NO_NUMBERS = frozenset({"aten::zero_", "aten::neg_", "aten::abs_", "aten::erfin
 
 @dataclass(frozen=True, slots=True)
 class ChunkedFill:
-    """The first ops of a step, if they fill one whole storage element by element."""
+    """The first ops of a step, which fill one whole storage element by element.
+
+    Only the first of them may draw.
+    """
 
     ref: TensorRef
     ops: tuple[Op, ...]
 
     @property
     def draw(self) -> Draw | None:
-        """The draw that it makes, in the first of the ops, if any does."""
+        """The draw of the first op, or None if the fill is not random."""
         return self.ops[0].draw
 
 
 def fill_of(program: Program, step: Step, smallest: int | None = None) -> ChunkedFill | None:
-    """The fill that a step begins with, or None if it is better run as it is.
+    """The chunked fill that a step begins with, or None if there is none.
 
-    That is so below ``smallest`` elements, by default as many as are worth their trouble.
+    Args:
+        program: the program.
+        step: the step.
+        smallest: the number of elements below which to return None; by default ``_SMALLEST``,
+            from which on pieces pay.
     """
     if not step.ops:
         return None
@@ -94,11 +103,12 @@ def fill_of(program: Program, step: Step, smallest: int | None = None) -> Chunke
 
 
 def is_small(fill: ChunkedFill) -> bool:
-    """Whether a fill is not worth a thread of its own."""
+    """Whether a fill is too small for a thread of its own."""
     return fill.ref.numel < _SMALLEST
 
 
 def _in_pieces(op: Op, ref: TensorRef) -> bool:
+    """Whether an op on a whole storage can be called on its pieces instead."""
     if op.name == TRUNCATED:
         return truncated_normal.is_exact_in_parts(ref.dtype, truncated_normal.Normal(*op.args[1:]))
     others = (*op.args[1:], *op.kwargs.values())
@@ -108,21 +118,28 @@ def _in_pieces(op: Op, ref: TensorRef) -> bool:
 
 
 def _scaled(op: Op) -> bool:
-    """Whether an op adds a multiple, which kernels round once or twice: at a cut, as at an end."""
+    """Whether an op adds a multiple (``alpha``).
+
+    Kernels round that once in vectorised code (fma) and twice in the remainder at an end. A cut
+    makes other ends.
+    """
     multiples = (*op.args[2:], *op.kwargs.values()) if op.name in _ADDING else ()
     return any(value != 1 for value in multiples)
 
 
 def pieces(fill: ChunkedFill, length: int) -> list[tuple[int, int]]:
-    """Flat ranges for threads, of up to about ``length`` elements."""
+    """Flat ranges of nearly equal length, up to about ``length`` elements, for threads."""
     if fill.ops[0].name == TRUNCATED:
-        length = max(length, PIECE)  # a piece makes a jump in every round
+        length = max(length, PIECE)  # a piece jumps once in every round of redrawing
     numel = fill.ref.numel
     return cut(numel, -(-numel // max(1, -(-numel // length))))
 
 
 def words_of(fill: ChunkedFill, numel: int) -> int:
-    """How many words a fill draws for its first so many elements, a multiple of 16."""
+    """How many words a fill draws for its first ``numel`` elements.
+
+    For ``trunc_normal_`` the words of one round. ``numel`` is a multiple of 16, or all elements.
+    """
     if fill.draw is None:
         return 0
     if fill.ops[0].name == TRUNCATED:
@@ -131,19 +148,19 @@ def words_of(fill: ChunkedFill, numel: int) -> int:
 
 
 def kept_of(program: Program) -> truncated_normal.Kept:
-    """What is kept of the late rounds of a program's draws."""
+    """The cache of the late rounds of a program's truncated normals."""
     kept: truncated_normal.Kept = program.cache.setdefault("late", truncated_normal.Kept())
     return kept
 
 
 def after_redrawing(program: Program, fill: ChunkedFill, state: bytes) -> bytes:
-    """Where the generator stands after a ``trunc_normal_`` that begins at ``state``."""
+    """The generator state after a ``trunc_normal_`` that begins in ``state``."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept_of(program).after(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
 def late_of(program: Program, fill: ChunkedFill, state: bytes) -> truncated_normal.Late | None:
-    """What is kept of the late rounds of a ``trunc_normal_`` that begins at ``state``."""
+    """The cached late rounds of a ``trunc_normal_`` that begins in ``state``, if there are any."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept_of(program).late(state, fill.ref.dtype, fill.ref.numel, normal)
 
@@ -155,15 +172,20 @@ def run_piece(
     generator: torch.Generator | None,
     late: truncated_normal.Late | None = None,
 ) -> None:
-    """Fill one piece; with several kernels, in parts that stay in cache.
+    """Fill one piece; several kernels pass over parts that stay in cache.
 
-    ``late`` is what is known of the late rounds of a ``trunc_normal_``.
+    Args:
+        fill: the fill.
+        storage: the whole storage.
+        piece: the flat range to fill.
+        generator: is in the state in which the whole call would draw this piece.
+        late: the late rounds of a ``trunc_normal_`` in the whole tensor, if they are known.
     """
     with torch.no_grad():
         flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
         start, end = piece
         calls = calls_of(fill, generator, late and late.within(start, end))
-        # What redraws moves back and forth in the random stream, so that it wants long parts.
+        # A redrawing fill moves its generator in every round, which pays for long parts only.
         whole = len(calls) == 1 or fill.ops[0].name == TRUNCATED
         length = end - start if whole else _IN_CACHE
         while start < end:
@@ -177,9 +199,12 @@ def run_piece(
 def calls_of(
     fill: ChunkedFill, generator: torch.Generator | None, late: truncated_normal.Late | None = None
 ) -> list[Callable[[Tensor], Any]]:
-    """The kernels of a fill, each to be called with a part; what draws, draws from a generator.
+    """The kernels of a fill as functions of a part of the tensor.
 
-    Where something is known of late rounds, it is that of the one part.
+    Args:
+        fill: the fill.
+        generator: the generator that the first kernel draws from.
+        late: the late rounds of a ``trunc_normal_`` in the one part that is filled.
     """
     period = words_of(fill, fill.ref.numel)
     return [_call(op, generator, period, late) for op in fill.ops]
@@ -206,7 +231,7 @@ def _call(
 
 @functools.cache
 def is_exact_in_pieces(name: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel gives the same bits in pieces as in one call, on the torch that runs."""
+    """Whether a kernel of the installed torch gives the same bits in pieces as in one call."""
     try:
         return _trial(name, dtype)
     except (RuntimeError, NotImplementedError, AssertionError):
@@ -214,6 +239,8 @@ def is_exact_in_pieces(name: str, dtype: torch.dtype) -> bool:
 
 
 def _trial(name: str, dtype: torch.dtype) -> bool:
+    # 645 elements, cut at 384: more than a block of the generator (624 words), and a remainder of 5
+    # that is no full group of 16.
     numel, middle = 40 * UNIT + 5, 24 * UNIT
     info = by_name(name)
     numbers = () if name in _NO_NUMBERS else (0.3,)
@@ -230,7 +257,8 @@ def _trial(name: str, dtype: torch.dtype) -> bool:
         info.func(halves[:middle], 0.0, 1.0, generator=mt19937.generator_at(before))
         ended = [mt19937.state_of(generator) for generator in generators]
         return torch.equal(whole, halves) and ended[0] == ended[1]
-    # With gaps between its elements a tensor is gone through one by one, as its end is.
+    # A tensor with gaps takes the scalar path of a kernel, as does the remainder at an end. So this
+    # compares the vectorised path with the scalar one.
     spaced = torch.empty(numel, 2, dtype=dtype, device="cpu")[:, 0].copy_(whole)
     for part in (whole, spaced, *halves.split(UNIT)):
         info.func(part, *numbers)

@@ -1,4 +1,4 @@
-"""Running recorded ops, for real, each random one at its own place in its stream."""
+"""``Replay``: run the ops of a plan on real memory, each draw at its place in its stream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lateinit._torch.storage import LARGE, allocate, checksum
 from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
 
 Storages = dict[int, torch.UntypedStorage]
-# Calling an overload takes as long again as a small fill: these are the same ops.
+# The same ops as methods: calling an ``OpOverload`` from Python takes as long as a small fill.
 _METHODS: dict[str, Callable[..., Any]] = {
     "aten::uniform_": Tensor.uniform_,
     "aten::normal_": Tensor.normal_,
@@ -32,10 +32,13 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 class Replay:
-    """Runs the ops of one program, as from one seed, or along streams that are known.
+    """Runs ops of one program. It leaves the global random generators as they are.
 
-    Generators of its own are used throughout: the global ones are neither read nor moved.
-    ``past_holes`` says that holes which are not filled yet are taken to draw nothing.
+    Args:
+        program: the program.
+        seed: replaces the recorded state of the default generator; None keeps it.
+        streams: generator states to draw from, in place of those that follow from ``seed``.
+        past_holes: assume that open holes draw nothing, instead of raising at draws after them.
     """
 
     def __init__(
@@ -48,18 +51,20 @@ class Replay:
     ) -> None:
         self.program = program
         self.streams: Streams = streams or streams_of(program, seed, past_holes=past_holes)
-        # Kernels and their meta twins disagree on the strides of dims of length one: eager's hold.
+        # Real and meta kernels disagree on the strides of dims of length one. The real ones, which
+        # eager construction shows, are kept here for whoever makes tensors of the results.
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
-        # What the small storages of the last step were allocated as: no other window is needed.
+        # Small storages of the last step were allocated by making a tensor. It can be swapped into
+        # the deferred tensor directly.
         self.windows: dict[int, tuple[TensorRef, Tensor]] = {}
         self.cursor: dict[int, tuple[int, torch.Generator]] = {}
-        self._unchanged: set[int] = set()  # constants whose checksum was found to hold
+        self._unchanged: set[int] = set()  # constants whose checksum was compared and holds
         self._settings: contextlib.ExitStack | None = None
         self._step = Step((), ())
         self._ambient = -1
 
     def values(self, storages: Iterable[int], before: int | None = None) -> Storages:
-        """The wanted storages as they are before op number ``before`` (by default: at the end)."""
+        """The storages as they are before op number ``before`` (by default: at the end)."""
         found: Storages = {}
         for step in plan_storages(self.program, storages, before):
             found.update(self.run(step))
@@ -70,9 +75,11 @@ class Replay:
         return ref.on(self.values([ref.storage], before)[ref.storage])
 
     def run(self, step: Step, begun: Storages | None = None) -> Storages:
-        """Run one step; gives the storages that it is for, and frees all others.
+        """Run one step; returns its target storages and frees all others.
 
-        ``begun`` are storages that what came before this step has filled.
+        Args:
+            step: the step.
+            begun: storages that are filled already, as by the first ops of the step.
         """
         if self._settings is None:
             with self.session():
@@ -90,7 +97,7 @@ class Replay:
         return {number: storages[number] for number in step.gives}
 
     def _run_all(self, step: Step, storages: Storages) -> None:
-        """Run ops in order; frees each storage after the op that is the last to use it."""
+        """Run ops in order, and free each storage after the last op that uses it."""
         last_use = self._last_uses(step)
         for place, number in enumerate(step.ops):
             self._set_ambient(self.program.ops[number].ambient)
@@ -101,7 +108,7 @@ class Replay:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """A block in which many steps run, without modes and with settings kept between them."""
+        """A block for running many steps: modes are left once, settings change only when needed."""
         if self._settings is not None:
             yield
             return
@@ -121,7 +128,11 @@ class Replay:
             self._ambient = ambient
 
     def execute(self, number: int, storages: Storages) -> None:
-        """Run one op on real storages, which it adds its new ones to."""
+        """Run one op on real storages, and add the storages of its results to them.
+
+        Raises:
+            MaterializeError: the kernel fails, or gives another layout than was recorded.
+        """
         op = self.program.ops[number]
         try:
             results = self.call(op, storages)
@@ -129,7 +140,7 @@ class Replay:
             raise
         except Exception as error:
             if is_out_of_memory(error):
-                raise
+                raise  # materialize() makes an OutOfMemoryError of it
             raise MaterializeError(
                 f"op {number} failed when it was replayed: {op}: {error}"
             ) from error
@@ -140,18 +151,19 @@ class Replay:
             if ref.storage in storages:
                 if not as_recorded:
                     raise MaterializeError(_differs(ref, result))
-            # Some kernels give another thing than their meta twins, which nobody asks for.
+            # Some kernels return an auxiliary result of another shape than their meta kernel does.
+            # It matters only if it is used.
             elif as_recorded or self._is_used(ref.storage, number):
                 storages[ref.storage] = self._laid_out(ref, result)
 
     def _is_used(self, storage: int, number: int) -> bool:
-        """Whether a storage is wanted of the step that runs, or by an op after this one."""
+        """Whether a storage is a target of the running step, or used by a later op of it."""
         later = (self.program.ops[n] for n in self._step.ops if n > number)
         refs = (ref for op in later for ref in (*op.read(), *op.written()))
         return storage in self._step.gives or any(ref.storage == storage for ref in refs)
 
     def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
-        """Call an op with real arguments; gives what it returns, as a flat tuple."""
+        """Call an op with real arguments; returns its results as a flat tuple."""
         args = [a if type(a) in NUMBERS else self._real(a, storages) for a in op.args]
         if op.name == operators.CONSTANT:
             return (args[0].clone(memory_format=torch.preserve_format),)
@@ -171,6 +183,7 @@ class Replay:
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
+        """A generator before a draw: left by the draw just before it, if this replay made that."""
         index, generator = self.cursor.pop(draw.stream, (-1, None))
         if generator is not None and index == draw.number:
             return generator
@@ -188,7 +201,11 @@ class Replay:
         return value
 
     def constant(self, index: int) -> Tensor:
-        """Real data that the program reads; raises if they have changed."""
+        """Real data that the program reads.
+
+        Raises:
+            ConstantChangedError: the data was written to after it was recorded.
+        """
         constant = self.program.constants[index]
         if constant.checksum is not None and index not in self._unchanged:
             if checksum(constant.tensor) != constant.checksum:
@@ -201,14 +218,16 @@ class Replay:
         return constant.tensor
 
     def _provide(self, number: int, storages: Storages) -> None:
-        """Allocate a storage that nothing has written to, or that is to be written first."""
+        """Allocate a storage, uninitialised, unless it exists."""
         if number not in storages:
             known = self.program.storages[number]
             storages[number] = allocate(known.nbytes, known.device)
 
     def _window(self, ref: TensorRef, storages: Storages) -> Tensor:
-        """A window on a storage that has to be allocated for it."""
+        """The tensor of a window whose storage does not exist yet: allocate it."""
         known = self.program.storages[ref.storage]
+        # One call makes storage and tensor, if the window shows the whole storage in the layout
+        # that torch.empty gives. Large storages are allocated apart, for huge pages.
         if known.nbytes < LARGE and not ref.bits:
             tensor = torch.empty(ref.size, dtype=ref.dtype, device=known.device)
             storage = tensor.untyped_storage()
@@ -221,7 +240,7 @@ class Replay:
         return ref.on(storages[ref.storage])
 
     def _laid_out(self, ref: TensorRef, result: Tensor) -> torch.UntypedStorage:
-        """The storage of a result, copied to the recorded layout where the kernel's differs."""
+        """The storage of a result, copied into the recorded layout if the kernel's differs."""
         if result.dtype != ref.dtype:
             raise MaterializeError(_differs(ref, result))
         if tuple(result.size()) != ref.size:
@@ -232,9 +251,11 @@ class Replay:
             )
         nbytes = self.program.storages[ref.storage].nbytes
         found = TensorRef.of(result, ref.storage)
+        # Strides that differ in dims of length one alone are the same layout.
         if found != ref and found == ref._replace(stride=_where_long(ref, found.stride)):
             self.strides[ref] = found.stride
             found = ref
+        # The kernel's storage may be smaller than the recorded one, which later windows look at.
         if found == ref and result.untyped_storage().nbytes() >= nbytes:
             return result.untyped_storage()
         storages: Storages = {}
@@ -243,6 +264,7 @@ class Replay:
         return storages[ref.storage]
 
     def _last_uses(self, step: Step) -> dict[int, list[int]]:
+        """For each place in a step, the storages that no later op of it uses; not its targets."""
         last: dict[int, int] = {}
         for place, number in enumerate(step.ops):
             op = self.program.ops[number]
@@ -258,15 +280,21 @@ class Replay:
 
 
 def streams_of(program: Program, seed: int | None = None, *, past_holes: bool = False) -> Streams:
-    """The streams of a program; those from its own seed are kept, so that all is found once.
+    """The streams of a program. Those from its own seed are cached in it, so states are found once.
 
-    Positions after a hole depend on what fills it. Streams that pass over open holes are
-    therefore kept apart, and only for as long as the same holes are filled.
+    States after a hole depend on its filling. So streams that pass over open holes are cached under
+    a key that says which holes are filled.
+
+    Args:
+        program: the program.
+        seed: replaces the recorded state of the default generator.
+        past_holes: assume that open holes draw nothing.
     """
     if seed is not None:
         return Streams(program, draw_only, seed, past_holes)
     key = f"streams past holes {program.holes}" if past_holes else "streams"
     kept: Streams | None = program.cache.get(key)
+    # setdefault is atomic: threads that come here at the same time end up with the same streams.
     return kept or program.cache.setdefault(key, Streams(program, draw_only, None, past_holes))
 
 
@@ -278,9 +306,14 @@ def _differs(ref: TensorRef, result: Tensor) -> str:
 
 
 def draw_only(streams: Streams, number: int, generator: torch.Generator) -> None:
-    """Make the draw of one op, for the sake of where it leaves the generator.
+    """Run one op to find how far it moves the generator; its values are discarded.
 
-    How far that is may depend on what was drawn before, along the same streams.
+    That may depend on earlier draws, which are replayed along the same streams.
+
+    Args:
+        streams: the streams of the program.
+        number: the number of the op.
+        generator: is before the draw, and is left after it.
     """
     program = streams.program
     op = program.ops[number]
@@ -299,7 +332,10 @@ def draw_only(streams: Streams, number: int, generator: torch.Generator) -> None
 
 
 def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:
-    """Run a call that can only draw from the default generator as if from another one."""
+    """Run a call that takes no generator so that it draws from ``generator``.
+
+    The default generator is lent its state and restored afterwards.
+    """
     if generator.device.type == "cpu":
         default = torch.default_generator
     else:
@@ -315,6 +351,7 @@ def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> An
 
 
 def _drawing_nothing(call: Callable[[], Any]) -> Any:
+    """Run a foreign op that was recorded without a draw; raises if it draws."""
     before = torch.get_rng_state()
     result = call()
     if not torch.equal(before, torch.get_rng_state()):
@@ -327,7 +364,7 @@ def _drawing_nothing(call: Callable[[], Any]) -> Any:
 
 
 def _where_long(ref: TensorRef, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of ``ref``, but others where they mean nothing: in dims of length one."""
+    """The strides of ``ref``, with ``strides`` in dims of length one, where they mean nothing."""
     if ref.numel == 0:
         return strides
     triples = zip(ref.size, ref.stride, strides, strict=True)

@@ -1,4 +1,7 @@
-"""Where each random stream of a program stands before each of its draws."""
+"""``Streams``: the generator state before each draw of a program, found without drawing.
+
+A draw whose cost is known is jumped over (``_rng.position``). Any other draw is made, once.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,15 @@ class _Seeker(Protocol):
 
 
 class Streams:
-    """The generator states along a program's streams, from one starting state.
+    """The generator states along the streams of one program, from one seed. Thread-safe.
 
-    ``run(streams, op number, generator)`` makes the draw of an op whose consumption cannot be
-    known without making it. ``seed`` replaces the state that the root streams start from. A hole
-    that is not filled cannot be passed, unless it is taken to draw nothing (``past_holes``). The
-    program, which keeps this, is not kept alive by it. Threads may share it.
+    The program caches this object, so it refers to the program weakly.
+
+    Args:
+        program: the program.
+        run: ``run(streams, op number, generator)`` makes a draw whose cost is not known.
+        seed: replaces the state in which the root streams start; None keeps the recorded one.
+        past_holes: assume that open holes draw nothing, instead of raising at draws after them.
     """
 
     def __init__(
@@ -50,13 +56,17 @@ class Streams:
 
     @property
     def program(self) -> Program:
-        """The program, for as long as somebody holds it."""
+        """The program; its owner must still be alive."""
         program = self._program()
         assert program is not None
         return program
 
     def state(self, draw: Draw) -> bytes:
-        """The state of the generator before a draw; an index past the last: after them all."""
+        """The state of the generator before a draw; the state at the end if its number is past it.
+
+        Raises:
+            RecordingError: the draw comes after an open hole.
+        """
         if draw.number == 0:
             return self._start(draw.stream)
         with self._lock:
@@ -64,7 +74,7 @@ class Streams:
             return seeker.state(draw.number, run)
 
     def words(self, first: Draw, last: Draw) -> int | None:
-        """How many words are drawn from before one draw to before a later one, if that is known."""
+        """How many words the draws from ``first`` up to ``last`` take, or None if not known."""
         if first.stream != last.stream or last.number < first.number:
             return None
         with self._lock:
@@ -72,7 +82,7 @@ class Streams:
             return seeker.words(first.number, last.number, run)
 
     def _until(self, draw: Draw) -> tuple[_Seeker, Run]:
-        """The seeker of a stream, which knows of all draws before one; what makes its draws."""
+        """The seeker of a stream, extended up to a draw, and the function that makes its draws."""
         stream = self.program.streams[draw.stream]
         cpu = stream.device.type == "cpu"
         seeker = self._seekers.get(draw.stream)
@@ -85,7 +95,10 @@ class Streams:
         return seeker, lambda i, generator: self._pass(stream.ops[i], generator)
 
     def check_known(self, draws: Iterable[Draw]) -> None:
-        """Raise if one of some draws comes after a hole that is not filled, without making any."""
+        """Raise if any of some draws comes after an open hole; makes no draw.
+
+        Called before the first value is computed, so that a refused call leaves nothing half done.
+        """
         last: dict[int, int] = {}
         for draw in draws:
             last[draw.stream] = max(draw.number, last.get(draw.stream, 0))
@@ -98,7 +111,10 @@ class Streams:
                 self.check_known([stream.start])
 
     def _pass(self, number: int, generator: torch.Generator) -> None:
-        """Move a generator past a draw of unknown consumption, or past a hole."""
+        """Move a generator past a draw of unknown cost, or past a hole.
+
+        A hole ends where the stream of its filling ends.
+        """
         if number >= 0:
             self.make(self, number, generator)
             return
@@ -118,7 +134,7 @@ class Streams:
         return stream.start
 
     def generator(self, draw: Draw) -> torch.Generator:
-        """A generator of its own that stands before a draw."""
+        """A new generator in the state before a draw."""
         generator = torch.Generator(self.program.streams[draw.stream].device)
         set_state(generator, self.state(draw))
         return generator
@@ -132,7 +148,7 @@ def _unknown() -> RecordingError:
 
 
 class _InSequence:
-    """A seeker for generators whose draws are not counted: it makes them, each once."""
+    """A seeker for generators that are not CPU ones: no cost is known, each draw is made once."""
 
     def __init__(self, start: bytes, device: torch.device) -> None:
         self._states = [start]
@@ -159,17 +175,18 @@ class _InSequence:
 
 
 def cost(op: Op) -> Cost | None:
-    """What a random op takes from its generator, or None if only running it can tell."""
+    """The cost of a random op, or None if only running it can tell."""
     filled = op.fills()
     numbers = op.args[1:]
     if filled is None:
         written = op.written()
         rest = numbers if by_name(op.name).mutates else op.args
+        # Where another tensor takes part, such as probabilities, the cost may depend on values.
         if not written or any(tensor_refs(a) for a in rest):
             return None
         filled = written[0]
         numbers = tuple([a for a in rest if a is None or isinstance(a, (int, float))])
-    # Layers repeat: without its place, what is filled is one of a few.
+    # Layers repeat: with storage and offset left out, few different windows remain to be cached.
     return _cost(op.name, TensorRef(0, filled.dtype, filled.size, filled.stride, 0), numbers)
 
 
@@ -185,9 +202,10 @@ def _cost(name: str, filled: TensorRef, numbers: tuple[Any, ...]) -> Cost | None
 
 
 def recorded_seed(program: Program) -> int | None:
-    """The seed that was just set when recording began, if one was."""
+    """The seed that was set just before recording began, or None."""
     for stream in program.streams:
         if stream.root and isinstance(stream.start, bytes) and stream.device.type == "cpu":
+            # A CPU state begins with its seed. It was *just* set if seeding again gives this state.
             seed = int.from_bytes(stream.start[:8], "little")
             fresh = state_of(torch.Generator().manual_seed(seed)) == stream.start
             return seed if fresh else None

@@ -1,15 +1,19 @@
-"""Where a flat tensor may be cut, so that kernels draw its parts as they draw the whole."""
+"""Cut a flat tensor so that kernels draw its parts as they draw the whole."""
 
 from __future__ import annotations
 
 UNIT = 16
-"""Kernels draw so many elements at a time, and fewer than that, in all, in another way."""
+"""The number of elements that ``normal_`` draws as one group.
+
+aten/src/ATen/native/cpu/DistributionTemplates.h: normal_fill; tensors of fewer elements are drawn
+by another kernel.
+"""
 
 
 def cut(numel: int, length: int) -> list[tuple[int, int]]:
-    """Flat ranges of at most about ``length`` elements, each but the last a multiple of 16 long.
+    """Flat ranges of about ``length`` elements at most, each but the last a multiple of 16 long.
 
-    The last one has 16 elements at least, if there are so many.
+    The last range has at least 16 elements, unless there are fewer in all.
 
     Example:
         >>> cut(100, 40)

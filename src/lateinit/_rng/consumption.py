@@ -1,9 +1,9 @@
 """How far each random op moves a CPU generator.
 
-Nothing about torch is assumed. How many words an op draws is found, once per process and class
-of op (name, dtype, contiguity, size class), by running the op on small tensors and holding the
-states it leaves, all their bytes, against each of a few rules. An op that follows no rule is
-unknown: to pass it, it is run.
+Nothing about torch is assumed. The number of words that an op draws is found by trials, once per
+process and class of ops (name, dtype, contiguity, size class). A trial runs the op on a small
+tensor and compares all bytes of the state that it leaves with the state that each of a few rules
+predicts. An op that follows no rule is unknown; to move a generator past it, it must be run.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +24,10 @@ class DrawSpec(NamedTuple):
         op: the overload's qualified name, as `OpOverload.name()` gives it.
         numel: how many elements are filled.
         dtype: the dtype of the tensor that is filled.
-        contiguous: whether that tensor `is_contiguous()`; being dense in another order of dims,
-            such as channels last, is not enough for torch's kernels.
-        args: the op's numbers in the schema's order, without sizes, None where None was given;
-            read for the `random_` and `randint` families, `bernoulli_` and `exponential_`.
+        contiguous: whether that tensor `is_contiguous()`; to torch's kernels a tensor that is dense
+            in another order of dims, such as channels last, is not.
+        args: the op's numbers in the schema's order, without sizes, with None for a None; only
+            the `random_` and `randint` families, `bernoulli_` and `exponential_` depend on them.
     """
 
     op: str
@@ -41,19 +41,19 @@ _Rule = Callable[[int], Cost | None]
 
 
 def consumption(draw: DrawSpec) -> Cost | None:
-    """What a draw takes from its generator, or None where that is not known.
+    """The cost of a draw, or None if it is not known.
 
-    The first call for a class of draws runs its op some twenty times on tensors of up to a few
-    hundred elements, about a millisecond, with generators of its own; the global generator is
-    not used. Under a torch mode that keeps ops from their kernels, trials fail, and the class
-    stays unknown for as long as the process lives.
+    The first call for a class of draws runs the op some twenty times, on tensors of up to 700
+    elements, with generators of its own; this takes about a millisecond. Do not call it under a
+    torch mode that keeps ops from their kernels: the trials would fail, and the class would stay
+    unknown for as long as the process lives.
 
     Args:
         draw: the op and the tensor that it fills.
 
     Returns:
-        The cost; None for an op that is not in the table, or does not follow any known rule with
-        the torch that runs.
+        The cost; None for an op that is not in the table, or follows no rule with the installed
+        torch.
 
     Example:
         >>> consumption(DrawSpec("aten::normal_", 100, torch.float32, contiguous=True))
@@ -72,7 +72,7 @@ def consumption(draw: DrawSpec) -> Cost | None:
 
 
 def words_drawn(op: str, dtype: torch.dtype, numel: int) -> int:
-    """How many words a known op draws for so many contiguous elements: none, or 16 or more."""
+    """How many words a known op draws for ``numel`` contiguous elements; 0, or 16 or more."""
     cost = consumption(DrawSpec(op, numel, dtype, contiguous=True))
     assert cost is not None
     return cost.words
@@ -83,17 +83,21 @@ def _each(per: int) -> _Rule:
 
 
 def _last_again(per: int) -> _Rule:
-    """Sixteen elements at a time, the last sixteen drawn again for what is left over."""
+    """Groups of 16 elements; if a remainder is left, the last 16 elements are drawn again.
+
+    aten/src/ATen/native/cpu/DistributionTemplates.h: normal_fill.
+    """
     return lambda elements: Cost(per * (elements + 16 * (elements % 16 > 0)))
 
 
 def _rounded_up(per: int) -> _Rule:
-    """Sixteen elements at a time, sixteen also for what is left over."""
+    """Groups of 16 elements, and a whole group for a remainder."""
     return lambda elements: Cost(per * (elements + -elements % 16))
 
 
 def _swaps(elements: int) -> Cost | None:
-    # torch shuffles with 64-bit words from some larger size on (2**32 / 20 in its source).
+    # randperm: from 2**32 / 20 elements on torch shuffles with 64-bit words
+    # (aten/src/ATen/native/TensorFactories.cpp). 2**27 is the power of two below that.
     return Cost(max(elements - 1, 0)) if elements < 1 << 27 else None
 
 
@@ -115,10 +119,11 @@ _Args = Callable[[DrawSpec], tuple[Any, ...] | None]
 
 
 class _Probe(NamedTuple):
-    """How an op is tried: an overload that takes a generator, what to fill, its numbers.
+    """How an op is tried.
 
-    `args` gives the numbers to try the op with, which also name the class of a draw's numbers;
-    None where nothing is known for them.
+    `overload` is an overload that takes a generator. `fills` says what it is given: the tensor to
+    fill ("self"), a tensor to imitate ("like"), a size or a count. `args` maps a draw to the
+    numbers to try, which stand for its class; None if the cost is not known for its numbers.
     """
 
     overload: str
@@ -127,7 +132,7 @@ class _Probe(NamedTuple):
 
 
 def _any(*numbers: float) -> _Args:
-    """For kernels that draw alike whatever the numbers."""
+    """The same numbers for every draw: for kernels whose cost does not depend on them."""
     return lambda _draw: numbers
 
 
@@ -136,7 +141,7 @@ def _same(draw: DrawSpec) -> tuple[Any, ...]:
 
 
 def _range(length: int) -> _Args:
-    """For integers from a range: a wide one, of 2**28 or 2**32 on, takes two words."""
+    """For integers from a range. A wide one (from 2**28 or 2**32 on) takes two words each."""
 
     def args(draw: DrawSpec) -> tuple[Any, ...] | None:
         if len(draw.args) != length:
@@ -144,7 +149,7 @@ def _range(length: int) -> _Args:
         low, high = (0, *draw.args)[-2:]
         if isinstance(high, int) and 0 < high - low <= 1 << 24:
             return (0, 2)[-length:]
-        # torch rounds the bounds to the dtype, and warns at every call.
+        # For a floating-point dtype torch rounds wide bounds to it, and warns at every call.
         return None if draw.dtype.is_floating_point else draw.args
 
     return args
@@ -174,16 +179,18 @@ _PROBES = {
 }
 _PROBES |= {f"aten::{probe.overload}": probe for probe in _PROBES.values()}
 
-# Around the 16 elements at which kernels change, and more than one block of 624 words.
+# Trial sizes: around 8 and 16 elements, where kernels change, and 700 to cross the end of a block
+# of the generator (624 words).
 _SIZES = (0, 1, 2, 6, 7, 8, 9, 15, 16, 17, 24, 32, 33, 700)
 
 
 def _elements(numel: int, dtype: torch.dtype) -> int:
-    """A complex tensor is filled as its view as real."""
+    """The number of real numbers drawn: a complex tensor is filled as its view as real."""
     return 2 * numel if dtype.is_complex else numel
 
 
 def _size_class(elements: int) -> int:
+    """0 for no elements, 1 below 16 and 2 from 16 on, where kernels change."""
     return min(elements, 1) + (elements >= 16)
 
 
@@ -191,7 +198,7 @@ def _size_class(elements: int) -> int:
 def _rule(
     op: str, dtype: torch.dtype, contiguous: bool, size_class: int, args: tuple[Any, ...]
 ) -> _Rule | None:
-    """The rule that every trial of a class of draws follows."""
+    """The rule that all trials of a class of draws follow, or None."""
     numels = [n for n in _SIZES if _size_class(_elements(n, dtype)) == size_class]
     try:
         trials = [t for n in numels for t in _trials(_PROBES[op], dtype, contiguous, n, args)]
@@ -204,7 +211,7 @@ def _rule(
 def _trials(
     probe: _Probe, dtype: torch.dtype, contiguous: bool, numel: int, args: tuple[Any, ...]
 ) -> Iterator[tuple[int, bytes, bytes]]:
-    """Elements filled, the state before and the state after, for each way to run an op once."""
+    """Run an op on each kind of target from each start: elements, state before, state after."""
     name, _, overload = probe.overload.partition(".")
     op = getattr(getattr(torch.ops.aten, name), overload or "default")
     options = {} if probe.fills in ("self", "like") else {"dtype": dtype, "device": "cpu"}
@@ -217,7 +224,7 @@ def _trials(
 
 
 def _targets(fills: str, dtype: torch.dtype, contiguous: bool, numel: int) -> Iterator[Any]:
-    """What an op is given to fill `numel` elements with or without gaps."""
+    """The arguments that make an op fill `numel` elements, contiguous or not."""
     if fills == "count":
         yield numel
     elif fills == "size":
@@ -229,7 +236,7 @@ def _targets(fills: str, dtype: torch.dtype, contiguous: bool, numel: int) -> It
 
 
 def _scattered(fills: str, dtype: torch.dtype, numel: int) -> Iterator[Tensor]:
-    # What is made like a tensor with gaps has none.
+    # A tensor made like one with gaps has no gaps, so "like" ops are only tried transposed.
     if numel > 1 and fills == "self":
         yield torch.empty(numel, 2, dtype=dtype, device="cpu")[:, 0]
     if numel > 2 and numel % 2 == 0:
@@ -238,13 +245,16 @@ def _scattered(fills: str, dtype: torch.dtype, numel: int) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=1)
 def _starts() -> tuple[bytes, bytes]:
-    """A fresh seed, and the end of a block with a cached normal."""
+    """Two states to start from: a fresh seed, and the end of a block, with a cached normal.
+
+    From the second one, 615 + 4 words into a block of 624, trials cross into the next block.
+    """
     fresh = state_of(torch.Generator(device="cpu").manual_seed(624))
     return fresh, paired(jump(fresh, 615))
 
 
 def _follows(rule: _Rule, elements: int, before: bytes, after: bytes) -> bool:
-    """Whether a rule foretells, byte for byte, the state that an op leaves."""
+    """Whether a rule predicts, byte for byte, the state that an op leaves."""
     seeker = Seeker(before)
     seeker.append(rule(elements))
     return seeker.state(1, _never) == after

@@ -9,16 +9,17 @@ import torch
 
 
 class RandomStates:
-    """The states of the global random generators, kept and put back."""
+    """The states of the global random generators at construction, for ``restore``."""
 
     def __init__(self) -> None:
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         self._torch = torch.default_generator.get_state()
+        # Asking an uninitialised CUDA for its states would initialise it.
         ready = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._cuda = torch.cuda.get_rng_state_all() if ready else []
 
     def restore(self) -> None:
-        """Put them back."""
+        """Put the generators back into the kept states."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.default_generator.set_state(self._torch)
@@ -29,5 +30,5 @@ class RandomStates:
 def seed_all(seed: int) -> None:
     """Seed every generator that a constructor may draw from."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the one that constructors use
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - constructors use the global one; it takes 32 bits
     torch.manual_seed(seed)

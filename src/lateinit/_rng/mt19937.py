@@ -1,8 +1,8 @@
 """Move the state of a CPU generator over any number of draws, without making them.
 
-torch's CPU generator is the Mersenne Twister MT19937, which is linear over GF(2): the words
-that follow n draws later are a fixed XOR of the words that follow now, given by the
-coefficients of x**n modulo the characteristic polynomial of the recurrence.
+torch's CPU generator is the Mersenne Twister MT19937 (aten/src/ATen/core/MT19937RNGEngine.h). It is
+linear over GF(2): the words that follow n draws later are an XOR of words that follow now. Which
+ones is given by the coefficients of x**n modulo the characteristic polynomial of the recurrence.
 
 Source: M. Matsumoto and T. Nishimura, "Mersenne Twister: A 623-Dimensionally
 Equidistributed Uniform Pseudo-Random Number Generator", ACM TOMACS 8(1), 1998, for the
@@ -20,20 +20,27 @@ import torch
 
 _Words = npt.NDArray[np.uint32]
 
+# The parameters of MT19937: words of state, the middle word of the recurrence, the degree.
 _WORDS, _MIDDLE, _DEGREE = 624, 397, 19937
 _BYTES = _DEGREE // 8 + 1  # of a polynomial
 _MASK = (1 << _DEGREE) - 1
+# T**(2**i) for i < 6 suffices in _reduced(): T**64 would move a quotient, whose degree is below
+# _DEGREE, down by 623 * 64 and more.
 _SCALES = tuple(1 << i for i in range(6))
-_TWIST = 0x9908B0DF
+_TWIST = 0x9908B0DF  # the last row of the twist matrix
+# Byte offsets in a state (aten/src/ATen/CPUGeneratorImpl.cpp): left, seeded and next; the 624
+# words, 8 bytes each; the cached normals, of which y (double) and its flag are used.
 _POSITION = struct.Struct("=ii Q")
 _POSITION_AT, _WORDS_AT, _NORMALS_AT, _SIZE = 8, 24, 5016, 5056
 _NORMAL_Y_AT, _NORMAL_VALID_AT = 5024, 5040
 
-# Measured: about 1.5 ns a draw made, 0.55 ms a leap, and 0.7 ms more for a distance that is new.
+# Draws from which on leaping is faster than drawing. Measured: 1.5 ns for a draw, 0.55 ms for a
+# leap, and 0.7 ms more for a distance whose polynomial is not cached.
 _LEAP_FROM = 500_000
-_SCRATCH = 1 << 16
+_SCRATCH = 1 << 16  # words drawn and discarded at a time: 256 KiB stay in cache
 _TWO_WORDS = (-(2**63), None)  # the range of integers for which random_ takes 64 random bits
-# Measured: with 8 at once it is as fast, but takes twice the memory, which may be touched first.
+# Coefficients combined at once. Measured: 8 are as fast, but take twice the memory, whose first
+# touch costs extra.
 _GROUP = 7
 _GROUPS = -(-_DEGREE // _GROUP)
 
@@ -47,8 +54,8 @@ def jump(state: bytes, n: int) -> bytes:
 
     Returns:
         The 5056 bytes that torch itself would have. The seed and the cached normal samples
-        are those of `state`. Below 1 ms for an `n` seen before, and one or two more for
-        another; the global generator is not used, and threads may call this at once.
+        are those of `state`. Takes less than 1 ms for an `n` that is cached, 1 to 2 ms more
+        otherwise. Does not use the global generator; threads may call it at the same time.
 
     Raises:
         ValueError: if `n` is negative, or `state` is no state of a CPU generator.
@@ -72,7 +79,7 @@ def jump(state: bytes, n: int) -> bytes:
 
 
 def move(generator: torch.Generator, n: int) -> None:
-    """Let a CPU generator pass over `n` 32-bit draws: `jump`, in place."""
+    """Move a CPU generator over `n` 32-bit draws: `jump`, in place."""
     if n < _LEAP_FROM:
         _draw(generator, n)
     else:
@@ -87,12 +94,12 @@ def generator_at(state: bytes) -> torch.Generator:
 
 
 def set_state(generator: torch.Generator, state: bytes) -> None:
-    """Put a generator, of any device, into a state."""
+    """Put a generator of any device into a state."""
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def state_of(generator: torch.Generator) -> bytes:
-    """The state of a generator, of any device, as bytes."""
+    """The state of a generator of any device, as bytes."""
     return bytes(generator.get_state().numpy().tobytes())
 
 
@@ -102,7 +109,9 @@ def has_normal(state: bytes) -> bool:
 
 
 def without_normal(state: bytes) -> bytes:
-    """`state` with no cached second normal, as torch leaves it when the sample is used."""
+    """`state` without a cached second normal, as torch leaves it after using the sample."""
+    # torch clears value and flag. A stale value without a flag must be cleared too: states are
+    # compared byte for byte.
     if state[_NORMAL_Y_AT : _NORMAL_Y_AT + 8] == bytes(8) and not has_normal(state):
         return state
     middle = state[_NORMAL_Y_AT + 8 : _NORMAL_VALID_AT]
@@ -110,9 +119,14 @@ def without_normal(state: bytes) -> bytes:
 
 
 def _drawn(state: bytes) -> int:
-    """How many words of its block a state has used; a seed's own block counts as used up."""
+    """How many words of its block a state has used; the block that a seed makes counts as used up.
+
+    Raises:
+        ValueError: this is no state of a CPU generator.
+    """
     if len(state) != _SIZE:
         raise ValueError(f"a CPU generator's state has {_SIZE} bytes; this has {len(state)}")
+    # Seeding sets left to 1 and next to 0: the first draw makes a new block.
     left, _, drawn = _POSITION.unpack_from(state, _POSITION_AT)
     if (left, drawn) == (1, 0):
         return _WORDS
@@ -122,7 +136,7 @@ def _drawn(state: bytes) -> int:
 
 
 def _placed(state: bytes, drawn: int) -> bytes:
-    """The same block of words with `drawn` of them used."""
+    """The state with the same block of words, of which `drawn` are used."""
     _, seeded, _ = _POSITION.unpack_from(state, _POSITION_AT)
     position = _POSITION.pack(_WORDS + 1 - drawn, seeded, drawn)
     return state[:_POSITION_AT] + position + state[_WORDS_AT:]
@@ -136,6 +150,7 @@ def _step(state: bytes, n: int) -> bytes:
 
 
 def _draw(generator: torch.Generator, n: int) -> None:
+    """Draw `n` words: two per int64 element, one for a uint8."""
     for start in range(0, n - n % 2, _SCRATCH):
         pairs = min(_SCRATCH, n - start) // 2
         torch.empty(pairs, dtype=torch.int64, device="cpu").random_(
@@ -147,7 +162,7 @@ def _draw(generator: torch.Generator, n: int) -> None:
 
 @cache
 def _leaps_agree() -> bool:
-    """Whether leaps and draws end alike with the torch that runs."""
+    """Whether a leap ends in the state that draws end in, with the installed torch."""
     start = state_of(torch.Generator(device="cpu").manual_seed(19937))
     return _placed(_leap(start, 3), _WORDS) == _step(start, 3 * _WORDS)
 
@@ -159,10 +174,10 @@ def _leap(state: bytes, blocks: int) -> bytes:
 
 
 def _outputs(state: bytes) -> _Words:
-    """The outputs that follow the block of `state`, as many as a combination reads.
+    """The outputs that follow the block of `state`, as many as `_combined` reads.
 
-    They start at the next block because the low 31 bits of a fresh seed's word 0 are not
-    part of the linear state; from the next block on every bit is.
+    They start at the next block, since the low 31 bits of a fresh seed's word 0 are not part of the
+    linear state. From the next block on, every bit is determined by it.
     """
     generator = generator_at(_placed(state, _WORDS))
     pairs = torch.empty((8 * _BYTES + _WORDS) // 2, dtype=torch.int64, device="cpu")
@@ -174,22 +189,23 @@ def _outputs(state: bytes) -> _Words:
 
 
 class _Selection(NamedTuple):
-    """The runs of outputs that a polynomial selects, by the coefficients that start each.
+    """The runs of outputs that a polynomial selects, grouped by patterns of seven coefficients.
 
-    For each pattern of seven the first run, then for each that has more the second, and so on;
-    patterns that have more runs come first.
+    Ordered so that `_combined` needs one vectorised XOR per round: first one run of each pattern,
+    then a second run of each pattern that has two, and so on. The patterns with most runs come
+    first.
     """
 
     runs: npt.NDArray[np.int16]
-    rounds: tuple[int, ...]  # how many runs are firsts, seconds, ...
-    places: npt.NDArray[np.intp]  # of the patterns among each round
+    rounds: tuple[int, ...]  # the number of runs in each round
+    places: npt.NDArray[np.intp]  # the place of each pattern within a round
 
 
 def _combined(selection: _Selection, outputs: _Words) -> _Words:
     """XOR of the runs of 624 outputs that the polynomial selects, seven coefficients at once.
 
-    All runs that start with the same pattern are summed as they are; only these 128 sums are then
-    shifted as their patterns say, by halves.
+    All runs with the same pattern are first XORed unshifted. Then only these 128 sums are shifted
+    by the bits of their patterns, halving their number for each bit.
     """
     runs = np.lib.stride_tricks.sliding_window_view(outputs, _WORDS + _GROUP)[::_GROUP]
     sums = np.zeros((1 << _GROUP, _WORDS + _GROUP), np.uint32)
@@ -208,7 +224,7 @@ def _combined(selection: _Selection, outputs: _Words) -> _Words:
 
 
 def _untempered(outputs: _Words) -> _Words:
-    """The generator's words behind its outputs; tempering is linear, so this may come last."""
+    """The words of state behind outputs. Tempering is linear, so it can be undone at the end."""
     words: _Words = outputs ^ (outputs >> np.uint32(18))
     words ^= (words << np.uint32(15)) & np.uint32(0xEFC60000)
     tempered = words.copy()
@@ -228,7 +244,7 @@ def _selection(blocks: int) -> _Selection:
     patterns = np.packbits(bits, axis=1, bitorder="little")[:, 0]
     counts = np.bincount(patterns, minlength=1 << _GROUP)
     runs, firsts = np.argsort(patterns, kind="stable"), np.cumsum(counts) - counts
-    counts[0] = 0  # these runs count for nothing
+    counts[0] = 0  # runs of seven zero coefficients are not selected
     values = np.argsort(-counts)
     rounds = tuple(int((counts > number).sum()) for number in range(counts.max()))
     ordered = [runs[firsts[values[:count]] + number] for number, count in enumerate(rounds)]
@@ -237,6 +253,7 @@ def _selection(blocks: int) -> _Selection:
 
 def _power(n: int) -> int:
     """x**n modulo the characteristic polynomial; bit i is the coefficient of x**i."""
+    # Square and multiply by x. The leading 14 bits of n give a power below the degree, 2**14 < D.
     bits = max(n.bit_length() - 14, 0)
     power = 1 << (n >> bits)
     for bit in reversed(range(bits)):
@@ -245,16 +262,16 @@ def _power(n: int) -> int:
 
 
 def _squared(poly: int) -> int:
-    """The square over GF(2): a zero between every two coefficients."""
+    """The square over GF(2): a zero bit is put after every coefficient."""
     packed = np.frombuffer(poly.to_bytes(_BYTES, "little"), np.uint8)
     return int.from_bytes(_spread()[packed].tobytes(), "little")
 
 
 def _reduced(poly: int) -> int:
-    """The remainder, for a degree below twice that of the characteristic polynomial.
+    """The remainder modulo the characteristic polynomial P, for a degree below twice its degree D.
 
-    With P = x**D * (1 + T), T a sum of negative powers, 1 / (1 + T) is the product of
-    1 + T**(2**i) over GF(2). `T**(2**i)` moves down by 623 * 2**i and more, so few i matter.
+    With P = x**D * (1 + T), T a sum of negative powers, 1 / (1 + T) is the product over i of
+    1 + T**(2**i), over GF(2). Since T**(2**i) moves down by at least 623 * 2**i, few i matter.
     """
     quotient = poly >> _DEGREE
     for scale in _SCALES:
@@ -266,10 +283,10 @@ def _reduced(poly: int) -> int:
 def _times_tail(poly: int, scale: int) -> int:
     """`poly` * (T + x**-D)**`scale`, without negative powers; `scale` is a power of two.
 
-    With u = x**623 + x**396, P is x * u**32, and x * u**k, k = 31 - i, for every set bit i < 31
-    of the twist matrix's last row, and 1 for its bit 31. So with v = 1 + x**-227, T + x**-D is
-    x**-7264, and v**k * x**(-623 * (32 - k)) for each k. By Horner's rule that takes 33 shifts;
-    written out T has 134 terms.
+    With u = x**623 + x**396, P is the sum of x * u**32, of x * u**k with k = 31 - i for every set
+    bit i < 31 of the twist matrix's last row, and of 1 for its bit 31. So with v = 1 + x**-227,
+    T + x**-D is the sum of x**-7264 and of v**k * x**(-623 * (32 - k)) for each k. Horner's rule
+    evaluates that in 33 shifts; written out, T has 134 terms.
     """
     total = 0
     for shifts, down in _horner(scale):
@@ -281,13 +298,13 @@ def _times_tail(poly: int, scale: int) -> int:
 
 @cache
 def _horner(scale: int) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """Horner's rule for T: the powers of v to multiply by, as shifts, and the term to add then."""
+    """The steps of Horner's rule: a power of v to multiply by, as shifts, then a term to add."""
     powers = [31 - bit for bit in range(31) if _TWIST >> bit & 1]
     gap, block = _WORDS - _MIDDLE, _WORDS - 1
     steps, last = [], powers[0]
     for power in (*powers, 0):
         shifts = (gap << bit for bit in range(5) if last - power >> bit & 1)
-        # What comes last is no power of v: v**32 is 1 + x**-7264, the 1 is no part of T.
+        # The last term is no power of v: v**32 = 1 + x**-7264, and the 1 is no part of T.
         down = block * (32 - power) if power else 32 * gap
         steps.append((tuple(scale * shift for shift in shifts), scale * down))
         last = power
@@ -296,6 +313,6 @@ def _horner(scale: int) -> tuple[tuple[tuple[int, ...], int], ...]:
 
 @cache
 def _spread() -> npt.NDArray[np.uint16]:
-    """Every byte with a zero bit put after each of its bits."""
+    """A table of all bytes, with a zero bit put after each bit."""
     spread = [sum((byte >> bit & 1) << 2 * bit for bit in range(8)) for byte in range(256)]
     return np.array(spread, "<u2")

@@ -1,4 +1,4 @@
-"""Where a CPU generator stands before each of a sequence of draws."""
+"""``Seeker``: the state of a CPU generator before each of a sequence of draws."""
 
 import threading
 from bisect import bisect_right
@@ -12,22 +12,22 @@ import torch
 from lateinit._rng.mt19937 import generator_at, has_normal, jump, state_of, without_normal
 
 Run = Callable[[int, torch.Generator], None]
-_PAIR = 4
+_PAIR = 4  # words of a pair of normals: Box-Muller on two 53-bit uniforms of two words each
 _position = itemgetter(0)
 
 
 class Cost(NamedTuple):
-    """What a draw takes: 32-bit words outright, and normal samples that come in pairs.
+    """The cost of a draw: a number of 32-bit words, and a number of normals drawn in pairs.
 
-    A pair takes four words; the second sample of a pair stays cached in the generator until the
-    next sample is asked for, by whichever op.
+    A pair takes four words. Its second sample stays cached in the generator until any op asks for
+    another sample (aten/src/ATen/core/DistributionsHelper.h).
     """
 
     words: int
     normals: int = 0
 
     def after(self, cached: bool) -> tuple[int, bool]:
-        """The words that are drawn, and whether a sample is cached then, if one is or not now."""
+        """The words drawn and whether a sample is cached afterwards, given whether one is now."""
         if not self.normals:
             return self.words, cached
         new = self.normals - cached
@@ -35,9 +35,9 @@ class Cost(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A position: the words drawn up to it, and since when the cached normal, if any, is cached.
+    """A position: the words drawn up to it, and the position since which a normal is cached.
 
-    Unknown draws count as no words: no difference is taken across a barrier.
+    Unknown draws count as no words, so differences are only valid between barriers.
     """
 
     words: int
@@ -45,11 +45,11 @@ class _Place(NamedTuple):
 
 
 class Seeker:
-    """Where a CPU generator stands before each of a sequence of draws.
+    """The state of a CPU generator before each of a sequence of draws.
 
-    A draw whose cost is known is jumped over. Any other is made, once, when a later position is
-    asked for, and the state that it leaves is kept (a barrier). Threads may share a seeker; only
-    one of them is in `state` at a time.
+    A draw whose cost is known is jumped over. Any other draw is made, once, when a later position
+    is asked for, and the state that it leaves is kept as a barrier. Threads may share a seeker:
+    `state` holds a lock.
 
     Args:
         start: the state before the first draw, `torch.Generator.get_state()` as bytes.
@@ -65,7 +65,8 @@ class Seeker:
 
     def __init__(self, start: bytes) -> None:
         self._costs: list[Cost | None] = []
-        # Both grow by one entry at a time, so that whoever is interrupted leaves them whole.
+        # Barriers are appended before their places: an interruption in between costs a repeated
+        # draw, and never leaves a place without its state.
         self._places = [_Place(0, 0 if has_normal(start) else None)]
         self._barriers = [(0, start)]  # positions, and the states there
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=16)
@@ -73,29 +74,29 @@ class Seeker:
         self._lock = threading.RLock()
 
     def append(self, cost: Cost | None) -> None:
-        """Add a draw; None for one whose cost cannot be known without making it."""
+        """Add a draw; None as cost if only making the draw can tell."""
         self._costs.append(cost)
 
     def __len__(self) -> int:
         return len(self._costs)
 
     def state(self, index: int, run: Run) -> bytes:
-        """The generator's state before draw number `index`; after them all at `len(self)`.
+        """The generator's state before draw number `index`; at `len(self)` the one after all draws.
 
-        Costs one jump from the nearest earlier position among the start, the barriers and those
-        asked for of late, and a second one where a cached normal has to be made again.
+        Takes one jump from the nearest earlier position among the start, the barriers and the last
+        16 positions asked for, and a second jump if a cached normal must be made again.
 
         Args:
             index: the number of the draw.
-            run: `run(i, generator)` makes draw number `i`, unknown, with a generator that stands
-                before it. It may ask, in the same thread, for states up to number `i`.
+            run: `run(i, generator)` makes draw number `i`, whose cost is unknown, with a generator
+                in the state before it. It may ask for states up to number `i` in the same thread.
 
         Returns:
             The 5056 bytes that `get_state()` would give had every draw before been made.
 
         Raises:
             IndexError: if there is no such position.
-            RuntimeError: if `run` asks for a state that comes after the draw that it makes.
+            RuntimeError: if `run` asks for a state after the draw that it makes.
         """
         if not 0 <= index <= len(self):
             raise IndexError(f"no position {index}: there are {len(self)} draws")
@@ -104,7 +105,7 @@ class Seeker:
             return self._at(index)
 
     def words(self, first: int, last: int, run: Run) -> int | None:
-        """How many words are drawn from one position to a later one, as far as that is known.
+        """How many words are drawn from one position to a later one, if that is known.
 
         Args:
             first: the number of a draw.
@@ -112,7 +113,7 @@ class Seeker:
             run: as for `state`.
 
         Returns:
-            The words; None if a draw had to be made in between.
+            The number of words; None if an unknown draw lies in between.
         """
         with self._lock:
             self._reach(last, run)
@@ -136,7 +137,7 @@ class Seeker:
         self._places.append(_Place(before + words, source))
 
     def _make(self, index: int, run: Run) -> None:
-        """Run an unknown draw and keep the state after it."""
+        """Make an unknown draw and keep the state after it as a barrier."""
         if self._running is not None:
             raise RuntimeError(
                 f"draw {self._running} asks for a state after itself: what makes a draw may "
@@ -161,7 +162,7 @@ class Seeker:
         return state
 
     def _nearest(self, index: int) -> tuple[int, bytes]:
-        """The last position up to `index` whose state is at hand."""
+        """The last position up to `index` whose state is kept, and that state."""
         nearest = self._barrier(index)
         for recent in self._recent:
             if nearest[0] < recent[0] <= index:
@@ -174,6 +175,8 @@ class Seeker:
     def _moved(self, state: bytes, base: int, index: int) -> bytes:
         words, source = self._places[index]
         begin = self._places[base].words
+        # The cached normal is part of the state. If it was cached after `base`, its pair must be
+        # drawn again: jump to just before the pair, draw it, and jump on from there.
         if source is None:
             state = without_normal(state)
         elif source > base:
@@ -184,7 +187,8 @@ class Seeker:
 
 
 def paired(state: bytes) -> bytes:
-    """The state after one pair of normals, the second of them cached."""
+    """The state after one pair of normals, the second of which is cached."""
+    # Below 16 elements normal_ draws sample by sample and caches.
     generator = generator_at(state)
     torch.empty(1, dtype=torch.float64, device="cpu").normal_(generator=generator)
     return state_of(generator)

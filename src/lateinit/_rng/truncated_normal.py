@@ -1,13 +1,14 @@
-"""Drawing normals within bounds as ``nn.init.trunc_normal_`` does, part by part.
+"""Draw ``nn.init.trunc_normal_`` part by part, with the bits of the whole call.
 
-It fills a tensor with normals and, while some lie outside the bounds, draws as many anew as the
-whole tensor has elements, of which only those that take the place of an outlier are kept: a round.
-Which rounds an element takes does not depend on the others, and where a round stands in the random
+From torch 2.13 on, torch/nn/init.py: _no_grad_trunc_normal_ fills a tensor with normals. While any
+element lies outside the bounds, it draws a whole tensor again and replaces the outliers: a round.
+The rounds of an element do not depend on other elements, and the place of each round in the random
 stream is known. So a part of the tensor can be filled alone, by moving a generator from round to
-round; and in the later rounds, which few elements need, most is passed over instead of drawn.
+round. Later rounds concern few elements; most of their draws are skipped over.
 
-How many rounds there are is often wanted before the values are. What the few elements that need
-many of them come to is then kept, so that filling the tensor takes the first rounds only.
+The number of rounds is often needed before the values, to find the next generator state. Finding it
+draws the few elements that need many rounds. Their values are kept (``Late``), so that filling the
+tensor later takes the first rounds only.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from lateinit._torch.operators import TRUNCATED, by_name
 from lateinit._workers import Workers
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
-_FEW = 8  # outliers in a part up to which only the 16 elements around each are drawn
-_APART = 1 << 21  # elements from which on several threads look for the number of rounds
-_AT_ONCE = 1 << 23  # elements whose outliers are remembered at a time
-_MOST_ROUNDS = 64  # in a trial; few bounds take so many, those far out would take for ever
-_LATE = 1 / 256  # the share of the elements that are to need more than the first rounds
+_FEW = 8  # outliers in a part up to which only the group of 16 around each is drawn again
+_APART = 1 << 21  # elements from which on several threads count rounds
+_AT_ONCE = 1 << 23  # elements per survey: bounds the memory for their outliers
+_MOST_ROUNDS = 64  # rounds of a trial: bounds whose rejection takes more are not drawn in parts
+_LATE = 1 / 256  # the share of elements that may need late rounds: bounds what is kept
 FARTHEST = 8.6
 """Standard deviations within which every normal draw of ``BOUNDED_DTYPES`` lies.
 
-A Box-Muller normal made of a 53-bit uniform stays within sqrt(-2 ln 2**-53) = 8.58 of them, one
-made of a 24-bit uniform within 5.77.
+A Box-Muller normal of a 53-bit uniform stays within sqrt(-2 ln 2**-53) = 8.58 standard deviations,
+one of a 24-bit uniform within 5.77.
 """
 BOUNDED_DTYPES = (torch.float32, torch.float64)
-_MOST_KEPT = 1 << 20  # elements, of all the draws of a program: 12 bytes each in float32
+_MOST_KEPT = 1 << 20  # late elements kept for all draws of a program: 12 MiB in float32
 
 
 class Normal(NamedTuple):
-    """The numbers of ``trunc_normal_``, in the order in which it takes them."""
+    """The numbers of ``trunc_normal_``, in the order of its arguments."""
 
     mean: float
     std: float
@@ -53,19 +54,22 @@ class Normal(NamedTuple):
 
 
 def words_a_round(dtype: torch.dtype, numel: int) -> int:
-    """How many words it takes to draw so many elements once: none, or 16 or more."""
+    """How many words one round takes for ``numel`` elements; 0, or 16 or more."""
     return consumption.words_drawn("aten::normal_", dtype, numel)
 
 
 class Late(NamedTuple):
-    """What those elements come to in the end that the first few rounds leave outside."""
+    """The final values of the elements that the first ``rounds`` rounds leave outside the bounds.
+
+    ``places`` are their indices in the flat tensor, ascending.
+    """
 
     rounds: int
     places: Tensor
     values: Tensor
 
     def within(self, start: int, end: int) -> Late:
-        """Those of a part, whose places count from its start."""
+        """The late elements of a flat range, with places relative to its start."""
         first, last = np.searchsorted(self.places.numpy(), (start, end)).tolist()
         return Late(self.rounds, self.places[first:last] - start, self.values[first:last])
 
@@ -77,14 +81,14 @@ def draw(
     period: int,
     late: Late | None = None,
 ) -> None:
-    """Draw a part of a tensor: contiguous elements, 16 or more, from a multiple of 16 on.
+    """Draw a part of a tensor: 16 or more contiguous elements, from a multiple of 16 on.
 
     Args:
-        target: what is filled.
-        normal: the numbers.
-        generator: stands where the first round draws this part, and is left where that ends.
-        period: how many words one round of the whole tensor takes.
-        late: what the later rounds give, if it is known.
+        target: the part.
+        normal: the numbers of ``trunc_normal_``.
+        generator: is in the state before the first round's draw of this part; left after it.
+        period: the number of words that one round of the whole tensor takes.
+        late: the late elements of this part, if they are known.
     """
     part = _Part(target.dtype, len(target), normal, period)
     most = math.inf if late is None else late.rounds
@@ -101,15 +105,22 @@ class _Part:
 
     def __init__(self, dtype: torch.dtype, numel: int, normal: Normal, period: int) -> None:
         self.rounds = 0
-        self.outliers: list[tuple[int, int, Tensor]] = []  # a range, and places from its start on
+        self.outliers: list[tuple[int, int, Tensor]] = []  # start and end of a range, places in it
         self._dtype, self._numel, self._normal, self._period = dtype, numel, normal, period
+        # torch too rounds the bounds to the dtype before it compares.
         bounds = (torch.tensor(bound, dtype=dtype, device="cpu").item() for bound in normal[2:])
         self._low, self._high = bounds
         self._unit = words_a_round(dtype, UNIT)
         self._scratch = torch.empty(_PART + UNIT, dtype=dtype, device="cpu")
 
     def first(self, generator: torch.Generator, target: Tensor | None, look: bool) -> None:
-        """The first round, into the target if there is one; finds what lies outside, or not."""
+        """Draw the first round.
+
+        Args:
+            generator: is in the state before the draw of this part; left after it.
+            target: is filled; None discards the values.
+            look: whether to find the outliers.
+        """
         self._later = mt19937.generator_at(mt19937.state_of(generator))
         self._at = 0
         look = look and not surely_within(self._dtype, *self._normal)
@@ -121,7 +132,7 @@ class _Part:
         self.rounds = 1
 
     def again(self, look: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """One more round: starts, places from there on, and what is drawn for them."""
+        """Draw a round for the outliers: the start of a range, places in it, their new values."""
         outliers, self.outliers = self.outliers, []
         for start, end, places in outliers:
             self._draw(start, end, places)
@@ -132,7 +143,7 @@ class _Part:
         self.rounds += 1
 
     def places(self) -> Tensor:
-        """All places that lie outside, in order."""
+        """The places of all outliers in the part, in order."""
         return torch.cat([start + places for start, _, places in self.outliers])
 
     def _note(self, start: int, end: int, drawn: Tensor, places: Tensor | None) -> None:
@@ -141,10 +152,11 @@ class _Part:
             self.outliers.append((start, end, found if places is None else places[found]))
 
     def _draw(self, start: int, end: int, places: Tensor) -> None:
-        """Draw a range anew, or no more of it than its places need."""
+        """Draw a range again; for few places only the groups of 16 that contain them."""
         if len(places) > _FEW:
             self._normals(start, start, end)
             return
+        # The last group includes the remainder: normal_ draws the last 16 elements again for it.
         last = (self._numel - UNIT) // UNIT * UNIT
         for unit in dict.fromkeys(min(start + p // UNIT * UNIT, last) for p in places.tolist()):
             self._normals(start, unit, unit + UNIT if unit < last else self._numel)
@@ -158,19 +170,20 @@ class _Part:
 
 
 def _outside(values: Tensor, low: float, high: float) -> Tensor:
-    """The places of the values that lie outside the bounds."""
+    """The places of the values outside the bounds."""
+    # numpy has no bfloat16.
     array = (values if values.dtype.itemsize > 2 else values.float()).numpy()
     return torch.from_numpy(np.flatnonzero((array < low) | (array > high)))
 
 
 def surely_within(dtype: torch.dtype, mean: float, std: float, low: float, high: float) -> bool:
-    """Whether a normal draw of this dtype lies within bounds whatever is drawn."""
+    """Whether every normal draw of this dtype lies within the bounds."""
     reach = FARTHEST * std
     return dtype in BOUNDED_DTYPES and low < mean - reach and mean + reach < high
 
 
 def draws_once(dtype: torch.dtype, normal: Normal) -> bool:
-    """Whether a ``trunc_normal_`` with these numbers is one ``normal_``, whatever it draws."""
+    """Whether a ``trunc_normal_`` with these numbers always takes one round."""
     return surely_within(dtype, *normal) and is_exact_in_parts(dtype, normal)
 
 
@@ -182,9 +195,15 @@ def after(
     threads: int | None = None,
     most: int = 0,
 ) -> tuple[bytes, Late | None]:
-    """Where a generator stands after a whole ``trunc_normal_``, found by up to some threads.
+    """The generator state after a whole ``trunc_normal_``, and its late elements.
 
-    What the late rounds give comes with it, unless that is more than ``most`` elements.
+    Args:
+        state: the state before it.
+        dtype: the dtype of the tensor.
+        numel: its number of elements.
+        normal: the numbers of ``trunc_normal_``.
+        threads: how many threads to use for large tensors, by default as many as torch uses.
+        most: return None in place of more late elements than these.
     """
     count = (threads or torch.get_num_threads()) if numel >= _APART else 1
     period = words_a_round(dtype, numel)
@@ -226,7 +245,7 @@ def _survey(
     generator: torch.Generator,
     period: int,
 ) -> tuple[int, Late]:
-    """How many rounds a part takes, and what the late ones give."""
+    """The number of rounds that a part takes, and its late elements."""
     part, early = _Part(dtype, numel, normal, period), _early(normal)
     part.first(generator, None, look=True)
     late = Late(early, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype))
@@ -243,7 +262,7 @@ def _survey(
 
 @functools.lru_cache(maxsize=1024)
 def _early(normal: Normal) -> int:
-    """The number of rounds that leave few elements outside."""
+    """The number of rounds after which a share of at most ``_LATE`` is expected outside."""
     mean, std, low, high = normal
     if not std > 0:
         return 1
@@ -256,16 +275,16 @@ def _early(normal: Normal) -> int:
 
 
 class Kept:
-    """What is kept of the late rounds of the draws of a program.
+    """A cache of the late elements of the truncated normals of a program.
 
-    Found again by all that a draw depends on, so that it is right whatever was drawn before.
+    The key is everything that a draw depends on, so an entry is valid whatever was drawn before.
     """
 
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], Late] = {}
 
     def after(self, state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> bytes:
-        """Where a generator stands after a whole ``trunc_normal_``."""
+        """The generator state after a whole ``trunc_normal_``; keeps its late elements."""
         left = _MOST_KEPT - sum(len(late.places) for late in list(self._found.values()))
         end, late = after(state, dtype, numel, normal, most=left)
         if late is not None:
@@ -273,7 +292,7 @@ class Kept:
         return end
 
     def late(self, state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> Late | None:
-        """What the late rounds of a whole ``trunc_normal_`` give, if it is kept."""
+        """The late elements of a whole ``trunc_normal_``, if they are kept."""
         return self._found.get(_key(state, dtype, numel, normal)) if self._found else None
 
 
@@ -283,7 +302,10 @@ def _key(state: bytes, dtype: torch.dtype, numel: int, normal: Normal) -> tuple[
 
 @functools.lru_cache(maxsize=1024)
 def is_exact_in_parts(dtype: torch.dtype, normal: Normal) -> bool:
-    """Whether parts are drawn as the torch that runs draws the whole, with these numbers."""
+    """Whether parts have the bits of the whole call with the installed torch and these numbers.
+
+    The second trial's bounds reject 18 % of the draws, so that several rounds are compared.
+    """
     try:
         return _agrees(dtype, normal) and _agrees(dtype, Normal(0.5, 1.0, -1.0, 1.7))
     except (RuntimeError, NotImplementedError, AssertionError, ArithmeticError):
@@ -297,7 +319,8 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
     generator = mt19937.generator_at(state)
     by_name(TRUNCATED).func(whole, *normal, generator=generator)
     period, ended = words_a_round(dtype, numel), mt19937.state_of(generator)
-    # What lies mostly outside is drawn in another way, by rounds of normals never.
+    # If the bounds have probability 0.3 or less, torch draws uniforms and accepts by density.
+    # Then the state is never that of a number of rounds of normals.
     if all(mt19937.jump(state, n * period) != ended for n in range(1, _MOST_ROUNDS + 1)):
         return False
     end, late = after(state, dtype, numel, normal, threads=1, most=numel)

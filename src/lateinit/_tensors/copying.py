@@ -1,4 +1,4 @@
-"""Copies of deferred tensors: by ``copy.deepcopy``, and by way of a pickle."""
+"""``copy.deepcopy`` of deferred tensors, and the attributes that copies and pickles carry."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from lateinit._tensors.slots import is_parameter, locate, original_class
 
 
 def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """What ``copy.deepcopy`` of a tensor would give if it were real.
+    """A deferred copy with the layout and sharing that ``copy.deepcopy`` gives a real tensor.
 
-    A parameter is cloned; of any other tensor the whole storage is copied, once a ``memo``, so
-    that views which share it still do.
+    A parameter is cloned. For any other tensor the whole storage is copied, once per ``memo``, so
+    that views of one storage stay views of one storage.
     """
+    # torch/_tensor.py: __deepcopy__ takes a plain clone of every meta tensor, which would lose the
+    # sharing; the steps below are the ones that it takes for a tensor with memory.
     if not tensor.is_leaf:
         raise RuntimeError("only leaf tensors can be deep-copied: detach() this one first")
     with torch.no_grad():
@@ -36,5 +38,5 @@ def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def attributes(tensor: Tensor) -> dict[str, Any]:
-    """What hangs on a tensor object itself, as far as users put it there."""
+    """The attributes that users set on a tensor object; ``_is_param`` is the guard's own mark."""
     return {key: value for key, value in tensor.__dict__.items() if key != "_is_param"}

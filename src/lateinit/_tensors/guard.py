@@ -1,8 +1,10 @@
-"""The class that guards deferred tensors outside the block that recorded them.
+"""The class of deferred tensors outside the block that recorded them.
 
-Inside a block deferred tensors are plain tensors under the recorder's modes. On leaving it they
-become ``DeferredTensor``: still on ``meta`` to everyone who asks, but nothing can be silently
-miscomputed with them, and they survive ``deepcopy`` and pickling.
+Inside a block a deferred tensor is a plain tensor under the modes of the recorder. When the block
+ends, its class becomes ``DeferredTensor``. It still reports ``meta``, but no op can silently
+compute a wrong result from it, and it can be deep-copied and pickled.
+
+Come here for the answer to "what happens if I call X on a deferred tensor outside a block".
 """
 
 from __future__ import annotations
@@ -39,22 +41,27 @@ from lateinit.errors import DeferredTensorError
 class DeferredTensor(Guarded):
     """A deferred tensor outside the block that recorded it.
 
-    It is a ``meta`` tensor to everyone who asks. Views, copies and casts of it are deferred too;
-    writing to it, reading it and computing with it raise ``DeferredTensorError``.
+    It reports the device ``meta``. Views, copies and casts of it, and arithmetic among deferred
+    tensors, are deferred too. Reads and writes, and ops that mix it with real tensors, raise
+    ``DeferredTensorError``. Loading is the exception: ``copy_`` of a whole real tensor of the
+    same shape makes it real.
     """
 
-    # The layers above install these two: recording follows views and casts, and materialising
-    # gives storage to a tensor that a checkpoint is copied into.
+    # Installed by modules that import this one, so that the imports point downwards only:
+    # ``follow`` records an op after the block (_recording/after_block.py), ``adopt`` takes the
+    # values of a real tensor (_tensors/realize.py).
     follow: ClassVar[Callable[..., Any]]
     adopt: ClassVar[Callable[[Tensor, Tensor], None]]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with without_subclass_functions():
+            # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
                 return _asked_is_meta(args[0], why_is_meta(args[0]))
             if func == torch.Tensor.device.__get__ and is_batch_norm_loading():
                 return _recorded_device(args[0])
+            # Sizes, flags and hooks belong to the meta tensor and need no values.
             getter = getattr(func, "__name__", "") == "__get__"
             if func in _PLAIN or (getter and func not in _VIEWS):
                 return func(*args, **(kwargs or {}))
@@ -103,10 +110,10 @@ class DeferredTensor(Guarded):
 
 
 class DeferredShard(DeferredTensor):
-    """A deferred tensor that becomes the local part of a ``DTensor``, or that one is cut from.
+    """A deferred tensor that is the local part of a ``DTensor``, or from which one is cut.
 
-    ``nn.Parameter(dtensor)`` makes a new local tensor by ``detach``, with torch functions
-    disabled. So the guard has to be heard at the dispatcher, and to pass itself on.
+    ``nn.Parameter(dtensor)`` makes a new local tensor by ``detach`` while ``__torch_function__``
+    is disabled. So this class intercepts ``detach`` at the dispatcher and guards its result.
     """
 
     @classmethod
@@ -121,8 +128,8 @@ class DeferredShard(DeferredTensor):
 
 
 def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
-    # load_state_dict asks only in order to warn that its copy into meta will do nothing; into a
-    # deferred tensor it does something.
+    # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
+    # into a meta parameter is a no-op. Copying into a deferred tensor is not.
     if asked.why == "load":
         return False
     if asked.why == "distribute":
@@ -133,6 +140,7 @@ def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
 
 
 def _recorded_device(tensor: Tensor) -> torch.device:
+    """The device that the constructor asked for, for a caller that must not see ``meta``."""
     if not is_deferred_tensor(tensor):
         return tensor.device
     _, program, ref = locate(tensor)
@@ -140,9 +148,12 @@ def _recorded_device(tensor: Tensor) -> torch.device:
 
 
 def _scatter(asked: Mapping[str, Any]) -> None:
-    """Record what torch leaves out on meta when it distributes a tensor: the copy of a part.
+    """Record the copy that ``mesh_scatter`` skips on meta: this rank's part into its output.
 
-    Every rank holds the same deferred tensor: each takes its own part, and nothing is sent.
+    Every rank holds the same deferred tensor, so each takes its own part and nothing is sent.
+
+    Args:
+        asked: the local variables of torch/distributed/tensor/_collective_utils.py: mesh_scatter.
     """
     part = asked["scatter_list"][asked["mesh"].get_local_rank(asked["mesh_dim"])]
     with torch.no_grad():
@@ -161,7 +172,10 @@ def is_whole_load(target: Any, source: Any = None) -> bool:
 
 @functools.cache
 def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
-    """The class that guards tensors of a class: itself also a subclass of that class."""
+    """The guarding subclass of a tensor class, or None if its tensors are not to be guarded.
+
+    Not guarded are tensors that are guarded already, lazy placeholders, and wrapper subclasses.
+    """
     if cls in PLAIN_CLASSES:
         return DeferredTensor
     own_guards = (Guarded, UninitializedTensorMixin)
@@ -171,18 +185,21 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
 
 
 def guard(tensor: Tensor) -> None:
-    """Make a deferred tensor a ``DeferredTensor``; the object stays the same."""
+    """Give a deferred tensor object its guarding class, in place."""
     guarding = _guarding(type(tensor))
     if guarding is not None:
+        # DeferredTensor is no subclass of Parameter, the guards of Parameter's subclasses are.
         if type(tensor) is nn.Parameter:
             mark_as_parameter(tensor)
         tensor.__class__ = guarding
 
 
 def guard_below_python(tensor: Tensor) -> None:
-    """Make a deferred tensor of torch's own classes a ``DeferredShard``; the object stays."""
+    """Make a deferred tensor of torch's own two classes a ``DeferredShard``, in place."""
     guard(tensor)
     if type(tensor) is DeferredTensor:
+        # Assigning __class__ would not do: the dispatcher asks __torch_dispatch__ only of tensors
+        # that were made as such a class. So make one, and exchange implementations.
         with without_subclass_functions(), torch.inference_mode(tensor.is_inference()):
             made = as_subclass(DeferredShard, tensor, tensor.requires_grad)
             swap_with_hooks(tensor, made)
@@ -190,13 +207,14 @@ def guard_below_python(tensor: Tensor) -> None:
 
 
 def unguard(tensor: Tensor) -> None:
-    """Give a tensor that is deferred no longer its own class back."""
+    """Give a tensor its original class back, once it is real."""
     if isinstance(tensor, DeferredTensor):
         tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
         tensor.__dict__.pop("_is_param", None)
 
 
 def _deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    # follow() makes a tensor real first if its storage is real already.
     if is_deferred_tensor(tensor):
         return copied_by_deepcopy(tensor, memo)
     copied: Tensor = copy.deepcopy(tensor, memo)
@@ -210,6 +228,7 @@ def _rebuild(
     cls: type[Tensor],
     state: dict[str, Any],
 ) -> Tensor:
+    """Unpickle a deferred tensor; pickles hold this function by name, as ``__reduce_ex__`` says."""
     tensor = slot.window(ref)
     if issubclass(cls, nn.Parameter):
         tensor = cls(tensor, requires_grad)
@@ -221,6 +240,7 @@ def _rebuild(
     return tensor
 
 
+# Functions that need the values, or the memory itself: no op that could be recorded gives these.
 _READERS = frozenset(
     {
         torch.Tensor.numpy,
@@ -241,6 +261,7 @@ _VIEWS = frozenset(
 """The attributes that are tensors on the same memory."""
 
 
+# Functions that answer from the meta tensor alone. Every other function is followed.
 _PLAIN = frozenset(
     {
         torch.Tensor.size,

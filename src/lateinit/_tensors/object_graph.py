@@ -1,7 +1,9 @@
-"""All that a module leads to, kept so that it can be put back as it was.
+"""The graph of Python objects that a module can reach; restored after a trial run.
 
-What runs on a module may write to whatever it can reach: to attributes of modules, but also to
-modules in plain lists, to objects of any class, to what a closure holds, to arrays and generators.
+A forward pass may write to everything that it can reach: attributes of modules, modules in plain
+lists, objects of any class, the cells of closures, arrays and generators. ``infer_shapes`` and
+loading run forwards and hooks that must leave no trace. They remember the graph, exchange tensors
+in it, run, and restore it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from lateinit._torch.wrappers import is_wrapper
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
 _DATA = (dict, list, set, deque, np.ndarray, Tensor)
 _UNSET = object()
+# Objects whose parts are read-only attributes of C types, in no __dict__ or __slots__.
 _BY_NAME: dict[type, tuple[str, ...]] = {
     MethodType: ("__self__", "__func__"),
     partial: ("func", "args", "keywords"),
@@ -30,12 +33,14 @@ _BY_NAME: dict[type, tuple[str, ...]] = {
 }
 _GENERATORS = (torch.Generator, np.random.RandomState)
 _CLOSED = (type, ModuleType, property)
-_MACHINERY = frozenset({"torch", "lateinit"})  # whose objects no hook writes to, but for:
+# Objects of these packages are not entered, since no hook writes to them: except modules and
+# optimizers, which users' hooks do write to.
+_MACHINERY = frozenset({"torch", "lateinit"})
 _ENTERED = ("torch.nn.modules.", "torch.optim.")
 
 
 class Reach:
-    """What can be reached from a module by attributes, items and closures, each once."""
+    """The objects that a module reaches by attributes, items and closures, each once."""
 
     def __init__(self, root: nn.Module) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -45,20 +50,20 @@ class Reach:
             value = waiting.pop()
             if type(value) in _ATOMS or id(value) in self._seen:
                 continue
-            self._seen[id(value)] = value  # kept, so that nothing else gets its id
+            self._seen[id(value)] = value  # kept alive, so that no other object gets its id
             waiting += _parts(value)
 
     def tensors(self) -> list[Tensor]:
-        """Those that were found."""
+        """All tensors of the graph."""
         return [value for value in self._seen.values() if isinstance(value, Tensor)]
 
     def keep(self) -> None:
-        """Remember how everything is now."""
+        """Remember the current state of every object, for ``restore``."""
         found = map(_undo, self._seen.values())
         self._undo = [undo for undo in found if undo is not None]
 
     def exchange(self, of: Callable[[Tensor], Tensor]) -> None:
-        """Put another tensor in the place of each."""
+        """Replace each tensor by ``of(tensor)`` wherever the graph holds it."""
         for place in self._seen.values():
             if isinstance(place, dict):
                 _exchange_items(place, of)
@@ -79,13 +84,13 @@ class Reach:
                     object.__setattr__(place, name, exchanged(value, of))
 
     def restore(self) -> None:
-        """Put everything back as it was then."""
+        """Put every object back into the state that ``keep`` remembered."""
         for undo in self._undo:
             undo()
 
 
 def exchanged(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
-    """A value with other tensors in it, where it is a tensor or a tuple."""
+    """``of(value)`` for a tensor, a tuple with its tensors replaced, or any other value itself."""
     if isinstance(value, Tensor):
         return of(value)
     if isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_make")):
@@ -95,7 +100,7 @@ def exchanged(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _exchange_items(place: dict[Any, Any], of: Callable[[Tensor], Tensor]) -> None:
-    if any(isinstance(key, Tensor) for key in place):  # as an optimizer keeps what it knows of them
+    if any(isinstance(key, Tensor) for key in place):  # such as the ``state`` of an optimizer
         _put_items(place, {exchanged(k, of): exchanged(v, of) for k, v in place.items()})
         return
     for key, value in list(place.items()):
@@ -106,7 +111,7 @@ def _exchange_items(place: dict[Any, Any], of: Callable[[Tensor], Tensor]) -> No
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """What a value leads to."""
+    """The objects that a value holds directly."""
     if isinstance(value, dict):
         return (*value.keys(), *value.values())
     if isinstance(value, (list, tuple, set, frozenset, deque)):
@@ -126,18 +131,18 @@ def _parts(value: Any) -> Iterable[Any]:
     slots = (*classes, *(held for _, held in _slots(value)))
     try:
         own = value.__dict__
-    except Exception:  # noqa: BLE001 - there is none, or a class has its own idea of it
+    except Exception:  # noqa: BLE001 - no __dict__, or a property that raises anything
         return (*slots, *closed_over)
     return (own, *slots, *closed_over) if type(own) is dict else ()
 
 
 def _is_class(value: Any) -> bool:
-    """Whether this is a class of modules whose attributes somebody may write to."""
+    """Whether a value is a user's class of modules, whose attributes a forward may write to."""
     return isinstance(value, type) and issubclass(value, nn.Module) and not _is_machinery(value)
 
 
 def _slots(value: Any) -> list[tuple[str, Any]]:
-    """What an object without a dict, or beside it, holds."""
+    """The names and values of an object's ``__slots__``."""
     kind = type(value)
     if not hasattr(kind, "__slots__") or issubclass(kind, (Tensor, tuple)) or _is_machinery(value):
         return []
@@ -155,12 +160,12 @@ def _is_machinery(value: Any) -> bool:
 def _inside(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # nothing yet
+    except ValueError:  # the cell of a variable that is not assigned yet
         return None
 
 
 def _undo(value: Any) -> Callable[[], None] | None:
-    """What puts a value back as it is now, if it can be written to."""
+    """A function that restores the current state of a value, or None for an immutable one."""
     if isinstance(value, dict):
         return partial(_put_items, value, dict(value))
     if isinstance(value, (list, deque, bytearray)):
@@ -170,6 +175,7 @@ def _undo(value: Any) -> Callable[[], None] | None:
     if isinstance(value, CellType):
         return partial(_put_inside, value, _inside(value))
     if isinstance(value, nn.Module):
+        # Its __dict__ is an object of the graph itself. torch's lazy modules change their class.
         return partial(object.__setattr__, value, "__class__", type(value))
     if isinstance(value, np.ndarray) and value.flags.writeable and not _is_mapped(value):
         return partial(np.copyto, value, value.copy())
@@ -180,7 +186,7 @@ def _undo(value: Any) -> Callable[[], None] | None:
 
 
 def _undo_draws(value: Any) -> Callable[[], None] | None:
-    """What puts a generator back."""
+    """A function that restores the state of a random generator, or None."""
     if isinstance(value, np.random.BitGenerator):
         return partial(setattr, value, "state", value.state)
     if isinstance(value, random.Random):
@@ -192,6 +198,7 @@ def _undo_draws(value: Any) -> Callable[[], None] | None:
 
 
 def _is_mapped(array: Any) -> bool:
+    # A copy of a memory-mapped file would read all of it.
     return isinstance(array, np.memmap) or isinstance(array.base, np.memmap)
 
 
@@ -200,6 +207,7 @@ def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
 
 
 def _put_items(place: dict[Any, Any], held: dict[Any, Any]) -> None:
+    # An unchanged object is not written to: comparing is by identity, since == of tensors computes.
     same = len(place) == len(held) and _same(place, held)
     if not same or not _same(place.values(), held.values()):
         place.clear()

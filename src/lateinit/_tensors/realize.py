@@ -1,7 +1,7 @@
-"""Giving a deferred tensor its storage, in place.
+"""Realise a deferred tensor in place: swap real storage into the existing tensor object.
 
-The tensor objects stay: each gets the real tensor's implementation (``_swap_tensor_impl``, which
-keeps hooks and weak references), so optimizers, ties and closures hold what they held.
+The Python object stays and gets the implementation of a real tensor (see ``_torch.swap``). So
+optimizers, ties, closures and weak references keep the object that they hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lateinit._torch.wrappers import is_dtensor, rewrap
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Where values go after they are computed."""
+    """The device and dtype of materialised tensors; None keeps the recorded one."""
 
     device: torch.device | None
     dtype: torch.dtype | None
@@ -34,7 +34,13 @@ class Cast:
         return self.dtype if wanted and self.dtype is not None else ref.dtype
 
     def storage(self, storage: torch.UntypedStorage, refs: list[TensorRef]) -> Any:
-        """A storage moved and cast as a whole, so that tensors which share it still do."""
+        """Move and cast a whole storage, so that the tensors on it keep sharing memory.
+
+        Args:
+            storage: the computed values.
+            refs: the windows on it. The storage is cast only if all of them have one dtype that
+                changes; else its bytes are moved as they are.
+        """
         if self.device is None and self.dtype is None:
             return storage
         dtypes = {ref.dtype for ref in refs}
@@ -48,7 +54,7 @@ class Cast:
 
 
 def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
-    """Where values are to go, checked before anything is touched."""
+    """The checked ``Cast`` for the arguments ``device=`` and ``dtype=`` of a public function."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r}: a torch.dtype is meant, such as torch.bfloat16")
     if dtype is not None and not dtype.is_floating_point:
@@ -68,9 +74,15 @@ def place(
     strides: dict[TensorRef, tuple[int, ...]],
     window: tuple[TensorRef, Tensor] | None = None,
 ) -> None:
-    """Let the tensors that share a storage have it, now that it is real.
+    """Realise all deferred tensors that share one storage.
 
-    ``window`` is a tensor on it that nobody else has, and what it shows.
+    Args:
+        tensors: name, tensor, slot and window of each.
+        storage: the computed values; not used if the slot has real storage already.
+        cast: the device and dtype asked for.
+        strides: the strides that a kernel gave a window, where they differ from those recorded.
+        window: a tensor on ``storage`` without other owners, and its window. Its implementation is
+            swapped in directly, which saves making another tensor.
     """
     slot = tensors[0][2]
     if slot.real is None:
@@ -79,7 +91,8 @@ def place(
             cast = replace(cast, device=device)
         whole, storage = storage, cast.storage(storage, [ref for *_, ref in tensors])
         window = window if storage is whole else None
-        # First of all: if giving it breaks off, those that have none yet are to share this one.
+        # Before any tensor is given the storage: if the loop below is interrupted, a repeated call
+        # must give the remaining tensors this same storage.
         slot.real, slot.cast = storage, (cast.device, cast.dtype)
     for _, tensor, _, ref in tensors:
         shown = ref
@@ -95,7 +108,15 @@ def place(
 def home(
     tensor: Any, recorded: torch.device, asked: torch.device | None = None
 ) -> torch.device | None:
-    """Where a tensor is to be moved, if anywhere: a shard to the devices of its mesh."""
+    """The device to move a tensor to, or None to leave it where it was computed.
+
+    A ``DTensor`` goes to the current device of its mesh's type, unless a device was asked for.
+
+    Args:
+        tensor: a deferred tensor or ``DTensor``.
+        recorded: the device that the constructor asked for.
+        asked: the device that the caller of a public function asked for.
+    """
     if asked is None and is_dtensor(tensor) and tensor.device_mesh.device_type != recorded.type:
         kind = tensor.device_mesh.device_type
         return torch.device(kind, torch.get_device_module(kind).current_device())
@@ -103,25 +124,34 @@ def home(
 
 
 def destination(tensor: Tensor, cast: Cast) -> torch.device:
-    """Where a deferred tensor will have its values."""
+    """The device on which a deferred tensor will have its values."""
     _, program, ref = locate(tensor)
     recorded = program.storages[ref.storage].device
     return home(tensor, recorded, cast.device) or recorded
 
 
 def as_cast(slot: Slot, ref: TensorRef) -> TensorRef:
-    """A window as it is on the real storage that took the place of its own."""
+    """A recorded window as it is on the slot's real storage, which may have been cast."""
     return ref._replace(dtype=Cast(*slot.cast).dtype_of(ref))
 
 
 def give(
     tensor: Tensor, ref: TensorRef, storage: torch.UntypedStorage, window: Tensor | None = None
 ) -> None:
-    """Make a deferred tensor object a window on a real storage, or take over one."""
+    """Swap a real tensor into a deferred tensor object.
+
+    Args:
+        tensor: the deferred tensor; of a ``DTensor`` the local part is swapped.
+        ref: the window of the tensor on ``storage``.
+        storage: the real storage.
+        window: a real tensor that shows ``ref`` already and has no other owner.
+    """
     if is_dtensor(tensor):
         give(held(tensor), ref, storage, window)
         rewrap(tensor)
         return
+    # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
+    # one must be made inside inference mode exactly if the deferred one was.
     inference = tensor.is_inference()
     if window is not None and window.is_inference() == inference:
         swap(tensor, window)
@@ -134,7 +164,7 @@ def give(
 
 
 def share_real_storage(tensor: Tensor) -> None:
-    """Let a deferred tensor have the storage that took the place of its own, if one did."""
+    """Realise a deferred tensor if its storage was materialised through another tensor."""
     slot = slot_of(tensor)
     if slot is not None and slot.real is not None:
         _, _, ref = locate(tensor)
@@ -143,7 +173,9 @@ def share_real_storage(tensor: Tensor) -> None:
 
 
 def adopt(tensor: Tensor, source: Tensor) -> None:
-    """``tensor.copy_(source)`` for a deferred tensor: it becomes real, with those values."""
+    """Realise a deferred tensor with the values of a real one: ``tensor.copy_(source)``."""
+    # If the tensor shows only part of its storage, other tensors may show the rest, which needs
+    # its recorded values. If it shows all of it, nothing recorded survives the copy.
     slot, program, ref = locate(tensor)
     if slot.real is None and not program.covers(ref):
         slot.real = Replay(program).values([ref.storage])[ref.storage]
@@ -153,7 +185,7 @@ def adopt(tensor: Tensor, source: Tensor) -> None:
 
 
 def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None) -> None:
-    """Give a deferred tensor memory, shared with those on its storage, and no values."""
+    """Give a deferred tensor uninitialised memory, shared by all tensors on its storage."""
     slot, program, ref = locate(tensor)
     if slot.real is None:
         known = program.storages[ref.storage]

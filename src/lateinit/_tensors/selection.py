@@ -1,4 +1,4 @@
-"""The deferred tensors that are asked for, by name and by program."""
+"""Select the deferred tensors to materialise: ``only=`` patterns, and grouping by program."""
 
 from __future__ import annotations
 
@@ -29,14 +29,22 @@ Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 @dataclass(slots=True)
 class Wanted:
-    """The deferred tensors of one program that are to be materialised, by storage."""
+    """The deferred tensors of one program to materialise, by number of their storage."""
 
     program: Program
     tensors: dict[int, list[tuple[str, Tensor, Slot, TensorRef]]] = field(default_factory=dict)
 
 
 def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
-    """The deferred tensors that are asked for, by program; all checked before any is touched."""
+    """The deferred tensors of ``target`` that ``only`` selects, grouped by program.
+
+    All checks come before any tensor is touched, so that a refused call changes nothing.
+
+    Raises:
+        UninitializedError: a selected tensor is lazy.
+        NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
+        DeferredTensorError: a selected parameter has a gradient.
+    """
     found = select(find_tensors(target), only)
     lazy = [f.name for f in found if f.lazy]
     if lazy:
@@ -73,7 +81,12 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
 
 
 def select(found: list[Found], only: Only | None) -> list[Found]:
-    """Those of some tensors that ``only`` names."""
+    """The tensors of ``found`` that ``only`` selects under any of their names.
+
+    Raises:
+        PatternError: a pattern matches no tensor.
+        TypeError: ``only`` is neither a pattern, nor patterns, nor a function.
+    """
     if only is None:
         return found
     if callable(only):

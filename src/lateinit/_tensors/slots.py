@@ -1,7 +1,8 @@
-"""How a ``meta`` tensor is known to be deferred: by a slot that its storage carries.
+"""Tell deferred tensors from other ``meta`` tensors: a deferred storage carries a ``Slot``.
 
-torch keeps a storage's Python object, attributes included, for as long as the storage lives. So
-views, ``.data`` and ``Parameter(...)`` share the slot, and it dies with the last tensor on it.
+The slot is an attribute of the storage's Python object. torch keeps that object, attributes
+included, for as long as the storage lives (torch/csrc/Storage.cpp). So views, ``.data`` and
+``Parameter(...)`` share the slot, and the slot dies with the last tensor on the storage.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
 
 
 class Slot:
-    """The place of a storage in a program.
+    """The place of one storage in a program.
 
-    ``real`` is the storage that took its place once a tensor on it was materialised, ``cast`` the
-    device and dtype that were asked for then: those that are materialised later must share it.
+    ``real`` is the materialised storage, None before the first tensor on the storage becomes real.
+    ``cast`` is the device and dtype of that materialisation. Tensors on the same storage that are
+    materialised later share ``real``, so they must be cast in the same way.
     """
 
     __slots__ = ("_shown", "cast", "name", "number", "program", "real")
@@ -39,20 +41,25 @@ class Slot:
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
-        self.name: str | None = None  # of the first tensor on it that hangs on a module
+        self.name: str | None = None  # fqn of the first tensor on the storage that has one
         self.real: torch.UntypedStorage | None = None
         self.cast: tuple[torch.device | None, torch.dtype | None] = (None, None)
         self._shown: Callable[[], Tensor | None] = _nothing
 
     def resolve(self) -> tuple[Program, int]:
-        """The program and the number in it, wherever programs have been merged to."""
+        """The program and the storage's number in it, after any merging of programs."""
+        # Program.absorb() leaves a forwarding address in the absorbed program. Following it here,
+        # at the first question after the merge, spares a search for every slot at merge time.
         while self.program.merged_into is not None:
             self.program, bases = self.program.merged_into
             self.number += bases.storage
         return self.program, self.number
 
     def window(self, ref: TensorRef) -> Tensor:
-        """A meta tensor on the storage that carries this slot, made anew in another process."""
+        """The meta tensor of a window, on the storage that carries this slot.
+
+        Used to unpickle: the first window makes the storage, later windows find it.
+        """
         shown = self._shown()
         if shown is None:
             program, number = self.resolve()
@@ -65,7 +72,7 @@ class Slot:
         return tensor
 
     def show(self, tensor: Tensor) -> None:
-        """Remember a tensor on the storage, for as long as it lives."""
+        """Remember, weakly, a tensor through which ``window`` can find the storage."""
         self._shown = weakref.ref(tensor)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,30 +94,33 @@ def _nothing() -> None:
 
 
 ON_META = Slot(Program(), 0)
-"""The slot of storages that a recorded constructor itself asked to be on ``meta``."""
+"""The slot of storages that a recorded constructor itself put on ``meta``: never materialised."""
 
 
 class Guarded(torch.Tensor):
-    """The base of the classes that guard deferred tensors after the block (see ``guard``).
+    """Base of the classes of deferred tensors outside a block (see ``guard``).
 
-    ``original`` is the class that a tensor has when it is not guarded, if it is not torch's own.
+    ``original`` is the class of the tensor without its guard, None for torch's own two classes.
     """
 
     original: ClassVar[type[Tensor] | None] = None
 
 
 def is_ordinary(tensor: Any) -> bool:
-    """Whether a tensor is of one of the classes of nearly all: neither a shard nor lazy."""
+    """Whether a tensor is a plain, parameter or guarded tensor: no ``DTensor``, not lazy."""
     return type(tensor) in PLAIN_CLASSES or isinstance(tensor, Guarded)
 
 
 def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
-    """Let a ``meta`` storage carry a slot."""
+    """Attach a slot to a ``meta`` storage."""
     setattr(storage, _ATTRIBUTE, slot)
 
 
 def slot_of(tensor: Tensor) -> Slot | None:
-    """The slot of a tensor, or None if nothing was recorded of it."""
+    """The slot of a tensor, or None if its storage was not recorded."""
+    # Guarded and lazy tensors, and function modes, answer ``is_meta`` for the tensor: a block's
+    # function mode says False of a deferred one. Only with all of them off is the answer true.
+    # Plain tensors outside function modes need no such care; this is asked for every op.
     plain = type(tensor) in PLAIN_CLASSES
     guarded = not plain and isinstance(tensor, (Guarded, UninitializedTensorMixin))
     if guarded or is_function_mode_in_force():
@@ -131,18 +141,22 @@ def _slot_of(tensor: Tensor) -> Slot | None:
 
 
 def held(tensor: Tensor) -> Tensor:
-    """The tensor that has the memory: of a ``DTensor`` its local shard."""
+    """The tensor that owns the memory: the local part of a ``DTensor``, else the tensor itself."""
     return local_part(tensor) if is_dtensor(tensor) else tensor
 
 
 def is_deferred_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor's construction is recorded and not yet run."""
+    """Whether a tensor is deferred: its construction is recorded and not yet run."""
     slot = slot_of(tensor)
     return slot is not None and slot is not ON_META
 
 
 def locate(tensor: Tensor) -> tuple[Slot, Program, TensorRef]:
-    """Where the construction of a deferred tensor is recorded."""
+    """The slot of a deferred tensor, its program, and its window on the storage.
+
+    Raises:
+        NotRecordedError: the tensor is not deferred.
+    """
     slot = slot_of(tensor)
     if slot is None or slot is ON_META:
         raise NotRecordedError(
@@ -157,11 +171,12 @@ def locate(tensor: Tensor) -> tuple[Slot, Program, TensorRef]:
 
 def is_parameter(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter, guarded or not."""
+    # torch/nn/parameter.py: _ParameterMeta.__instancecheck__ also accepts ``_is_param``.
     return isinstance(tensor, nn.Parameter)
 
 
 def described(tensor: Any) -> str:
-    """A deferred tensor by its name, as far as one is known, and its shape."""
+    """The words for a deferred tensor in an error message: its name, if known, and its shape."""
     slot = slot_of(tensor) if isinstance(tensor, Tensor) else None
     shape = tuple(getattr(tensor, "shape", ()))
     if slot is None or slot.name is None:
@@ -170,7 +185,7 @@ def described(tensor: Any) -> str:
 
 
 def original_class(tensor: Tensor) -> type[Tensor]:
-    """The class that a tensor has when it is not guarded."""
+    """The class of a tensor without its guard."""
     if not isinstance(tensor, Guarded):
         return type(tensor)
     original = type(tensor).original

@@ -1,4 +1,4 @@
-"""The values that tensors have now, in memory of their own."""
+"""Real copies of the current values of deferred and real tensors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ def own_copy(
     together: list[TensorRef] | None = None,
     past_holes: bool = False,
 ) -> Tensor:
-    """A real copy of a tensor; a deferred one is computed, and stays deferred.
+    """A real copy of a tensor. A deferred tensor is computed by replay and stays deferred.
 
-    Copies with the same ``memo`` share memory as their originals do, and share it with nothing
-    else: whoever writes to one changes no original.
+    Copies with the same ``memo`` share memory as their originals do. They share no memory with an
+    original, so writing to a copy changes no original.
 
     Args:
-        tensor: a tensor with values, or a deferred one.
-        memo: what was copied before, as for ``copy.deepcopy``.
-        cast: where computed values go.
-        together: the windows on the same storage that are copied too; a cast depends on them.
-        past_holes: take lazy modules whose shapes are not known yet to draw nothing.
+        tensor: a real or a deferred tensor.
+        memo: the copies made so far, as for ``copy.deepcopy``.
+        cast: the device and dtype of computed values.
+        together: all windows on the storage of ``tensor`` that will be copied; they decide whether
+            the storage can be cast (see ``Cast.storage``).
+        past_holes: assume that lazy modules without known shapes draw nothing.
     """
     if not is_deferred_tensor(tensor):
         return copy.deepcopy(tensor.detach(), memo)

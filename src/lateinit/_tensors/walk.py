@@ -1,4 +1,4 @@
-"""Finding the tensors that hang on modules."""
+"""Find the tensors of a module, with all of their names."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Kind = Literal["parameter", "buffer", "attribute"]
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _HOLDERS = (*_CONTAINERS, Tensor)
 _ENTERED = (nn.Module, *_CONTAINERS)
-_ATOMS = frozenset({bool, int, float, str, type(None)})
+_ATOMS = frozenset({bool, int, float, str, type(None)})  # most attributes: skipped by type
 
 
 @dataclass(slots=True)
 class Found:
-    """One tensor object and all of the names that lead to it, the first one first."""
+    """One tensor object and all of its names in order of discovery."""
 
     tensor: Tensor
     names: list[str]
@@ -50,26 +50,27 @@ class Found:
 
     @property
     def unrecorded(self) -> bool:
-        """Whether it is on meta, without the constructor having asked for that."""
+        """Whether the tensor is on ``meta`` outside any recording and cannot be materialised."""
         return self.tensor.is_meta and slot_of(self.tensor) is None
 
 
 def is_placeholder(tensor: Any) -> bool:
-    """Whether a tensor has no shape yet, by torch's protocol or that of pytorch-pfn-extras."""
+    """Whether a tensor is lazy, by the protocol of torch or of pytorch-pfn-extras."""
     if is_ordinary(tensor):
         return False
     if is_lazy(tensor):
         return True
-    # Theirs is a parameter of its own class, which must not be imported to be recognised.
+    # pytorch-pfn-extras has an UninitializedParameter of its own, derived from Parameter alone.
+    # Its name tells it: importing the library for an isinstance() check would require it.
     named = type(tensor).__name__.endswith("UninitializedParameter")
     return named and isinstance(tensor, nn.Parameter)
 
 
 def find_tensors(target: Any) -> list[Found]:
-    """Every tensor of a module (or container, or the tensor itself), each once.
+    """Every tensor of a module or container, each object once; a tensor gives itself.
 
-    Parameters, buffers, plain tensor attributes, and tensors in lists, tuples, sets and dicts that
-    are attributes.
+    Finds parameters, buffers, tensor attributes, and tensors in attributes that are lists, tuples,
+    sets or dicts.
     """
     walk = _Walk(set())
     walk.enter(target, "", ())
@@ -77,7 +78,12 @@ def find_tensors(target: Any) -> list[Found]:
 
 
 def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that hang on this very module, not on those below it, by name."""
+    """The tensors of one module by name, without those of its registered children.
+
+    Args:
+        module: the module.
+        seen: ids of containers and modules that were entered before; extended.
+    """
     for own in (own_parameters(module), own_buffers(module)):
         for name, tensor in own.items():
             if tensor is not None:
@@ -93,7 +99,7 @@ def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor
 
 
 class _Walk:
-    """What an object leads to; whatever is not a registered module is entered once."""
+    """A walk over containers and modules. Everything but registered modules is entered once."""
 
     __slots__ = ("found", "seen")
 
@@ -102,7 +108,7 @@ class _Walk:
         self.seen = seen
 
     def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
-        kind = type(value)  # isinstance() would ask the object too, which can be slow to answer
+        kind = type(value)  # isinstance() also reads __class__, which may be a slow property
         if issubclass(kind, Tensor):
             self._note(path or "tensor", value, "attribute", persistent=True)
             return
@@ -118,8 +124,8 @@ class _Walk:
                 self.enter(item, _join(path, key), above)
 
     def _enter_module(self, module: nn.Module, path: str, above: tuple[int, ...]) -> None:
-        """A module that is registered twice is walked twice: its tensors have two names."""
-        if id(module) in above:
+        """Walk a module. One registered twice is walked twice: its tensors have two names."""
+        if id(module) in above:  # a module that contains itself
             return
         above = (*above, id(module))
         for name, parameter in own_parameters(module).items():
@@ -151,7 +157,7 @@ def _join(path: str, key: Any) -> str:
 
 
 def window_key(tensor: Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common that show the same memory in the same way."""
+    """A key that is equal for two tensors that show the same memory in the same way."""
     with without_subclass_functions():
         return (
             storage_key(tensor.untyped_storage()),

@@ -1,6 +1,8 @@
-"""What lateinit takes from inside torch, in one place.
+"""Everything that lateinit uses of torch's private parts, in one place.
 
-Dispatch modes, operator schemas, storages, devices and the exchange of tensor implementations: no
-other room uses names of torch that begin with an underscore. A torch release that breaks something
-breaks it here, and one test in ``tests/torch_contract`` says what.
+Gives the rooms above dispatch modes, operator schemas, storages, devices, callers' frames and the
+exchange of tensor implementations. No other room uses a name of torch that begins with an
+underscore. So a torch release that changes a private part breaks this room, and a test in
+``tests/torch_contract`` names the part. May import the leaf modules only. Start with ``operators``
+and ``modes``.
 """

@@ -1,4 +1,4 @@
-"""The arguments of an op: the tensors in them, and their stand-ins on ``meta``."""
+"""The arguments and results of an op: find their tensors, and move them to ``meta``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Kwargs = dict[str, Any]
 
 
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """All tensors among arguments, also inside lists and tuples."""
     found: list[Tensor] = []
     for value in args:
         if isinstance(value, Tensor):
@@ -28,11 +29,12 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def has_tensor(args: tuple[Any, ...]) -> bool:
+    """Whether arguments may contain a tensor; does not look into lists, as it is asked often."""
     return any(isinstance(a, (Tensor, list, tuple)) for a in args)
 
 
 def to_meta(value: Any) -> Any:
-    """Arguments with real tensors replaced by meta ones of the same layout."""
+    """An argument with its real tensors replaced by meta tensors of the same layout."""
     if isinstance(value, Tensor):
         if value.is_meta:
             return value
@@ -43,23 +45,28 @@ def to_meta(value: Any) -> Any:
 
 
 def kwargs_to_meta(info: OpInfo, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments with which an op computes on ``meta`` what it would compute really.
+
+    Meta kernels accept neither pinned memory nor a generator of another device.
+    """
     if not kwargs and not info.takes_device:
         return kwargs
     changed = {key: to_meta(value) for key, value in kwargs.items()}
     changed.pop("pin_memory", None)
     if "generator" in changed:
         changed["generator"] = None
+    # ``empty_like`` and its like take the device of their argument, which is on meta already.
     if info.takes_device and (not info.from_sizes or kwargs.get("device") is not None):
         changed["device"] = META
     return changed
 
 
 def flat(result: Any) -> tuple[Any, ...]:
-    """What an op returned, as a flat tuple."""
+    """The results of an op as a flat tuple."""
     if isinstance(result, (tuple, list)):
         return tuple(leaf for item in result for leaf in flat(item))
     return (result,)
 
 
 map_leaves = pytree.tree_map
-"""``map_leaves(f, tree, is_leaf=None)``: the same lists, tuples and dicts with other leaves."""
+"""``map_leaves(f, tree, is_leaf=None)``: lists, tuples and dicts with ``f`` of each leaf."""

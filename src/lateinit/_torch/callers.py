@@ -1,7 +1,9 @@
-"""Who is calling: the one place that looks at Python frames.
+"""Find out which function is calling: the one place that looks at Python frames.
 
-A few of torch's functions ask a tensor something in order to do a thing that no mode is told of, or
-leave out a step on ``meta``. Which function asks is then all that there is to go by.
+Some functions of torch do something that no mode intercepts, or skip a step on ``meta``. Before
+that they read a property of the tensor, such as ``is_meta``. The answer must then depend on which
+function reads it, and only its frame tells. Frames are counted from the function that asks (a
+property, a hook), so these helpers must be called from it directly.
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ from torch import nn
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
+# The libraries whose frames lie between an initialiser and an op.
 _BETWEEN = frozenset({"lateinit", "torch"})
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
-_NO_FILES = ("<frozen", "<eval_with_key")
+_NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
-# What torch's attention finds of tensors in a block, in place of its fused kernel.
+# torch/nn/modules/activation.py: why MultiheadAttention.forward skips its fused kernel in a block.
 _AS_A_MODE = "some Tensor argument has_torch_function"
 
 
 def callers(skip: int = 0) -> Iterator[FrameType]:
-    """The frames above the function that asks, innermost first, less the first ``skip``."""
+    """The frames above the function that asks, innermost first, without the first ``skip``."""
     frame: FrameType | None = sys._getframe(skip + 2)
     while frame is not None:
         yield frame
@@ -37,11 +40,15 @@ def callers(skip: int = 0) -> Iterator[FrameType]:
 
 
 class Asked(NamedTuple):
-    """Why a tensor is asked whether it is on ``meta``.
+    """Why a function of torch reads ``is_meta`` of a tensor.
 
-    ``why`` is ``"load"`` (``load_state_dict`` would warn that its copy does nothing),
-    ``"distribute"`` (a ``DTensor`` is made of it), ``"scatter"`` (a part of each rank's is to be
-    copied into it, which torch leaves out on meta; ``given`` holds the arguments) or None.
+    ``why`` is one of:
+
+    - ``"load"``: ``load_state_dict``, to warn that copying into meta does nothing.
+    - ``"distribute"``: to make a ``DTensor`` of it.
+    - ``"scatter"``: ``mesh_scatter``, to skip copying this rank's part into it. ``given`` holds
+      the local variables of that function.
+    - None: for another reason.
     """
 
     why: str | None
@@ -52,32 +59,37 @@ _NOTHING = Asked(None, {})
 
 
 def why_is_meta(tensor: Any) -> Asked:
-    """Why ``tensor.is_meta`` is read by whoever called the function that asks."""
+    """Why the caller of the function that asks reads ``tensor.is_meta``."""
     caller = sys._getframe(2)
     if caller.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
     name = caller.f_code.co_name
+    # torch/distributed/tensor/_api.py. By name, since importing it takes long.
     if name in ("distribute_tensor", "from_local"):
         return Asked("distribute", {})
+    # torch/distributed/tensor/_collective_utils.py
     if name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
         return Asked("scatter", caller.f_locals)
     return _NOTHING
 
 
 def is_batch_norm_loading() -> bool:
-    """Whether a batch norm's ``_load_from_state_dict`` reads what the function that asks answers.
+    """Whether a batch norm's ``_load_from_state_dict`` reads the property that asks.
 
-    It loads a state dict that lacks its counter as if it had the one that there is, but a zero in
-    place of one on meta (torch/nn/modules/batchnorm.py).
+    torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
+    its own counter, unless the counter's device is ``meta``: then it loads a zero.
     """
     return sys._getframe(2).f_code is load_with_counter.__code__
 
 
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """The outermost function of ``nn.init`` that is running, and its arguments.
+    """The name and the local variables of the outermost running function of ``nn.init``.
+
+    Initialisers call each other (``xavier_normal_`` calls ``_no_grad_normal_``), hence outermost.
+    The search ends at the first frame of another library, so it is short outside initialisers.
 
     Args:
-        names: the initialisers that count, by name.
+        names: the initialisers to look for, by name.
     """
     found: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
@@ -102,7 +114,7 @@ def _is_between(frame: FrameType) -> bool:
 
 
 def is_running(code: CodeType, within: int) -> bool:
-    """Whether a function is among the nearest ``within`` callers of the one that asks."""
+    """Whether a function is among the ``within`` frames above the caller of the one that asks."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(within):
         frame = frame.f_back if frame is not None else None
@@ -114,7 +126,7 @@ def is_running(code: CodeType, within: int) -> bool:
 
 
 def attention_without_fused_kernel() -> nn.Module | None:
-    """The ``nn.MultiheadAttention`` that is running, if a mode alone keeps it off its kernel."""
+    """The running ``nn.MultiheadAttention``, if only a mode keeps it from its fused kernel."""
     code = nn.MultiheadAttention.forward.__code__
     frame = next((frame for frame in callers() if frame.f_code is code), None)
     if frame is None or frame.f_locals.get("why_not_fast_path") != _AS_A_MODE:
@@ -124,14 +136,14 @@ def attention_without_fused_kernel() -> nn.Module | None:
 
 
 def is_torch_saving() -> bool:
-    """Whether it is ``torch.save`` that pickles the object whose method asks."""
+    """Whether the object whose method asks is being pickled by ``torch.save``."""
     frame = sys._getframe(2)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
 
 
 def is_optimizer_stepping() -> bool:
-    """Whether the property that asks is read by an optimizer that is about to step."""
+    """Whether an optimizer that is about to step reads the property that asks."""
     for _, frame in zip(range(2), callers(2), strict=False):
         steps = frame.f_code.co_name in _STEPS
         if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
@@ -140,18 +152,18 @@ def is_optimizer_stepping() -> bool:
 
 
 def is_in_torch_optim() -> bool:
-    """Whether the property that asks is read by code of ``torch.optim``."""
+    """Whether code of ``torch.optim`` reads the property that asks."""
     package = sys._getframe(2).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")
 
 
 def is_library(file: str) -> bool:
-    """Whether a file is torch's or lateinit's own."""
+    """Whether a file belongs to torch or lateinit."""
     return file.startswith(_LIBRARIES)
 
 
 def innermost_foreign_line() -> str | None:
-    """``file.py:12 in forward``: the innermost running line that is neither torch's nor ours."""
+    """``file.py:12 in forward``: the innermost running line outside torch and lateinit."""
     for frame in callers():
         code = frame.f_code
         if not is_library(code.co_filename) and not code.co_filename.startswith(_NO_FILES):

@@ -1,4 +1,4 @@
-"""Devices and the generators that random ops on them draw from."""
+"""Devices, and the default generator of each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ CPU = torch.device("cpu")
 
 
 def device_number(device: torch.device) -> int:
-    """The number of a CUDA device, that of the current one where it has none."""
-    number: Any = device.index  # None where it was not given, whatever the stubs say
+    """The number of a CUDA device; that of the current one if it was not given."""
+    number: Any = device.index  # torch's stubs say int, but it is None for torch.device("cuda")
     return torch.cuda.current_device() if number is None else int(number)
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that random ops on a device draw from unless told otherwise."""
+    """The generator that random ops on a device draw from if they are given none.
+
+    Raises:
+        RecordingError: it is not available in this process.
+    """
     if device == CPU or device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.init()
+        torch.cuda.init()  # default_generators is empty before
         return torch.cuda.default_generators[device_number(device)]
     raise RecordingError(
         f"the constructor draws random numbers on {device}, whose generator is not available "
@@ -31,6 +35,6 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def generator_key(generator: torch.Generator) -> int:
-    """The same for all Python objects that stand for one generator, while it lives."""
+    """A key that all Python objects of one generator share, valid while the generator lives."""
     key: int = generator._cdata  # type: ignore[attr-defined]
     return key

@@ -1,7 +1,4 @@
-"""What torch's exceptions mean, where only their text tells.
-
-torch raises bare ``RuntimeError`` for most things.
-"""
+"""Classify torch's exceptions by their text: torch raises a bare ``RuntimeError`` for most."""
 
 from __future__ import annotations
 
@@ -18,21 +15,22 @@ _MISFIT = "Error(s) in loading state_dict for "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of torch's or of Python's says that memory ran out."""
+    """Whether an exception of torch or Python says that memory ran out."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):  # of mmap
         return error.errno == errno.ENOMEM
-    # torch.OutOfMemoryError is CUDA's; the CPU allocator raises a bare RuntimeError.
+    # torch.OutOfMemoryError is for accelerators. The CPU allocator (c10/core/impl/alloc_cpu.cpp)
+    # raises a bare RuntimeError.
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _OUT_OF_MEMORY)
 
 
 def asks_for_values(error: BaseException) -> bool:
-    """Whether an exception says that something needs the memory of a tensor on ``meta``."""
+    """Whether an exception says that an op needs the memory of a meta tensor."""
     said = str(error).lower()
     return any(word in said for word in _WITHOUT_MEMORY)
 
 
 def is_misfit(error: BaseException) -> bool:
-    """Whether it is ``load_state_dict`` that says which keys and shapes do not fit."""
+    """Whether an exception is that of ``load_state_dict`` for keys and shapes that do not fit."""
     return str(error).startswith(_MISFIT)

@@ -1,7 +1,7 @@
-"""torch's modes: leave them, ask for them, and be one.
+"""torch's function modes and dispatch modes: define one, query the stacks, leave them.
 
-A block runs under a function mode (Python calls) and a dispatch mode (operators). What lateinit
-computes for itself must be heard by neither, nor by anybody else's.
+A block runs under a function mode (intercepts Python calls) and a dispatch mode (intercepts
+operators). lateinit's own computations must be seen by neither, nor by other libraries' modes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 without_functions = torch._C.DisableTorchFunction
-"""A block in which neither function modes nor ``__torch_function__`` of classes are asked."""
+"""A block in which neither function modes nor ``__torch_function__`` of classes are called."""
 
 without_subclass_functions = torch._C.DisableTorchFunctionSubclass
-"""A block in which ``__torch_function__`` of classes is not asked, and function modes are."""
+"""A block in which function modes are called, but not ``__torch_function__`` of classes."""
 
 is_function_mode_in_force = torch._C._is_torch_function_mode_enabled
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 is_deterministic = torch._C._get_deterministic_algorithms
 set_grad_enabled = torch._C._set_grad_enabled
-"""What ``torch.no_grad`` and its like call; modes hear it at every use of them."""
+"""The function behind ``torch.no_grad`` and its like; function modes see each call of it."""
 
+# The dispatch keys of modes and of subclasses with ``__torch_dispatch__``.
 _PYTHON_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(
     torch._C.DispatchKey.PythonTLSSnapshot
 )
@@ -36,9 +37,9 @@ _PYTHON_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(
 class DispatchMode(TorchDispatchMode):
     """A dispatch mode that does not import the compiler.
 
-    ``torch.utils._python_dispatch`` wraps ``__torch_dispatch__`` in a function that imports
-    ``torch._dynamo`` (1.2 s) at its first call and costs a little at each, unless a class says
-    that it need not be skipped by it.
+    torch/utils/_python_dispatch.py: __init_subclass__ wraps ``__torch_dispatch__`` in
+    ``torch._disable_dynamo``, which imports ``torch._dynamo`` at the first call (measured: 1.2 s)
+    and slows each call down. It does not if ``_should_skip_dynamo`` returns False.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,10 @@ class DispatchMode(TorchDispatchMode):
 
 
 class without_modes:  # noqa: N801 - reads as a statement
-    """A block that runs as if no recording, no other mode and no tensor subclass were there."""
+    """A block without recording, other modes, ``__torch_function__`` and gradients.
+
+    A class, since a generator takes longer to enter, and this is entered often.
+    """
 
     __slots__ = ("_functions", "_grad", "_modes")
 
@@ -58,6 +62,7 @@ class without_modes:  # noqa: N801 - reads as a statement
         self._functions = torch._C.DisableTorchFunction()
         self._functions.__enter__()
         self._modes: contextlib.AbstractContextManager[Any] | None = None
+        # Disabling an empty stack takes time too.
         if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
             self._modes = _disable_current_modes()
             self._modes.__enter__()
@@ -73,7 +78,10 @@ class without_modes:  # noqa: N801 - reads as a statement
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """Run a block as if no mode were in force: no recording, no default device, no inference."""
+    """Run a block as if no mode were in force, default devices and inference mode included.
+
+    Unlike ``without_modes`` it leaves gradients on and subclasses at work: for users' code.
+    """
     modes = []
     while _len_torch_function_stack():
         modes.append(_pop_mode())
@@ -86,14 +94,14 @@ def outside() -> Iterator[None]:
 
 
 def below_python() -> Any:
-    """A block whose ops go straight to their kernels, past dispatch modes and tensor subclasses."""
+    """A block whose ops skip dispatch modes and ``__torch_dispatch__`` on the way to kernels."""
     return torch._C._ExcludeDispatchKeyGuard(_PYTHON_KEYS)
 
 
 def is_recording_alone() -> bool:
-    """Whether none but one recording sees what is done: no other mode, no other default.
+    """Whether one recording is the only mode, with the usual default device and determinism.
 
-    Asked in a function mode, which torch has taken off its stack for that time.
+    To be called from the recording's function mode, which torch takes off its stack meanwhile.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 1
@@ -104,7 +112,10 @@ def is_recording_alone() -> bool:
 
 
 def default_device_in_force() -> torch.device | None:
-    """The device of the innermost ``with torch.device(...)``, if there is one."""
+    """The device of the innermost ``with torch.device(...)``, or None.
+
+    torch/utils/_device.py: DeviceContext is a function mode with an attribute ``device``.
+    """
     for mode in reversed(_get_current_function_mode_stack()):
         device = getattr(mode, "device", None)
         if isinstance(device, torch.device):

@@ -1,4 +1,8 @@
-"""Facts about torch's operators that recording and planning need, looked up once per operator."""
+"""Facts about torch's operators: what each writes, draws and returns.
+
+They come from schemas and tags, looked up once per overload, and from the tables below where a
+schema does not tell. Ops of lateinit's own are registered here too.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,15 @@ OpOverload = _ops.OpOverload
 """One overload of an operator, such as ``torch.ops.aten.add.Tensor``."""
 
 CONSTANT = "lateinit::constant"
-"""The op that brings real data into a program: ``constant(data) -> Tensor``."""
+"""The op that makes a tensor of real data: ``constant(data) -> Tensor``."""
 
 TRUNCATED = "lateinit::trunc_normal_"
-"""``nn.init.trunc_normal_`` where it may redraw: see ``truncated``."""
+"""``nn.init.trunc_normal_`` on torch versions that redraw: see ``_recording.trunc_normal``."""
 
 REFUSED = "lateinit::refused"
-"""What gives no value: ``refused(self!, reason)``."""
+"""An op that raises when it is replayed: ``refused(self!, reason)``."""
 
+# Ops that write ``self`` wholly without reading it. Schemas mark that it is written, and no more.
 _READS_SELF_NOT = frozenset(
     f"aten::{name}"
     for name in (
@@ -45,7 +50,8 @@ _READS_SELF_NOT = frozenset(
 )
 
 
-# Running statistics that kernels update without their schemas saying so.
+# aten/src/ATen/native/native_functions.yaml: these update running statistics, the arguments with
+# the given positions, which their schemas do not mark as written.
 _WRITES_UNSAID = {
     "aten::native_batch_norm": (3, 4),
     "aten::cudnn_batch_norm": (3, 4),
@@ -55,7 +61,8 @@ _WRITES_UNSAID = {
     "aten::batch_norm_gather_stats_with_counts": (3, 4),
 }
 
-# The namespaces of torch's own operators, whose schemas say which of them draw.
+# The namespaces of torch's own operators: an op of any other may draw without its schema or tags
+# saying so.
 _TORCHS = frozenset(
     {
         *("aten", "prims", "quantized", "_quantized", "quantization", "sparse"),
@@ -68,13 +75,24 @@ _TORCHS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OpInfo:
-    """What is known of one operator overload.
+    """Facts about one operator overload.
 
-    ``mutates`` and ``mutates_kw`` are the positional and keyword arguments that it writes;
-    ``overwrites`` says that it writes ``self`` wholly and without reading it; ``scalar_inplace``
-    that it changes values in place and, given no other tensor, can change nothing else, so that
-    no kernel is needed to know its output; ``foreign`` that it is not torch's, so that its schema
-    may keep from us that it draws: ``random`` says that it could.
+    Attributes:
+        func: the overload, or the Python function of an op of lateinit's own.
+        name: its qualified name, such as ``aten::add.Tensor``.
+        mutates: the positions of the positional arguments that it writes.
+        mutates_kw: the keyword arguments that it writes, such as ``out``.
+        random: whether it draws or, if ``foreign``, may draw.
+        takes_generator: whether it has an argument ``generator``.
+        takes_device: whether it has an argument ``device``.
+        returns_tensor: whether any result is a tensor.
+        overwrites: whether it writes all of ``self`` without reading it.
+        scalar_inplace: whether it only changes the values of ``self`` if given no other tensor: the
+            result is then known without a kernel.
+        from_sizes: whether it makes a tensor like another one, of which it reads no values.
+        metadata_only: whether it changes the layout of ``self`` in place, such as ``t_``.
+        writes_unsaid: whether ``mutates`` comes from ``_WRITES_UNSAID``.
+        foreign: whether it is neither torch's nor marked as random by its schema or tags.
     """
 
     func: Callable[..., Any]
@@ -106,27 +124,36 @@ def op_info(func: OpOverload) -> OpInfo:
 
 
 def overload_for(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpInfo:
-    """The facts about the overload of an op, such as ``aten::lstm``, that takes these arguments."""
+    """The facts about the overload that an op, such as ``aten::lstm``, has for some arguments."""
     overload = torch._C._jit_resolve_packet(name, *args, **kwargs)
     return by_name(f"{name}.{overload}".removesuffix(".default"))
 
 
 def parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any, bool, Any]:
-    """The device, dtype, ``non_blocking`` and memory format that ``x.to(...)`` was given."""
+    """The device, dtype, ``non_blocking`` and memory format among arguments of ``x.to(...)``.
+
+    torch's own parser, the one of ``nn.Module.to``; it does not take ``copy=``.
+    """
     parsed: tuple[Any, Any, bool, Any] = torch._C._nn._parse_to(*args, **kwargs)
     return parsed
 
 
 to_copy = torch.ops.aten._to_copy.default
-"""What ``x.to(...)`` is to the dispatcher where it copies."""
+"""The op that ``x.to(...)`` dispatches if it copies."""
 
 
 TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_
-"""What ``nn.init.trunc_normal_`` calls: ``(tensor, mean, std, a, b, generator=None)``."""
+"""The function behind ``nn.init.trunc_normal_``: ``(tensor, mean, std, a, b, generator=None)``."""
 
 
 def register(name: str, func: Callable[..., Any], *, draws: bool = True) -> OpInfo:
-    """Make a Python function that fills its first argument, from ``generator=``, an op."""
+    """Register a Python function as an op that fills its first argument.
+
+    Args:
+        name: its qualified name.
+        func: the function.
+        draws: whether it draws from an argument ``generator``.
+    """
     info = _BY_NAME[name] = OpInfo(
         func=func,
         name=name,
@@ -153,7 +180,7 @@ def _refused(tensor: Any, what: str) -> None:
 
 
 def by_name(name: str) -> OpInfo:
-    """The facts about the operator with a qualified name such as ``aten::add.Tensor``."""
+    """The facts about the overload with a qualified name such as ``aten::add.Tensor``."""
     info = _BY_NAME.get(name)
     if info is None:
         namespace, _, rest = name.partition("::")
@@ -164,7 +191,7 @@ def by_name(name: str) -> OpInfo:
 
 
 def spoken(name: str) -> str:
-    """An operator's name as a message says it."""
+    """The name of an operator in messages."""
     return _SPOKEN.get(name) or name.removeprefix("aten::")
 
 
@@ -172,6 +199,7 @@ _SPOKEN = {"aten::_local_scalar_dense": "item"}
 
 
 def _examine(func: OpOverload) -> OpInfo:
+    """Derive the facts about an overload from its schema, its tags and the tables above."""
     schema = func._schema
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]

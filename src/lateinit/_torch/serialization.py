@@ -1,4 +1,4 @@
-"""The names of torch's private functions that archives of ``torch.save`` hold."""
+"""Names of private functions of torch in the pickles of ``torch.save`` (torch/_utils.py)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Allocating storages, large ones on huge pages where the platform has them; raw bytes.
+"""Allocate storages, with huge pages if the platform has them; raw bytes of tensors, and keys.
 
-Fresh memory is mapped in page by page as it is first touched, at a cost near that of drawing the
-values. Each storage is an allocation of its own: it is freed, shared and pickled as any other.
+The operating system maps fresh memory page by page at the first touch. With small pages that costs
+about as much as drawing random values into it, hence huge pages. Every storage is an allocation of
+its own, so it is freed, shared and pickled like any other.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from lateinit._torch.modes import without_modes
 
-LARGE = 4 << 20
-_HUGE_PAGE = 2 << 20
+LARGE = 4 << 20  # bytes: the least that surely contains a whole huge page, wherever it starts
+_HUGE_PAGE = 2 << 20  # bytes: that of x86-64, and of ARM64 with pages of 4 KiB
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.UntypedStorage:
@@ -30,29 +31,31 @@ def allocate(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     if nbytes >= LARGE and device.type == "cpu" and advise is not None:
         start = -(-storage.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         end = (storage.data_ptr() + nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        # Advice: where it is refused, the pages are small and all is well.
+        # Only advice: if the kernel refuses it, the pages are small and nothing else changes.
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return storage
 
 
 def in_a_row(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor in row-major order, one next to the other."""
+    """The elements of a tensor in row-major order without gaps."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     flat = plain.contiguous().reshape(-1)
-    # One element is contiguous with whatever stride, and then cannot be seen as bytes.
+    # A single element is contiguous with any stride, and view(dtype) requires stride 1
+    # (aten/src/ATen/native/TensorConversions.cpp).
     if flat.numel() and flat.stride(0) != 1:
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, in a row."""
+    """The bytes of a tensor's elements in row-major order."""
     flat = in_a_row(tensor)
     return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
 
 @functools.cache
 def _madvise() -> Callable[..., int] | None:
+    """The C function of that name, or None where there is none or no advice for huge pages."""
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
@@ -60,19 +63,22 @@ def _madvise() -> Callable[..., int] | None:
 
 
 def digest(value: Tensor) -> bytes:
-    """A digest of the bits of a tensor, to compare what another seed would have shown."""
+    """A cryptographic digest of a tensor's bits, to compare values between two seeds."""
     with without_modes():
         value = value if value.layout is torch.strided else value.to_dense()
         return hashlib.sha256(as_bytes(value).cpu().numpy().tobytes()).digest()
 
 
 def checksum(tensor: Tensor) -> int:
-    """A checksum of a tensor's bits, for a caller that no mode hears."""
+    """A fast checksum of a tensor's bits. Call it without modes in force."""
     return zlib.crc32(as_bytes(tensor).cpu().numpy().data)
 
 
 def copied_with_strides(tensor: Tensor) -> Tensor:
-    """A copy with the very strides of the original: results are laid out after their arguments."""
+    """A copy with exactly the strides of the original, overlapping ones and gaps included.
+
+    Kernels lay results out like their arguments, and ``clone`` keeps dense strides only.
+    """
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
@@ -82,18 +88,18 @@ def copied_with_strides(tensor: Tensor) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a window on a storage: not sparse, quantised or nested."""
+    """Whether a tensor is a window on one storage: not sparse, quantised or nested."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """The same for all Python objects that stand for one storage, while it lives."""
+    """A key that all Python objects of one storage share, valid while the storage lives."""
     key: int = storage._cdata
     return key
 
 
 def negative_view(tensor: Tensor) -> Tensor:
-    """A view of a tensor whose elements are seen negated, as ``x.conj().imag`` sees them."""
+    """A view of a tensor with torch's negative bit set, as that of ``x.conj().imag`` is."""
     return torch._neg_view(tensor)
 
 

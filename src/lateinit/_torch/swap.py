@@ -1,8 +1,8 @@
-"""Exchange the implementation of a tensor object, so that the object stays.
+"""Exchange the implementations (``TensorImpl``) of two tensor objects; the objects stay.
 
-``torch._C._swap_tensor_impl`` does what ``torch.utils.swap_tensors`` does, without refusing
-tensors that somebody holds weakly. It leaves autograd's hooks behind: they hang on the
-implementation, not on the object.
+torch/utils/__init__.py: swap_tensors refuses tensors that have weak references. The function below
+it, ``torch._C._swap_tensor_impl``, does not. It does not move autograd's hooks, which belong to the
+implementation (torch/csrc/autograd/python_variable.cpp); ``swap_with_hooks`` does.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor
 from lateinit.errors import DeferredTensorError
 
 swap_implementation = torch._C._swap_tensor_impl
-"""``swap_implementation(a, b)``: each object shows what the other one showed."""
+"""``swap_implementation(a, b)``: ``a`` gets the memory and metadata of ``b``, and conversely."""
 
 
 def swap(tensor: Tensor, real: Tensor) -> None:
-    """Give a tensor object the memory and values of another one, which is not used any more.
+    """Give ``tensor`` the memory and values of ``real``, which must not be used afterwards.
 
-    It keeps its hooks and ``requires_grad``. A graph that it had cannot be gone through.
+    ``tensor`` keeps its hooks, ``requires_grad`` and whether it is a leaf. If it is none, backward
+    through it raises: the graph of the constructor is not recorded.
     """
     if tensor.is_leaf or tensor.is_inference():
         real.requires_grad_(tensor.requires_grad)
@@ -32,7 +33,7 @@ def swap(tensor: Tensor, real: Tensor) -> None:
 
 
 def swap_with_hooks(tensor: Tensor, other: Tensor) -> None:
-    """Exchange implementations, and hang the hooks of the first tensor on its new one."""
+    """Exchange implementations, and register the hooks of the first tensor on its new one."""
     hooks, grad_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     torch._C._swap_tensor_impl(tensor, other)
     if hooks is not None:
@@ -42,18 +43,19 @@ def swap_with_hooks(tensor: Tensor, other: Tensor) -> None:
 
 
 def as_subclass(cls: type, data: Tensor, requires_grad: bool) -> Tensor:
-    """A new tensor of a class, on the memory of another one; its ``__init__`` is not called."""
+    """A new tensor of class ``cls`` on the memory of ``data``; ``__init__`` is not called."""
     made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)
     return made
 
 
 def mark_as_parameter(tensor: Tensor) -> None:
-    """Let ``isinstance(tensor, nn.Parameter)`` be true of a tensor of another class."""
+    """Make ``isinstance(tensor, nn.Parameter)`` true of a tensor of another class."""
+    # torch/nn/parameter.py: _ParameterMeta.__instancecheck__ reads this attribute.
     tensor._is_param = True
 
 
 class _Detached(torch.autograd.Function):
-    """Stands where a graph built in the constructor stood: it cannot be gone through."""
+    """Takes the place of an autograd graph built in the constructor; backward raises."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Tensors that consist of others: ``DTensor`` and its local part, quantised tensors and the like.
+"""Wrapper subclasses, tensors that consist of other tensors: ``DTensor`` above all.
 
-``torch.distributed.tensor`` takes long to import; whoever made a ``DTensor`` has imported it.
+``torch.distributed.tensor`` takes long to import, so it is looked up among the imported modules:
+there is no ``DTensor`` before someone has imported it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from lateinit._torch.swap import swap
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether a tensor is a shell around others, as distributed and quantised ones are."""
+    """Whether a tensor is a wrapper of other tensors, as distributed and some quantised ones.
+
+    torch/utils/_python_dispatch.py: ``__tensor_flatten__`` is the protocol of such classes.
+    """
     return hasattr(type(tensor), "__tensor_flatten__")
 
 
@@ -25,24 +29,27 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """The tensor that has the memory of a ``DTensor`` on this rank."""
+    """The local tensor of a ``DTensor``, which owns its memory on this rank."""
     local: Tensor = tensor._local_tensor
     return local
 
 
 def rewrap(tensor: Any) -> None:
-    """Let a ``DTensor`` object know that its local part is on another device now."""
+    """Update the device of a ``DTensor`` object after its local part was swapped.
+
+    torch/distributed/tensor/_api.py: __new__ copies the device of the local part, once.
+    """
     local = tensor._local_tensor
     swap(tensor, type(tensor)(local, tensor._spec, requires_grad=tensor.requires_grad))
     tensor._local_tensor = local
 
 
 def block_of_shard(shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of the local part of a ``DTensor``, and where in the whole tensor it starts.
+    """The shape of the local part of a ``DTensor``, and its offset in the whole tensor.
 
-    It is what torch says of contiguous blocks. Of any other part (``_StridedShard``) it is wrong.
+    Right only if the part is one contiguous block. That of a ``_StridedShard`` is none.
     """
-    # Imported by whoever made the shard, and long to import.
+    # Takes long to import, and whoever made the shard has done so.
     from torch.distributed.tensor._utils import (  # noqa: PLC0415
         compute_local_shape_and_global_offset,
     )
