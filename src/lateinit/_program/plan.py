@@ -127,6 +127,7 @@ def needed_ops(program: Program, wanted: Iterable[int], before: int | None = Non
     while heap:
         number, storage = heapq.heappop(heap)
         number = -number
+        # A later op has overwritten the storage: this write is dead.
         if not live.get(storage):
             continue
         op = program.ops[number]
@@ -139,6 +140,7 @@ def needed_ops(program: Program, wanted: Iterable[int], before: int | None = Non
                 if not live.get(source):
                     live[source] = True
                     want(source, number)
+        # The op wrote only part of the storage, or reads it: earlier writes matter too.
         if live.get(storage):
             want(storage, number)
     return needed

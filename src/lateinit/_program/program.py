@@ -135,7 +135,7 @@ class Op(NamedTuple):
 
     def written(self) -> list[TensorRef]:
         """The windows that this op writes."""
-        filled = self.fills()
+        filled = self.fills()  # most ops are fills, and this is asked of every op of a plan
         if filled is not None:
             return [filled]
         found: list[TensorRef] = []
@@ -393,6 +393,7 @@ class Program:
 
     def covers(self, ref: TensorRef) -> bool:
         """Whether a window shows every byte of its storage exactly once."""
+        # As many bytes as the storage has, and dense: then every byte, once.
         nbytes = ref.numel * ref.dtype.itemsize
         if ref.offset != 0 or nbytes != self.storages[ref.storage].nbytes:
             return False

@@ -80,6 +80,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Only the outermost ``with`` of this object, in no other block, has a recorder to end.
         self._depth -= 1
         if self._depth or self._recorder is None or self._block is None:
             return

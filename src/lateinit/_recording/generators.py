@@ -66,6 +66,7 @@ class Generators:
         """
         watch = self._watched.get(generator_key(generator))
         if watch is None:
+            # Its state may be a token or settled state of another generator, copied to this one.
             watch = self._follow(generator)
             self._begin(watch, self._named(watch, watch.expected) or watch.first, root)
         elif watch.key() != watch.expected:
@@ -113,6 +114,8 @@ class Generators:
         """
         for watch in self._watched.values():
             place = self._place(watch)
+            # Not drawn from since its stream began: it has its eager state already, which may be
+            # saved now and restored later.
             if place is None and watch.key() == watch.expected:
                 self._settled.setdefault(state_of(watch.generator), Draw(watch.stream, 0))
             if place is not None:
@@ -142,6 +145,8 @@ class Generators:
             state = state_of(watch.generator)
             watch.stand()
             self._begin(watch, self._settled.get(state, state))
+        # A token at the end of its stream continues the stream; one before the end, which draws
+        # have passed already, starts a branch (as after fork_rng).
         elif place.number == len(self.program.streams[place.stream].ops):
             watch.stream, watch.at = place
         else:

@@ -65,6 +65,7 @@ class Recorder(ProgramWriter, DispatchMode):
             self.shared.take_back()
         if kwargs.get("device") == META:
             kwargs = kwargs | {"device": self._meant_by_meta()}
+        # Before the arguments are sorted: a fill from numbers needs only the tensor it fills.
         if info.overwrites and self._filled(info, args, kwargs):
             return args[0]
         fill = RANDOM.get(info.name)
@@ -79,6 +80,7 @@ class Recorder(ProgramWriter, DispatchMode):
             return self._set_storage(info, args, kwargs)
         if kwargs.get("device") == META or (on_meta and not deferred):
             return self._on_meta(info.func(*args, **kwargs))
+        # Here a meta tensor and a deferred one meet; eagerly the latter has a real device.
         if on_meta:
             raise RecordingError(
                 f"{info.name} mixes a deferred tensor with one that the constructor put on meta: "
@@ -86,6 +88,7 @@ class Recorder(ProgramWriter, DispatchMode):
             )
         if not deferred and real:
             return self._on_real(info, args, kwargs, real)
+        # The result is no tensor: Python code wants a value now.
         if not info.returns_tensor and not info.mutates:
             return self._answer(info, args, kwargs)
         if deferred and self._writes_real(info, args, kwargs):
@@ -138,6 +141,8 @@ class Recorder(ProgramWriter, DispatchMode):
 
         Only in-place fills can be drawn in parts (see ``_replay.chunks``).
         """
+        # rand(sizes, ...), randint(low, high, sizes, ...): the numbers come before the sizes. In
+        # randint_like(tensor, low, high) they come after the tensor.
         like = "_like" in info.name
         shape_at = 0 if like else next(i for i, a in enumerate(args) if not isinstance(a, int))
         bounds_ = tuple(args[1:]) if like else tuple(args[:shape_at])
@@ -151,6 +156,7 @@ class Recorder(ProgramWriter, DispatchMode):
             bounds_ = bounds_ if len(bounds_) == 2 else (0, *bounds_)
             fill = "random_.from"
         generator = {"generator": kwargs["generator"]} if kwargs.get("generator") else {}
+        # On meta by request: eager construction draws nothing there either.
         if tensor.is_meta and slot_of(tensor) is ON_META:
             return tensor
         filled: Tensor = self.dispatch(
@@ -244,6 +250,7 @@ class Recorder(ProgramWriter, DispatchMode):
     def _set_storage(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """``deferred.set_(real storage)``: set a deferred twin of the real storage instead."""
         target, storage, *rest = args
+        # One twin for each real storage, so that two tensors set to it share memory here too.
         twin = self.shared.twin_of(storage)
         if twin is None:
             with without_modes():

@@ -124,6 +124,7 @@ class SharedMemory:
         for e in self._exposed.values():
             writes = self._values.writes(e.ref)
             if writes != e.writes:
+                # Recorded ops may read this memory as a constant, in its state before the write.
                 self._data.before_write(e.real)
                 with without_modes():
                     e.real.copy_(self._values.read(e.ref))

@@ -203,12 +203,15 @@ class ProgramWriter:
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], result: Any
     ) -> None:
         device = self._device(kwargs, deferred)
+        # A factory whose memory and layout are known needs no op of its own, only its fill.
         factory = FACTORIES.get(info.name)
         if factory is not None and is_usual(args, kwargs):
             self.made(result, device, factory(args))
             return
         results = flat(result)
         new = [self._adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
+        # An op that makes no new storage and writes nothing is a view: the windows of its results
+        # say everything. Metadata ops such as t_() change a window, which is read afresh each time.
         if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
             self._append(info, args, kwargs, results)
 
@@ -242,6 +245,8 @@ class ProgramWriter:
     def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:
         written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
         referred = tuple(self._referred(value) for value in args)
+        # After the arguments: referring to a tensor may absorb a program, whose ops then come
+        # before this one, and the draw is noted under this op's number.
         draw = self._draw(info, args, kwargs) if info.random else None
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
@@ -295,6 +300,7 @@ class ProgramWriter:
         probe = Op(info.name, referred, written, (), None, ambient, None)
         if info.random:
             probe = probe._replace(draw=self._draw(info, args, kwargs))
+        # The draw is noted before the run, so that the replay draws at its place in the stream.
         replay = Replay(self.program)
         storages = self._inputs(replay, probe)
         with without_modes(), self.program.ambients[ambient].in_force():

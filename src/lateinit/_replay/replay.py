@@ -166,6 +166,7 @@ class Replay:
         """Call an op with real arguments; returns its results as a flat tuple."""
         args = [a if type(a) in NUMBERS else self._real(a, storages) for a in op.args]
         if op.name == operators.CONSTANT:
+            # The program keeps its constant, so each replay gets memory of its own.
             return (args[0].clone(memory_format=torch.preserve_format),)
         kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}
         info = operators.by_name(op.name)
@@ -175,6 +176,7 @@ class Replay:
                 return flat(_drawing_nothing(lambda: func(*args, **kwargs)))
             return flat(func(*args, **kwargs))
         generator = self._generator(op.draw)
+        # An op without an argument for a generator, such as dropout, draws from the default one.
         if info.takes_generator:
             result = func(*args, **kwargs, generator=generator)
         else:
@@ -243,6 +245,7 @@ class Replay:
         """The storage of a result, copied into the recorded layout if the kernel's differs."""
         if result.dtype != ref.dtype:
             raise MaterializeError(_differs(ref, result))
+        # Python code saw the recorded shape: only the recorded seed gives the rest of the program.
         if tuple(result.size()) != ref.size:
             raise SeedError(
                 "the constructor made a tensor whose shape depends on random values, or is another "

@@ -229,6 +229,7 @@ def _together(
     for needed, late in surveys:
         rounds, total = max(rounds, needed), total + len(late.places)
         lates.append(late)
+        # Too many to keep: release those of earlier parts now, and go on counting rounds.
         if total > most:
             lates.clear()
     end = mt19937.jump(state, rounds * period)
@@ -250,6 +251,8 @@ def _survey(
     part.first(generator, None, look=True)
     late = Late(early, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype))
     while part.outliers:
+        # The outliers that the early rounds leave are the late elements; from here on each of their
+        # new values is noted, and the last one is final.
         if part.rounds == early:
             places = part.places()
             late = Late(early, places, torch.empty(len(places), dtype=dtype))

@@ -98,6 +98,7 @@ def place(
         shown = ref
         if cast.dtype is not None or ref in strides:
             shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
+        # The window can be swapped into one tensor; the others get new ones on the storage.
         if window is not None and window[0] == shown:
             give(tensor, shown, storage, window[1])
             window = None

@@ -76,6 +76,8 @@ class Slot:
         self._shown = weakref.ref(tensor)
 
     def __getstate__(self) -> dict[str, Any]:
+        # The tensors on it that are real already are pickled by torch, apart from this slot: what
+        # they share with the deferred one would be lost.
         if self.real is not None:
             raise DeferredTensorError(
                 "cannot pickle a deferred tensor whose storage is shared with one that is "

@@ -82,6 +82,7 @@ def outside() -> Iterator[None]:
 
     Unlike ``without_modes`` it leaves gradients on and subclasses at work: for users' code.
     """
+    # torch has no public way to leave function modes: take them off, and put them back in order.
     modes = []
     while _len_torch_function_stack():
         modes.append(_pop_mode())
