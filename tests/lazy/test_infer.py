@@ -337,6 +337,24 @@ def test_a_module_that_is_called_with_two_sizes_is_named() -> None:
         assert is_lazy(shared.weight)
 
 
+class Padded(nn.Module):
+    """Gives one more than it takes, whatever it takes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x * self.scale.sum(), (0, 1))
+
+
+def test_a_module_of_a_class_of_ones_own_that_is_called_with_two_sizes_is_named() -> None:
+    shared = lateinit.lazy(Padded, width=lateinit.size(-1))()
+    with pytest.raises(ShapeError, match="0 is called with width=3 and again with width=4"):
+        lateinit.infer_shapes(nn.Sequential(shared, shared), torch.ones(2, 3))
+    assert is_lazy(shared.scale)
+
+
 def test_a_model_without_lazy_modules_is_left_alone() -> None:
     assert lateinit.infer_shapes(nn.Linear(2, 3)) == []
 

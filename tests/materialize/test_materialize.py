@@ -705,3 +705,17 @@ def test_a_program_goes_with_its_last_tensor() -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_plan_leaves_out_what_is_real() -> None:
+    class Window(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5))
+            self.row = self.weight.data[1]
+
+    model = lateinit.deferred_init(Window)
+    assert len(lateinit.plan(model).steps) == 1
+    lateinit.materialize(model, only="weight")
+    assert lateinit.is_deferred(model.row)
+    assert lateinit.plan(model).steps == ()

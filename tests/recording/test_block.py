@@ -492,3 +492,10 @@ def test_module_that_is_put_into_itself_has_names_all_the_same() -> None:
         model.again.model = model
     with pytest.raises(lateinit.errors.DeferredTensorError, match="weight"):
         model.weight.tolist()
+
+
+@pytest.mark.parametrize("sizes", [(0,), (3, 0)])
+def test_any_of_nothing_is_false(sizes: tuple[int, ...]) -> None:
+    with lateinit.deferred():
+        assert not bool((torch.empty(sizes).normal_() < 100).any())
+        assert bool((torch.empty(3).normal_() < 100).any())

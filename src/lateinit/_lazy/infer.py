@@ -165,7 +165,6 @@ class _Run:
         for part in module.modules():
             if not is_lazy_module(part):
                 continue
-            part.__dict__.pop("_lateinit_hole", None)
             handle = part.__dict__.get("_initialize_hook")
             # In the place of the module's own hook, so that other forward pre-hooks run before or
             # after it as they always do.
@@ -178,6 +177,7 @@ class _Run:
         """Forward pre-hook of a lazy module: note its inputs, and initialise it by way of trial."""
         if id(module) in self.met or not is_lazy_module(module):
             return
+        rules = _rules_of(module)  # a class of the user's forgets them when it is initialised
         shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
         try:
             initialise(module, *shapes)
@@ -190,7 +190,7 @@ class _Run:
         with outside():
             Reach(module).exchange(self._trial)
         self.met[id(module)] = module, *shapes
-        rules = _rules_of(module)
+        rules = rules or _rules_of(module)
         if rules is not None:
             module.register_forward_pre_hook(self._check(rules), with_kwargs=True)
             self._check(rules)(module, args, kwargs)

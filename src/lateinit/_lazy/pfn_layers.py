@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._lazy import placeholders
 from lateinit._lazy.lazy_class import Lazy
-from lateinit._lazy.mixin import check_known
 from lateinit._lazy.placeholders import become
 from lateinit._lazy.rules import size
 from lateinit._torch.callers import is_in_torch_optim
@@ -173,17 +172,12 @@ class _LazyLayer(LazyInitializationMixin, Lazy):
             setattr(self, name, None)
         self._lazy_ready = True
 
-    @property
-    def is_initialized(self) -> bool:
-        """Whether the size is known."""
-        return "_spec" not in self.__dict__
-
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         found = [state_dict.get(prefix + name) for name in self.lazy_parameter_names]
         if self.is_initialized or all(value is None or is_lazy(value) for value in found):
             LazyInitializationMixin._lazy_load_hook(self, state_dict, prefix, *rest)
             self._leave_lazy(state_dict, prefix)
-        elif check_known(self, state_dict, prefix) or found:
+        else:
             Lazy._lazy_load_hook(self, state_dict, prefix, *rest)
 
     def _leave_lazy(self: Any, state_dict: dict[str, Any], prefix: str) -> None:

@@ -179,7 +179,9 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         return Plan(Program(), ())
     group = groups[0]
     names = tuple((name, ref) for found in group.tensors.values() for name, _, _, ref in found)
-    return Plan(group.program, tuple(plan_storages(group.program, group.tensors)), names)
+    # A storage that is real is shared, and not computed again.
+    wanted = [n for n, tensors in group.tensors.items() if tensors[0][2].real is None]
+    return Plan(group.program, tuple(plan_storages(group.program, wanted)), names)
 
 
 def is_deferred(target: Any) -> bool:

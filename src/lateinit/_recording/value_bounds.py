@@ -49,6 +49,8 @@ def _interval(program: Program, ref: Any, before: int, depth: int) -> Interval:
         return _UNKNOWN
     if not program.covers(written):
         return _UNKNOWN
+    if op.name == "aten::any" and 0 in op.args[0].size:
+        return 0.0, 0.0
     if op.name == "aten::normal_":
         return _normal(written, *op.args[1:])
     return rule(*(_interval(program, arg, number, depth - 1) for arg in op.args))

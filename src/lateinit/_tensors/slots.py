@@ -110,7 +110,8 @@ class Guarded(torch.Tensor):
 
 def is_ordinary(tensor: Any) -> bool:
     """Whether a tensor is a plain, parameter or guarded tensor: no ``DTensor``, not lazy."""
-    return type(tensor) in PLAIN_CLASSES or isinstance(tensor, Guarded)
+    cls = type(tensor)
+    return cls in PLAIN_CLASSES or (issubclass(cls, Guarded) and cls.original is None)
 
 
 def attach(storage: torch.UntypedStorage, slot: Slot) -> None:

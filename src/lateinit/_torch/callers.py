@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -31,12 +32,20 @@ _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
 _AS_A_MODE = "some Tensor argument has_torch_function"
 
 
-def callers(skip: int = 0) -> Iterator[FrameType]:
-    """The frames above the function that asks, innermost first, without the first ``skip``."""
-    frame: FrameType | None = sys._getframe(skip + 2)
+def _frame(above: int) -> FrameType:
+    """The frame that is so many calls above the function that asks a function of this file."""
+    return sys._getframe(above + 2)
+
+
+def _upwards(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def callers(skip: int = 0) -> Iterator[FrameType]:
+    """The frames above the function that asks, innermost first, without the first ``skip``."""
+    return _upwards(_frame(1 + skip))
 
 
 class Asked(NamedTuple):
@@ -60,7 +69,7 @@ _NOTHING = Asked(None, {})
 
 def why_is_meta(tensor: Any) -> Asked:
     """Why the caller of the function that asks reads ``tensor.is_meta``."""
-    caller = sys._getframe(2)
+    caller = _frame(1)
     if caller.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
     name = caller.f_code.co_name
@@ -79,7 +88,7 @@ def is_batch_norm_loading() -> bool:
     torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
     its own counter, unless the counter's device is ``meta``: then it loads a zero.
     """
-    return sys._getframe(2).f_code is load_with_counter.__code__
+    return _frame(1).f_code is load_with_counter.__code__
 
 
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -92,43 +101,32 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
         names: the initialisers to look for, by name.
     """
     found: FrameType | None = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _upwards(_frame(0)):
         if frame.f_globals is _INIT:
             if frame.f_code.co_name.removeprefix("_no_grad_") in names:
                 found = frame
-        elif (
-            found is not None
-            or frame.f_globals.get("__name__", "").partition(".")[0] not in _BETWEEN
-        ):
+        elif found is not None or not _is_between(frame):
             break
-        frame = frame.f_back
     if found is None:
         return None
     return found.f_code.co_name.removeprefix("_no_grad_"), found.f_locals
 
 
 def _is_between(frame: FrameType) -> bool:
-    """Whether a frame may stand between an op and the initialiser that runs it."""
-    return frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN
+    """Whether a frame may lie between an op and the initialiser that runs it."""
+    library: str = frame.f_globals.get("__name__", "")
+    return library.partition(".")[0] in _BETWEEN
 
 
 def is_running(code: CodeType, within: int) -> bool:
     """Whether a function is among the ``within`` frames above the caller of the one that asks."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(within):
-        frame = frame.f_back if frame is not None else None
-        if frame is None:
-            return False
-        if frame.f_code is code:
-            return True
-    return False
+    return any(frame.f_code is code for frame in islice(_upwards(_frame(2)), within))
 
 
 def attention_without_fused_kernel() -> nn.Module | None:
     """The running ``nn.MultiheadAttention``, if only a mode keeps it from its fused kernel."""
     code = nn.MultiheadAttention.forward.__code__
-    frame = next((frame for frame in callers() if frame.f_code is code), None)
+    frame = next((frame for frame in _upwards(_frame(1)) if frame.f_code is code), None)
     if frame is None or frame.f_locals.get("why_not_fast_path") != _AS_A_MODE:
         return None
     module: nn.Module = frame.f_locals["self"]
@@ -137,14 +135,14 @@ def attention_without_fused_kernel() -> nn.Module | None:
 
 def is_torch_saving() -> bool:
     """Whether the object whose method asks is being pickled by ``torch.save``."""
-    frame = sys._getframe(2)
+    frame = _frame(1)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
 
 
 def is_optimizer_stepping() -> bool:
     """Whether an optimizer that is about to step reads the property that asks."""
-    for _, frame in zip(range(2), callers(2), strict=False):
+    for frame in islice(_upwards(_frame(2)), 2):
         steps = frame.f_code.co_name in _STEPS
         if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return True
@@ -153,7 +151,7 @@ def is_optimizer_stepping() -> bool:
 
 def is_in_torch_optim() -> bool:
     """Whether code of ``torch.optim`` reads the property that asks."""
-    package = sys._getframe(2).f_globals.get("__package__") or ""
+    package = _frame(1).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")
 
 
@@ -164,7 +162,7 @@ def is_library(file: str) -> bool:
 
 def innermost_foreign_line() -> str | None:
     """``file.py:12 in forward``: the innermost running line outside torch and lateinit."""
-    for frame in callers():
+    for frame in _upwards(_frame(0)):
         code = frame.f_code
         if not is_library(code.co_filename) and not code.co_filename.startswith(_NO_FILES):
             return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
