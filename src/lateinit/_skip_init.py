@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from lateinit._materialize.materialize import materialize
-from lateinit._recording.block import deferred
-from lateinit._tensors.realize import adopt_uninitialized
-from lateinit._tensors.slots import locate
-from lateinit._tensors.walk import find_tensors
+from lateinit._recording import deferred
+from lateinit._tensors import adopt_uninitialized, find_tensors, locate
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -23,14 +23,14 @@ from rich.console import Console
 from torch import nn
 
 from lateinit._checkpoint.api import save_checkpoint
-from lateinit._checkpoint.formats.safetensors import DTYPES
+from lateinit._checkpoint.formats import DTYPES
 from lateinit._distributed import mesh_cost
 from lateinit._integrations import model_specs
-from lateinit._recording.block import deferred_init
-from lateinit._report import parity
+from lateinit._recording import deferred_init
+from lateinit._report import Verification, parity
 from lateinit._report.summary import summary
-from lateinit._report.verify import Verification, verify
-from lateinit._rng.global_states import seed_all
+from lateinit._report.verify import verify
+from lateinit._rng import seed_all
 from lateinit._units import parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import LateinitError

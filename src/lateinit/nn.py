@@ -5,7 +5,7 @@ forward call or in ``lateinit.infer_shapes``. ``LazyModuleMixin`` and the two pl
 lazy modules of your own; ``lateinit.lazy`` makes a lazy version of any class.
 """
 
-from lateinit._lazy.layers import (
+from lateinit._lazy import (
     LazyAdaptiveLogSoftmaxWithLoss,
     LazyBatchNorm1d,
     LazyBatchNorm2d,
@@ -27,6 +27,7 @@ from lateinit._lazy.layers import (
     LazyLinear,
     LazyLSTM,
     LazyLSTMCell,
+    LazyModuleMixin,
     LazyMultiheadAttention,
     LazyPReLU,
     LazyRMSNorm,
@@ -36,9 +37,9 @@ from lateinit._lazy.layers import (
     LazyTransformer,
     LazyTransformerDecoderLayer,
     LazyTransformerEncoderLayer,
+    UninitializedBuffer,
+    UninitializedParameter,
 )
-from lateinit._lazy.mixin import LazyModuleMixin
-from lateinit._lazy.placeholders import UninitializedBuffer, UninitializedParameter
 
 __all__ = [
     "LazyAdaptiveLogSoftmaxWithLoss",

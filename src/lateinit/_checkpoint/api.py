@@ -15,19 +15,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lateinit._checkpoint.load.load import Loaded, load_into
-from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_target, staged
-from lateinit._checkpoint.save.manifest import Item, ShardFile, collect, divide
-from lateinit._checkpoint.save.pipeline import write_shards
-from lateinit._checkpoint.save.resume_digest import fingerprint
-from lateinit._integrations.transformers_names import saved_config
-from lateinit._materialize.materialize import check_seed
+from lateinit._checkpoint.load import Loaded, load_into
+from lateinit._checkpoint.save import (
+    Item,
+    ShardFile,
+    Stage,
+    check_room,
+    check_target,
+    collect,
+    divide,
+    fingerprint,
+    staged,
+    write_shards,
+)
+from lateinit._integrations import saved_config
+from lateinit._materialize import check_seed
 from lateinit._progress import Progress
-from lateinit._recording.recorder import current
-from lateinit._replay.streams import recorded_seed
-from lateinit._tensors.realize import cast_to
-from lateinit._torch.messages import is_out_of_memory
-from lateinit._torch.modes import outside
+from lateinit._recording import current
+from lateinit._replay import recorded_seed
+from lateinit._tensors import cast_to
+from lateinit._torch import is_out_of_memory, outside
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError, LateinitError, OutOfMemoryError

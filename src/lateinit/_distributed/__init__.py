@@ -5,3 +5,17 @@ ranks (``rank_agreement``), ``_checkpoint`` the place of a shard in its tensor (
 the command the cost of a mesh (``mesh_cost``). It may import ``_tensors`` and everything below
 that, but not ``_recording``, its neighbour. Start with ``shard_ranges.py``.
 """
+
+from lateinit._distributed.placement import place_of
+from lateinit._distributed.rank_agreement import agree
+from lateinit._distributed.shard_ranges import Shard, groups, reads_nothing, run_leaves, shards_of
+
+__all__ = [
+    "Shard",
+    "agree",
+    "groups",
+    "place_of",
+    "reads_nothing",
+    "run_leaves",
+    "shards_of",
+]

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lateinit._program.plan import Step, plan_storages
-from lateinit._program.program import Program
-from lateinit._replay.chunks import fill_of
-from lateinit._tensors.slots import locate
-from lateinit._tensors.walk import Found, find_tensors
+from lateinit._program import Program, Step, plan_storages
+from lateinit._replay import fill_of
+from lateinit._tensors import Found, find_tensors, locate
 from lateinit._units import format_bytes
 from lateinit.errors import ShardingError, candidates, listing
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lateinit._tensors.slots import held
-from lateinit._torch.wrappers import block_of_shard
+from lateinit._tensors import held
+from lateinit._torch import block_of_shard
 from lateinit.errors import ShardingError
 
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lateinit._program.program import Const, Op, Program, TensorRef
-from lateinit._replay.streams import recorded_seed
-from lateinit._torch.storage import digest
+from lateinit._program import Const, Op, Program, TensorRef
+from lateinit._replay import recorded_seed
+from lateinit._torch import digest
 from lateinit.errors import ShardingError, listing
 
 T = TypeVar("T")

@@ -17,11 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit._program.plan import Step, needed_ops
-from lateinit._program.program import Op, Program, TensorRef
-from lateinit._replay.chunks import PIECE, ChunkedFill, calls_of, words_of
-from lateinit._rng import mt19937
-from lateinit._rng.alignment import UNIT
+from lateinit._program import Op, Program, Step, TensorRef, needed_ops
+from lateinit._replay import PIECE, ChunkedFill, calls_of, words_of
+from lateinit._rng import UNIT, mt19937
 
 # Elements that are drawn at a time, 2 MiB in float32. Bounds the memory beside the shard.
 _ROWS = 1 << 19

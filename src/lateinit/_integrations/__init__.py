@@ -5,3 +5,19 @@
 The room may import only ``errors`` and the other leaves. A library is imported only when a
 specification asks for it. Start with ``model_specs.py``.
 """
+
+from lateinit._integrations.transformers_names import (
+    Conversion,
+    left_out,
+    preferred_name,
+    saved_config,
+    tied_targets,
+)
+
+__all__ = [
+    "Conversion",
+    "left_out",
+    "preferred_name",
+    "saved_config",
+    "tied_targets",
+]

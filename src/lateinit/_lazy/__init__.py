@@ -6,3 +6,93 @@ stand-ins for a model's tensors (``borrowed_model``). It may import ``_recording
 below that, but not ``_materialize``, its neighbour. Start with ``lazy_class.py`` for how a lazy
 module is declared and initialised, and with ``infer.py`` for a forward pass on shapes.
 """
+
+from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
+from lateinit._lazy.checkpoint_sizes import wrong_sizes
+from lateinit._lazy.infer import infer_shapes
+from lateinit._lazy.layers import (
+    LazyAdaptiveLogSoftmaxWithLoss,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LazyBilinear,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+    LazyConvTranspose3d,
+    LazyGroupNorm,
+    LazyGRU,
+    LazyGRUCell,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+    LazyLayerNorm,
+    LazyLinear,
+    LazyLSTM,
+    LazyLSTMCell,
+    LazyMultiheadAttention,
+    LazyPReLU,
+    LazyRMSNorm,
+    LazyRNN,
+    LazyRNNCell,
+    LazySyncBatchNorm,
+    LazyTransformer,
+    LazyTransformerDecoderLayer,
+    LazyTransformerEncoderLayer,
+)
+from lateinit._lazy.lazy_class import lazy
+from lateinit._lazy.mixin import LazyModuleMixin
+from lateinit._lazy.placeholders import (
+    UninitializedBuffer,
+    UninitializedParameter,
+    known_shape,
+    show,
+)
+from lateinit._lazy.rules import size
+
+__all__ = [
+    "LazyAdaptiveLogSoftmaxWithLoss",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyBilinear",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
+    "LazyGRU",
+    "LazyGRUCell",
+    "LazyGroupNorm",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "LazyLSTM",
+    "LazyLSTMCell",
+    "LazyLayerNorm",
+    "LazyLinear",
+    "LazyModuleMixin",
+    "LazyMultiheadAttention",
+    "LazyPReLU",
+    "LazyRMSNorm",
+    "LazyRNN",
+    "LazyRNNCell",
+    "LazySyncBatchNorm",
+    "LazyTransformer",
+    "LazyTransformerDecoderLayer",
+    "LazyTransformerEncoderLayer",
+    "Lending",
+    "UninitializedBuffer",
+    "UninitializedParameter",
+    "dressed",
+    "infer_shapes",
+    "known_shape",
+    "lazy",
+    "on_meta",
+    "show",
+    "size",
+    "wrong_sizes",
+]

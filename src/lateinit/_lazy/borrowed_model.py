@@ -17,12 +17,15 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._lazy.placeholders import Placeholder
 from lateinit._lazy.shape_mode import readable
-from lateinit._tensors.object_graph import exchanged
-from lateinit._tensors.slots import is_deferred_tensor, is_parameter, original_class
-from lateinit._tensors.values import own_copy
-from lateinit._tensors.walk import is_placeholder
-from lateinit._torch.modes import without_subclass_functions
-from lateinit._torch.wrappers import is_wrapper
+from lateinit._tensors import (
+    exchanged,
+    is_deferred_tensor,
+    is_parameter,
+    is_placeholder,
+    original_class,
+    own_copy,
+)
+from lateinit._torch import is_wrapper, without_subclass_functions
 from lateinit.errors import RecordingError
 
 MakeStandIn = Callable[[Tensor], Tensor]

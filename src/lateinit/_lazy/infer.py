@@ -23,14 +23,15 @@ from lateinit._lazy.mixin import trying
 from lateinit._lazy.protocols import initialise, is_lazy_module
 from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
-from lateinit._rng.global_states import RandomStates
-from lateinit._tensors.object_graph import Reach
-from lateinit._tensors.slots import is_deferred_tensor, is_parameter
-from lateinit._tensors.values import own_copy
-from lateinit._torch.arguments import map_leaves
-from lateinit._torch.messages import asks_for_values
-from lateinit._torch.modes import outside, without_modes
-from lateinit._torch.modules import replace_forward_pre_hook
+from lateinit._rng import RandomStates
+from lateinit._tensors import Reach, is_deferred_tensor, is_parameter, own_copy
+from lateinit._torch import (
+    asks_for_values,
+    map_leaves,
+    outside,
+    replace_forward_pre_hook,
+    without_modes,
+)
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
 
 # By plain class, so that the rules also serve a lazy layer of torch or of pytorch-pfn-extras that

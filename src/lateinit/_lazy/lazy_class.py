@@ -23,7 +23,7 @@ from lateinit._lazy.scratch_recording import Settings
 from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
-from lateinit._torch.modules import own_buffers, own_modules, own_parameters
+from lateinit._torch import own_buffers, own_modules, own_parameters
 from lateinit.errors import ShapeError
 
 # What a constructor raises for sizes that it cannot take, such as a width that its heads do not

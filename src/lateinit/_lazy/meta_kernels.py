@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._torch.operators import OpInfo
+from lateinit._torch import OpInfo
 
 Shortcut = Callable[..., Any]
 

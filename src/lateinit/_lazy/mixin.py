@@ -20,12 +20,10 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.placeholders import mismatch, show
 from lateinit._lazy.scratch_recording import aside
-from lateinit._recording import holes
-from lateinit._recording.block import fill
+from lateinit._recording import fill, holes
+from lateinit._tensors import is_deferred_tensor
 from lateinit._tensors.guard import guard
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch.modes import outside
-from lateinit._torch.modules import name_of_class, own_buffers, own_parameters, remove_hook
+from lateinit._torch import name_of_class, outside, own_buffers, own_parameters, remove_hook
 from lateinit.errors import UninitializedError
 
 TrialKind = Literal["aside", "real"]

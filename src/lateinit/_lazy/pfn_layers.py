@@ -18,8 +18,7 @@ from lateinit._lazy import placeholders
 from lateinit._lazy.lazy_class import Lazy
 from lateinit._lazy.placeholders import become
 from lateinit._lazy.rules import size
-from lateinit._torch.callers import is_in_torch_optim
-from lateinit._torch.modules import copy_into_state_dict
+from lateinit._torch import copy_into_state_dict, is_in_torch_optim
 from lateinit.errors import UninitializedError
 
 

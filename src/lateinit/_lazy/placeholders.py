@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._recording.recorder import current
+from lateinit._recording import current
+from lateinit._tensors import is_deferred_tensor, is_placeholder
 from lateinit._tensors.guard import guard
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._tensors.walk import is_placeholder
-from lateinit._torch.callers import is_optimizer_stepping, is_torch_saving
-from lateinit._torch.modes import without_modes, without_subclass_functions
-from lateinit._torch.modules import ALLOWED_OF_PLACEHOLDERS
-from lateinit._torch.swap import as_subclass, swap_with_hooks
+from lateinit._torch import (
+    ALLOWED_OF_PLACEHOLDERS,
+    as_subclass,
+    is_optimizer_stepping,
+    is_torch_saving,
+    swap_with_hooks,
+    without_modes,
+    without_subclass_functions,
+)
 from lateinit.errors import ShapeError, UninitializedError
 
 Shape = tuple[int | None, ...]

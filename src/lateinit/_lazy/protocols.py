@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from lateinit._lazy.mixin import finish, initialising
 from lateinit._lazy.placeholders import become
 from lateinit._recording import holes
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch.arguments import tensors_in
-from lateinit._torch.modules import own_parameters
+from lateinit._tensors import is_deferred_tensor
+from lateinit._torch import own_parameters, tensors_in
 
 
 def is_lazy_module(module: nn.Module) -> bool:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lateinit._recording.block import recording_block
-from lateinit._recording.recorder import Recorder
-from lateinit._torch.modes import default_device_in_force, outside
+from lateinit._recording import Recorder, recording_block
+from lateinit._torch import default_device_in_force, outside
 
 
 @contextlib.contextmanager

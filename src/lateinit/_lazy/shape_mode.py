@@ -16,11 +16,18 @@ import torch
 from torch import Tensor
 
 from lateinit._lazy.meta_kernels import numel_of_factory, range_on_meta, shortcut
-from lateinit._torch.arguments import kwargs_to_meta, tensors_in, to_meta
-from lateinit._torch.callers import innermost_foreign_line, is_library
-from lateinit._torch.messages import asks_for_values
-from lateinit._torch.modes import DispatchMode
-from lateinit._torch.operators import OpInfo, OpOverload, op_info
+from lateinit._torch import (
+    DispatchMode,
+    OpInfo,
+    OpOverload,
+    asks_for_values,
+    innermost_foreign_line,
+    is_library,
+    kwargs_to_meta,
+    op_info,
+    tensors_in,
+    to_meta,
+)
 from lateinit.errors import NeedsValuesError
 
 # Elements up to which a tensor that the pass makes from nothing is computed, so that its values can

@@ -13,13 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.placeholders import become, converted, show
 from lateinit._lazy.trials import Name
-from lateinit._torch.modules import (
-    OWN_ATTRIBUTES,
-    not_persistent,
-    own_buffers,
-    own_modules,
-    own_parameters,
-)
+from lateinit._torch import OWN_ATTRIBUTES, not_persistent, own_buffers, own_modules, own_parameters
 from lateinit.errors import ShapeError
 
 # Attributes that belong to the lazy module itself: torch's dictionaries and hooks, and the hooks

@@ -20,7 +20,7 @@ from lateinit._lazy.placeholders import Shape, known_shape
 from lateinit._lazy.rules import Rule, size
 from lateinit._lazy.scratch_recording import Settings, aside
 from lateinit._lazy.signature import call_with
-from lateinit._torch.modules import OWN_ATTRIBUTES, own_buffers, own_parameters
+from lateinit._torch import OWN_ATTRIBUTES, own_buffers, own_parameters
 from lateinit.errors import RuleError
 
 Name = tuple[str, str]  # the path of a module, and the name of a tensor or attribute on it

@@ -5,3 +5,21 @@ a plan on several threads) to ``_checkpoint.save``. It may import ``_distributed
 below that, but not ``_lazy``, its neighbour, and not ``_recording``: recording and materialising
 meet only in the program. Start with ``materialize.py``; ``scheduler.py`` is what it drives.
 """
+
+from lateinit._materialize.materialize import (
+    check_constants,
+    check_seed,
+    check_shared,
+    is_deferred,
+    plan,
+)
+from lateinit._materialize.scheduler import execute
+
+__all__ = [
+    "check_constants",
+    "check_seed",
+    "check_shared",
+    "execute",
+    "is_deferred",
+    "plan",
+]

@@ -14,21 +14,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lateinit._distributed.rank_agreement import agree
-from lateinit._distributed.shard_ranges import reads_nothing
+from lateinit._distributed import agree, reads_nothing
 from lateinit._materialize.scheduler import execute
-from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
-from lateinit._program.program import Program, TensorRef
+from lateinit._program import Plan, Program, Step, TensorRef, needed_ops, plan_storages
 from lateinit._progress import Progress
-from lateinit._replay.replay import Replay
-from lateinit._tensors.realize import Cast, cast_to, place
-from lateinit._tensors.selection import Only, Wanted, wanted_in
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._tensors.walk import find_tensors
-from lateinit._torch.messages import is_out_of_memory
-from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import digest
-from lateinit._torch.wrappers import is_dtensor
+from lateinit._replay import Replay
+from lateinit._tensors import (
+    Cast,
+    Only,
+    Wanted,
+    cast_to,
+    find_tensors,
+    is_deferred_tensor,
+    place,
+    wanted_in,
+)
+from lateinit._torch import digest, is_dtensor, is_out_of_memory, without_modes
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,

@@ -17,12 +17,13 @@ from functools import partial
 
 import torch
 
-from lateinit._distributed.shard_ranges import Shard, groups, run_leaves, shards_of
-from lateinit._program.plan import Step
-from lateinit._program.program import Draw, Program
-from lateinit._replay.chunks import (
+from lateinit._distributed import Shard, groups, run_leaves, shards_of
+from lateinit._program import Draw, Program, Step
+from lateinit._replay import (
     PIECE,
     ChunkedFill,
+    Replay,
+    Storages,
     fill_of,
     is_small,
     late_of,
@@ -30,13 +31,8 @@ from lateinit._replay.chunks import (
     run_piece,
     words_of,
 )
-from lateinit._replay.replay import Replay, Storages
-from lateinit._rng import mt19937
-from lateinit._rng.alignment import UNIT
-from lateinit._rng.truncated_normal import Late
-from lateinit._torch.modes import without_modes
-from lateinit._torch.operators import TRUNCATED
-from lateinit._torch.storage import allocate
+from lateinit._rng import UNIT, Late, mt19937
+from lateinit._torch import TRUNCATED, allocate, without_modes
 from lateinit._workers import Workers
 
 # Runs submitted for each thread beyond the oldest step that is not placed yet. Bounds the storages

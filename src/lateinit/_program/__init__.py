@@ -5,3 +5,42 @@ must run to compute some storages), the constants that ops read, and the words f
 initialised. May import ``_torch`` and the leaf modules; ``_rng`` beside it knows no program. Start
 with ``program``.
 """
+
+from lateinit._program.constants import RealData
+from lateinit._program.labels import called, describe_initialisation, initializer
+from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
+from lateinit._program.program import (
+    NUMBERS,
+    Ambient,
+    Const,
+    Draw,
+    Op,
+    Program,
+    Read,
+    Storage,
+    Stream,
+    TensorRef,
+    tensor_refs,
+)
+
+__all__ = [
+    "NUMBERS",
+    "Ambient",
+    "Const",
+    "Draw",
+    "Op",
+    "Plan",
+    "Program",
+    "Read",
+    "RealData",
+    "Step",
+    "Storage",
+    "Stream",
+    "TensorRef",
+    "called",
+    "describe_initialisation",
+    "initializer",
+    "needed_ops",
+    "plan_storages",
+    "tensor_refs",
+]

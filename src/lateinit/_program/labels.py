@@ -16,8 +16,7 @@ import torch
 
 from lateinit._program.plan import needed_ops
 from lateinit._program.program import Const, Op, Program, TensorRef
-from lateinit._torch import operators
-from lateinit._torch.callers import running_initialiser
+from lateinit._torch import operators, running_initialiser
 
 EMPTY = "empty (uninitialised)"
 _MOST_PIECES = 3  # writes that are listed; more are counted

@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit._torch import operators
-from lateinit._torch.modes import is_any_autocast_enabled, is_deterministic
-from lateinit._torch.storage import negative_view
+from lateinit._torch import is_any_autocast_enabled, is_deterministic, negative_view, operators
 
 CONJUGATE, NEGATIVE = 1, 2
 

@@ -6,3 +6,15 @@ functions of torch that reach neither mode. Gives the rooms above ``deferred``, 
 holes, and the recording of ops after a block. May import ``_tensors`` and the rooms below it; it
 and ``_materialize`` do not know each other. Start with ``block``, then ``recorder``.
 """
+
+from lateinit._recording.block import deferred, deferred_init, fill, recording_block
+from lateinit._recording.recorder import Recorder, current
+
+__all__ = [
+    "Recorder",
+    "current",
+    "deferred",
+    "deferred_init",
+    "fill",
+    "recording_block",
+]

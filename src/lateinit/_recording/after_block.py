@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from lateinit._recording.recorder import Recorder, current, in_force
-from lateinit._tensors.guard import DeferredShard, DeferredTensor, guard, guard_below_python
-from lateinit._tensors.realize import share_real_storage
-from lateinit._tensors.slots import described, is_deferred_tensor, locate, slot_of
-from lateinit._torch.arguments import META, Args, Kwargs, flat, tensors_in
-from lateinit._torch.operators import OpInfo, spoken
+from lateinit._tensors import (
+    DeferredShard,
+    DeferredTensor,
+    described,
+    guard_below_python,
+    is_deferred_tensor,
+    locate,
+    share_real_storage,
+    slot_of,
+)
+from lateinit._tensors.guard import guard
+from lateinit._torch import META, Args, Kwargs, OpInfo, flat, spoken, tensors_in
 from lateinit.errors import DeferredTensorError
 
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from lateinit._program.program import TensorRef
-from lateinit._torch import operators
-from lateinit._torch.modes import without_modes
+from lateinit._program import TensorRef
+from lateinit._torch import operators, without_modes
 
 # uniform_ checks its bounds and their difference against the dtype's range
 # (aten/src/ATen/native/DistributionTemplates.h). The smallest one is float16's, 65504 > 2 * 3e4.

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._program.program import Program
+from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder, current, in_force
-from lateinit._tensors.guard import DeferredTensor, guard
-from lateinit._tensors.slots import ON_META, is_deferred_tensor, slot_of
-from lateinit._tensors.walk import own_tensors
-from lateinit._torch.modules import REGISTRATION_HOOKS
+from lateinit._tensors import ON_META, DeferredTensor, is_deferred_tensor, own_tensors, slot_of
+from lateinit._tensors.guard import guard
+from lateinit._torch import REGISTRATION_HOOKS
 
 T = TypeVar("T")
 # A block keeps its place in the random stream as a token in the default generator (see

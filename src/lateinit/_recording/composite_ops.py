@@ -19,11 +19,16 @@ from torch.nn import functional
 
 from lateinit._recording.conversions import computed
 from lateinit._recording.recorder import Recorder, current
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch.arguments import flat, tensors_in
-from lateinit._torch.callers import attention_without_fused_kernel
-from lateinit._torch.modes import is_function_mode_in_force
-from lateinit._torch.operators import by_name, overload_for, register
+from lateinit._tensors import is_deferred_tensor
+from lateinit._torch import (
+    attention_without_fused_kernel,
+    by_name,
+    flat,
+    is_function_mode_in_force,
+    overload_for,
+    register,
+    tensors_in,
+)
 
 Handler = Callable[..., Any]
 Policy = Literal["same", "leave", "refuse"]

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from lateinit._recording.recorder import Recorder
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch.devices import device_number
-from lateinit._torch.modes import without_modes
-from lateinit._torch.operators import parse_to, to_copy
+from lateinit._tensors import is_deferred_tensor
+from lateinit._torch import device_number, parse_to, to_copy, without_modes
 
 Handler = Callable[..., Any]
 _SEQUENCES = frozenset({list, tuple, range})

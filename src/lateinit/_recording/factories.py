@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._torch.modes import is_deterministic
+from lateinit._torch import is_deterministic
 
 FillOp = tuple[str, tuple[Any, ...]]
 """The name of an in-place fill and its numbers."""

@@ -17,14 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lateinit._program.labels import called
+from lateinit._program import called
 from lateinit._recording.factories import FillOp
 from lateinit._recording.recorder import Recorder
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch.arguments import META
-from lateinit._torch.callers import is_running
-from lateinit._torch.modes import below_python, is_recording_alone
-from lateinit._torch.operators import by_name
+from lateinit._tensors import is_deferred_tensor
+from lateinit._torch import META, below_python, by_name, is_recording_alone, is_running
 
 Handler = Callable[..., Any]
 _CPU = torch.device("cpu")

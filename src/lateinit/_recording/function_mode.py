@@ -21,12 +21,15 @@ from torch.overrides import TorchFunctionMode
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.recorder import Recorder
-from lateinit._tensors.copying import copied_by_deepcopy
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch.devices import device_number
-from lateinit._torch.modes import is_any_autocast_enabled, set_grad_enabled, without_modes
-from lateinit._torch.storage import storage_key
-from lateinit._torch.swap import swap_implementation
+from lateinit._tensors import copied_by_deepcopy, is_deferred_tensor
+from lateinit._torch import (
+    device_number,
+    is_any_autocast_enabled,
+    set_grad_enabled,
+    storage_key,
+    swap_implementation,
+    without_modes,
+)
 
 Handler = Callable[..., Any]
 

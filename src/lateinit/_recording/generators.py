@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from lateinit._program.program import Draw, Program, Stream
-from lateinit._rng.mt19937 import set_state, state_of
-from lateinit._torch.devices import generator_key
+from lateinit._program import Draw, Program, Stream
+from lateinit._rng import set_state, state_of
+from lateinit._torch import generator_key
 from lateinit.errors import RecordingError
 
 _MAGIC = 0x9A17E1A7  # marks tokens; a true state has it with probability 2**-32

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lateinit._program.program import Draw, Program
+from lateinit._program import Draw, Program
 from lateinit._recording.recorder import current
 
 _ATTRIBUTE = "_lateinit_hole"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, trunc_normal
 from lateinit._recording.recorder import current
-from lateinit._torch.modes import without_modes
+from lateinit._torch import without_modes
 
 _get_rng_state = torch.random.get_rng_state
 _manual_seed = torch.random.manual_seed

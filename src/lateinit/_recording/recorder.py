@@ -15,16 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.program import Op, Program
+from lateinit._program import Op, Program
 from lateinit._recording import value_bounds
 from lateinit._recording.factories import RANDOM
 from lateinit._recording.writer import ProgramWriter
-from lateinit._replay.replay import streams_of
-from lateinit._tensors.slots import ON_META, attach, is_deferred_tensor, slot_of
-from lateinit._torch import operators
-from lateinit._torch.arguments import META, Args, Kwargs, flat, has_tensor, tensors_in
-from lateinit._torch.modes import DispatchMode, without_modes
-from lateinit._torch.operators import OpInfo, OpOverload, op_info
+from lateinit._replay import streams_of
+from lateinit._tensors import ON_META, attach, is_deferred_tensor, slot_of
+from lateinit._torch import (
+    META,
+    Args,
+    DispatchMode,
+    Kwargs,
+    OpInfo,
+    OpOverload,
+    flat,
+    has_tensor,
+    op_info,
+    operators,
+    tensors_in,
+    without_modes,
+)
 from lateinit.errors import RecordingError
 
 _active = threading.local()

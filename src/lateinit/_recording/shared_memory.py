@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lateinit._program.constants import RealData
-from lateinit._program.program import TensorRef
+from lateinit._program import RealData, TensorRef
 from lateinit._recording.value_reads import ValueReads
-from lateinit._tensors.slots import slot_of
-from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import storage_key
+from lateinit._tensors import slot_of
+from lateinit._torch import storage_key, without_modes
 
 
 @dataclass(slots=True)

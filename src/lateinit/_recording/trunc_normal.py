@@ -17,10 +17,8 @@ from torch import Tensor
 
 from lateinit._recording.recorder import current
 from lateinit._rng import mt19937
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._torch import operators
-from lateinit._torch.modes import without_functions, without_modes
-from lateinit._torch.operators import TRUNC_NORMAL
+from lateinit._tensors import is_deferred_tensor
+from lateinit._torch import TRUNC_NORMAL, operators, without_functions, without_modes
 
 original = TRUNC_NORMAL
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lateinit._program.program import Program, TensorRef
-from lateinit._rng.truncated_normal import BOUNDED_DTYPES, FARTHEST
+from lateinit._program import Program, TensorRef
+from lateinit._rng import BOUNDED_DTYPES, FARTHEST
 
 Interval = tuple[float, float]
 _UNKNOWN: Interval = (-math.inf, math.inf)

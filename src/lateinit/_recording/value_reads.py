@@ -7,11 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lateinit._program.plan import needed_ops
-from lateinit._program.program import Program, Read, TensorRef
-from lateinit._replay.replay import Replay
-from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import digest
+from lateinit._program import Program, Read, TensorRef, needed_ops
+from lateinit._replay import Replay
+from lateinit._torch import digest, without_modes
 
 # 64 MiB: bounds the memory of recording, and is ample for the small tables that constructors read.
 _KEPT = 1 << 26

@@ -12,22 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.constants import RealData
-from lateinit._program.labels import initializer
-from lateinit._program.program import Ambient, Draw, Op, Program, Read, Storage, TensorRef
+from lateinit._program import (
+    Ambient,
+    Draw,
+    Op,
+    Program,
+    Read,
+    RealData,
+    Storage,
+    TensorRef,
+    initializer,
+)
 from lateinit._recording import argument_checks
 from lateinit._recording.factories import FACTORIES, FillOp, is_usual
 from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
-from lateinit._replay.replay import Replay, Storages
-from lateinit._tensors.slots import ON_META, Slot, attach, described, slot_of
-from lateinit._torch import operators
-from lateinit._torch.arguments import META, Args, Kwargs, flat, kwargs_to_meta, tensors_in, to_meta
-from lateinit._torch.devices import default_generator
-from lateinit._torch.modes import is_deterministic, without_modes
-from lateinit._torch.operators import OpInfo
-from lateinit._torch.storage import is_plain
+from lateinit._replay import Replay, Storages
+from lateinit._tensors import ON_META, Slot, attach, described, slot_of
+from lateinit._torch import (
+    META,
+    Args,
+    Kwargs,
+    OpInfo,
+    default_generator,
+    flat,
+    is_deterministic,
+    is_plain,
+    kwargs_to_meta,
+    operators,
+    tensors_in,
+    to_meta,
+    without_modes,
+)
 from lateinit.errors import RecordingError
 
 _CPU = torch.device("cpu")

@@ -4,3 +4,33 @@ Gives the rooms above ``Replay`` (runs the steps of a plan), ``Streams`` (the ge
 each draw) and chunked fills (one large tensor filled in parts, by threads or rank by rank). May
 import ``_program``, ``_rng`` and the rooms below them. Start with ``replay``.
 """
+
+from lateinit._replay.chunks import (
+    PIECE,
+    ChunkedFill,
+    calls_of,
+    fill_of,
+    is_small,
+    late_of,
+    pieces,
+    run_piece,
+    words_of,
+)
+from lateinit._replay.replay import Replay, Storages, streams_of
+from lateinit._replay.streams import recorded_seed
+
+__all__ = [
+    "PIECE",
+    "ChunkedFill",
+    "Replay",
+    "Storages",
+    "calls_of",
+    "fill_of",
+    "is_small",
+    "late_of",
+    "pieces",
+    "recorded_seed",
+    "run_piece",
+    "streams_of",
+    "words_of",
+]

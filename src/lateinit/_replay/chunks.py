@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.plan import Step
-from lateinit._program.program import NUMBERS, Draw, Op, Program, TensorRef
-from lateinit._rng import consumption, mt19937, truncated_normal
-from lateinit._rng.alignment import UNIT, cut
-from lateinit._torch.operators import TRUNCATED, by_name
+from lateinit._program import NUMBERS, Draw, Op, Program, Step, TensorRef
+from lateinit._rng import UNIT, consumption, cut, mt19937, truncated_normal
+from lateinit._torch import TRUNCATED, by_name
 
 _SMALLEST = 1 << 18  # elements: a jump costs as much as 5e5 draws, more than all of these
 PIECE = 1 << 23  # elements that one thread fills at a time: 16 times the cost of its jump

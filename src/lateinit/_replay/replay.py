@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.plan import Step, plan_storages
-from lateinit._program.program import NUMBERS, Const, Draw, Op, Program, TensorRef
+from lateinit._program import NUMBERS, Const, Draw, Op, Program, Step, TensorRef, plan_storages
 from lateinit._replay.chunks import after_redrawing, fill_of
 from lateinit._replay.streams import Streams
-from lateinit._rng.mt19937 import set_state, state_of
-from lateinit._torch import operators
-from lateinit._torch.arguments import flat
-from lateinit._torch.messages import is_out_of_memory
-from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import LARGE, allocate, checksum
+from lateinit._rng import set_state, state_of
+from lateinit._torch import (
+    LARGE,
+    allocate,
+    checksum,
+    flat,
+    is_out_of_memory,
+    operators,
+    without_modes,
+)
 from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
 
 Storages = dict[int, torch.UntypedStorage]

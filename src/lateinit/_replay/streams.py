@@ -13,11 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lateinit._program.program import Draw, Op, Program, TensorRef, tensor_refs
-from lateinit._rng import consumption, truncated_normal
-from lateinit._rng.mt19937 import set_state, state_of
-from lateinit._rng.position import Cost, Run, Seeker
-from lateinit._torch.operators import TRUNCATED, by_name
+from lateinit._program import Draw, Op, Program, TensorRef, tensor_refs
+from lateinit._rng import Cost, Run, Seeker, consumption, set_state, state_of, truncated_normal
+from lateinit._torch import TRUNCATED, by_name
 from lateinit.errors import RecordingError
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._materialize.materialize import materialize
-from lateinit._recording.block import deferred_init
+from lateinit._recording import deferred_init
 from lateinit._report.comparison import Comparison
-from lateinit._rng.global_states import RandomStates, seed_all
-from lateinit._tensors.walk import Found, find_tensors, is_placeholder
-from lateinit._torch.storage import as_bytes, in_a_row, sparse_parts, storage_key
+from lateinit._rng import RandomStates, seed_all
+from lateinit._tensors import Found, find_tensors, is_placeholder
+from lateinit._torch import as_bytes, in_a_row, sparse_parts, storage_key
 from lateinit._units import format_bytes
 from lateinit.errors import LateinitError
 

@@ -17,14 +17,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lateinit._lazy.placeholders import known_shape, show
-from lateinit._program.labels import describe_initialisation
+from lateinit._lazy import known_shape, show
+from lateinit._program import describe_initialisation
 from lateinit._report.name_folding import fold
-from lateinit._tensors.selection import Only, select
-from lateinit._tensors.slots import locate
-from lateinit._tensors.walk import Found, Kind, find_tensors, is_placeholder
-from lateinit._torch.modes import without_subclass_functions
-from lateinit._torch.storage import storage_key
+from lateinit._tensors import Found, Kind, Only, find_tensors, is_placeholder, locate, select
+from lateinit._torch import storage_key, without_subclass_functions
 from lateinit._units import format_bytes
 from lateinit.errors import listing
 

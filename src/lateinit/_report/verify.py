@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats.base import Reader
-from lateinit._checkpoint.formats.open import open_checkpoint
-from lateinit._checkpoint.load.renamed import translated
-from lateinit._checkpoint.save.manifest import Item, collect
-from lateinit._checkpoint.save.pipeline import TensorComputer, batches
+from lateinit._checkpoint.formats import Reader, open_checkpoint
+from lateinit._checkpoint.load import translated
+from lateinit._checkpoint.save import Item, TensorComputer, batches, collect
 from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
-from lateinit._torch.storage import as_bytes
+from lateinit._torch import as_bytes
 from lateinit._units import format_bytes
 
 

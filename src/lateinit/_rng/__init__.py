@@ -6,3 +6,24 @@ state before each of a sequence of draws (``position``), and truncated normals i
 about a kernel of torch is tried once per process, and not relied on if the trial fails. Start with
 ``mt19937``.
 """
+
+from lateinit._rng.alignment import UNIT, cut
+from lateinit._rng.global_states import RandomStates, seed_all
+from lateinit._rng.mt19937 import set_state, state_of
+from lateinit._rng.position import Cost, Run, Seeker
+from lateinit._rng.truncated_normal import BOUNDED_DTYPES, FARTHEST, Late
+
+__all__ = [
+    "BOUNDED_DTYPES",
+    "FARTHEST",
+    "UNIT",
+    "Cost",
+    "Late",
+    "RandomStates",
+    "Run",
+    "Seeker",
+    "cut",
+    "seed_all",
+    "set_state",
+    "state_of",
+]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lateinit._rng import consumption, mt19937
 from lateinit._rng.alignment import UNIT, cut
-from lateinit._torch.operators import TRUNCATED, by_name
+from lateinit._torch import TRUNCATED, by_name
 from lateinit._workers import Workers
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads

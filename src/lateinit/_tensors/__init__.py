@@ -5,3 +5,75 @@ module (``walk``), the class of deferred tensors outside a block (``guard``), an
 puts real storage into an existing tensor object (``realize``). May import ``_replay`` and the rooms
 below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
 """
+
+from lateinit._tensors.copying import copied_by_deepcopy
+from lateinit._tensors.guard import DeferredShard, DeferredTensor, guard_below_python
+from lateinit._tensors.object_graph import Reach, exchanged
+from lateinit._tensors.realize import (
+    Cast,
+    adopt_uninitialized,
+    cast_to,
+    destination,
+    home,
+    place,
+    share_real_storage,
+)
+from lateinit._tensors.selection import Only, Wanted, select, wanted_in
+from lateinit._tensors.slots import (
+    ON_META,
+    Slot,
+    attach,
+    described,
+    held,
+    is_deferred_tensor,
+    is_parameter,
+    locate,
+    original_class,
+    slot_of,
+)
+from lateinit._tensors.values import own_copy
+from lateinit._tensors.walk import (
+    Found,
+    Kind,
+    find_tensors,
+    is_placeholder,
+    own_tensors,
+    window_key,
+)
+
+__all__ = [
+    "ON_META",
+    "Cast",
+    "DeferredShard",
+    "DeferredTensor",
+    "Found",
+    "Kind",
+    "Only",
+    "Reach",
+    "Slot",
+    "Wanted",
+    "adopt_uninitialized",
+    "attach",
+    "cast_to",
+    "copied_by_deepcopy",
+    "described",
+    "destination",
+    "exchanged",
+    "find_tensors",
+    "guard_below_python",
+    "held",
+    "home",
+    "is_deferred_tensor",
+    "is_parameter",
+    "is_placeholder",
+    "locate",
+    "original_class",
+    "own_copy",
+    "own_tensors",
+    "place",
+    "select",
+    "share_real_storage",
+    "slot_of",
+    "wanted_in",
+    "window_key",
+]

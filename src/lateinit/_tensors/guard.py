@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._program.program import TensorRef
+from lateinit._program import TensorRef
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
 from lateinit._tensors.slots import (
     PLAIN_CLASSES,
@@ -29,12 +29,16 @@ from lateinit._tensors.slots import (
     locate,
     original_class,
 )
-from lateinit._torch.callers import Asked, is_batch_norm_loading, why_is_meta
-from lateinit._torch.modes import (
+from lateinit._torch import (
+    Asked,
+    as_subclass,
     below_python,
+    is_batch_norm_loading,
+    mark_as_parameter,
+    swap_with_hooks,
+    why_is_meta,
     without_subclass_functions,
 )
-from lateinit._torch.swap import as_subclass, mark_as_parameter, swap_with_hooks
 from lateinit.errors import DeferredTensorError
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lateinit._torch.wrappers import is_wrapper
+from lateinit._torch import is_wrapper
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
 _DATA = (dict, list, set, deque, np.ndarray, Tensor)

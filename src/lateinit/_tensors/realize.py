@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._program.program import TensorRef
-from lateinit._replay.replay import Replay
+from lateinit._program import TensorRef
+from lateinit._replay import Replay
 from lateinit._tensors.guard import DeferredTensor, unguard
 from lateinit._tensors.slots import Slot, held, locate, slot_of
-from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import allocate
+from lateinit._torch import allocate, is_dtensor, rewrap, without_modes
 from lateinit._torch.swap import swap
-from lateinit._torch.wrappers import is_dtensor, rewrap
 
 
 @dataclass(frozen=True, slots=True)

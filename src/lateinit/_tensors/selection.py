@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lateinit._program.program import Program, TensorRef
+from lateinit._program import Program, TensorRef
 from lateinit._tensors.slots import ON_META, Slot, held, slot_of
 from lateinit._tensors.walk import Found, find_tensors
-from lateinit._torch.modes import without_subclass_functions
-from lateinit._torch.wrappers import is_dtensor
+from lateinit._torch import is_dtensor, without_subclass_functions
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,

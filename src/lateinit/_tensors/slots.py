@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._program.program import Program, TensorRef
-from lateinit._torch.modes import (
+from lateinit._program import Program, TensorRef
+from lateinit._torch import (
+    is_dtensor,
     is_function_mode_in_force,
+    local_part,
     without_functions,
     without_subclass_functions,
 )
-from lateinit._torch.wrappers import is_dtensor, local_part
 from lateinit.errors import DeferredTensorError, NotRecordedError
 
 _ATTRIBUTE = "_lateinit_slot"

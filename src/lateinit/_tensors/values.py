@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lateinit._program.program import TensorRef
-from lateinit._replay.replay import Replay
+from lateinit._program import TensorRef
+from lateinit._replay import Replay
 from lateinit._tensors.realize import Cast, as_cast
 from lateinit._tensors.slots import is_deferred_tensor, locate
-from lateinit._torch.modes import without_modes
+from lateinit._torch import without_modes
 
 _AS_RECORDED = Cast(None, None)
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._tensors.slots import is_deferred_tensor, is_ordinary, slot_of
-from lateinit._torch.modes import without_subclass_functions
-from lateinit._torch.modules import (
+from lateinit._torch import (
     OWN_ATTRIBUTES,
     not_persistent,
     own_buffers,
     own_modules,
     own_parameters,
+    storage_key,
+    without_subclass_functions,
 )
-from lateinit._torch.storage import storage_key
 
 Kind = Literal["parameter", "buffer", "attribute"]
 _CONTAINERS = (dict, list, tuple, set, frozenset)

@@ -4,3 +4,15 @@ The room gives ``Reader`` (``base.py``) and ``open_checkpoint`` (``open.py``). A
 structure of its files when it is opened, and knows no module. It imports ``_torch`` and ``errors``
 only. Start with ``base.py``.
 """
+
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of
+from lateinit._checkpoint.formats.open import open_checkpoint
+from lateinit._checkpoint.formats.safetensors import DTYPES
+
+__all__ = [
+    "DTYPES",
+    "Reader",
+    "StoredTensor",
+    "block_of",
+    "open_checkpoint",
+]

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
 from lateinit._checkpoint.formats.torch_zip import Records
-from lateinit._torch.messages import is_out_of_memory
-from lateinit._torch.storage import storage_key
-from lateinit._torch.wrappers import is_wrapper
+from lateinit._torch import is_out_of_memory, is_wrapper, storage_key
 from lateinit.errors import CorruptCheckpointError, listing
 
 

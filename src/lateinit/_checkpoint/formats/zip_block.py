@@ -15,11 +15,7 @@ from typing import Any
 import torch
 
 from lateinit._checkpoint.formats.torch_zip import Records
-from lateinit._torch.serialization import (
-    REBUILD_PARAMETER,
-    REBUILD_TENSOR,
-    REBUILD_TENSOR_WITH_DTYPE,
-)
+from lateinit._torch import REBUILD_PARAMETER, REBUILD_TENSOR, REBUILD_TENSOR_WITH_DTYPE
 
 
 class Part(io.RawIOBase):

@@ -4,3 +4,12 @@ The room gives ``load_into`` to ``api.py`` and ``translated`` to ``_report``. It
 ``_checkpoint`` may, and ``formats``, but not ``save``. Start with ``load.py``; ``dry_run.py`` finds
 out what loading would do, ``compatibility.py`` judges it, and ``assign.py`` puts the values.
 """
+
+from lateinit._checkpoint.load.load import Loaded, load_into
+from lateinit._checkpoint.load.renamed import translated
+
+__all__ = [
+    "Loaded",
+    "load_into",
+    "translated",
+]

@@ -9,14 +9,22 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lateinit._materialize.materialize import materialize
-from lateinit._program.program import Program, TensorRef
-from lateinit._replay.replay import Replay
-from lateinit._tensors.realize import Cast, destination, home, place
-from lateinit._tensors.selection import Wanted
-from lateinit._tensors.slots import ON_META, Slot, held, is_deferred_tensor, locate, slot_of
-from lateinit._torch.modes import without_modes
-from lateinit._torch.storage import allocate
-from lateinit._torch.wrappers import is_dtensor
+from lateinit._program import Program, TensorRef
+from lateinit._replay import Replay
+from lateinit._tensors import (
+    ON_META,
+    Cast,
+    Slot,
+    Wanted,
+    destination,
+    held,
+    home,
+    is_deferred_tensor,
+    locate,
+    place,
+    slot_of,
+)
+from lateinit._torch import allocate, is_dtensor, without_modes
 
 _NO_STRIDES: dict[TensorRef, tuple[int, ...]] = {}
 _Entry = tuple[str, Tensor, Slot, TensorRef]

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._checkpoint.formats.base import Reader
+from lateinit._checkpoint.formats import Reader
 from lateinit._checkpoint.load.dry_run import Rehearsal
-from lateinit._integrations.transformers_names import left_out
-from lateinit._lazy.placeholders import known_shape, show
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._tensors.walk import Found, find_tensors, window_key
-from lateinit._torch.storage import as_bytes
-from lateinit._torch.wrappers import is_dtensor
+from lateinit._integrations import left_out
+from lateinit._lazy import known_shape, show
+from lateinit._tensors import Found, find_tensors, is_deferred_tensor, window_key
+from lateinit._torch import as_bytes, is_dtensor
 from lateinit.errors import MismatchError, listing
 
 # The message of `Module._load_from_state_dict` (torch/nn/modules/module.py).

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats.base import Reader
+from lateinit._checkpoint.formats import Reader
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
-from lateinit._lazy.borrowed_model import on_meta
-from lateinit._tensors.guard import DeferredTensor
-from lateinit._tensors.realize import Cast
-from lateinit._tensors.walk import find_tensors
-from lateinit._torch.messages import is_misfit
-from lateinit._torch.modules import load_state_dict_first, load_with_counter
+from lateinit._lazy import on_meta
+from lateinit._tensors import Cast, DeferredTensor, find_tensors
+from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, LateinitError
 
 # The methods by which a class can change how it loads.

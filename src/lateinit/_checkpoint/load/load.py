@@ -16,24 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of
-from lateinit._checkpoint.formats.open import open_checkpoint
+from lateinit._checkpoint.formats import Reader, StoredTensor, block_of, open_checkpoint
 from lateinit._checkpoint.load.assign import Placer
 from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
-from lateinit._distributed.placement import place_of
-from lateinit._lazy.checkpoint_sizes import wrong_sizes
-from lateinit._lazy.placeholders import known_shape
-from lateinit._materialize.materialize import check_constants, check_shared, materialize
+from lateinit._distributed import place_of
+from lateinit._lazy import known_shape, wrong_sizes
+from lateinit._materialize import check_constants, check_shared
+from lateinit._materialize.materialize import materialize
 from lateinit._progress import Progress
-from lateinit._replay.replay import Replay
-from lateinit._tensors.realize import Cast
-from lateinit._tensors.selection import Wanted, wanted_in
-from lateinit._tensors.slots import is_deferred_tensor
-from lateinit._tensors.walk import Found
-from lateinit._torch.wrappers import is_dtensor
+from lateinit._replay import Replay
+from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
+from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError
 

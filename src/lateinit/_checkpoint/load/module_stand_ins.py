@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._checkpoint.load.stand_ins import StandIns, Stands
-from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
-from lateinit._rng.global_states import RandomStates
-from lateinit._tensors.object_graph import Reach
-from lateinit._tensors.realize import Cast, destination
-from lateinit._tensors.slots import is_deferred_tensor, is_parameter, locate
-from lateinit._tensors.values import own_copy
-from lateinit._tensors.walk import find_tensors
-from lateinit._torch.modes import without_modes
-from lateinit._torch.modules import own_parameters
-from lateinit._torch.storage import storage_key
+from lateinit._lazy import Lending, dressed, on_meta
+from lateinit._rng import RandomStates
+from lateinit._tensors import (
+    Cast,
+    Reach,
+    destination,
+    find_tensors,
+    is_deferred_tensor,
+    is_parameter,
+    locate,
+    own_copy,
+)
+from lateinit._torch import is_dtensor, own_parameters, storage_key, without_modes
 from lateinit._torch.swap import swap
-from lateinit._torch.wrappers import is_dtensor
 from lateinit.errors import CheckpointError
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of
-from lateinit._integrations import transformers_names
-from lateinit._integrations.transformers_names import Conversion
-from lateinit._tensors.walk import is_placeholder
-from lateinit._torch.storage import as_bytes
+from lateinit._checkpoint.formats import Reader, StoredTensor, block_of
+from lateinit._integrations import Conversion, transformers_names
+from lateinit._tensors import is_placeholder
+from lateinit._torch import as_bytes
 from lateinit.errors import MismatchError, listing
 
 # Source names that a message shows.

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lateinit._checkpoint.formats.base import Reader
-from lateinit._tensors.object_graph import Reach
-from lateinit._torch.arguments import flat, tensors_in
-from lateinit._torch.devices import device_number
-from lateinit._torch.storage import storage_key
+from lateinit._checkpoint.formats import Reader
+from lateinit._tensors import Reach
+from lateinit._torch import device_number, flat, is_dtensor, storage_key, tensors_in
 from lateinit._torch.swap import swap
-from lateinit._torch.wrappers import is_dtensor
 
 
 class Held(Protocol):

@@ -5,3 +5,23 @@ import what ``_checkpoint`` may, and ``formats``, but not ``load``. In the order
 ``manifest.py`` lists the tensors, ``resume_digest.py`` identifies the save, ``pipeline.py``
 computes and writes, ``atomic_output.py`` publishes. Start with ``pipeline.py``.
 """
+
+from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_target, staged
+from lateinit._checkpoint.save.manifest import Item, ShardFile, collect, divide
+from lateinit._checkpoint.save.pipeline import TensorComputer, batches, write_shards
+from lateinit._checkpoint.save.resume_digest import fingerprint
+
+__all__ = [
+    "Item",
+    "ShardFile",
+    "Stage",
+    "TensorComputer",
+    "batches",
+    "check_room",
+    "check_target",
+    "collect",
+    "divide",
+    "fingerprint",
+    "staged",
+    "write_shards",
+]

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats.base import StoredTensor
-from lateinit._checkpoint.formats.safetensors import DTYPES
-from lateinit._integrations.transformers_names import preferred_name, tied_targets
-from lateinit._program.program import Program, TensorRef
-from lateinit._tensors.slots import Slot, is_deferred_tensor, locate
-from lateinit._tensors.walk import is_placeholder, window_key
-from lateinit._torch.wrappers import is_wrapper
+from lateinit._checkpoint.formats import DTYPES, StoredTensor
+from lateinit._integrations import preferred_name, tied_targets
+from lateinit._program import Program, TensorRef
+from lateinit._tensors import Slot, is_deferred_tensor, is_placeholder, locate, window_key
+from lateinit._torch import is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
 

@@ -18,12 +18,11 @@ from torch import Tensor
 from lateinit._checkpoint.save.atomic_output import Stage
 from lateinit._checkpoint.save.manifest import Item, ShardFile
 from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter
-from lateinit._materialize.scheduler import execute
-from lateinit._program.plan import plan_storages
+from lateinit._materialize import execute
+from lateinit._program import plan_storages
 from lateinit._progress import Progress
-from lateinit._replay.replay import Replay, Storages
-from lateinit._torch.messages import is_out_of_memory
-from lateinit._torch.modes import without_modes
+from lateinit._replay import Replay, Storages
+from lateinit._torch import is_out_of_memory, without_modes
 from lateinit._workers import Workers
 from lateinit.errors import OutOfMemoryError, listing
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lateinit._checkpoint.save.manifest import ShardFile
-from lateinit._program.program import Program
-from lateinit._torch.storage import as_bytes
+from lateinit._program import Program
+from lateinit._torch import as_bytes
 
 
 def fingerprint(shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None) -> str:

@@ -14,9 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lateinit._checkpoint.formats.base import StoredTensor
-from lateinit._checkpoint.formats.safetensors import DTYPES
-from lateinit._torch.storage import in_a_row
+from lateinit._checkpoint.formats import DTYPES, StoredTensor
+from lateinit._torch import in_a_row
 
 # Bytes that are moved to the CPU, cast and written at a time (16 MiB). Bounds the memory of a cast.
 _PIECE = 1 << 24
