@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lateinit._identity import IdentityMap
 from lateinit._materialize.materialize import materialize
 from lateinit._recording import deferred
 from lateinit._tensors import adopt_uninitialized, find_tensors, locate
@@ -47,8 +48,8 @@ def skip_init(
     with deferred(advance_rng=False):
         module = module_cls(*args, **kwargs)
     found = [f for f in find_tensors(module) if f.deferred]
-    parameters = {id(parameter) for parameter in module.parameters()}
-    others = {locate(f.tensor)[2].storage for f in found if id(f.tensor) not in parameters}
+    parameters = IdentityMap((parameter, None) for parameter in module.parameters())
+    others = {locate(f.tensor)[2].storage for f in found if f.tensor not in parameters}
     # A parameter that shares its storage with a buffer or another tensor must have true values.
     for item in found:
         if locate(item.tensor)[2].storage not in others:

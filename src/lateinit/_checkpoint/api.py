@@ -238,12 +238,12 @@ def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | N
 
     The replacing seed is dropped if it is the recorded one: nothing would change.
     """
-    programs = {id(item.place[1]): item.place[1] for item in items if item.place is not None}
-    recorded = {recorded_seed(program) for program in programs.values()}
+    programs = dict.fromkeys(item.place[1] for item in items if item.place is not None)
+    recorded = {recorded_seed(program) for program in programs}
     known = recorded.pop() if len(recorded) == 1 else None
     if seed is not None and seed == known:
         return known, None
-    for program in programs.values():
+    for program in programs:
         check_seed(program, seed)
     return known, seed
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._identity import IdentityMap
 from lateinit._lazy.placeholders import Placeholder
 from lateinit._lazy.shape_mode import readable
 from lateinit._tensors import (
@@ -36,15 +37,14 @@ class Lending:
 
     def __init__(self, stand_in: MakeStandIn) -> None:
         self._stand_in = stand_in
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: IdentityMap[Tensor, Tensor] = IdentityMap()
 
     def of(self, tensor: Tensor) -> Tensor:
         """The stand-in of a tensor."""
-        known = self._made.get(id(tensor))
+        known = self._made.get(tensor)
         if known is None:
-            # The tensor is kept beside its stand-in, so that no other object gets its id.
-            known = self._made[id(tensor)] = tensor, self.make(tensor)
-        return known[1]
+            known = self._made[tensor] = self.make(tensor)
+        return known
 
     def make(self, tensor: Tensor) -> Tensor:
         """A stand-in for a tensor that is met for the first time."""

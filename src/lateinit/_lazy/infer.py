@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 
+from lateinit._identity import IdentityMap
 from lateinit._lazy.borrowed_model import Lending, counting_stand_in, on_meta
 from lateinit._lazy.layers import LAYERS
 from lateinit._lazy.mixin import trying
@@ -88,12 +89,12 @@ def infer_shapes(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"infer_shapes takes a module and its example inputs, not {type(module)}")
-    names = {id(part): name for name, part in module.named_modules()}
+    names = IdentityMap((part, name) for name, part in module.named_modules())
     waiting = [part for part in module.modules() if is_lazy_module(part)]
     run = _Run(names, real)
     if waiting:
         run.forward(module, args, kwargs)
-    left = [names[id(part)] or "the module itself" for part in waiting if id(part) not in run.met]
+    left = [names[part] or "the module itself" for part in waiting if part not in run.met]
     if left and strict:
         raise UnreachedError(
             f"the forward pass did not reach {listing(left)}: the shapes there are not known and "
@@ -114,13 +115,13 @@ class _Run:
         lending: makes the stand-ins.
     """
 
-    def __init__(self, names: dict[int, str], real: bool) -> None:
+    def __init__(self, names: IdentityMap[nn.Module, str], real: bool) -> None:
         self.names = names
         self.real = real
-        self.met: dict[int, tuple[nn.Module, Any, Any]] = {}
+        self.met: IdentityMap[nn.Module, tuple[Any, Any]] = IdentityMap()
         self.lending = Lending(self._with_values if real else counting_stand_in)
         self._memo: dict[Any, Any] = {}
-        self._sizes: dict[int, dict[str, Any]] = {}
+        self._sizes: IdentityMap[nn.Module, dict[str, Any]] = IdentityMap()
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the pass on stand-ins, and put the model back as it was."""
@@ -140,7 +141,7 @@ class _Run:
 
     def initialise(self) -> None:
         """Initialise the modules that the pass called, for good, in the order of their calls."""
-        for module, args, kwargs in self.met.values():
+        for module, (args, kwargs) in self.met.items():
             initialise(module, args, kwargs)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
@@ -176,21 +177,19 @@ class _Run:
 
     def _meet(self, module: Any, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of a lazy module: note its inputs, and initialise it by way of trial."""
-        if id(module) in self.met or not is_lazy_module(module):
+        if module in self.met or not is_lazy_module(module):
             return
         rules = _rules_of(module)  # a class of the user's forgets them when it is initialised
         shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
         try:
             initialise(module, *shapes)
         except ShapeError as error:
-            raise ShapeError(
-                f"{self.names.get(id(module), '') or 'the module'}: {error}"
-            ) from error
+            raise ShapeError(f"{self.names.get(module, '') or 'the module'}: {error}") from error
         # The trial left tensors of a recording that nobody keeps. The pass goes on with stand-ins
         # for them, like those of all other tensors.
         with outside():
             Reach(module).exchange(self._trial)
-        self.met[id(module)] = module, *shapes
+        self.met[module] = shapes
         rules = rules or _rules_of(module)
         if rules is not None:
             module.register_forward_pre_hook(self._check(rules), with_kwargs=True)
@@ -201,10 +200,10 @@ class _Run:
 
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
             sizes = evaluate_rules(rules, module, args, kwargs)
-            first = self._sizes.setdefault(id(module), sizes)
+            first = self._sizes.setdefault(module, sizes)
             if sizes != first:
                 raise ShapeError(
-                    f"{self.names.get(id(module), '') or type(module).__name__} is called with "
+                    f"{self.names.get(module, '') or type(module).__name__} is called with "
                     f"{_said(first)} and again with {_said(sizes)}: one module has one size"
                 )
 

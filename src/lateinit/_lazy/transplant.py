@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._identity import IdentityMap
 from lateinit._lazy.placeholders import become, converted, show
 from lateinit._lazy.trials import Name
 from lateinit._torch import OWN_ATTRIBUTES, not_persistent, own_buffers, own_modules, own_parameters
@@ -30,24 +31,24 @@ class Transplant:
     Attributes:
         varying: the attributes that depend on sizes, which are replaced.
         owned: the tensors that the class declared, and may retire if the plain module has none.
-        moved: the target's tensor for each tensor of the plain module, by id.
+        moved: the target's tensor for each tensor of the plain module.
     """
 
     def __init__(self, varying: Collection[Name], owned: Collection[Name]) -> None:
         self.varying = varying
         self.owned = owned
-        self.moved: dict[int, Tensor] = {}
-        self._modules: dict[int, nn.Module] = {}
-        self._targets: dict[int, nn.Module] = {}
+        self.moved: IdentityMap[Tensor, Tensor] = IdentityMap()
+        self._modules: IdentityMap[nn.Module, nn.Module] = IdentityMap()
+        self._targets: IdentityMap[nn.Module, nn.Module] = IdentityMap()
 
     def run(self, target: nn.Module, plain: nn.Module) -> None:
         """Move everything from ``plain`` into ``target``."""
         self._module("", target, plain)
         for path, part in target.named_modules(remove_duplicate=False):
-            self._attributes(path, part, self._modules.get(id(part)))
+            self._attributes(path, part, self._modules.get(part))
 
     def _module(self, path: str, target: nn.Module, plain: nn.Module) -> None:
-        self._modules[id(target)], self._targets[id(plain)] = plain, target
+        self._modules[target], self._targets[plain] = plain, target
         self._tensors(path, own_parameters(target), own_parameters(plain))
         self._tensors(path, own_buffers(target), own_buffers(plain))
         not_persistent(target).update(not_persistent(plain))
@@ -76,8 +77,8 @@ class Transplant:
                 _retire(old)
             return None
         # Tied in the plain module: tied in the target.
-        if id(new) in self.moved:
-            return self.moved[id(new)]
+        if new in self.moved:
+            return self.moved[new]
         if is_lazy(new):
             if is_lazy(old):
                 old.__dict__["_known"] = new.__dict__.get("_known")
@@ -91,7 +92,7 @@ class Transplant:
                 f"{fqn}: a tensor of shape {show(tuple(old.shape))} was put in place of a "
                 f"placeholder, but the input wants {show(tuple(new.shape))}"
             )
-        self.moved[id(new)] = old
+        self.moved[new] = old
         return old
 
     def _attributes(self, path: str, target: nn.Module, plain: nn.Module | None) -> None:
@@ -104,14 +105,14 @@ class Transplant:
     def mapped(self, value: Any) -> Any:
         """An attribute's value, with the target's tensors and modules in place of the originals."""
         if isinstance(value, Tensor):
-            return self.moved.get(id(value), value)
+            return self.moved.get(value, value)
         if isinstance(value, nn.Module):
-            return self._targets.get(id(value), value)
+            return self._targets.get(value, value)
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.mapped(value.__self__))
         if isinstance(value, weakref.ref):
-            held = value()
-            return weakref.ref(self.moved[id(held)]) if id(held) in self.moved else value
+            held: Any = value()
+            return weakref.ref(self.moved[held]) if held in self.moved else value
         if type(value) in (list, tuple, set):
             return type(value)(self.mapped(item) for item in value)
         if type(value) is dict:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.holes import Hole, reserve
@@ -148,9 +149,9 @@ class _Modules:
     """The modules that a block registers parameters, buffers or children on."""
 
     def __init__(self) -> None:
-        self._found: dict[int, nn.Module] = {}
-        self._parents: dict[int, tuple[nn.Module, str]] = {}
-        self._paths: dict[int, str] = {}
+        self._found: IdentityMap[nn.Module, None] = IdentityMap()
+        self._parents: IdentityMap[nn.Module, tuple[nn.Module, str]] = IdentityMap()
+        self._paths: IdentityMap[nn.Module, str] = IdentityMap()
 
     def __enter__(self) -> _Modules:
         # torch/nn/modules/module.py: register_module_parameter_registration_hook and its like do
@@ -160,7 +161,7 @@ class _Modules:
         return self
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        self._found[id(module)] = module
+        self._found[module] = None
         if type(value) is nn.Parameter:
             return
         # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
@@ -168,24 +169,24 @@ class _Modules:
         if ppe or isinstance(value, UninitializedTensorMixin):
             reserve(module)
         if isinstance(value, nn.Module):
-            self._found[id(value)] = value
-            self._parents[id(value)] = (module, name)
+            self._found[value] = None
+            self._parents[value] = (module, name)
 
     def __exit__(self, *_: object) -> None:
         for registered in REGISTRATION_HOOKS:
             del registered[id(self)]
 
     def all(self) -> list[nn.Module]:
-        return list(self._found.values())
+        return list(self._found)
 
     def path(self, module: nn.Module, depth: int = 0) -> str:
         """The fqn of a module in the outermost module that contains it, with a final dot."""
-        known = self._paths.get(id(module))
+        known = self._paths.get(module)
         if known is None:
-            parent = self._parents.get(id(module))
+            parent = self._parents.get(module)
             inner = parent is not None and depth < _DEEPEST
             known = f"{self.path(parent[0], depth + 1)}{parent[1]}." if parent and inner else ""
-            self._paths[id(module)] = known
+            self._paths[module] = known
         return known
 
 

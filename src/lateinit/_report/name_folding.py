@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
+from lateinit._identity import IdentityMap
+
 T = TypeVar("T")
 # Runs of numbers that a folded name shows, such as `{0..3,5,7,...,31}`. Bounds its length.
 _MOST_RUNS = 4
@@ -25,12 +27,12 @@ def fold(
         kind: rows are grouped only if this is equal.
     """
     groups: dict[Hashable, list[T]] = {}
-    places: dict[int, int] = {}
+    places: IdentityMap[T, int] = IdentityMap()
     for row in rows:
-        places[id(row)] = len(places)
+        places[row] = len(places)
         groups.setdefault((_pattern(name(row)), kind(row)), []).append(row)
     folded = [part for group in groups.values() for part in _fold_group(group, name)]
-    return sorted(folded, key=lambda part: places[id(part[1][0])])
+    return sorted(folded, key=lambda part: places[part[1][0]])
 
 
 def _fold_group(rows: list[T], name: Callable[[T], str]) -> list[tuple[str, list[T]]]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lateinit._identity import IdentityMap
 from lateinit._torch import is_wrapper
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
@@ -44,27 +45,27 @@ class Reach:
 
     def __init__(self, root: nn.Module) -> None:
         self._undo: list[Callable[[], None]] = []
-        self._seen: dict[int, Any] = {}
+        self._seen: IdentityMap[Any, None] = IdentityMap()
         waiting: list[Any] = [root]
         while waiting:
             value = waiting.pop()
-            if type(value) in _ATOMS or id(value) in self._seen:
+            if type(value) in _ATOMS or value in self._seen:
                 continue
-            self._seen[id(value)] = value  # kept alive, so that no other object gets its id
+            self._seen[value] = None
             waiting += _parts(value)
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the graph."""
-        return [value for value in self._seen.values() if isinstance(value, Tensor)]
+        return [value for value in self._seen if isinstance(value, Tensor)]
 
     def keep(self) -> None:
         """Remember the current state of every object, for ``restore``."""
-        found = map(_undo, self._seen.values())
+        found = map(_undo, self._seen)
         self._undo = [undo for undo in found if undo is not None]
 
     def exchange(self, of: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor by ``of(tensor)`` wherever the graph holds it."""
-        for place in self._seen.values():
+        for place in self._seen:
             if isinstance(place, dict):
                 _exchange_items(place, of)
             elif isinstance(place, (list, deque)):

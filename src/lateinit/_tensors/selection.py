@@ -59,7 +59,7 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             "`with lateinit.deferred():` instead of on torch.device('meta')"
             + (_CAST_FIRST if any(is_dtensor(f.tensor) for f in found) else "")
         )
-    groups: dict[int, Wanted] = {}
+    groups: dict[Program, Wanted] = {}
     with without_subclass_functions():
         for item, slot in pairs:
             if slot is None or slot is ON_META:
@@ -71,9 +71,9 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
                     "which cannot be carried over: call zero_grad() on the module first"
                 )
             program, number = slot.resolve()
-            group = groups.get(id(program))
+            group = groups.get(program)
             if group is None:
-                group = groups[id(program)] = Wanted(program)
+                group = groups[program] = Wanted(program)
             entry = (item.name, tensor, slot, TensorRef.of(held(tensor), number))
             group.tensors.setdefault(number, []).append(entry)
     return list(groups.values())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._identity import IdentityMap
 from lateinit._tensors.slots import is_deferred_tensor, is_ordinary, slot_of
 from lateinit._torch import (
     OWN_ATTRIBUTES,
@@ -104,7 +105,7 @@ class _Walk:
     __slots__ = ("found", "seen")
 
     def __init__(self, seen: set[int]) -> None:
-        self.found: dict[int, Found] = {}
+        self.found: IdentityMap[Tensor, Found] = IdentityMap()
         self.seen = seen
 
     def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
@@ -145,9 +146,9 @@ class _Walk:
                     self.enter(value, _join(path, name), above)
 
     def _note(self, path: str, tensor: Tensor, kind: Kind, *, persistent: bool) -> None:
-        known = self.found.get(id(tensor))
+        known = self.found.get(tensor)
         if known is None:
-            self.found[id(tensor)] = Found(tensor, [path], kind, persistent)
+            self.found[tensor] = Found(tensor, [path], kind, persistent)
         else:
             known.names.append(path)
 

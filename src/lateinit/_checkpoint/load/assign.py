@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lateinit._identity import IdentityMap
 from lateinit._materialize.materialize import materialize
 from lateinit._program import Program, TensorRef
 from lateinit._replay import Replay
@@ -40,15 +41,15 @@ class Placer:
 
     def __init__(self, groups: Iterable[Wanted], cast: Cast) -> None:
         self._cast = cast
-        self._sharing: dict[int, list[_Entry]] = {
-            id(tensors[0][2]): tensors for group in groups for tensors in group.tensors.values()
+        self._sharing: dict[Slot, list[_Entry]] = {
+            tensors[0][2]: tensors for group in groups for tensors in group.tensors.values()
         }
-        self._known = {
-            id(tensor): (slot, group.program, ref)
+        self._known = IdentityMap(
+            (tensor, (slot, group.program, ref))
             for group in groups
             for tensors in group.tensors.values()
             for _, tensor, slot, ref in tensors
-        }
+        )
         # Data pointers of the memory that was given away: no second tensor may have it.
         self._taken: set[int] = set()
 
@@ -64,7 +65,7 @@ class Placer:
         """Materialise a tensor if it is deferred, and the tensors that share its memory."""
         if not self.holds(tensor):
             return
-        entries = self._sharing.get(id(locate(tensor)[0]), ())
+        entries = self._sharing.get(locate(tensor)[0], ())
         together = [tensor, *(entry[1] for entry in entries)]
         materialize(together, device=self._cast.device, dtype=self._cast.dtype)
 
@@ -101,7 +102,7 @@ class Placer:
         slot = slot_of(target)
         if slot is None or slot is ON_META:
             return None
-        found = self._known.get(id(target))
+        found = self._known.get(target)
         return found if found is not None and found[0] is slot else locate(target)
 
     def _given_memory_of(
@@ -119,7 +120,7 @@ class Placer:
         It has not if its storage was real already, or if the checkpoint holds only a part of it and
         the rest was computed: then the caller copies the values.
         """
-        tensors = self._sharing.get(id(slot)) or [("", target, slot, ref)]
+        tensors = self._sharing.get(slot) or [("", target, slot, ref)]
         own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
         storage, strides, filled = slot.real, _NO_STRIDES, False
         if storage is None and take and own and self._may_take(source, program, ref):

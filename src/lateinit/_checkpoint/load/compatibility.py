@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._checkpoint.formats import Reader
 from lateinit._checkpoint.load.dry_run import Rehearsal
+from lateinit._identity import IdentityMap, distinct
 from lateinit._integrations import left_out
 from lateinit._lazy import known_shape, show
 from lateinit._tensors import Found, find_tensors, is_deferred_tensor, window_key
@@ -60,18 +61,18 @@ class TensorNames:
     def __init__(self, module: nn.Module) -> None:
         self.distinct: list[Found] = list(find_tensors(module))
         self.found: dict[str, Found] = {n: f for f in self.distinct for n in f.names}
-        self._keys: dict[int, Any] = {}
+        self._keys: IdentityMap[Tensor, Any] = IdentityMap()
         self._together: dict[Any, list[str]] = {}
         for name, found in self.found.items():
             self._together.setdefault(self.key(found.tensor), []).append(name)
 
     def key(self, tensor: Tensor) -> Any:
         """A key that is equal for tensors that show the same memory in the same way."""
-        if id(tensor) not in self._keys:
+        if tensor not in self._keys:
             plain = not is_lazy(tensor) and not is_dtensor(tensor)
             whole = plain and tensor.layout is torch.strided
-            self._keys[id(tensor)] = window_key(tensor) if whole else id(tensor)
-        return self._keys[id(tensor)]
+            self._keys[tensor] = window_key(tensor) if whole else id(tensor)
+        return self._keys[tensor]
 
     def of(self, tensor: Tensor) -> list[str]:
         """All names of a tensor, including those that are tied to it."""
@@ -159,7 +160,7 @@ def _kinds(
 
 def _unwritable(names: TensorNames, rehearsal: Rehearsal) -> Iterable[str]:
     """Tensors that torch refuses to copy into, which it would find out half way through."""
-    for target in {id(target): target for target, _ in rehearsal.copies}.values():
+    for target in distinct(target for target, _ in rehearsal.copies):
         if is_lazy(target) or is_dtensor(target) or target.layout is not torch.strided:
             continue
         name = next(iter(names.of(target)), "?")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._checkpoint.load.stand_ins import StandIns, Stands
+from lateinit._identity import IdentityMap
 from lateinit._lazy import Lending, dressed, on_meta
 from lateinit._rng import RandomStates
 from lateinit._tensors import (
@@ -38,19 +39,19 @@ class Shadows(Lending, StandIns):
         StandIns.__init__(self)
         self._stands = stands
         self._cast = cast
-        self._found = {id(found.tensor): found for found in find_tensors(module)}
+        self._found = IdentityMap((found.tensor, found) for found in find_tensors(module))
         self._together: dict[Any, list[Tensor]] = {}  # shadows by the memory that they share
-        self._originals: dict[int, Tensor] = {}  # by the id of the shadow
-        self._overwritten: set[int] = set()
+        self._originals: IdentityMap[Tensor, Tensor] = IdentityMap()  # by their shadows
+        self._overwritten: IdentityMap[Tensor, bool] = IdentityMap()
         self._copies: dict[Any, list[tuple[Tensor, str]]] = {}  # not made yet, by memory
 
     def make(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             copied: Tensor = copy.deepcopy(tensor)
-            self._originals[id(copied)] = tensor
+            self._originals[copied] = tensor
             return copied
         if is_lazy(tensor):  # takes the checkpoint's shape; `wrong_sizes` checks it
-            found = self._found.get(id(tensor))
+            found = self._found.get(tensor)
             loaded = self._stands.state.get(found.name) if found is not None else None
             shape = loaded.shape if isinstance(loaded, Tensor) else ()
             shadow = torch.empty(shape, dtype=tensor.dtype, device="meta")
@@ -63,14 +64,14 @@ class Shadows(Lending, StandIns):
         elif not is_lazy(tensor):
             shadow = dressed(shadow, tensor, self.of)
         self._together.setdefault(_memory(tensor), []).append(shadow)
-        self._originals[id(shadow)] = tensor
+        self._originals[shadow] = tensor
         self.add(shadow)
         return shadow
 
     def original(self, tensor: Tensor) -> Tensor:
         """The module's tensor that a stand-in stands for; any other tensor is returned itself."""
         base = self.base(tensor)
-        return self._originals.get(id(tensor if base is None else base), tensor)
+        return self._originals.get(tensor if base is None else base, tensor)
 
     def replaced(self, module: nn.Module) -> list[Tensor]:
         """The parameters and buffers that were exchanged for other tensors."""
@@ -94,7 +95,7 @@ class Shadows(Lending, StandIns):
         """Do ``target.copy_(source)``; from the checkpoint only once the values are needed."""
         base, name = self.base(target), self._stands.source(source)
         if base is not None:
-            self._overwritten.add(id(base))
+            self._overwritten[base] = True
         if base is not None and base.is_meta and name is not None:
             target.copy_(on_meta(source))  # fails if the shapes do not fit
             self._copies.setdefault(self._memory_of(base), []).append((base, name))
@@ -115,14 +116,14 @@ class Shadows(Lending, StandIns):
                 shadow.copy_(self._stands.reader.read(name))
 
     def _memory_of(self, shadow: Tensor) -> Any:
-        return _memory(self._originals[id(shadow)])
+        return _memory(self._originals[shadow])
 
     def _initial(self, shadow: Tensor, together: list[Tensor], memo: dict[Any, Any]) -> Tensor:
         """The value a tensor of the module has now, in memory that only stand-ins share."""
-        original = self._originals[id(shadow)]
+        original = self._originals[shadow]
         # Its values will all be overwritten by the copies that are due, so that it need not be
         # computed.
-        if len(together) == 1 and id(shadow) in self._overwritten:
+        if len(together) == 1 and shadow in self._overwritten:
             device = self.device(shadow)
             return torch.empty_strided(
                 shadow.size(), shadow.stride(), dtype=shadow.dtype, device=device
@@ -136,10 +137,10 @@ class Shadows(Lending, StandIns):
         return own_copy(original, memo, cast=self._cast, together=refs)
 
     def _originals_of(self, shadows: list[Tensor]) -> list[Tensor]:
-        return [self._originals[id(shadow)] for shadow in shadows]
+        return [self._originals[shadow] for shadow in shadows]
 
     def _name(self, shadow: Tensor) -> str:
-        found = self._found.get(id(self._originals[id(shadow)]))
+        found = self._found.get(self._originals[shadow])
         return "a tensor" if found is None else found.name
 
 
@@ -149,7 +150,7 @@ def _memory(tensor: Tensor) -> Any:
         return id(tensor)
     if is_deferred_tensor(tensor):
         slot = locate(tensor)[0]
-        return id(slot) if slot.real is None else storage_key(slot.real)
+        return slot if slot.real is None else storage_key(slot.real)
     plain = tensor.layout is torch.strided and not tensor.is_meta
     return storage_key(tensor.untyped_storage()) if plain else id(tensor)
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit._checkpoint.formats import Reader
+from lateinit._identity import IdentityMap
 from lateinit._tensors import Reach
 from lateinit._torch import device_number, flat, is_dtensor, storage_key, tensors_in
 from lateinit._torch.swap import swap
@@ -90,7 +91,7 @@ class Stands(StandIns):
     def __init__(self, reader: Reader, names: Collection[str]) -> None:
         super().__init__()
         self.reader = reader
-        self._sources: dict[int, str] = {}  # by id
+        self._sources: IdentityMap[Tensor, str] = IdentityMap()
         self._of: dict[str, list[Tensor]] = {}
         self._derived = WeakTensorKeyDictionary()
         self.revealed: set[str] = set()
@@ -101,7 +102,7 @@ class Stands(StandIns):
             entry = reader.entries[source]
             stand = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             self.state[name] = stand
-            self._sources[id(stand)] = source
+            self._sources[stand] = source
             self._of.setdefault(source, []).append(stand)
             self.add(stand)
 
@@ -115,7 +116,7 @@ class Stands(StandIns):
     def source(self, tensor: Tensor) -> str | None:
         """The name in the checkpoint that a tensor stands for; None once it has values."""
         base = self.base(tensor)
-        return self._sources[id(base)] if base is not None and base.is_meta else None
+        return self._sources[base] if base is not None and base.is_meta else None
 
     def kept(self, module: nn.Module) -> list[tuple[Tensor, str]]:
         """The stand-ins without values that a module holds anywhere, each with its source."""
@@ -139,7 +140,7 @@ class Stands(StandIns):
         # A copy, never the file's own memory, since a hook may write to it; one memo, so that names
         # that share memory in the file share the copy.
         memo: dict[int, Any] = {}
-        source = self._sources[id(base)]
+        source = self._sources[base]
         for name in self.reader.shared.get(source, (source,)):
             values = self.reader.read(name)
             self.revealed.add(name)

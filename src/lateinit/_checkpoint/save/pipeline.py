@@ -19,7 +19,7 @@ from lateinit._checkpoint.save.atomic_output import Stage
 from lateinit._checkpoint.save.manifest import Item, ShardFile
 from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter
 from lateinit._materialize import execute
-from lateinit._program import plan_storages
+from lateinit._program import Program, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Replay, Storages
 from lateinit._torch import is_out_of_memory, without_modes
@@ -89,7 +89,7 @@ class TensorComputer:
 
     def __init__(self, seed: int | None) -> None:
         self._seed = seed
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[Program, Replay] = {}
 
     def of(self, items: list[Item]) -> list[Tensor]:
         """Real tensors with the values of some items.
@@ -97,12 +97,12 @@ class TensorComputer:
         Raises:
             OutOfMemoryError: memory ran out.
         """
-        wanted: dict[int, dict[int, None]] = {}
+        wanted: dict[Program, dict[int, None]] = {}
         for item in items:
             if item.place is not None and item.place[0].real is None:
                 _, program, ref = item.place
-                self._replays.setdefault(id(program), Replay(program, self._seed))
-                wanted.setdefault(id(program), {})[ref.storage] = None
+                self._replays.setdefault(program, Replay(program, self._seed))
+                wanted.setdefault(program, {})[ref.storage] = None
         try:
             found = {key: self._run(key, storages) for key, storages in wanted.items()}
         except (MemoryError, RuntimeError) as error:
@@ -112,7 +112,7 @@ class TensorComputer:
             raise OutOfMemoryError(f"out of memory while computing {names}: free some") from error
         return [_real(item, found) for item in items]
 
-    def _run(self, program: int, storages: Iterable[int]) -> Storages:
+    def _run(self, program: Program, storages: Iterable[int]) -> Storages:
         replay = self._replays[program]
         found: Storages = {}
         for _, run in execute(replay, plan_storages(replay.program, storages)):
@@ -120,24 +120,24 @@ class TensorComputer:
         return found
 
 
-def _real(item: Item, found: dict[int, Storages]) -> Tensor:
+def _real(item: Item, found: dict[Program, Storages]) -> Tensor:
     if item.place is None:
         return item.tensor.detach()
     slot, program, ref = item.place
     storage = slot.real
     if storage is None:
-        storage = found[id(program)][ref.storage]
+        storage = found[program][ref.storage]
     with without_modes():
         return ref.on(storage)
 
 
 def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
     """The bytes of each storage that has to be computed for some items."""
-    storages: dict[tuple[int, int], int] = {}
+    storages: dict[tuple[Program, int], int] = {}
     for item in items:
         if item.place is not None:
             _, program, ref = item.place
-            storages[id(program), ref.storage] = program.storages[ref.storage].nbytes
+            storages[program, ref.storage] = program.storages[ref.storage].nbytes
     return storages.values()
 
 

@@ -37,15 +37,15 @@ def fingerprint(shards: Iterable[ShardFile], metadata: dict[str, str], seed: int
 def _parts(
     shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None
 ) -> Iterator[bytes | memoryview]:
-    programs: dict[int, Program] = {}
+    programs: dict[Program, None] = {}
     yield repr((sorted(metadata.items()), seed)).encode()
     for shard in shards:
         for item in shard.items:
             ref = item.place and item.place[2]
             yield repr((shard.file, item.entry, item.aliases, ref)).encode()
             if item.place is not None:
-                programs[id(item.place[1])] = item.place[1]
-    for program in programs.values():
+                programs[item.place[1]] = None
+    for program in programs:
         yield from _program_parts(program, seed)
 
 
