@@ -25,7 +25,7 @@ from lateinit._lazy.protocols import initialise, is_lazy_module
 from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
 from lateinit._rng import RandomStates
-from lateinit._tensors import Reach, is_deferred_tensor, is_parameter, own_copy
+from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_parameter, own_copy
 from lateinit._torch import (
     asks_for_values,
     map_leaves,
@@ -188,7 +188,7 @@ class _Run:
         # The trial left tensors of a recording that nobody keeps. The pass goes on with stand-ins
         # for them, like those of all other tensors.
         with outside():
-            Reach(module).exchange(self._trial)
+            exchange_held(module, self._trial)
         self.met[module] = shapes
         rules = rules or _rules_of(module)
         if rules is not None:

@@ -8,7 +8,7 @@ below it. Start with ``slots``: everything else asks it whether a tensor is defe
 
 from lateinit._tensors.copying import copied_by_deepcopy
 from lateinit._tensors.guard import DeferredShard, DeferredTensor, guard_below_python
-from lateinit._tensors.object_graph import Reach, exchanged
+from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
     Cast,
     adopt_uninitialized,
@@ -58,6 +58,7 @@ __all__ = [
     "copied_by_deepcopy",
     "described",
     "destination",
+    "exchange_held",
     "exchanged",
     "find_tensors",
     "guard_below_python",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._identity import IdentityMap
-from lateinit._torch import is_wrapper
+from lateinit._torch import OWN_ATTRIBUTES, is_wrapper, own_buffers, own_parameters
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
 _DATA = (dict, list, set, deque, np.ndarray, Tensor)
@@ -43,7 +43,7 @@ _ENTERED = ("torch.nn.modules.", "torch.optim.")
 class Reach:
     """The objects that a module reaches by attributes, items and closures, each once."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: Any) -> None:
         self._undo: list[Callable[[], None]] = []
         self._seen: IdentityMap[Any, None] = IdentityMap()
         waiting: list[Any] = [root]
@@ -90,6 +90,19 @@ class Reach:
             undo()
 
 
+def exchange_held(module: nn.Module, of: Callable[[Tensor], Tensor]) -> None:
+    """Replace the tensors that a module and those below it hold, but for what only hooks hold.
+
+    It is what initialising a module may have made, and far less than all that it reaches.
+    """
+    for part in module.modules():
+        for held in (own_parameters(part), own_buffers(part), part.__dict__):
+            _exchange_items(held, of)
+        for name, value in part.__dict__.items():
+            if name not in OWN_ATTRIBUTES and type(value) not in _ATOMS:
+                Reach(value).exchange(of)
+
+
 def exchanged(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
     """``of(value)`` for a tensor, a tuple with its tensors replaced, or any other value itself."""
     if isinstance(value, Tensor):
@@ -114,7 +127,7 @@ def _exchange_items(place: dict[Any, Any], of: Callable[[Tensor], Tensor]) -> No
 def _parts(value: Any) -> Iterable[Any]:
     """The objects that a value holds directly."""
     if isinstance(value, dict):
-        return (*value.keys(), *value.values())
+        return [*value.values(), *[key for key in value if type(key) not in _ATOMS]]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return value
     if isinstance(value, CellType):
