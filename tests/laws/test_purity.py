@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+import random
+from collections import UserDict, defaultdict, deque
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import lateinit
 from tests.support.snapshots import assert_same
@@ -277,3 +282,230 @@ def tensors_in(helper: Any) -> list[torch.Tensor]:
         ]
     cells = getattr(helper, "__closure__", None) or ()
     return [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, torch.Tensor)]
+
+
+class HeldList(list):  # type: ignore[type-arg]
+    """A list with attributes."""
+
+
+class HeldTuple(tuple):  # type: ignore[type-arg]  # noqa: SLOT001 - it has attributes
+    """A tuple of a class of its own."""
+
+
+class OnClass:
+    """A helper whose class holds what is written."""
+
+    log: ClassVar[list[Any]] = []
+    calls = 0
+
+
+def as_attribute(t: torch.Tensor) -> Any:
+    held = HeldList()
+    held.tensor = t
+    return held
+
+
+def as_default(t: torch.Tensor) -> Any:
+    def give(held: torch.Tensor = t) -> torch.Tensor:
+        return held
+
+    return give
+
+
+# How a tensor is held, and how a forward pass comes to it.
+HOLDERS: dict[str, tuple[Any, Any]] = {
+    "frozenset": (lambda t: frozenset([t]), lambda h: next(iter(h))),
+    "struct sequence": (lambda t: torch.stack([t, t]).max(0), lambda h: h.values),
+    "tuple of a class": (lambda t: HeldTuple((t,)), lambda h: h[0]),
+    "attribute of a list": (as_attribute, lambda h: h.tensor),
+    "mapping proxy": (lambda t: MappingProxyType({"t": t}), lambda h: h["t"]),
+    "partial": (lambda t: partial(lambda held: held, t), lambda h: h()),
+    "default argument": (as_default, lambda h: h()),
+    "array of objects": (lambda t: np.array([t, None], dtype=object), lambda h: h[0]),
+    "distribution": (lambda t: torch.distributions.Normal(t, t), lambda h: h.loc),
+    "bound method": (lambda t: t.mul, lambda h: h.__self__),
+    "user's dict": (lambda t: UserDict({"t": t}), lambda h: h["t"]),
+    "namespace": (lambda t: SimpleNamespace(t=t), lambda h: h.t),
+}
+
+
+class Holding(nn.Module):
+    def __init__(self, holder: str) -> None:
+        super().__init__()
+        hold, self.get = HOLDERS[holder]
+        self.held = hold(torch.ones(WIDTH))
+        self.lazy = lateinit.nn.LazyLinear(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.get(self.held).add_(1)
+        return self.lazy(x + self.get(self.held))
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_what_holds_a_tensor_does_not_matter(holder: str, real: bool) -> None:
+    model = Holding(holder)
+    before = model.get(model.held)
+    lateinit.infer_shapes(model, INPUT, real=real)
+    after = model.get(model.held)
+    assert torch.equal(after, torch.ones(WIDTH))
+    assert after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+
+
+class Batch(dict):  # type: ignore[type-arg]
+    """A dictionary of a class of its own, as tokenizers return."""
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("holder", [SimpleNamespace, UserDict, Batch])
+def test_inputs_are_not_written_whatever_holds_them(holder: Any, real: bool) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy = lateinit.nn.LazyLinear(3)
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            x = batch.x if isinstance(batch, SimpleNamespace) else batch["x"]
+            batch.seen = True
+            return self.lazy(x.add_(1))
+
+    x = torch.ones(2, WIDTH)
+    batch = holder(x=x)
+    lateinit.infer_shapes(Writes(), batch, real=real)
+    assert torch.equal(x, torch.ones(2, WIDTH))
+    assert not hasattr(batch, "seen")
+
+
+def read_only(m: Any, x: torch.Tensor) -> None:
+    m.array.setflags(write=False)
+
+
+def resized(m: Any, x: torch.Tensor) -> None:
+    m.plain.resize(9, refcheck=False)
+
+
+def shaped(m: Any, x: torch.Tensor) -> None:
+    m.plain.shape = (1, 4)
+
+
+def in_a_slot(m: Any, x: torch.Tensor) -> None:
+    m.slotted.last = x
+    m.slot = m.slot + 1
+
+
+def on_a_class(m: Any, x: torch.Tensor) -> None:
+    OnClass.calls += 1
+    OnClass.log.append(x)
+
+
+def another_class(m: Any, x: torch.Tensor) -> None:
+    m.cache.__class__ = OnClass
+    m.tagged.__dict__ = {"x": x}
+
+
+def default_factory(m: Any, x: torch.Tensor) -> None:
+    m.counted.default_factory = list
+    m.counted["x"].append(1)
+
+
+def settings(m: Any, x: torch.Tensor) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def unparametrized(m: Any, x: torch.Tensor) -> None:
+    nn.utils.parametrize.remove_parametrizations(m.spectral, "weight")
+
+
+def of_a_distribution(m: Any, x: torch.Tensor) -> None:
+    m.normal.loc = x.mean(0)
+
+
+WORK = [
+    *(read_only, resized, shaped, in_a_slot, on_a_class, another_class, default_factory),
+    *(settings, unparametrized, of_a_distribution),
+]
+
+
+class SlottedModule(nn.Module):
+    """A module with a slot beside its dictionary."""
+
+    __slots__ = ("slot",)
+
+
+class Works(SlottedModule):
+    def __init__(self, work: Any) -> None:
+        super().__init__()
+        self.slot = torch.ones(WIDTH)
+        self.work = work
+        self.array, self.plain = np.ones(3), np.arange(4.0)
+        self.slotted, self.cache, self.tagged = Slotted(), Cache(), HeldList()
+        self.on_class = OnClass()
+        self.counted: Any = defaultdict(int)
+        self.spectral = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.normal = torch.distributions.Normal(torch.zeros(WIDTH), torch.ones(WIDTH))
+        self.entropy = random.SystemRandom()
+        self.output = BaseModelOutput(last_hidden_state=torch.ones(WIDTH))
+        self.lazy = lateinit.nn.LazyLinear(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.work(self, x)
+        return self.lazy(self.spectral(x.float()))
+
+
+def state_of(model: Any) -> Any:
+    arrays = [(a.tolist(), a.shape, a.flags.writeable) for a in (model.array, model.plain)]
+    slots = [hasattr(model.slotted, "extra"), model.slotted.last, id(model.slot)]
+    classes = [type(model.cache), vars(model.tagged), type(model.spectral), OnClass.calls]
+    others = [list(OnClass.log), model.counted.default_factory, dict(model.counted)]
+    kept = [id(p) for p in model.parameters()], id(model.normal.loc), id(model.output[0])
+    process = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return arrays, slots, classes, others, kept, process
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("work", WORK)
+def test_whatever_a_forward_pass_does_is_undone(work: Any, real: bool) -> None:
+    model = Works(work)
+    lazy, model.lazy = model.lazy, nn.Identity()
+    before = state_of(model)
+    model.lazy = lazy
+    lateinit.infer_shapes(model, INPUT, real=real)
+    model.lazy = nn.Identity()
+    assert state_of(model) == before
+    assert model.spectral(INPUT).shape == INPUT.shape
+
+
+def test_an_object_that_cannot_be_put_back_keeps_no_other_from_it() -> None:
+    class Stubborn:
+        def __setattr__(self, name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+    class Metaclass(type):
+        def __setattr__(cls, name: str, value: Any) -> None:
+            if cls.__dict__.get("sealed"):
+                raise TypeError("this class is sealed now")
+            super().__setattr__(name, value)
+
+    class Sealed(metaclass=Metaclass):
+        sealed = False
+        count = 0
+
+    class Seals(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.helper, self.weight = Sealed(), nn.Parameter(torch.ones(WIDTH))
+            self.lazy = lateinit.nn.LazyLinear(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Sealed.count = 1
+            Sealed.sealed = True
+            return self.lazy(x * self.weight)
+
+    model = Seals()
+    weight = model.weight
+    with pytest.raises(TypeError, match="sealed"):
+        lateinit.infer_shapes(model, INPUT)
+    assert model.weight is weight
+    assert not weight.is_meta

@@ -19,6 +19,7 @@ from lateinit._torch.modes import (
     is_recording_alone,
     outside,
     set_grad_enabled,
+    settings_kept,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -168,3 +169,13 @@ def test_the_default_device_is_the_device_of_the_innermost_device_context() -> N
     finally:
         torch.set_default_device(None)
     assert torch.get_default_device() == before
+
+
+def test_settings_of_the_process_survive_a_block_that_changes_them() -> None:
+    """torch/__init__.py: set_default_dtype and use_deterministic_algorithms hold process-wide."""
+    before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    with settings_kept():
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(not before[1])
+        assert torch.empty(1).dtype is torch.float64
+    assert (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()) == before

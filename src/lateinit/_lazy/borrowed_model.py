@@ -46,6 +46,15 @@ class Lending:
             known = self._made[tensor] = self.make(tensor)
         return known
 
+    def know(self, stand_in: Tensor) -> Tensor:
+        """Take a tensor for a stand-in of its own; gives it."""
+        self._made[stand_in] = stand_in
+        return stand_in
+
+    def has_original(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a stand-in, and is none."""
+        return self._made.get(tensor, tensor) is not tensor
+
     def make(self, tensor: Tensor) -> Tensor:
         """A stand-in for a tensor that is met for the first time."""
         if is_placeholder(tensor):

@@ -31,6 +31,7 @@ from lateinit._torch import (
     map_leaves,
     outside,
     replace_forward_pre_hook,
+    settings_kept,
     without_modes,
 )
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
@@ -125,19 +126,37 @@ class _Run:
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the pass on stand-ins, and put the model back as it was."""
-        reach, states, grad = Reach(module), RandomStates(), torch.is_grad_enabled()
+        # Inputs may be objects that hold tensors, which the pass may write to as well.
+        everything = module, args, kwargs
+        reach, states, grad = Reach(everything), RandomStates(), torch.is_grad_enabled()
         reach.keep()
+        left: list[tuple[Tensor, Tensor]] = []
         try:
             # `outside` turns gradients on; the pass is to see the caller's setting.
-            with outside(), torch.set_grad_enabled(grad), trying(self.real):
+            with outside(), settings_kept(), torch.set_grad_enabled(grad), trying(self.real):
                 args, kwargs = self._inputs((args, kwargs))
                 reach.exchange(self.lending.of)
+                if self.real:
+                    left += self._values_left(everything, module)
                 self._prepare(module)
                 with self._mode(), _said_where(self.real):
                     module(*args, **kwargs)
         finally:
-            reach.restore()
-            states.restore()
+            try:
+                reach.restore()
+            finally:
+                _put_values(left)
+                states.restore()
+
+    def _values_left(self, graph: Any, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tensors that kept their place, since what holds them cannot be given others; copies."""
+        for tensor in Reach(graph).tensors():
+            if self.lending.has_original(tensor) and not tensor.is_meta:
+                yield tensor, tensor.detach().clone()
+        for part in module.modules():
+            if isinstance(part, torch.jit.ScriptModule):  # its tensors are held below Python
+                for tensor in (*part.parameters(), *part.buffers()):
+                    yield tensor, tensor.detach().clone()
 
     def initialise(self) -> None:
         """Initialise the modules that the pass called, for good, in the order of their calls."""
@@ -157,7 +176,7 @@ class _Run:
     def _inputs(self, inputs: Any) -> Any:
         make = _real_input if self.real else _meta_input
         return map_leaves(
-            lambda leaf: _with_tensors(leaf, make),
+            lambda leaf: _with_tensors(leaf, lambda tensor: self.lending.know(make(tensor))),
             inputs,
             is_leaf=lambda leaf: isinstance(leaf, PackedSequence),
         )
@@ -208,6 +227,13 @@ class _Run:
                 )
 
         return check
+
+
+def _put_values(left: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in left:
+        if not torch.equal(tensor, values):
+            with torch.no_grad():
+                tensor.copy_(values)
 
 
 def _real_input(tensor: Tensor) -> Tensor:

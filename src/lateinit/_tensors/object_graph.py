@@ -8,12 +8,18 @@ in it, run, and restore it.
 
 from __future__ import annotations
 
-import copyreg
-import random
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import numpy as np
@@ -21,23 +27,34 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._identity import IdentityMap
+from lateinit._tensors.undo import (
+    inside,
+    is_machinery,
+    is_users_class,
+    own_dictionary,
+    put,
+    put_inside,
+    put_items,
+    same,
+    set_item,
+    slots_of,
+    undo_of,
+)
 from lateinit._torch import OWN_ATTRIBUTES, is_wrapper, own_buffers, own_parameters
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype})
-_DATA = (dict, list, set, deque, np.ndarray, Tensor)
-_UNSET = object()
+_ITEMS = (list, tuple, set, frozenset, deque)
+# Classes of values without attributes of their own.
+_BARE = frozenset({dict, *_ITEMS})
+# Values that cannot be written to: whoever holds one is given another one.
+_REPLACED = (Tensor, tuple, frozenset, BuiltinFunctionType)
 # Objects whose parts are read-only attributes of C types, in no __dict__ or __slots__.
 _BY_NAME: dict[type, tuple[str, ...]] = {
     MethodType: ("__self__", "__func__"),
     partial: ("func", "args", "keywords"),
     np.random.Generator: ("bit_generator",),
 }
-_GENERATORS = (torch.Generator, np.random.RandomState)
-_CLOSED = (type, ModuleType, property)
-# Objects of these packages are not entered, since no hook writes to them: except modules and
-# optimizers, which users' hooks do write to.
-_MACHINERY = frozenset({"torch", "lateinit"})
-_ENTERED = ("torch.nn.modules.", "torch.optim.")
+_CLOSED = (type, ModuleType, property, staticmethod, classmethod)
 
 
 class Reach:
@@ -60,34 +77,27 @@ class Reach:
 
     def keep(self) -> None:
         """Remember the current state of every object, for ``restore``."""
-        found = map(_undo, self._seen)
-        self._undo = [undo for undo in found if undo is not None]
+        self._undo = [undo for value in self._seen for undo in undo_of(value)]
 
     def exchange(self, of: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor by ``of(tensor)`` wherever the graph holds it."""
         for place in self._seen:
-            if isinstance(place, dict):
-                _exchange_items(place, of)
-            elif isinstance(place, (list, deque)):
-                for at, value in enumerate(place):
-                    if isinstance(value, (Tensor, tuple)):
-                        place[at] = exchanged(value, of)
-            elif isinstance(place, set) and any(isinstance(value, Tensor) for value in place):
-                _put(place, [exchanged(value, of) for value in place], place.update)
-            elif isinstance(place, CellType):
-                _put_inside(place, exchanged(_inside(place), of))
-            elif _is_class(place):
-                for name, value in list(vars(place).items()):
-                    if isinstance(value, Tensor):
-                        setattr(place, name, of(value))
-            else:
-                for name, value in _slots(place):
-                    object.__setattr__(place, name, exchanged(value, of))
+            _exchange_in(place, of)
 
     def restore(self) -> None:
-        """Put every object back into the state that ``keep`` remembered."""
+        """Put every object back into the state that ``keep`` remembered.
+
+        An object that cannot be put back does not keep the others from it; its error is raised
+        when all is done.
+        """
+        failures: list[Exception] = []
         for undo in self._undo:
-            undo()
+            try:
+                undo()
+            except Exception as error:  # noqa: BLE001 - an object of a user's may fail in any way
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
 
 def exchange_held(module: nn.Module, of: Callable[[Tensor], Tensor]) -> None:
@@ -107,146 +117,145 @@ def exchanged(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
     """``of(value)`` for a tensor, a tuple with its tensors replaced, or any other value itself."""
     if isinstance(value, Tensor):
         return of(value)
-    if isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_make")):
+    if isinstance(value, (tuple, frozenset)):
         new = [exchanged(item, of) for item in value]
-        return value if _same(value, new) else getattr(type(value), "_make", tuple)(new)
+        return value if same(value, new) else _rebuilt(value, new)
+    if isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, Tensor):
+        return getattr(of(value.__self__), value.__name__)
     return value
+
+
+def _rebuilt(value: Any, items: list[Any]) -> Any:
+    """A tuple or frozenset of the class of another one, with other items."""
+    try:
+        made = getattr(type(value), "_make", type(value))(items)
+        vars(made).update(vars(value))
+    except TypeError:  # without attributes; or a constructor that takes something else
+        return made if "made" in locals() else value
+    return made
+
+
+def _exchange_in(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    """Replace the tensors that an object holds directly."""
+    for kind, exchange in _EXCHANGES:
+        if isinstance(place, kind):
+            exchange(place, of)
+            break
+    for name, value in slots_of(place).items():
+        object.__setattr__(place, name, exchanged(value, of))
+
+
+def _exchange_in_list(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    for at, value in enumerate(place):
+        if isinstance(value, _REPLACED):
+            place[at] = exchanged(value, of)
+
+
+def _exchange_in_set(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    if any(isinstance(value, _REPLACED) for value in place):
+        put(place, [exchanged(value, of) for value in place])
+
+
+def _exchange_in_cell(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    put_inside(place, exchanged(inside(place), of))
+
+
+def _exchange_in_partial(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    func, args, keywords, own = place.__reduce__()[2]
+    place.__setstate__((exchanged(func, of), exchanged(args, of), keywords, own))
+
+
+def _exchange_in_function(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    if place.__defaults__:
+        place.__defaults__ = exchanged(place.__defaults__, of)
+
+
+def _exchange_in_array(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    if place.dtype == object and place.flags.writeable:
+        for at, value in enumerate(place.flat):
+            if isinstance(value, _REPLACED):
+                place.flat[at] = exchanged(value, of)
+
+
+def _exchange_in_class(place: Any, of: Callable[[Tensor], Tensor]) -> None:
+    for name, value in list(vars(place).items()) if is_users_class(place) else ():
+        if isinstance(value, Tensor):
+            setattr(place, name, of(value))
 
 
 def _exchange_items(place: dict[Any, Any], of: Callable[[Tensor], Tensor]) -> None:
     if any(isinstance(key, Tensor) for key in place):  # such as the ``state`` of an optimizer
-        _put_items(place, {exchanged(k, of): exchanged(v, of) for k, v in place.items()})
+        put_items(place, {exchanged(k, of): exchanged(v, of) for k, v in place.items()})
         return
     for key, value in list(place.items()):
-        if isinstance(value, (Tensor, tuple)):
+        if isinstance(value, _REPLACED):
             new = exchanged(value, of)
             if new is not value:
-                place[key] = new
+                set_item(place, key, new)
+
+
+_EXCHANGES: tuple[tuple[Any, Callable[..., None]], ...] = (
+    (dict, _exchange_items),
+    ((list, deque), _exchange_in_list),
+    (set, _exchange_in_set),
+    (CellType, _exchange_in_cell),
+    (partial, _exchange_in_partial),
+    (FunctionType, _exchange_in_function),
+    (np.ndarray, _exchange_in_array),
+    (type, _exchange_in_class),
+)
 
 
 def _parts(value: Any) -> Iterable[Any]:
     """The objects that a value holds directly."""
+    kind = type(value)
+    if isinstance(value, (dict, *_ITEMS)):
+        items = _items(value)
+        return items if kind in _BARE else [*items, *_attributes(value)]
+    if kind in _BY_NAME:
+        return [getattr(value, name) for name in _BY_NAME[kind]]
+    if kind in _PARTS:
+        return _PARTS[kind](value)
+    if isinstance(value, np.ndarray):
+        return list(value.flat) if value.dtype == object else ()
+    if is_users_class(value):
+        return [held for held in vars(value).values() if _is_held_by_class(held)]
+    closed = isinstance(value, _CLOSED) or is_wrapper(value)
+    if closed or (not isinstance(value, (nn.Module, Tensor)) and is_machinery(value)):
+        return ()
+    return _attributes(value)
+
+
+def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return [*value.values(), *[key for key in value if type(key) not in _ATOMS]]
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return value
-    if isinstance(value, CellType):
-        return (_inside(value),)
-    if type(value) in _BY_NAME:
-        return [getattr(value, name) for name in _BY_NAME[type(value)]]
-    if _is_class(value):
-        return [held for held in vars(value).values() if isinstance(held, _DATA)]
-    if isinstance(value, _CLOSED) or is_wrapper(value):
-        return ()
-    if not isinstance(value, (nn.Module, Tensor)) and _is_machinery(value):
-        return ()
-    closed_over = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
-    classes = type(value).__mro__ if isinstance(value, nn.Module) else ()
-    slots = (*classes, *(held for _, held in _slots(value)))
-    try:
-        own = value.__dict__
-    except Exception:  # noqa: BLE001 - no __dict__, or a property that raises anything
-        return (*slots, *closed_over)
-    return (own, *slots, *closed_over) if type(own) is dict else ()
+    return value  # type: ignore[no-any-return]
 
 
-def _is_class(value: Any) -> bool:
-    """Whether a value is a user's class of modules, whose attributes a forward may write to."""
-    return isinstance(value, type) and issubclass(value, nn.Module) and not _is_machinery(value)
+def _parts_of_function(value: Any) -> Iterable[Any]:
+    own = (*(value.__defaults__ or ()), value.__kwdefaults__, *(value.__closure__ or ()))
+    return own if is_machinery(value) else (*own, *_attributes(value))
 
 
-def _slots(value: Any) -> list[tuple[str, Any]]:
-    """The names and values of an object's ``__slots__``."""
+_PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    CellType: lambda cell: (inside(cell),),
+    BuiltinFunctionType: lambda f: (f.__self__,) if isinstance(f.__self__, Tensor) else (),
+    MappingProxyType: gc.get_referents,  # the dictionary that it shows
+    FunctionType: _parts_of_function,
+}
+
+
+def _attributes(value: Any) -> list[Any]:
+    """The ``__dict__`` of an object, what is in its slots, and the classes that it is of."""
     kind = type(value)
-    if not hasattr(kind, "__slots__") or issubclass(kind, (Tensor, tuple)) or _is_machinery(value):
-        return []
-    names = copyreg._slotnames(kind)  # type: ignore[attr-defined]
-    held = ((name, getattr(value, name, _UNSET)) for name in names)
-    return [(name, part) for name, part in held if part is not _UNSET]
+    classes = kind.__mro__ if isinstance(value, nn.Module) else (kind,)
+    found = [*filter(is_users_class, classes), *slots_of(value).values()]
+    own = own_dictionary(value)
+    return found if own is None else [own, *found]
 
 
-def _is_machinery(value: Any) -> bool:
-    named = value if isinstance(value, (FunctionType, type)) else type(value)
-    where = getattr(named, "__module__", None) or ""
-    return where.partition(".")[0] in _MACHINERY and not where.startswith(_ENTERED)
-
-
-def _inside(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the cell of a variable that is not assigned yet
-        return None
-
-
-def _undo(value: Any) -> Callable[[], None] | None:
-    """A function that restores the current state of a value, or None for an immutable one."""
-    if isinstance(value, dict):
-        return partial(_put_items, value, dict(value))
-    if isinstance(value, (list, deque, bytearray)):
-        return partial(_put, value, list(value), value.extend)
-    if isinstance(value, set):
-        return partial(_put, value, list(value), value.update)
-    if isinstance(value, CellType):
-        return partial(_put_inside, value, _inside(value))
-    if isinstance(value, nn.Module):
-        # Its __dict__ is an object of the graph itself. torch's lazy modules change their class.
-        return partial(object.__setattr__, value, "__class__", type(value))
-    if isinstance(value, np.ndarray) and value.flags.writeable and not _is_mapped(value):
-        return partial(np.copyto, value, value.copy())
-    if _is_class(value):
-        return partial(_put_attributes, value, dict(vars(value)))
-    slots = _slots(value)
-    return partial(_put_slots, value, slots) if slots else _undo_draws(value)
-
-
-def _undo_draws(value: Any) -> Callable[[], None] | None:
-    """A function that restores the state of a random generator, or None."""
-    if isinstance(value, np.random.BitGenerator):
-        return partial(setattr, value, "state", value.state)
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, _GENERATORS):
-        put: Callable[..., Any] = value.set_state
-        return partial(put, value.get_state())
-    return None
-
-
-def _is_mapped(array: Any) -> bool:
-    # A copy of a memory-mapped file would read all of it.
-    return isinstance(array, np.memmap) or isinstance(array.base, np.memmap)
-
-
-def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
-    return all(a is b for a, b in zip(ours, theirs, strict=True))
-
-
-def _put_items(place: dict[Any, Any], held: dict[Any, Any]) -> None:
-    # An unchanged object is not written to: comparing is by identity, since == of tensors computes.
-    same = len(place) == len(held) and _same(place, held)
-    if not same or not _same(place.values(), held.values()):
-        place.clear()
-        place.update(held)
-
-
-def _put(place: Any, held: list[Any], fill: Callable[[list[Any]], Any]) -> None:
-    if len(place) != len(held) or not _same(place, held):
-        place.clear()
-        fill(held)
-
-
-def _put_attributes(cls: type, held: dict[str, Any]) -> None:
-    for name in vars(cls).keys() - held.keys():
-        delattr(cls, name)
-    for name, value in held.items():
-        if vars(cls).get(name, _UNSET) is not value:
-            setattr(cls, name, value)
-
-
-def _put_slots(place: Any, held: list[tuple[str, Any]]) -> None:
-    for name, value in held:
-        object.__setattr__(place, name, value)
-
-
-def _put_inside(cell: CellType, held: Any) -> None:
-    if _inside(cell) is not held:
-        cell.cell_contents = held
+def _is_held_by_class(value: Any) -> bool:
+    """Whether an attribute of a class is data, or a function that holds some."""
+    if isinstance(value, FunctionType):
+        return bool(value.__closure__ or value.__defaults__ or value.__kwdefaults__)
+    return type(value) not in _ATOMS and not isinstance(value, _CLOSED)

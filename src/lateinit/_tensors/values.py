@@ -38,7 +38,10 @@ def own_copy(
         past_holes: assume that lazy modules without known shapes draw nothing.
     """
     if not is_deferred_tensor(tensor):
-        return copy.deepcopy(tensor.detach(), memo)
+        try:
+            return copy.deepcopy(tensor.detach(), memo)
+        except RuntimeError:  # of a plain subclass, or another that torch copies in no other way
+            return tensor.detach().clone()
     slot, program, ref = locate(tensor)
     with without_modes():
         if slot.real is not None:

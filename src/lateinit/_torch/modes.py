@@ -94,6 +94,20 @@ def outside() -> Iterator[None]:
             _push_mode(mode)
 
 
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """A block after which process-wide settings are what they were: dtype, deterministic ops."""
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
 def below_python() -> Any:
     """A block whose ops skip dispatch modes and ``__torch_dispatch__`` on the way to kernels."""
     return torch._C._ExcludeDispatchKeyGuard(_PYTHON_KEYS)
