@@ -20,7 +20,7 @@ import lateinit
 from lateinit._replay.replay import Replay
 from lateinit._tensors.slots import is_deferred_tensor, locate
 from lateinit._torch.storage import as_bytes
-from lateinit.errors import LateinitError
+from lateinit.errors import LateinitError, MaterializeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -371,3 +371,49 @@ def test_a_forward_pass_gives_its_bits_where_a_kernel_rounds_by_the_number_of_ro
         check=False,
     )
     assert found.returncode == 0, found.stdout
+
+
+def causal(size: int) -> Tensor:
+    return torch.triu(torch.ones(size, size), 1).bool()
+
+
+MASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": dict,
+    "padding": lambda: {"src_key_padding_mask": torch.arange(5).expand(3, 5) > 3},
+    "bool": lambda: {"mask": causal(5)},
+    "float": lambda: {"mask": torch.zeros(5, 5).masked_fill(causal(5), -torch.inf)},
+    "causal": lambda: {"mask": causal(5), "is_causal": True},
+    "both": lambda: {
+        "mask": causal(5),
+        "src_key_padding_mask": torch.arange(5).expand(3, 5) > 3,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("masks", MASKS)
+def test_an_encoder_s_fused_kernel_is_refused_whatever_its_masks(
+    masks: str, norm_first: bool, layers: int
+) -> None:
+    def build() -> nn.Module:
+        with torch.no_grad():
+            layer = nn.TransformerEncoderLayer(12, 2, 19, batch_first=True, norm_first=norm_first)
+            module = nn.Module()
+            module.part = (nn.TransformerEncoder(layer, layers) if layers else layer).eval()
+            given = MASKS[masks]()
+            if not layers and "mask" in given:
+                given["src_mask"] = given.pop("mask")
+            module.found = module.part(torch.randn(3, 5, 12), **given)
+            return module
+
+    torch.manual_seed(0)
+    eager = build()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build)
+    try:
+        lateinit.materialize(model)
+    except MaterializeError:
+        return
+    assert torch.equal(eager.found, model.found)

@@ -190,6 +190,20 @@ def test_a_mode_keeps_attention_off_its_fused_kernel_and_the_frame_says_so() -> 
     assert [module for func, module in heard if func is attention] == [layer, None]
 
 
+def test_an_encoder_layer_says_that_a_mode_keeps_it_from_its_kernel() -> None:
+    """torch/nn/modules/transformer.py: TransformerEncoderLayer.forward has a kernel of its own."""
+    layer = nn.TransformerEncoderLayer(12, 2, 19, batch_first=True).eval()
+    x, mask = torch.randn(3, 5, 12), torch.zeros(5, 5)
+    with torch.no_grad():
+        with Operators() as fused:
+            layer(x, mask)
+        with Functions(attention_without_fused_kernel) as mode, Operators() as plain:
+            layer(x, mask)
+    assert "aten::_transformer_encoder_layer_fwd" in fused.heard
+    assert "aten::_transformer_encoder_layer_fwd" not in plain.heard
+    assert layer in mode.answers
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_s_save_pickles_from_a_function_of_its_own(zipped: bool) -> None:
     """torch/serialization.py: _save and _legacy_save call the pickler, whose frames are in C."""

@@ -28,7 +28,12 @@ _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent
 _NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
-# torch/nn/modules/activation.py: why MultiheadAttention.forward skips its fused kernel in a block.
+# torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
+# not called, and what they say in a block.
+_REASONS = {
+    nn.MultiheadAttention.forward.__code__: "why_not_fast_path",
+    nn.TransformerEncoderLayer.forward.__code__: "why_not_sparsity_fast_path",
+}
 _AS_A_MODE = "some Tensor argument has_torch_function"
 
 
@@ -124,13 +129,13 @@ def is_running(code: CodeType, within: int) -> bool:
 
 
 def attention_without_fused_kernel() -> nn.Module | None:
-    """The running ``nn.MultiheadAttention``, if only a mode keeps it from its fused kernel."""
-    code = nn.MultiheadAttention.forward.__code__
-    frame = next((frame for frame in _upwards(_frame(1)) if frame.f_code is code), None)
-    if frame is None or frame.f_locals.get("why_not_fast_path") != _AS_A_MODE:
-        return None
-    module: nn.Module = frame.f_locals["self"]
-    return module
+    """The running module that would call a fused kernel of attention, were it not for a mode."""
+    for frame in _upwards(_frame(1)):
+        reason = _REASONS.get(frame.f_code)
+        if reason is not None and frame.f_locals.get(reason) == _AS_A_MODE:
+            module: nn.Module = frame.f_locals["self"]
+            return module
+    return None
 
 
 def is_torch_saving() -> bool:
