@@ -33,6 +33,7 @@ Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
 # The attributes of a placeholder that the tensor it becomes does not keep.
 _OWN = ("_casts", "_known", "_label", "_origin", "persistent", "_is_buffer")
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # What `Module.to` and its like call on each parameter: a placeholder notes the cast and stays a
 # placeholder.
@@ -197,6 +198,8 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
             with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))
+            if func == _GET_DATA:  # which may be cast and moved, and not written to either
+                return _alike(args[0], result)
             if func == _SET_DATA and isinstance(args[1], Placeholder):
                 # `Module._apply` writes `param.data = converted`: the casts of the converted
                 # placeholder belong to the one that stays.
@@ -308,15 +311,20 @@ def _empty(
 
 
 def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
-    """The result of moving or casting a placeholder, made a placeholder again."""
+    """The placeholder that a move or a cast of a placeholder returns."""
     if isinstance(result, Placeholder):
         return result
-    with without_subclass_functions(), torch.no_grad():
-        grad = placeholder.requires_grad
-        made = as_subclass(type(placeholder), result.detach(), grad)
-    made.__dict__.update(placeholder.__dict__)
-    if result.dtype != placeholder.data.dtype:
+    made = _alike(placeholder, result)
+    if made.dtype != placeholder.dtype:
         made.__dict__["_casts"] = (*placeholder.__dict__.get("_casts", ()), result.dtype)
+    return made
+
+
+def _alike(placeholder: Tensor, data: Tensor) -> Tensor:
+    """A placeholder of the same kind, with the device and dtype of other empty data."""
+    with without_subclass_functions(), torch.no_grad():
+        made = as_subclass(type(placeholder), data.detach(), placeholder.requires_grad)
+    made.__dict__.update(placeholder.__dict__)
     return made
 
 
