@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +208,56 @@ def _elsewhere(case: LazyCase) -> nn.Module:
     twin = eager_twin(case)
     model[1], model[2] = twin[1], twin[2]
     return model
+
+
+@pytest.mark.parametrize("block", [True, False])
+@pytest.mark.parametrize(
+    "take_out",
+    [
+        lambda layer: setattr(layer, "bias", None),
+        lambda layer: layer.register_parameter("bias", None),
+        lambda layer: delattr(layer, "bias"),
+    ],
+)
+def test_what_was_taken_out_of_a_lazy_layer_does_not_come_back(take_out: Any, block: bool) -> None:
+    def build(lazy: bool) -> nn.Module:
+        first = lateinit.nn.LazyLinear(3) if lazy else nn.Linear(5, 3)
+        take_out(first)
+        return nn.Sequential(first, nn.Linear(3, 2))
+
+    torch.manual_seed(0)
+    twin = build(lazy=False)
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build, True) if block else build(lazy=True)
+    example = torch.empty(2, 5, device="meta")
+    torch.manual_seed(0)
+    if hasattr(model[0], "bias"):
+        lateinit.infer_shapes(model, example)
+    else:  # whose forward fails, as the twin's does
+        model[0].initialize_parameters(example)
+    lateinit.materialize(model)
+    assert vars(twin[0])["_parameters"].keys() == vars(model[0])["_parameters"].keys()
+    assert getattr(model[0], "bias", None) is None
+    assert torch.equal(twin[0].weight, model[0].weight)
+    assert not block or torch.equal(twin[1].weight, model[1].weight)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_a_cast_reaches_complex_buffers_as_it_does_eagerly() -> None:
+    class Rotated(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(width, 6))
+            self.register_buffer("turn", torch.randn(2, dtype=torch.complex64))
+            self.register_buffer("steps", torch.arange(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    torch.manual_seed(0)
+    twin = Rotated(5).to(torch.float16)
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(lateinit.lazy(Rotated, width=lateinit.size(-1)))
+    model.to(torch.float16)
+    lateinit.infer_shapes(model, torch.empty(2, 5, dtype=torch.float16, device="meta"))
+    assert_same(twin, lateinit.materialize(model))

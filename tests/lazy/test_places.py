@@ -251,3 +251,32 @@ def test_an_optimizer_over_lazy_parameters_of_all_kinds_trains_them_as_the_twins
     # A bias before a batch norm has no gradient to speak of.
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still <= {"0.bias", "2.bias"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        nn.Module.half,
+        nn.Module.double,
+        lambda m: m.to("cpu", torch.bfloat16),
+        lambda m: copy.deepcopy(copy.deepcopy(m).double()).float(),
+    ],
+)
+@pytest.mark.parametrize("layer", [lambda: nn.LazyLinear(3), lambda: nn.LazyConv1d(3, 2)])
+def test_torch_s_own_lazy_layers_may_be_copied_and_cast_after_the_block(
+    layer: Any, change: Any
+) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 5), layer(), nn.Linear(3, 2))
+
+    model = change(lateinit.deferred_init(build))
+    shape = (2, 5) if isinstance(model[1], nn.Linear) else (2, 7, 5)
+    example = torch.empty(shape, device="meta", dtype=model[0].weight.dtype)
+    lateinit.infer_shapes(model[1], example)
+    lateinit.materialize(model)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert not lateinit.is_deferred(model)
+    dtypes = {p.dtype for p in model.parameters()}
+    assert len(dtypes) == 1
+    assert all(bool(p.float().std() > 0) for p in model[1].parameters())

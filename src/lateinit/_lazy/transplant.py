@@ -61,6 +61,8 @@ class Transplant:
 
     def _tensors(self, path: str, target: dict[str, Any], plain: dict[str, Any]) -> None:
         for name, tensor in plain.items():
+            if (path, name) in self.owned and target.get(name) is None:
+                continue  # it was declared, and the user has taken it out
             target[name] = self._moved(_join(path, name), target.get(name), tensor)
         for name in list(target):
             if (path, name) in self.owned and is_lazy(target[name]) and plain.get(name) is None:
@@ -123,7 +125,6 @@ class Transplant:
 def _cast(new: Tensor, old: Tensor) -> Tensor:
     """Move and cast a new tensor as its placeholder was moved and cast since it was declared."""
     device, casts = converted(old)
-    casts = casts if new.is_floating_point() else ()
     if device is None and not casts:
         return new
     with torch.no_grad():

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._identity import IdentityMap
@@ -20,7 +20,7 @@ from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors import ON_META, DeferredTensor, is_deferred_tensor, own_tensors, slot_of
 from lateinit._tensors.guard import guard
-from lateinit._torch import REGISTRATION_HOOKS
+from lateinit._torch import REGISTRATION_HOOKS, as_subclass, swap_with_hooks, without_modes
 
 T = TypeVar("T")
 # A block keeps its place in the random stream as a token in the default generator (see
@@ -190,6 +190,19 @@ class _Modules:
         return known
 
 
+def _leave_meta(placeholder: Tensor, device: torch.device) -> None:
+    """Give torch's own placeholder its empty data on the device that it was made for.
+
+    Its copies and casts are made anew on the device of its data (torch/nn/parameter.py), and
+    ``meta`` would then be taken for what the user asked for.
+    """
+    if device.type == "cpu" or torch.get_device_module(device.type).is_available():
+        with without_modes():
+            data = torch.empty(0, dtype=placeholder.dtype, device=device)
+            made = as_subclass(type(placeholder), data, placeholder.requires_grad)
+            swap_with_hooks(placeholder, made)
+
+
 def _guard_all(recorder: Recorder, modules: _Modules) -> None:
     """Guard all deferred tensors on the block's modules, and all others that are still alive.
 
@@ -202,6 +215,8 @@ def _guard_all(recorder: Recorder, modules: _Modules) -> None:
         for name, tensor in own_tensors(module, seen):
             slot = slot_of(tensor)
             if slot is not None and slot is not ON_META:
+                if isinstance(tensor, UninitializedTensorMixin):
+                    _leave_meta(tensor, recorder.device_of(tensor))
                 guard(tensor)
                 if slot.name is None:
                     path = modules.path(module) if path is None else path

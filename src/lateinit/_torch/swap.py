@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lateinit.errors import DeferredTensorError
 
@@ -24,7 +24,9 @@ def swap(tensor: Tensor, real: Tensor) -> None:
     ``tensor`` keeps its hooks, ``requires_grad`` and whether it is a leaf. If it is none, backward
     through it raises: the graph of the constructor is not recorded.
     """
-    if tensor.is_leaf or tensor.is_inference():
+    # torch/_utils.py: a DTensor on meta comes out of a pickle as a parameter that is no leaf.
+    leaf = tensor.is_leaf or isinstance(tensor, nn.Parameter)
+    if leaf or tensor.is_inference():
         real.requires_grad_(tensor.requires_grad)
     else:
         with torch.enable_grad():
