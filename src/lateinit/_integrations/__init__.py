@@ -1,4 +1,4 @@
-"""Everything that knows another library by name: model specifications, and transformers' names.
+"""What lateinit knows of transformers, timm and torchvision: specifications and names.
 
 ``model_specs`` turns a text such as ``transformers:gpt2`` into a constructor, for the command.
 ``transformers_names`` knows under which names ``transformers`` saves a model, for ``_checkpoint``.
