@@ -68,11 +68,13 @@ class TensorNames:
 
     def key(self, tensor: Tensor) -> Any:
         """A key that is equal for tensors that show the same memory in the same way."""
-        if tensor not in self._keys:
+        try:
+            return self._keys[tensor]
+        except KeyError:
             plain = not is_lazy(tensor) and not is_dtensor(tensor)
             whole = plain and tensor.layout is torch.strided
-            self._keys[tensor] = window_key(tensor) if whole else id(tensor)
-        return self._keys[tensor]
+            key = self._keys[tensor] = window_key(tensor) if whole else id(tensor)
+            return key
 
     def of(self, tensor: Tensor) -> list[str]:
         """All names of a tensor, including those that are tied to it."""
