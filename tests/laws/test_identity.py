@@ -69,6 +69,18 @@ def test_graph_made_in_a_constructor_is_refused_rather_than_cut() -> None:
         model.normalised.square().sum().backward()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_constructor_computed_can_be_written_in_place_afterwards(grad: bool) -> None:
+    case = next(case for case in MODELS if case.name == "attribute_that_is_not_a_leaf")
+    expected, model = eager(case), lateinit.materialize(deferred(case))
+    with torch.set_grad_enabled(grad):
+        for made in (expected, model):
+            made.normalised.view(-1)[0] = 2
+            made.normalised.mul_(3)
+    assert torch.equal(model.normalised, expected.normalised)
+    assert (model.normalised.is_leaf, model.normalised.requires_grad) == (False, True)
+
+
 @models(lambda case: case.deepcopies)
 def test_deep_copy_of_a_deferred_model_is_a_model_of_its_own(case: Case) -> None:
     expected, model = eager(case), deferred(case)

@@ -89,6 +89,17 @@ def test_a_swapped_tensor_keeps_requires_grad_and_whether_it_is_a_leaf() -> None
         computed.sum().backward()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_swapped_tensor_that_is_no_leaf_can_be_written_in_place(grad: bool) -> None:
+    """torch/csrc/autograd/variable.cpp: a view that a custom function returned can not."""
+    computed = torch.ones(2, requires_grad=True) * 2
+    swap(computed, torch.zeros(2))
+    with torch.set_grad_enabled(grad):
+        computed.view(-1).add_(1)
+        computed.add_(1)
+    assert (computed.tolist(), computed.is_leaf, computed.requires_grad) == ([2, 2], False, True)
+
+
 def test_an_inference_tensor_can_be_swapped_and_is_one_no_more() -> None:
     """c10/core/TensorImpl.h: is_inference is a key of the implementation, like requires_grad."""
     with torch.inference_mode():

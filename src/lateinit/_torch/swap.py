@@ -61,7 +61,8 @@ class _Detached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
+        # A view made here could never be written in place (torch/csrc/autograd/variable.cpp).
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
