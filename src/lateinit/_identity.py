@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, ValuesView
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -23,28 +23,37 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
         ('a', False)
     """
 
-    __slots__ = ("_held",)
+    # A dictionary of each, so that reading is a plain look-up: this is on the way of every load.
+    __slots__ = ("_keys", "_values")
 
     def __init__(self, pairs: Iterable[tuple[K, V]] = ()) -> None:
-        self._held: dict[int, tuple[K, V]] = {id(key): (key, value) for key, value in pairs}
+        self._keys: dict[int, K] = {}
+        self._values: dict[int, V] = {}
+        for key, value in pairs:
+            self[key] = value
 
     def __getitem__(self, key: K) -> V:
-        return self._held[id(key)][1]
+        return self._values[id(key)]
 
     def __setitem__(self, key: K, value: V) -> None:
-        self._held[id(key)] = key, value
+        self._keys[id(key)] = key
+        self._values[id(key)] = value
 
     def __delitem__(self, key: K) -> None:
-        del self._held[id(key)]
+        del self._keys[id(key)], self._values[id(key)]
 
     def __contains__(self, key: object) -> bool:
-        return id(key) in self._held
+        return id(key) in self._values
 
     def __iter__(self) -> Iterator[K]:
-        return (key for key, _ in self._held.values())
+        return iter(self._keys.values())
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._keys)
+
+    def values(self) -> ValuesView[V]:
+        """The values, in the order in which their keys were first set."""
+        return self._values.values()
 
 
 def distinct(items: Iterable[K]) -> list[K]:
