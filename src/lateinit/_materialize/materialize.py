@@ -180,9 +180,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         return Plan(Program(), ())
     group = groups[0]
     names = tuple((name, ref) for found in group.tensors.values() for name, _, _, ref in found)
-    # A storage that is real is shared, and not computed again.
-    wanted = [n for n, tensors in group.tensors.items() if tensors[0][2].real is None]
-    return Plan(group.program, tuple(plan_storages(group.program, wanted)), names)
+    return Plan(group.program, tuple(plan_storages(group.program, group.to_compute())), names)
 
 
 def is_deferred(target: Any) -> bool:
@@ -330,8 +328,7 @@ def check_holes(group: Wanted, replay: Replay) -> None:
     program = group.program
     if None not in program.holes:
         return
-    wanted = (number for number, found in group.tensors.items() if found[0][2].real is None)
-    for step in plan_storages(program, wanted):
+    for step in plan_storages(program, group.to_compute()):
         draws = (program.ops[number].draw for number in step.ops)
         try:
             replay.streams.check_known(draw for draw in draws if draw is not None)
@@ -344,13 +341,13 @@ def _materialize(
     group: Wanted, cast: Cast, replay: Replay, threads: int | None, bar: Progress
 ) -> None:
     """Run the plan of one program, and place each storage as soon as it has its values."""
-    done = {n for n, tensors in group.tensors.items() if tensors[0][2].real is not None}
+    computed = group.to_compute()
     with without_modes():
-        # These storages became real in an earlier call. The tensors left on them only share the
+        # The other storages became real in an earlier call. The tensors left on them only share the
         # memory.
-        for number in done:
+        for number in group.tensors.keys() - computed:
             place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
-    steps = plan_storages(group.program, (n for n in group.tensors if n not in done))
+    steps = plan_storages(group.program, computed)
     left = dict.fromkeys(number for step in steps for number in step.gives)
     running: Step | None = None
     try:

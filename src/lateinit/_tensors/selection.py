@@ -33,6 +33,10 @@ class Wanted:
     program: Program
     tensors: dict[int, list[tuple[str, Tensor, Slot, TensorRef]]] = field(default_factory=dict)
 
+    def to_compute(self) -> list[int]:
+        """The storages that are not real yet; what is real is shared, and not computed again."""
+        return [number for number, found in self.tensors.items() if found[0][2].real is None]
+
 
 def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
     """The deferred tensors of ``target`` that ``only`` selects, grouped by program.
