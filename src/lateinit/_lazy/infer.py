@@ -110,7 +110,7 @@ class _Run:
     """One forward pass, in which lazy modules are initialised by way of trial.
 
     Attributes:
-        names: the name of each module, by id.
+        names: the name of each module.
         real: whether the pass runs with values.
         met: the lazy modules that the pass called, in order, with the shapes of their inputs.
         lending: makes the stand-ins.
@@ -270,9 +270,7 @@ def _with_tensors(leaf: Any, make: Any) -> Any:
 
 def _shape_only(tensor: Tensor) -> Tensor:
     with without_modes():
-        return torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
+        return on_meta(tensor)
 
 
 @contextlib.contextmanager
