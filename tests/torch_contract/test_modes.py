@@ -179,3 +179,32 @@ def test_settings_of_the_process_survive_a_block_that_changes_them() -> None:
         torch.use_deterministic_algorithms(not before[1])
         assert torch.empty(1).dtype is torch.float64
     assert (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def _only_warn(before: bool) -> None:
+    torch.use_deterministic_algorithms(
+        torch.are_deterministic_algorithms_enabled(), warn_only=not before
+    )
+
+
+def _set_cudnn(name: str) -> Any:
+    return lambda before: setattr(torch.backends.cudnn, name, not before)
+
+
+@pytest.mark.parametrize(
+    ("read", "write"),
+    [
+        (torch.is_deterministic_algorithms_warn_only_enabled, _only_warn),
+        (lambda: torch.backends.cudnn.benchmark, _set_cudnn("benchmark")),
+        (lambda: torch.backends.cudnn.deterministic, _set_cudnn("deterministic")),
+        (lambda: torch.backends.cudnn.enabled, _set_cudnn("enabled")),
+        (torch.get_num_threads, lambda value: torch.set_num_threads(value + 1)),
+    ],
+)
+def test_other_settings_of_the_process_survive_too(read: Any, write: Any) -> None:
+    """torch/backends/cudnn/__init__.py, torch/__init__.py: these flags hold process-wide."""
+    before = read()
+    with settings_kept():
+        write(before)
+        assert read() != before
+    assert read() == before

@@ -7,7 +7,8 @@ operators). lateinit's own computations must be seen by neither, nor by other li
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,16 +97,35 @@ def outside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
-    """A block after which process-wide settings are what they were: dtype, deterministic ops."""
-    dtype = torch.get_default_dtype()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    """A block after which process-wide settings are what they were."""
+    before = [setting() for setting, _ in _SETTINGS]
     try:
         yield
     finally:
-        torch.set_default_dtype(dtype)
-        if torch.are_deterministic_algorithms_enabled() != deterministic:
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for value, (setting, put) in zip(before, _SETTINGS, strict=True):
+            if setting() != value:
+                put(value)
+
+
+def _determinism() -> tuple[bool, bool]:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warn_only
+
+
+def _put_determinism(flags: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
+
+
+# How each setting is read and put back; cudnn's are switched by many a training script.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_determinism, _put_determinism),
+    (torch.get_num_threads, torch.set_num_threads),
+    *(
+        (partial(getattr, torch.backends.cudnn, name), partial(setattr, torch.backends.cudnn, name))
+        for name in ("enabled", "benchmark", "deterministic")
+    ),
+)
 
 
 def below_python() -> Any:
