@@ -18,7 +18,7 @@ from lateinit.errors import (
 )
 from tests.support.models import MODELS
 from tests.support.snapshots import assert_same, snapshot
-from tests.support.twins import assert_untouched, run_alone, still_deferred, twins
+from tests.support.twins import TwoViews, assert_untouched, run_alone, still_deferred, twins
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -251,15 +251,6 @@ def test_counter_of_a_lazy_layer_may_be_lacking_too() -> None:
         "running_var",
     ]
     assert_same(nn.BatchNorm1d(6), lateinit.materialize(layer))
-
-
-class TwoViews(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(3))
-        words = torch.randn(6)
-        self.register_buffer("real", words[:4])
-        self.register_buffer("rest", words[2:])
 
 
 def test_pickle_of_half_a_shared_memory_is_refused() -> None:

@@ -19,6 +19,7 @@ from lateinit._replay.replay import Replay
 from lateinit.errors import DeferredTensorError
 from tests.support.cases import Bag
 from tests.support.snapshots import assert_same, snapshot, tensors_of
+from tests.support.twins import twins as twins_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +39,7 @@ class Net(nn.Module):
 
 
 def twins(build: Callable[[], nn.Module] = Net, seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(seed)
-    eager = build()
-    torch.manual_seed(seed)
-    return eager, lateinit.deferred_init(build)
+    return twins_of(build, seed)
 
 
 def real(model: nn.Module) -> list[str]:

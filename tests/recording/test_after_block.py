@@ -19,7 +19,7 @@ from lateinit.errors import (
     SeedError,
 )
 from tests.support.snapshots import assert_same, tensors_of
-from tests.support.twins import assert_untouched, still_deferred, twins
+from tests.support.twins import TwoViews, assert_untouched, still_deferred, twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -299,15 +299,6 @@ def test_device_that_is_not_there_leaves_everything_as_it_was() -> None:
     with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
         lateinit.materialize(model, device="cuda")
     assert_untouched(eager, model)
-
-
-class TwoViews(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(3))
-        words = torch.randn(6)
-        self.register_buffer("real", words[:4])
-        self.register_buffer("rest", words[2:])
 
 
 def test_memory_that_is_where_it_would_be_anyway_is_shared() -> None:

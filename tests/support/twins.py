@@ -41,6 +41,17 @@ class Net(nn.Module):
         return self.norm(self.dec(self.enc(x).relu())) * self.table
 
 
+class TwoViews(nn.Module):
+    """Two buffers on one storage, which overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(3))
+        words = torch.randn(6)
+        self.register_buffer("real", words[:4])
+        self.register_buffer("rest", words[2:])
+
+
 def twins(build: Callable[[], nn.Module] = Net, seed: int = 0) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(seed)
     eager = build()
