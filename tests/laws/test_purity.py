@@ -18,20 +18,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import lateinit
 from tests.support.snapshots import assert_same
+from tests.support.twins import deferred, eager
 
 WIDTH = 5
 INPUT = torch.linspace(-1, 2, 3 * WIDTH).view(3, WIDTH)
-
-
-def deferred(make: Any) -> nn.Module:
-    torch.manual_seed(0)
-    with lateinit.deferred():
-        return make()
-
-
-def eager(make: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return make()
 
 
 def lazy_first(lazy: bool) -> nn.Module:

@@ -19,19 +19,9 @@ import lateinit
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError
 from tests.support.lazy_models import GPT, ResNet50, gpt2_xl
 from tests.support.snapshots import assert_same, snapshot
+from tests.support.twins import deferred, eager
 
 META = torch.device("meta")
-
-
-def deferred(make: Any) -> nn.Module:
-    torch.manual_seed(0)
-    with lateinit.deferred():
-        return make()
-
-
-def eager(make: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return make()
 
 
 @pytest.mark.quick

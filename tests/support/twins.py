@@ -52,11 +52,18 @@ class TwoViews(nn.Module):
         self.register_buffer("rest", words[2:])
 
 
+def eager(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build()
+
+
+def deferred(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return lateinit.deferred_init(build)
+
+
 def twins(build: Callable[[], nn.Module] = Net, seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(seed)
-    eager = build()
-    torch.manual_seed(seed)
-    return eager, lateinit.deferred_init(build)
+    return eager(build, seed), deferred(build, seed)
 
 
 def still_deferred(model: nn.Module) -> list[str]:
