@@ -17,7 +17,7 @@ help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
 	@echo "make test    everything that CI runs"
 	@echo "make quick   every law over a dozen models, within a minute"
-	@echo "make matrix  the same by three torch versions and six kinds of kernels (long)"
+	@echo "make matrix  the same under three torch versions and six CPU settings (long)"
 	@echo "make lint    ruff, mypy and the walls between rooms"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
@@ -51,8 +51,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The second run has the kernels of a CPU without vector extensions: what is green here is to be
-# green on other CPUs too.
+# The second run uses the kernels of a CPU without vector extensions: tests must pass on any CPU.
 test: lint
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2
 	$(QUIET_CORES) ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 -q --quick

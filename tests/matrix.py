@@ -1,7 +1,7 @@
-"""``python -m tests.matrix``: what `make quick` tests, under several torch versions and CPUs.
+"""``python -m tests.matrix``: run `make quick` under several torch versions and CPU settings.
 
-An environment variable stands for another CPU: it has torch, oneDNN or MKL take the kernels that
-they would take there.
+A CPU setting is an environment variable that makes torch, oneDNN or MKL use the kernels of another
+CPU.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ EXTENSIONS = re.compile(r"(?:sse4_|avx|fma|amx|f16c|asimd|sve)\w*")
 
 INTRODUCTION = """# Compatibility
 
-Every law over a dozen representative models, and the contract that is relied on of torch (what
-`make quick` runs), by each torch version and by the kernels of other CPUs. A variable of the
-environment stands for another CPU: it has torch, oneDNN or MKL take the kernels that they would
-take there. Eager construction, which is what all is compared with, is run under the same variable.
+The results of `make quick`, which checks every law on a dozen representative models and every
+export of `lateinit._torch`, under several torch versions and CPU settings. A CPU setting is an
+environment variable that makes torch, oneDNN or MKL use the kernels of another CPU. The eager twin
+is built under the same setting.
 
 Made by `make matrix` (`python -m tests.matrix --help` for parts of it).
 """

@@ -52,9 +52,11 @@ def infer_shapes(
     are allocated and drawn now, in the order of the forward pass, as a first forward pass would do
     it. Placeholders stay the objects they are.
 
-    Everything else in the model stays as it was: buffers, gradients, attributes, train/eval flags,
-    and the random states apart from the draws just named. If anything raises, no module has been
-    initialised.
+    Everything else stays as it was: buffers, gradients, attributes, train/eval flags, and the
+    random states apart from the draws just named. What the pass writes to objects that the model
+    reaches is undone, and so are changes of the default dtype, of deterministic algorithms, of the
+    thread count and of cudnn's flags. Iterators, ``functools.lru_cache`` and objects that are held
+    only by weak references are not restored. If anything raises, no module has been initialised.
 
     Lazy modules may be those of lateinit, torch and pytorch-pfn-extras, mixed.
 
