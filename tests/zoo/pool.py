@@ -72,12 +72,17 @@ def _feed(waiting: Any, done: Any, seconds: float) -> None:
 class _Worker:
     """A process that checks one type after another."""
 
+    # A process that is forked in between would inherit the end of the pipe that belongs to another
+    # one, and hold it open: the crash of that one would not be noticed.
+    _one_fork = threading.Lock()
+
     def __init__(self) -> None:
         context = multiprocessing.get_context("fork")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
+        with self._one_fork:
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
         self.checked = 0
         self.alive = True
 

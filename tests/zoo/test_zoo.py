@@ -172,7 +172,7 @@ def test_what_takes_too_long_or_crashes_does_not_stop_the_rest(monkeypatch):
         yield Outcome(model_type, "Model", EQUAL)
 
     types = ["a", "slow", "b", "crash", "c"]
-    found = checked_in_processes(monkeypatch, outcomes, types, seconds=8.0)
+    found = checked_in_processes(monkeypatch, outcomes, types, seconds=3.0)
     assert {name: outcome.status for name, outcome in found.items()} == {
         "a": EQUAL,
         "b": EQUAL,
