@@ -10,7 +10,7 @@ from torch import nn
 from lateinit._identity import IdentityMap
 from lateinit._materialize.materialize import materialize
 from lateinit._recording import deferred
-from lateinit._tensors import adopt_uninitialized, find_tensors, locate
+from lateinit._tensors import adopt_uninitialized, cast_to, find_tensors, slot_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,13 +45,14 @@ def skip_init(
     cls: object = module_cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise RuntimeError(f"Expected a Module; got {module_cls}")  # noqa: TRY004 - as torch's
+    where = cast_to(device, None).device
     with deferred(advance_rng=False):
         module = module_cls(*args, **kwargs)
     found = [f for f in find_tensors(module) if f.deferred]
     parameters = IdentityMap((parameter, None) for parameter in module.parameters())
-    others = {locate(f.tensor)[2].storage for f in found if f.tensor not in parameters}
+    others = {slot_of(f.tensor) for f in found if f.tensor not in parameters}
     # A parameter that shares its storage with a buffer or another tensor must have true values.
     for item in found:
-        if locate(item.tensor)[2].storage not in others:
-            adopt_uninitialized(item.tensor, device)
-    return materialize(module, device=device)
+        if slot_of(item.tensor) not in others:
+            adopt_uninitialized(item.tensor, where)
+    return materialize(module, device=where)

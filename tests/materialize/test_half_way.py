@@ -19,8 +19,7 @@ import lateinit
 from lateinit._checkpoint.formats.safetensors import SafetensorsReader
 from lateinit._program import program as program_module
 from lateinit._program.program import Draw, Op, Program
-from lateinit._replay import streams
-from lateinit._replay.replay import Replay
+from lateinit._replay import Session, execution_of, streams
 from lateinit._rng.mt19937 import state_of
 from lateinit._tensors import realize
 from lateinit.errors import (
@@ -50,15 +49,15 @@ if TYPE_CHECKING:
 def failing_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> list[int]:
     """Let the n-th op that is replayed fail; gives how many have been asked for."""
     calls: list[int] = []
-    run = Replay.call
+    run = Session.call
 
-    def maybe(self: Replay, *args: object, **kwargs: object) -> object:
+    def maybe(self: Session, *args: object, **kwargs: object) -> object:
         calls.append(1)
         if len(calls) == call:
             raise error
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Replay, "call", maybe)
+    monkeypatch.setattr(Session, "call", maybe)
     return calls
 
 
@@ -304,13 +303,13 @@ def test_threads_that_materialise_what_shares_memory_give_it_the_same(
         model.first, model.last = nn.Parameter(whole[:2]), nn.Parameter(whole[2:])
         return model
 
-    def slowly(self: Replay, *arguments: Any) -> Any:
+    def slowly(self: Session, *arguments: Any) -> Any:
         time.sleep(0.2)
         return call(self, *arguments)
 
     eager, model = twins(build)
-    call = Replay.call
-    monkeypatch.setattr(Replay, "call", slowly)
+    call = Session.call
+    monkeypatch.setattr(Session, "call", slowly)
     parts = [model.first, model.last, model.first]
     assert not in_threads(*(partial(lateinit.materialize, part) for part in parts))
     assert_same(eager, model)
@@ -335,7 +334,7 @@ def test_threads_count_the_draws_of_a_stream_once(monkeypatch: pytest.MonkeyPatc
     found: dict[int, bytes] = {}
 
     def ask(number: int) -> None:
-        found[number] = Replay(program).streams.state(Draw(0, number))
+        found[number] = execution_of(program).state(Draw(0, number))
 
     assert not in_threads(*(partial(ask, number) for number in (20, 19, 18, 17)))
     assert found == {number: states[number] for number in (20, 19, 18, 17)}

@@ -15,7 +15,7 @@ from torch.nn.utils.prune import L1Unstructured
 from torch.utils.weak import WeakIdKeyDictionary
 
 import lateinit
-from lateinit._replay.replay import Replay
+from lateinit._replay import Session
 from lateinit.errors import DeferredTensorError
 from tests.support.cases import Bag
 from tests.support.snapshots import assert_same, snapshot, tensors_of
@@ -50,13 +50,13 @@ def real(model: nn.Module) -> list[str]:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the ops that run for real."""
     names: list[str] = []
-    run = Replay.call
+    run = Session.call
 
-    def noted(self: Replay, op: Any, *args: Any, **kwargs: Any) -> Any:
+    def noted(self: Session, op: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(op.name)
         return run(self, op, *args, **kwargs)
 
-    monkeypatch.setattr(Replay, "call", noted)
+    monkeypatch.setattr(Session, "call", noted)
     return names
 
 

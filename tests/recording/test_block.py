@@ -13,7 +13,7 @@ from torch import nn
 
 import lateinit
 from lateinit._program.program import Program
-from lateinit._replay.replay import Replay
+from lateinit._replay import Session
 from tests.support.snapshots import assert_same
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the ops that run on real storages; what brings real data in is no arithmetic."""
     names: list[str] = []
-    run = Replay.call
+    run = Session.call
 
-    def noted(self: Replay, op: Any, *args: Any, **kwargs: Any) -> Any:
+    def noted(self: Session, op: Any, *args: Any, **kwargs: Any) -> Any:
         if op.name != "lateinit::constant":
             names.append(op.name)
         return run(self, op, *args, **kwargs)
 
-    monkeypatch.setattr(Replay, "call", noted)
+    monkeypatch.setattr(Session, "call", noted)
     return names
 
 

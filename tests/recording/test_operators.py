@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lateinit
-from lateinit._replay.replay import Replay
-from lateinit._tensors.slots import is_deferred_tensor, locate
+from lateinit._replay import execution_of
+from lateinit._tensors import Deferred, is_deferred_tensor
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError, MaterializeError
 
@@ -200,9 +200,9 @@ def kernels(call: Callable[[], Any]) -> Counter[tuple[str, str]]:
 
 
 def replayed(made: list[Tensor]) -> None:
-    where = [locate(tensor)[1:] for tensor in made if is_deferred_tensor(tensor)]
-    for program, ref in where[:1]:
-        Replay(program).values(dict.fromkeys([ref.storage, *(ref.storage for _, ref in where)]))
+    where = [Deferred.of(tensor) for tensor in made if is_deferred_tensor(tensor)]
+    for first in where[:1]:
+        execution_of(first.program).values(dict.fromkeys(found.ref.storage for found in where))
 
 
 @pytest.mark.parametrize("part", range(_PARTS))

@@ -15,7 +15,7 @@ from torch import nn
 import lateinit
 from lateinit._materialize import scheduler
 from lateinit._recording import trunc_normal
-from lateinit._replay import chunks
+from lateinit._replay import chunks, execution_of
 from lateinit._rng import truncated_normal
 from lateinit._rng.mt19937 import state_of
 
@@ -108,7 +108,7 @@ def test_large_tensors_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     ended = torch.get_rng_state()
     with lateinit.deferred():
         model = filled(sizes, torch.float32, normal, 0)
-        monkeypatch.setattr("lateinit._replay.replay.Replay.call", None)  # any use of it fails
+        monkeypatch.setattr("lateinit._replay.session.Session.call", None)  # any use of it fails
     assert torch.equal(ended, torch.get_rng_state())
     assert_equal(lateinit.materialize(model, threads=2), expected)
 
@@ -122,7 +122,7 @@ def test_rounds_that_were_made_to_count_them_are_not_made_again(
     expected = filled(sizes, torch.float32, normal, 3)
     with lateinit.deferred() as program:
         model = filled(sizes, torch.float32, normal, 3)
-    kept = list(chunks.kept_of(program)._found.values())
+    kept = list(execution_of(program).late._found.values())
     assert 0 < sum(len(late.places) for late in kept) < sum(sizes) / 200
     again, made = truncated_normal._Part.again, []
 
@@ -152,7 +152,7 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = filled(sizes, torch.float32, normal, 0)
     with lateinit.deferred() as program:
         model = filled(sizes, torch.float32, normal, 0)
-    kept = chunks.kept_of(program)._found
+    kept = execution_of(program).late._found
     assert len(kept) == 3
     assert sum(len(late.places) for late in kept.values()) <= 2000
     assert_equal(lateinit.materialize(model), expected)

@@ -238,7 +238,7 @@ def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | N
 
     The replacing seed is dropped if it is the recorded one: nothing would change.
     """
-    programs = dict.fromkeys(item.place[1] for item in items if item.place is not None)
+    programs = dict.fromkeys(i.deferred.program for i in items if i.deferred is not None)
     recorded = {recorded_seed(program) for program in programs}
     known = recorded.pop() if len(recorded) == 1 else None
     if seed is not None and seed == known:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lateinit._program import Program, Step, plan_storages
 from lateinit._replay import fill_of
-from lateinit._tensors import Found, find_tensors, locate
+from lateinit._tensors import Deferred, Found, find_tensors
 from lateinit._units import format_bytes
 from lateinit.errors import ShardingError, candidates, listing
 
@@ -163,9 +163,10 @@ def _shard(shape: tuple[int, ...], dim: int | None, mesh: Mapping[str, int]) -> 
 
 def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:
     """The elements drawn for a shard, and whether the full tensor is computed for it."""
-    slot, program, ref = locate(found.tensor) if found.deferred else (None, None, None)
-    if slot is None or program is None or ref is None:
+    if not found.deferred:
         return 0, False
+    deferred = Deferred.of(found.tensor)
+    program, ref = deferred.program, deferred.ref
     steps = plan_storages(program, [ref.storage])
     draws = any(program.ops[n].draw is not None for step in steps for n in step.ops)
     whole = found.tensor.numel()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lateinit._distributed import agree, reads_nothing
 from lateinit._materialize.scheduler import execute
-from lateinit._program import Plan, Program, Step, TensorRef, needed_ops, plan_storages
+from lateinit._program import Plan, Program, Step, needed_ops, plan_storages
 from lateinit._progress import Progress
-from lateinit._replay import Replay
+from lateinit._replay import Session, execution_of
 from lateinit._tensors import (
     Cast,
     Only,
@@ -26,7 +26,6 @@ from lateinit._tensors import (
     cast_to,
     find_tensors,
     is_deferred_tensor,
-    place,
     wanted_in,
 )
 from lateinit._torch import digest, is_dtensor, is_out_of_memory, without_modes
@@ -136,14 +135,14 @@ def materialize(
             _leave_real(group)
             check_seed(group.program, seed)
             check_shared(group, cast)
-        replays = [Replay(group.program, seed) for group in wanted]
-        for group, replay in zip(wanted, replays, strict=True):
-            check_constants(group, replay)
-            check_holes(group, replay)
-        total = sum(g.program.storages[n].nbytes for g in wanted for n in g.tensors)
+        sessions = [execution_of(group.program, seed).session() for group in wanted]
+        for group, session in zip(wanted, sessions, strict=True):
+            check_constants(group, session)
+            check_holes(group, session)
+        total = sum(shared.record.nbytes for g in wanted for shared in g.storages.values())
         with Progress("materialise", total, shown=progress) as bar:
-            for group, replay in zip(wanted, replays, strict=True):
-                _materialize(group, cast, replay, threads, bar)
+            for group, session in zip(wanted, sessions, strict=True):
+                _materialize(group, cast, session, threads, bar)
     return target
 
 
@@ -179,7 +178,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
     if not groups:
         return Plan(Program(), ())
     group = groups[0]
-    names = tuple((name, ref) for found in group.tensors.values() for name, _, _, ref in found)
+    names = tuple((deferred.name, deferred.ref) for deferred in group.tensors())
     return Plan(group.program, tuple(plan_storages(group.program, group.to_compute())), names)
 
 
@@ -210,9 +209,9 @@ def check_seed(program: Program, seed: int | None) -> None:
         return
     if program.seed_bound:
         raise SeedError(f"seed={seed} cannot be honoured: while recording, {program.seed_bound}")
-    replay = Replay(program, seed)
+    execution = execution_of(program, seed)
     for read in program.reads:
-        value = replay.value(read.ref, read.before)
+        value = execution.value(read.ref, read.before)
         # A read without a digest recorded only that Python saw a shape; replay itself compares it.
         if read.digest and digest(value) != read.digest:
             raise SeedError(
@@ -223,12 +222,11 @@ def check_seed(program: Program, seed: int | None) -> None:
 
 def _leave_real(group: Wanted) -> None:
     """Drop the tensors that another thread has materialised since ``group`` was collected."""
-    for number, tensors in list(group.tensors.items()):
-        if tensors[0][2].real is not None:
-            left = [entry for entry in tensors if is_deferred_tensor(entry[1])]
-            group.tensors[number] = left
-            if not left:
-                del group.tensors[number]
+    for number, shared in list(group.storages.items()):
+        if shared.slot.real is not None:
+            shared.tensors = [d for d in shared.tensors if is_deferred_tensor(d.tensor)]
+            if not shared.tensors:
+                del group.storages[number]
 
 
 def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
@@ -239,27 +237,23 @@ def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
         seed: the seed that replaces the recorded random state.
         ask: compare the recorded construction with that of the other ranks.
     """
-    shards: dict[str, tuple[Any, TensorRef]] = {}
-    for tensors in group.tensors.values():
-        for name, tensor, _, ref in tensors:
-            if is_dtensor(tensor):
-                shards[name] = tensor, ref
+    shards = [deferred for deferred in group.tensors() if is_dtensor(deferred.tensor)]
     if not shards:
         return
-    partial = [name for name, (tensor, _) in shards.items() if _is_partial(tensor)]
+    partial = [shard.name for shard in shards if _is_partial(shard.tensor)]
     if partial:
         raise ShardingError(
             f"{listing(partial)}: a Partial placement holds terms of a sum, not parts of a tensor, "
             "so it has no initial values of its own: use Shard or Replicate"
         )
-    empty = [n for n, (_, ref) in shards.items() if reads_nothing(group.program, ref.storage)]
+    empty = [s.name for s in shards if reads_nothing(group.program, s.ref.storage)]
     if empty:
         raise ShardingError(
             f"{listing(empty)}: sharded by a means that cannot be followed on deferred tensors: "
             "use distribute_tensor, parallelize_module or fully_shard"
         )
     if ask:
-        agree({name: tensor for name, (tensor, _) in shards.items()}, group.program, seed)
+        agree({shard.name: shard.tensor for shard in shards}, group.program, seed)
 
 
 def _is_partial(tensor: Any) -> bool:
@@ -272,40 +266,42 @@ def check_shared(group: Wanted, cast: Cast) -> None:
     Two cases fail: the tensors have several dtypes and a cast would change one of them, or the
     storage is real already and was cast or moved otherwise.
     """
-    for tensors in group.tensors.values():
-        name, _, slot, shown = tensors[0]
-        if slot.real is None and len(tensors) == 1:
+    for shared in group.storages.values():
+        real = shared.slot.real
+        if real is None and len(shared.tensors) == 1:
             continue
-        dtypes = {ref.dtype for *_, ref in tensors}
-        if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for *_, ref in tensors}:
+        dtypes = {ref.dtype for ref in shared.refs}
+        if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for ref in shared.refs}:
             raise DeferredTensorError(
-                f"{listing(repr(n) for n, *_ in tensors)} share one storage in several dtypes, so "
+                f"{listing(map(repr, shared.names))} share one storage in several dtypes, so "
                 f"dtype={cast.dtype} cannot be honoured for them"
             )
-        own = group.program.storages[shown.storage].device
-        before = Cast(*slot.cast)
-        same_place = (before.device or own) == (cast.device or own)
-        same_dtype = before.dtype_of(shown) == cast.dtype_of(shown)
-        if slot.real is not None and not (same_place and same_dtype):
-            raise DeferredTensorError(
-                f"{name!r} shares its memory with a tensor that was materialised with "
-                f"device={slot.cast[0]}, dtype={slot.cast[1]}: ask for the same"
-            )
+        if real is None:
+            continue
+        for deferred in shared.tensors:
+            own, ref, before = deferred.device, deferred.ref, real.cast
+            same_place = (before.device or own) == (cast.device or own)
+            if not same_place or real.window(ref).dtype != cast.dtype_of(ref):
+                raise DeferredTensorError(
+                    f"{deferred.name!r} shares its memory with a tensor that was materialised with "
+                    f"device={before.device}, dtype={before.dtype}: ask for the same"
+                )
 
 
-def check_constants(group: Wanted, replay: Replay, storages: Iterable[int] | None = None) -> None:
+def check_constants(group: Wanted, session: Session, storages: Iterable[int] | None = None) -> None:
     """Raise if real data that some values are computed from has changed.
 
     Args:
         group: the selected tensors of one program.
-        replay: reads the constants and compares their checksums.
+        session: reads the constants and compares their checksums.
         storages: the storages that will be computed, by default all storages of ``group``.
     """
     program = group.program
     if all(constant.checksum is None for constant in program.constants):
         return
-    wanted = group.tensors if storages is None else storages
-    wanted = [number for number in wanted if group.tensors[number][0][2].real is None]
+    wanted = group.to_compute()
+    if storages is not None:
+        wanted = [number for number in storages if number in set(wanted)]
 
     def read(targets: Iterable[int]) -> set[int]:
         return {n for op in needed_ops(program, targets) for n in program.ops[op].constants()}
@@ -313,14 +309,13 @@ def check_constants(group: Wanted, replay: Replay, storages: Iterable[int] | Non
     for number in sorted(read(wanted)):
         try:
             with without_modes():
-                replay.constant(number)
+                session.constant(number)
         except ConstantChangedError as error:
             found = [storage for storage in wanted if number in read([storage])]
-            names = listing(name for storage in found for name, *_ in group.tensors[storage])
-            raise ConstantChangedError(f"{names!r}: {error}") from None
+            raise ConstantChangedError(f"{group.names(found)!r}: {error}") from None
 
 
-def check_holes(group: Wanted, replay: Replay) -> None:
+def check_holes(group: Wanted, session: Session) -> None:
     """Raise if a value is drawn after a lazy module whose shape is not known.
 
     Such a module draws an unknown number of words, so no later draw has a known position.
@@ -331,43 +326,39 @@ def check_holes(group: Wanted, replay: Replay) -> None:
     for step in plan_storages(program, group.to_compute()):
         draws = (program.ops[number].draw for number in step.ops)
         try:
-            replay.streams.check_known(draw for draw in draws if draw is not None)
+            session.streams.check_known(draw for draw in draws if draw is not None)
         except RecordingError as error:
-            names = listing(name for number in step.gives for name, *_ in group.tensors[number])
-            raise RecordingError(f"{names!r}: {error}") from None
+            raise RecordingError(f"{group.names(step.gives)!r}: {error}") from None
 
 
 def _materialize(
-    group: Wanted, cast: Cast, replay: Replay, threads: int | None, bar: Progress
+    group: Wanted, cast: Cast, session: Session, threads: int | None, bar: Progress
 ) -> None:
     """Run the plan of one program, and place each storage as soon as it has its values."""
     computed = group.to_compute()
     with without_modes():
         # The other storages became real in an earlier call. The tensors left on them only share the
         # memory.
-        for number in group.tensors.keys() - computed:
-            place(group.tensors[number], group.tensors[number][0][2].real, cast, {})
+        for number in group.storages.keys() - computed:
+            group.storages[number].share()
     steps = plan_storages(group.program, computed)
     left = dict.fromkeys(number for step in steps for number in step.gives)
     running: Step | None = None
     try:
-        with replay.session():
-            for step, run in execute(replay, steps, threads):
+        with session:
+            for step, run in execute(session, steps, threads):
                 running = step
-                storages = run()
+                results = run()
                 for number in step.gives:
-                    # The tensor that replay allocated a small storage as. The first tensor placed
-                    # can take it over, which spares making another one.
-                    window = replay.windows.pop(number, None)
-                    place(group.tensors[number], storages.pop(number), cast, replay.strides, window)
-                    bar.advance(group.program.storages[number].nbytes)
+                    shared = group.storages[number]
+                    shared.give(results.pop(number), cast)
+                    bar.advance(shared.record.nbytes)
                     del left[number]
                 running = None
     except Exception as error:
         # No step is running if `execute` failed while it started a later one, for example in
         # allocating memory: then everything that is left is named.
-        failed = left if running is None else running.gives
-        names = listing(name for n in failed for name, *_ in group.tensors[n])
+        names = group.names(left if running is None else running.gives)
         if is_out_of_memory(error):
             raise OutOfMemoryError(
                 f"out of memory while materialising {names}; what was done before stands: free "

@@ -22,7 +22,8 @@ from lateinit._program import Draw, Program, Step
 from lateinit._replay import (
     PIECE,
     ChunkedFill,
-    Replay,
+    Computed,
+    Session,
     Storages,
     fill_of,
     is_small,
@@ -45,13 +46,13 @@ _LEAST = 1 << 21
 # they are known, so this bounds how long it waits.
 _MOST_JOINED = 16
 
-Results = Callable[[], Storages]
+Results = Callable[[], dict[int, Computed]]
 
 
 def execute(
-    replay: Replay, steps: Iterable[Step], threads: int | None = None
+    session: Session, steps: Iterable[Step], threads: int | None = None
 ) -> Iterator[tuple[Step, Results]]:
-    """Run steps; yield each with a function that returns its storages, or raises.
+    """Run steps; yield each with a function that returns what it computed, or raises.
 
     A step that begins by filling a large storage is given to threads in pieces, and so is a small
     fill that draws right after it. All other steps run in the calling thread, when their function
@@ -61,21 +62,21 @@ def execute(
     impossible, the full storage is computed, at most one at a time.
 
     Args:
-        replay: the replay of the program, under the seed asked for.
+        session: runs the steps of the program, under the seed asked for.
         steps: steps of a plan, in program order.
         threads: how many threads fill large storages, by default ``torch.get_num_threads()``.
     """
     count = torch.get_num_threads() if threads is None else threads
-    found = _fills(replay.program, steps)
+    found = _fills(session.program, steps)
     left = sum(fill.ref.numel for _, fill in found if fill is not None and not is_small(fill))
     waiting: deque[_Started] = deque()
     crew: _Crew | None = None  # made where something is large
     try:
         for number, (step, fill) in enumerate(found):
             if fill is None:
-                yield step, partial(replay.run, step)
+                yield step, partial(session.run, step)
                 continue
-            crew = crew or _Crew(replay, count)
+            crew = crew or _Crew(session, count)
             # Long runs need few jumps; short ones at the end keep all threads busy. A single thread
             # has nobody to share the end with.
             length = max(_LEAST, min(PIECE, left // (2 * count))) if count > 1 else PIECE
@@ -83,7 +84,7 @@ def execute(
             # Nobody asked for the filled storage itself: other storages of this step are computed
             # from it.
             passing = fill.ref.storage not in step.gives
-            shards = shards_of(replay.program, step, fill) if passing else None
+            shards = shards_of(session.program, step, fill) if passing else None
             try:
                 if shards is None:
                     waiting.append(crew.start(step, fill, length, _followed(found, number)))
@@ -196,10 +197,10 @@ class _Run:
 class _Crew:
     """The threads, and the run that is being put together for the next free one."""
 
-    def __init__(self, replay: Replay, threads: int) -> None:
+    def __init__(self, session: Session, threads: int) -> None:
         self.pool = Workers(threads)
         self.runs = 0  # runs that were submitted to the threads
-        self._replay = replay
+        self._session = session
         self._threads = threads
         self._run = _Run()
         self._last: tuple[Draw, int, bytes] | None = None
@@ -232,7 +233,7 @@ class _Crew:
                 # Uneven shards: FSDP2 pads the local tensor, and its padding is zeros.
                 torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
             draw = shard.fill.draw
-            state = None if draw is None else self._replay.streams.state(draw)
+            state = None if draw is None else self._session.streams.state(draw)
             parts = groups(shard, self._threads)
             done += [self.pool.submit(run_leaves, shard, storage, part, state) for part in parts]
         self.flush()
@@ -245,14 +246,14 @@ class _Crew:
             # The last piece is in the run that is still open: nobody would ever compute it.
             self.flush()
 
-        def storages() -> Storages:
+        def results() -> dict[int, Computed]:
             for future in started.done:
                 future.result()
             if started.rest is None:
-                return started.begun
-            return self._replay.run(started.rest, started.begun)
+                return {number: Computed(storage) for number, storage in started.begun.items()}
+            return self._session.run(started.rest, started.begun)
 
-        return started.step, storages
+        return started.step, results
 
     def flush(self) -> None:
         """Submit the open run to the threads."""
@@ -288,11 +289,12 @@ class _Crew:
     def _late(self, fill: ChunkedFill) -> Late | None:
         if fill.draw is None or fill.ops[0].name != TRUNCATED:
             return None
-        return late_of(self._replay.program, fill, self._replay.streams.state(fill.draw))
+        streams = self._session.streams
+        return late_of(streams.late, fill, streams.state(fill.draw))
 
     def _words_to(self, draw: Draw) -> int | None:
         """The words from the first draw of the open run to ``draw``; None if that is not known."""
-        return self._replay.streams.words(self._run.origin[0], draw) if self._run.origin else 0
+        return self._session.streams.words(self._run.origin[0], draw) if self._run.origin else 0
 
     def _state(self, run: _Run) -> bytes | None:
         """The state of the generator at the beginning of a run."""
@@ -304,12 +306,12 @@ class _Crew:
         if self._last is not None and self._last[0] == draw:
             state = mt19937.jump(self._last[2], into - self._last[1])
         else:
-            state = mt19937.jump(self._replay.streams.state(draw), into)
+            state = mt19937.jump(self._session.streams.state(draw), into)
         self._last = (draw, into, state)
         return state
 
     def _allocated(self, number: int) -> torch.UntypedStorage:
-        known = self._replay.program.storages[number]
+        known = self._session.program.storages[number]
         with without_modes():
             return allocate(known.nbytes, known.device)
 

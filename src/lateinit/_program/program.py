@@ -322,7 +322,6 @@ class Program:
 
     ``holes`` has the stream that fills each hole, None while it is open. ``seed_bound`` says why no
     other seed can be honoured, ``final`` is the state of the default generator after the block.
-    ``cache`` is for results that follow from the program; pickles leave it out.
     """
 
     def __init__(self) -> None:
@@ -340,7 +339,6 @@ class Program:
 
     def _reset(self) -> None:
         self._writers: tuple[int, list[list[int]]] = (0, [])  # how many ops are indexed; the index
-        self.cache: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         kept = (

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors import (
+    Deferred,
     DeferredShard,
     DeferredTensor,
     described,
     guard_below_python,
     is_deferred_tensor,
-    locate,
     share_real_storage,
     slot_of,
 )
@@ -61,7 +61,7 @@ class Follower(Recorder):
         return self._named(self.record(info, args, kwargs, deferred), deferred[0])
 
     def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
-        """Record no draw: random ops are refused. Replay raises if a foreign op draws."""
+        """Record no draw: random ops are refused. Replaying raises if a foreign op draws."""
 
     def _named(self, result: Any, source: Tensor) -> Any:
         """Name new deferred tensors after the tensor that they are made from, for messages."""
@@ -119,8 +119,7 @@ def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     first = next(filter(is_deferred_tensor, deferred), None)
     if first is None or first is not deferred[0]:
         return func(*args, **kwargs)
-    _, program, _ = locate(first)
-    follower = Follower(program)
+    follower = Follower(Deferred.of(first).program)
     if len([t for t in tensors if t.is_meta]) == len(deferred):
         follower.meant = follower.device_of(first)
     with in_force(follower):

@@ -19,7 +19,7 @@ from lateinit._program import Op, Program
 from lateinit._recording import value_bounds
 from lateinit._recording.factories import RANDOM
 from lateinit._recording.writer import ProgramWriter
-from lateinit._replay import streams_of
+from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import (
     META,
@@ -283,8 +283,8 @@ class Recorder(ProgramWriter, DispatchMode):
         """Put the generators into the states that eager construction would have left by now."""
         # An open hole is taken to draw nothing: how much it draws is not known yet.
         with without_modes():
-            streams = streams_of(self.program, past_holes=None in self.program.holes)
-            self.generators.settle(streams.state)
+            execution = execution_of(self.program, past_holes=None in self.program.holes)
+            self.generators.settle(execution.state)
 
     def _on_meta(self, result: Any) -> Any:
         """Mark tensors that the constructor itself put on meta: they are never materialised."""

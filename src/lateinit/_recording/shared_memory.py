@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lateinit._program import RealData, TensorRef
 from lateinit._recording.value_reads import ValueReads
-from lateinit._tensors import slot_of
+from lateinit._tensors import Real, slot_of
 from lateinit._torch import storage_key, without_modes
 
 
@@ -135,7 +135,7 @@ class SharedMemory:
         for e in self._exposed.values():
             slot = slot_of(e.tensor)
             if e.twin and slot is not None:
-                slot.real = e.real.untyped_storage()
+                slot.real = Real(e.real.untyped_storage())
 
 
 def _bytes_on(storage: torch.UntypedStorage) -> Tensor:

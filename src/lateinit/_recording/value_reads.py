@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lateinit._program import Program, Read, TensorRef, needed_ops
-from lateinit._replay import Replay
+from lateinit._replay import execution_of
 from lateinit._torch import digest, without_modes
 
 # 64 MiB: bounds the memory of recording, and is ample for the small tables that constructors read.
@@ -30,7 +30,8 @@ class ValueReads:
         writes = self.writes(ref)
         known = self._known.get(ref.storage)
         if known is None or known[0] != writes:
-            known = (writes, Replay(self.program).values([ref.storage])[ref.storage])
+            computed = execution_of(self.program).values([ref.storage])[ref.storage]
+            known = (writes, computed.storage)
             self._keep(ref.storage, known)
         with without_modes():
             return ref.on(known[1])

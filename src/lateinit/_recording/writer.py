@@ -28,7 +28,7 @@ from lateinit._recording.factories import FACTORIES, FillOp, is_usual
 from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
-from lateinit._replay import Replay, Storages
+from lateinit._replay import Memory, execution_of
 from lateinit._tensors import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import (
     META,
@@ -318,21 +318,22 @@ class ProgramWriter:
         if info.random:
             probe = probe._replace(draw=self._draw(info, args, kwargs))
         # The draw is noted before the run, so that the replay draws at its place in the stream.
-        replay = Replay(self.program)
-        storages = self._inputs(replay, probe)
-        with without_modes(), self.program.ambients[ambient].in_force():
-            results = replay.call(probe, storages)
+        execution = execution_of(self.program)
+        touched = dict.fromkeys(ref.storage for ref in (*probe.read(), *probe.written()))
+        given = {n: computed.storage for n, computed in execution.values(touched).items()}
+        with execution.session() as session, self.program.ambients[ambient].in_force():
+            results = session.call(probe, Memory(given))
         # Sparse, quantised and nested tensors have no windows on a storage: they stay real.
         if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
             if info.random or self.values.are_random(probe.read()):
                 self.program.seed_bound = f"{info.name} made a tensor without a plain layout"
             return results[0] if len(results) == 1 else results
-        given = {key: kwargs[key] for key in info.mutates_kw if kwargs.get(key) is not None}
+        outputs = {key: kwargs[key] for key in info.mutates_kw if kwargs.get(key) is not None}
         if info.mutates:
             made: list[Any] = [args[info.mutates[0]]]
-        elif given:
-            made = list(map(self._resized, given.values(), results))
-            shown = {key: self.ref(out) for key, out in given.items()}
+        elif outputs:
+            made = list(map(self._resized, outputs.values(), results))
+            shown = {key: self.ref(out) for key, out in outputs.items()}
             probe = probe._replace(kwargs=probe.kwargs | shown)
         else:
             device = self._device(kwargs, deferred)
@@ -347,11 +348,6 @@ class ProgramWriter:
             reads = [Read(ref, len(self.program.ops), b"") for ref in outs if ref is not None]
             self.program.reads.extend(reads)
         return made[0] if len(made) == 1 else tuple(made)
-
-    def _inputs(self, replay: Replay, op: Op) -> Storages:
-        needed = dict.fromkeys(ref.storage for ref in op.read())
-        needed |= dict.fromkeys(ref.storage for ref in op.written())
-        return replay.values(needed)
 
     def _resized(self, out: Tensor, real: Tensor) -> Tensor:
         """The deferred ``out=`` argument, resized to the shape of the op's result."""

@@ -1,9 +1,9 @@
 """Run recorded ops on real memory, each draw at its own place in the random stream.
 
-Gives the rooms above ``Replay`` (runs the steps of a plan), ``Streams`` (the generator state before
-each draw) and ``ChunkedFill`` (one large tensor filled in parts: several threads share the parts,
-or a rank fills only the parts that it holds). May import ``_program``, ``_rng`` and the rooms below
-them. Start with ``replay``.
+Gives the rooms above ``Execution`` (the values of a program under one seed, with the generator
+state before each draw), ``Session`` (runs the steps of a plan) and ``ChunkedFill`` (one large
+tensor filled in parts: several threads share the parts, or a rank fills only the parts that it
+holds). May import ``_program``, ``_rng`` and the rooms below them. Start with ``execution``.
 """
 
 from lateinit._replay.chunks import (
@@ -17,21 +17,25 @@ from lateinit._replay.chunks import (
     run_piece,
     words_of,
 )
-from lateinit._replay.replay import Replay, Storages, streams_of
+from lateinit._replay.execution import Execution, execution_of
+from lateinit._replay.session import Computed, Memory, Session, Storages
 from lateinit._replay.streams import recorded_seed
 
 __all__ = [
     "PIECE",
     "ChunkedFill",
-    "Replay",
+    "Computed",
+    "Execution",
+    "Memory",
+    "Session",
     "Storages",
     "calls_of",
+    "execution_of",
     "fill_of",
     "is_small",
     "late_of",
     "pieces",
     "recorded_seed",
     "run_piece",
-    "streams_of",
     "words_of",
 ]

@@ -145,22 +145,18 @@ def words_of(fill: ChunkedFill, numel: int) -> int:
     return consumption.words_drawn(fill.ops[0].name, fill.ref.dtype, numel)
 
 
-def kept_of(program: Program) -> truncated_normal.Kept:
-    """The cache of the late rounds of a program's truncated normals."""
-    kept: truncated_normal.Kept = program.cache.setdefault("late", truncated_normal.Kept())
-    return kept
-
-
-def after_redrawing(program: Program, fill: ChunkedFill, state: bytes) -> bytes:
+def after_redrawing(kept: truncated_normal.Kept, fill: ChunkedFill, state: bytes) -> bytes:
     """The generator state after a ``trunc_normal_`` that begins in ``state``."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
-    return kept_of(program).after(state, fill.ref.dtype, fill.ref.numel, normal)
+    return kept.after(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
-def late_of(program: Program, fill: ChunkedFill, state: bytes) -> truncated_normal.Late | None:
+def late_of(
+    kept: truncated_normal.Kept, fill: ChunkedFill, state: bytes
+) -> truncated_normal.Late | None:
     """The cached late rounds of a ``trunc_normal_`` that begins in ``state``, if there are any."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
-    return kept_of(program).late(state, fill.ref.dtype, fill.ref.numel, normal)
+    return kept.late(state, fill.ref.dtype, fill.ref.numel, normal)
 
 
 def run_piece(

@@ -5,10 +5,11 @@ A draw whose cost is known is jumped over (``_rng.position``). Any other draw is
 
 from __future__ import annotations
 
+import abc
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -26,31 +27,31 @@ class _Seeker(Protocol):
     def words(self, first: int, last: int, run: Run) -> int | None: ...
 
 
-class Streams:
+class Streams(abc.ABC):
     """The generator states along the streams of one program, from one seed. Thread-safe.
 
-    The program caches this object, so it refers to the program weakly.
+    These objects are cached for as long as the program lives, so they refer to it weakly.
 
     Args:
         program: the program.
-        run: ``run(streams, op number, generator)`` makes a draw whose cost is not known.
         seed: replaces the state in which the root streams start; None keeps the recorded one.
         past_holes: assume that open holes draw nothing, instead of raising at draws after them.
+
+    Attributes:
+        late: the late rounds of the truncated normals that were drawn.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        run: Callable[[Streams, int, torch.Generator], None],
-        seed: int | None = None,
-        past_holes: bool = False,
-    ) -> None:
+    def __init__(self, program: Program, seed: int | None, past_holes: bool) -> None:
         self._program = weakref.ref(program)
         self.seed = seed
         self.past_holes = past_holes
-        self.make = run
+        self.late = truncated_normal.Kept()
         self._seekers: dict[int, _Seeker] = {}
         self._lock = threading.RLock()
+
+    @abc.abstractmethod
+    def draw(self, number: int, generator: torch.Generator) -> None:
+        """Run a random op whose cost is not known, to move a generator past it."""
 
     @property
     def program(self) -> Program:
@@ -114,7 +115,7 @@ class Streams:
         A hole ends where the stream of its filling ends.
         """
         if number >= 0:
-            self.make(self, number, generator)
+            self.draw(number, generator)
             return
         child = self.program.holes[-1 - number]
         if child is not None:

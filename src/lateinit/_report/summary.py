@@ -20,7 +20,7 @@ from torch import Tensor
 from lateinit._lazy import known_shape, show
 from lateinit._program import describe_initialisation
 from lateinit._report.name_folding import fold
-from lateinit._tensors import Found, Kind, Only, find_tensors, is_placeholder, locate, select
+from lateinit._tensors import Deferred, Found, Kind, Only, find_tensors, is_placeholder, select
 from lateinit._torch import storage_key, without_subclass_functions
 from lateinit._units import format_bytes
 from lateinit.errors import listing
@@ -271,9 +271,9 @@ def _state(found: Found) -> tuple[State, str, str | None]:
         return "lazy", str(tensor.device), None
     if not found.deferred:
         return "meta" if tensor.is_meta else "real", str(tensor.device), None
-    _, program, ref = locate(tensor)
-    device = str(program.storages[ref.storage].device)
-    return "deferred", device, describe_initialisation(program, ref)
+    deferred = Deferred.of(tensor)
+    how = describe_initialisation(deferred.program, deferred.ref)
+    return "deferred", str(deferred.device), how
 
 
 def _storage_key(tensor: Tensor) -> int:

@@ -7,16 +7,14 @@ that a module reaches, and ``undo`` restores them after a trial run. May import 
 rooms below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
 """
 
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, cast_to, home
 from lateinit._tensors.copying import copied_by_deepcopy
+from lateinit._tensors.deferred import Deferred, described
 from lateinit._tensors.guard import DeferredShard, DeferredTensor, guard_below_python
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
-    Cast,
+    SharedStorage,
     adopt_uninitialized,
-    cast_to,
-    destination,
-    home,
-    place,
     share_real_storage,
 )
 from lateinit._tensors.selection import Only, Wanted, select, wanted_in
@@ -24,11 +22,9 @@ from lateinit._tensors.slots import (
     ON_META,
     Slot,
     attach,
-    described,
     held,
     is_deferred_tensor,
     is_parameter,
-    locate,
     original_class,
     slot_of,
 )
@@ -43,14 +39,18 @@ from lateinit._tensors.walk import (
 )
 
 __all__ = [
+    "AS_RECORDED",
     "ON_META",
     "Cast",
+    "Deferred",
     "DeferredShard",
     "DeferredTensor",
     "Found",
     "Kind",
     "Only",
     "Reach",
+    "Real",
+    "SharedStorage",
     "Slot",
     "Wanted",
     "adopt_uninitialized",
@@ -58,7 +58,6 @@ __all__ = [
     "cast_to",
     "copied_by_deepcopy",
     "described",
-    "destination",
     "exchange_held",
     "exchanged",
     "find_tensors",
@@ -68,11 +67,9 @@ __all__ = [
     "is_deferred_tensor",
     "is_parameter",
     "is_placeholder",
-    "locate",
     "original_class",
     "own_copy",
     "own_tensors",
-    "place",
     "select",
     "share_real_storage",
     "slot_of",

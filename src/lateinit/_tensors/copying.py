@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._tensors.slots import is_parameter, locate, original_class
+from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.slots import is_parameter, original_class
 
 
 def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -28,8 +29,7 @@ def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         key = id(storage)
         if key not in memo:
             memo[key] = torch.empty(0, dtype=torch.uint8, device="meta").set_(storage).clone()
-        _, _, ref = locate(tensor)
-        copied = ref._replace(bits=0).on(memo[key].untyped_storage())
+        copied = Deferred.of(tensor).ref._replace(bits=0).on(memo[key].untyped_storage())
         copied = copied.conj_physical() if tensor.is_conj() else copied
         copied = copied.neg() if tensor.is_neg() else copied
         copied.requires_grad_(tensor.requires_grad)

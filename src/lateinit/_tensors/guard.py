@@ -20,13 +20,12 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._program import TensorRef
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
+from lateinit._tensors.deferred import Deferred, described
 from lateinit._tensors.slots import (
     PLAIN_CLASSES,
     Guarded,
     Slot,
-    described,
     is_deferred_tensor,
-    locate,
     original_class,
 )
 from lateinit._torch import (
@@ -108,9 +107,9 @@ class DeferredTensor(Guarded):
         return copied
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        slot, _, ref = locate(self)
+        deferred = Deferred.of(self)
         cls = original_class(self)
-        return _rebuild, (slot, ref, self.requires_grad, cls, attributes(self))
+        return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 
 
 class DeferredShard(DeferredTensor):
@@ -147,8 +146,7 @@ def _recorded_device(tensor: Tensor) -> torch.device:
     """The device that the constructor asked for, for a caller that must not see ``meta``."""
     if not is_deferred_tensor(tensor):
         return tensor.device
-    _, program, ref = locate(tensor)
-    return program.storages[ref.storage].device
+    return Deferred.of(tensor).device
 
 
 def _scatter(asked: Mapping[str, Any]) -> None:

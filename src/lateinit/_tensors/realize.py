@@ -1,4 +1,4 @@
-"""Realise a deferred tensor in place: swap real storage into the existing tensor object.
+"""Realise deferred tensors in place: swap real memory into the existing tensor objects.
 
 The Python object stays and gets the implementation of a real tensor (see ``_torch.swap``). So
 optimizers, ties, closures and weak references keep the object that they hold.
@@ -7,131 +7,78 @@ optimizers, ties, closures and weak references keep the object that they hold.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lateinit._program import TensorRef
-from lateinit._replay import Replay
+from lateinit._program import Storage, TensorRef
+from lateinit._replay import Computed, execution_of
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
+from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.guard import DeferredTensor, unguard
-from lateinit._tensors.slots import Slot, held, locate, slot_of
+from lateinit._tensors.slots import Slot, held, slot_of
 from lateinit._torch import allocate, is_dtensor, rewrap, without_modes
 from lateinit._torch.swap import swap
 
 
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """The device and dtype of materialised tensors; None keeps the recorded one."""
+@dataclass(slots=True)
+class SharedStorage:
+    """The deferred tensors on one storage, which become real together."""
 
-    device: torch.device | None
-    dtype: torch.dtype | None
+    slot: Slot
+    tensors: list[Deferred]
 
-    def dtype_of(self, ref: TensorRef) -> torch.dtype:
-        wanted = self.dtype is not None and ref.dtype.is_floating_point
-        return self.dtype if wanted and self.dtype is not None else ref.dtype
+    @property
+    def record(self) -> Storage:
+        """The program's record of the storage."""
+        return self.tensors[0].storage
 
-    def storage(self, storage: torch.UntypedStorage, refs: list[TensorRef]) -> Any:
-        """Move and cast a whole storage, so that the tensors on it keep sharing memory.
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors."""
+        return [tensor.name for tensor in self.tensors]
+
+    @property
+    def refs(self) -> list[TensorRef]:
+        """The windows of the tensors."""
+        return [tensor.ref for tensor in self.tensors]
+
+    def give(self, computed: Computed, cast: Cast) -> None:
+        """Realise the tensors on memory that has their values.
 
         Args:
-            storage: the computed values.
-            refs: the windows on it. The storage is cast only if all of them have one dtype that
-                changes; else its bytes are moved as they are.
+            computed: the memory, which is moved and cast.
+            cast: the device and dtype asked for.
         """
-        if self.device is None and self.dtype is None:
-            return storage
-        dtypes = {ref.dtype for ref in refs}
-        new = {self.dtype_of(ref) for ref in refs}
-        dtype = dtypes.pop()
-        if new == {dtype} or len(new) > 1:
-            dtype = torch.uint8
-            new = {dtype}
-        whole = torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
-        return whole.to(device=self.device, dtype=new.pop()).untyped_storage()
-
-
-def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
-    """The checked ``Cast`` for the arguments ``device=`` and ``dtype=`` of a public function."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype={dtype!r}: a torch.dtype is meant, such as torch.bfloat16")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
-    where = None if device is None else torch.device(device)
-    if where is not None and where.type == "meta":
-        raise ValueError("device='meta': materialised tensors need a device that has memory")
-    if where is not None:
-        torch.empty(0, device=where)  # raises torch's own error if the device is not there
-    return Cast(where, dtype)
-
-
-def place(
-    tensors: list[tuple[str, Tensor, Slot, TensorRef]],
-    storage: Any,
-    cast: Cast,
-    strides: dict[TensorRef, tuple[int, ...]],
-    window: tuple[TensorRef, Tensor] | None = None,
-) -> None:
-    """Realise all deferred tensors that share one storage.
-
-    Args:
-        tensors: name, tensor, slot and window of each.
-        storage: the computed values; not used if the slot has real storage already.
-        cast: the device and dtype asked for.
-        strides: the strides that a kernel gave a window, where they differ from those recorded.
-        window: a tensor on ``storage`` without other owners, and its window. Its implementation is
-            swapped in directly, which saves making another tensor.
-    """
-    slot = tensors[0][2]
-    if slot.real is None:
-        device = home(tensors[0][1], storage.device, cast.device)
+        device = home(self.tensors[0].tensor, computed.storage.device, cast.device)
         if device is not cast.device:
             cast = replace(cast, device=device)
-        whole, storage = storage, cast.storage(storage, [ref for *_, ref in tensors])
-        window = window if storage is whole else None
-        # Before any tensor is given the storage: if the loop below is interrupted, a repeated call
-        # must give the remaining tensors this same storage.
-        slot.real, slot.cast = storage, (cast.device, cast.dtype)
-    for _, tensor, _, ref in tensors:
-        shown = ref
-        if cast.dtype is not None or ref in strides:
-            shown = ref._replace(dtype=cast.dtype_of(ref), stride=strides.get(ref, ref.stride))
-        # The window can be swapped into one tensor; the others get new ones on the storage.
-        if window is not None and window[0] == shown:
-            give(tensor, shown, storage, window[1])
-            window = None
-        else:
-            give(tensor, shown, storage)
+        # First of all the slot has it: if `share` is interrupted, a repeated call must give the
+        # remaining tensors this same memory.
+        real = self.slot.real = cast.apply(computed, self.refs)
+        self.share(computed.window if real.storage is computed.storage else None)
 
+    def put(self, storage: torch.UntypedStorage, cast: Cast) -> None:
+        """Realise the tensors on memory with their values, which is as ``cast`` asks already."""
+        self.slot.real = Real(storage, cast, cast.from_dtype(self.refs))
+        self.share()
 
-def home(
-    tensor: Any, recorded: torch.device, asked: torch.device | None = None
-) -> torch.device | None:
-    """The device to move a tensor to, or None to leave it where it was computed.
+    def share(self, window: tuple[TensorRef, Tensor] | None = None) -> None:
+        """Realise the tensors on the memory of the slot.
 
-    A ``DTensor`` goes to the current device of its mesh's type, unless a device was asked for.
-
-    Args:
-        tensor: a deferred tensor or ``DTensor``.
-        recorded: the device that the constructor asked for.
-        asked: the device that the caller of a public function asked for.
-    """
-    if asked is None and is_dtensor(tensor) and tensor.device_mesh.device_type != recorded.type:
-        kind = tensor.device_mesh.device_type
-        return torch.device(kind, torch.get_device_module(kind).current_device())
-    return asked
-
-
-def destination(tensor: Tensor, cast: Cast) -> torch.device:
-    """The device on which a deferred tensor will have its values."""
-    _, program, ref = locate(tensor)
-    recorded = program.storages[ref.storage].device
-    return home(tensor, recorded, cast.device) or recorded
-
-
-def as_cast(slot: Slot, ref: TensorRef) -> TensorRef:
-    """A recorded window as it is on the slot's real storage, which may have been cast."""
-    return ref._replace(dtype=Cast(*slot.cast).dtype_of(ref))
+        Args:
+            window: a tensor on that memory, and what it shows, if nobody else has the tensor. It is
+                swapped in directly, which saves making another one.
+        """
+        real = self.slot.real
+        assert real is not None
+        for deferred in self.tensors:
+            shown = real.window(deferred.ref)
+            if window is not None and window[0] == shown:
+                give(deferred.tensor, shown, real.storage, window[1])
+                window = None  # no second tensor may have it
+            else:
+                give(deferred.tensor, shown, real.storage)
 
 
 def give(
@@ -166,31 +113,32 @@ def share_real_storage(tensor: Tensor) -> None:
     """Realise a deferred tensor if its storage was materialised through another tensor."""
     slot = slot_of(tensor)
     if slot is not None and slot.real is not None:
-        _, _, ref = locate(tensor)
         with without_modes():
-            give(tensor, as_cast(slot, ref), slot.real)
+            SharedStorage(slot, [Deferred.of(tensor)]).share()
 
 
 def adopt(tensor: Tensor, source: Tensor) -> None:
     """Realise a deferred tensor with the values of a real one: ``tensor.copy_(source)``."""
     # If the tensor shows only part of its storage, other tensors may show the rest, which needs
     # its recorded values. If it shows all of it, nothing recorded survives the copy.
-    slot, program, ref = locate(tensor)
-    if slot.real is None and not program.covers(ref):
-        slot.real = Replay(program).values([ref.storage])[ref.storage]
+    deferred = Deferred.of(tensor)
+    if deferred.slot.real is None and not deferred.is_whole():
+        number = deferred.ref.storage
+        computed = execution_of(deferred.program).values([number])[number]
+        deferred.slot.real = AS_RECORDED.apply(computed, [deferred.ref])
     adopt_uninitialized(tensor)
     with torch.no_grad():
         tensor.copy_(source)
 
 
-def adopt_uninitialized(tensor: Tensor, device: torch.device | str | None = None) -> None:
+def adopt_uninitialized(tensor: Tensor, device: torch.device | None = None) -> None:
     """Give a deferred tensor uninitialised memory, shared by all tensors on its storage."""
-    slot, program, ref = locate(tensor)
-    if slot.real is None:
-        known = program.storages[ref.storage]
-        with without_modes():
-            slot.real = allocate(known.nbytes, torch.device(device or known.device))
-    share_real_storage(tensor)
+    deferred = Deferred.of(tensor)
+    with without_modes():
+        if deferred.slot.real is None:
+            memory = allocate(deferred.storage.nbytes, device or deferred.device)
+            deferred.slot.real = Real(memory, Cast(device, None))
+        SharedStorage(deferred.slot, [deferred]).share()
 
 
 DeferredTensor.adopt = staticmethod(adopt)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from lateinit._program import Program, TensorRef
-from lateinit._tensors.slots import ON_META, Slot, held, slot_of
+from lateinit._program import Program
+from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.realize import SharedStorage
+from lateinit._tensors.slots import ON_META, slot_of
 from lateinit._tensors.walk import Found, find_tensors
 from lateinit._torch import is_dtensor, without_subclass_functions
 from lateinit.errors import (
@@ -31,11 +33,19 @@ class Wanted:
     """The deferred tensors of one program to materialise, by number of their storage."""
 
     program: Program
-    tensors: dict[int, list[tuple[str, Tensor, Slot, TensorRef]]] = field(default_factory=dict)
+    storages: dict[int, SharedStorage] = field(default_factory=dict)
 
     def to_compute(self) -> list[int]:
         """The storages that are not real yet; what is real is shared, and not computed again."""
-        return [number for number, found in self.tensors.items() if found[0][2].real is None]
+        return [number for number, shared in self.storages.items() if shared.slot.real is None]
+
+    def tensors(self) -> Iterator[Deferred]:
+        """The tensors, storage by storage."""
+        return (deferred for shared in self.storages.values() for deferred in shared.tensors)
+
+    def names(self, storages: Iterable[int]) -> str:
+        """The names of the tensors on some storages, for a message."""
+        return listing(name for number in storages for name in self.storages[number].names)
 
 
 def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
@@ -74,12 +84,15 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
                     f"{item.name!r} has a gradient that was computed in a deferred constructor, "
                     "which cannot be carried over: call zero_grad() on the module first"
                 )
-            program, number = slot.resolve()
+            deferred = Deferred(tensor, slot, item.name)
+            program, number = deferred.program, deferred.ref.storage
             group = groups.get(program)
             if group is None:
                 group = groups[program] = Wanted(program)
-            entry = (item.name, tensor, slot, TensorRef.of(held(tensor), number))
-            group.tensors.setdefault(number, []).append(entry)
+            shared = group.storages.get(number)
+            if shared is None:
+                shared = group.storages[number] = SharedStorage(slot, [])
+            shared.tensors.append(deferred)
     return list(groups.values())
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import Program, TensorRef
+from lateinit._tensors.cast import Real
 from lateinit._torch import (
     is_dtensor,
     is_function_mode_in_force,
     local_part,
     without_functions,
-    without_subclass_functions,
 )
-from lateinit.errors import DeferredTensorError, NotRecordedError
+from lateinit.errors import DeferredTensorError
 
 _ATTRIBUTE = "_lateinit_slot"
 PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
@@ -32,19 +32,17 @@ PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
 class Slot:
     """The place of one storage in a program.
 
-    ``real`` is the materialised storage, None before the first tensor on the storage becomes real.
-    ``cast`` is the device and dtype of that materialisation. Tensors on the same storage that are
-    materialised later share ``real``, so they must be cast in the same way.
+    ``real`` is the materialised memory, None before the first tensor on the storage becomes real.
+    Tensors on the same storage that are materialised later share it.
     """
 
-    __slots__ = ("_shown", "cast", "name", "number", "program", "real")
+    __slots__ = ("_shown", "name", "number", "program", "real")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
         self.name: str | None = None  # fqn of the first tensor on the storage that has one
-        self.real: torch.UntypedStorage | None = None
-        self.cast: tuple[torch.device | None, torch.dtype | None] = (None, None)
+        self.real: Real | None = None
         self._shown: Callable[[], Tensor | None] = _nothing
 
     def resolve(self) -> tuple[Program, int]:
@@ -153,24 +151,6 @@ def is_deferred_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is deferred: its construction is recorded and not yet run."""
     slot = slot_of(tensor)
     return slot is not None and slot is not ON_META
-
-
-def locate(tensor: Tensor) -> tuple[Slot, Program, TensorRef]:
-    """The slot of a deferred tensor, its program, and its window on the storage.
-
-    Raises:
-        NotRecordedError: the tensor is not deferred.
-    """
-    slot = slot_of(tensor)
-    if slot is None or slot is ON_META:
-        raise NotRecordedError(
-            f"a meta tensor of shape {tuple(tensor.shape)} was never recorded: build it inside "
-            "`with lateinit.deferred():`"
-        )
-    program, number = slot.resolve()
-    with without_subclass_functions():
-        ref = TensorRef.of(held(tensor), number)
-    return slot, program, ref
 
 
 def is_parameter(tensor: Tensor) -> bool:

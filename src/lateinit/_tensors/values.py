@@ -8,19 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from lateinit._program import TensorRef
-from lateinit._replay import Replay
-from lateinit._tensors.realize import Cast, as_cast
-from lateinit._tensors.slots import is_deferred_tensor, locate
+from lateinit._replay import execution_of
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real
+from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.slots import is_deferred_tensor
 from lateinit._torch import without_modes
-
-_AS_RECORDED = Cast(None, None)
 
 
 def own_copy(
     tensor: Tensor,
     memo: dict[Any, Any],
     *,
-    cast: Cast = _AS_RECORDED,
+    cast: Cast = AS_RECORDED,
     together: list[TensorRef] | None = None,
     past_holes: bool = False,
 ) -> Tensor:
@@ -42,11 +41,14 @@ def own_copy(
             return copy.deepcopy(tensor.detach(), memo)
         except RuntimeError:  # of a plain subclass, or another that torch copies in no other way
             return tensor.detach().clone()
-    slot, program, ref = locate(tensor)
+    deferred = Deferred.of(tensor)
+    real, slot, number = deferred.real(), deferred.slot, deferred.ref.storage
     with without_modes():
-        if slot.real is not None:
-            return copy.deepcopy(as_cast(slot, ref).on(slot.real), memo)
+        if real is not None:
+            return copy.deepcopy(real, memo)
         if slot not in memo:
-            values = Replay(program, past_holes=past_holes).values([ref.storage])
-            memo[slot] = cast.storage(values[ref.storage], together or [ref])
-        return ref._replace(dtype=cast.dtype_of(ref)).on(memo[slot])
+            execution = execution_of(deferred.program, past_holes=past_holes)
+            computed = execution.values([number])[number]
+            memo[slot] = cast.apply(computed, together or [deferred.ref])
+        made: Real = memo[slot]
+        return made.window(deferred.ref).on(made.storage)

@@ -27,7 +27,7 @@ from lateinit._lazy import known_shape, wrong_sizes
 from lateinit._materialize import check_constants, check_shared
 from lateinit._materialize.materialize import materialize
 from lateinit._progress import Progress
-from lateinit._replay import Replay
+from lateinit._replay import execution_of
 from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
@@ -90,7 +90,8 @@ def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progre
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
     computed = _computed(names, fitting)
     for group in groups:
-        check_constants(group, Replay(group.program), _to_compute(group, set(fitting.loaded)))
+        session = execution_of(group.program).session()
+        check_constants(group, session, _to_compute(group, set(fitting.loaded)))
     nbytes = sum(reader.entries[s].nbytes for _, s in rehearsal.copies if isinstance(s, str))
     placer = Placer(groups, cast)
     with Progress("load", nbytes, shown=progress) as bar:
@@ -194,8 +195,8 @@ def _put(
 
 def _to_compute(group: Wanted, loaded: set[str]) -> Iterator[int]:
     """The storages whose values do not all come from the checkpoint."""
-    for number, tensors in group.tensors.items():
-        if not any(n in loaded and group.program.covers(ref) for n, *_, ref in tensors):
+    for number, shared in group.storages.items():
+        if not any(d.name in loaded and d.is_whole() for d in shared.tensors):
             yield number
 
 

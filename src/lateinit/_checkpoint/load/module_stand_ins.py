@@ -18,12 +18,11 @@ from lateinit._lazy import Lending, dressed, on_meta
 from lateinit._rng import RandomStates
 from lateinit._tensors import (
     Cast,
+    Deferred,
     Reach,
-    destination,
     find_tensors,
     is_deferred_tensor,
     is_parameter,
-    locate,
     own_copy,
 )
 from lateinit._torch import is_dtensor, own_parameters, storage_key, without_modes
@@ -88,8 +87,9 @@ class Shadows(Lending, StandIns):
 
     def device(self, tensor: Tensor) -> torch.device:
         original = self.original(tensor)
-        deferred = is_deferred_tensor(original)
-        return destination(original, self._cast) if deferred else original.device
+        if is_deferred_tensor(original):
+            return Deferred.of(original).destination(self._cast)
+        return original.device
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Do ``target.copy_(source)``; from the checkpoint only once the values are needed."""
@@ -133,7 +133,7 @@ class Shadows(Lending, StandIns):
             raise CheckpointError(f"{self._name(shadow)} is computed with while loading: {what}")
         if original.is_meta and not is_deferred_tensor(original):
             return shadow.detach()
-        refs = [locate(t)[2] for t in self._originals_of(together) if is_deferred_tensor(t)]
+        refs = [Deferred.of(t).ref for t in self._originals_of(together) if is_deferred_tensor(t)]
         return own_copy(original, memo, cast=self._cast, together=refs)
 
     def _originals_of(self, shadows: list[Tensor]) -> list[Tensor]:
@@ -149,8 +149,8 @@ def _memory(tensor: Tensor) -> Any:
     if is_lazy(tensor) or is_dtensor(tensor):
         return id(tensor)
     if is_deferred_tensor(tensor):
-        slot = locate(tensor)[0]
-        return slot if slot.real is None else storage_key(slot.real)
+        slot = Deferred.of(tensor).slot
+        return slot if slot.real is None else storage_key(slot.real.storage)
     plain = tensor.layout is torch.strided and not tensor.is_meta
     return storage_key(tensor.untyped_storage()) if plain else id(tensor)
 

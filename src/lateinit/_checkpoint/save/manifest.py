@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lateinit._checkpoint.formats import DTYPES, StoredTensor
 from lateinit._integrations import preferred_name, tied_targets
-from lateinit._program import Program, TensorRef
-from lateinit._tensors import Slot, is_deferred_tensor, is_placeholder, locate, window_key
+from lateinit._tensors import Deferred, is_deferred_tensor, is_placeholder, window_key
 from lateinit._torch import is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
@@ -25,13 +24,13 @@ class Item:
         entry: its name, and the dtype and shape that are written.
         tensor: the module's tensor.
         aliases: the names that are tied to its name.
-        place: where its construction is recorded; None for a real tensor.
+        deferred: the handle on it; None for a real tensor.
     """
 
     entry: StoredTensor
     tensor: Tensor
     aliases: tuple[str, ...]
-    place: tuple[Slot, Program, TensorRef] | None
+    deferred: Deferred | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def _item(
         entry=StoredTensor(name, _saved_dtype(tensor, dtype), tuple(tensor.shape)),
         tensor=tensor,
         aliases=tuple(other for other in names if other != name),
-        place=locate(tensor) if is_deferred_tensor(tensor) else None,
+        deferred=Deferred.of(tensor) if is_deferred_tensor(tensor) else None,
     )
 
 
@@ -105,7 +104,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             wrong.append(f"{name} is {value.dtype}")
         elif value.is_meta and not is_deferred_tensor(value):
             unknown.append(name)
-        elif is_deferred_tensor(value) and locate(value)[0].cast[1] is not None:
+        elif is_deferred_tensor(value) and _is_cast(value):
             wrong.append(f"{name} shares its memory with a tensor that was cast on materialising")
     if wrong:
         raise CheckpointError(f"a checkpoint cannot hold this: {listing(wrong)}")
@@ -114,6 +113,11 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             f"on meta, and without a recorded construction: {listing(unknown)}. Build the model "
             "inside `with lateinit.deferred():` instead of on torch.device('meta')"
         )
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    real = Deferred.of(tensor).slot.real
+    return real is not None and real.recorded is not None
 
 
 def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[ShardFile]:

@@ -21,7 +21,7 @@ from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter
 from lateinit._materialize import execute
 from lateinit._program import Program, plan_storages
 from lateinit._progress import Progress
-from lateinit._replay import Replay, Storages
+from lateinit._replay import Computed, execution_of
 from lateinit._torch import is_out_of_memory, without_modes
 from lateinit._workers import Workers
 from lateinit.errors import OutOfMemoryError, listing
@@ -56,7 +56,7 @@ def write_shards(
         for shard in shards:
             # The digest of a resumed save does not cover the values of real tensors: files that
             # hold one are written again.
-            real = any(item.place is None for item in shard.items)
+            real = any(item.deferred is None for item in shard.items)
             if shard.file in stage.finished and not real:
                 bar.advance(shard.nbytes)
                 continue
@@ -89,7 +89,6 @@ class TensorComputer:
 
     def __init__(self, seed: int | None) -> None:
         self._seed = seed
-        self._replays: dict[Program, Replay] = {}
 
     def of(self, items: list[Item]) -> list[Tensor]:
         """Real tensors with the values of some items.
@@ -99,10 +98,8 @@ class TensorComputer:
         """
         wanted: dict[Program, dict[int, None]] = {}
         for item in items:
-            if item.place is not None and item.place[0].real is None:
-                _, program, ref = item.place
-                self._replays.setdefault(program, Replay(program, self._seed))
-                wanted.setdefault(program, {})[ref.storage] = None
+            if item.deferred is not None and item.deferred.slot.real is None:
+                wanted.setdefault(item.deferred.program, {})[item.deferred.ref.storage] = None
         try:
             found = {key: self._run(key, storages) for key, storages in wanted.items()}
         except (MemoryError, RuntimeError) as error:
@@ -112,32 +109,32 @@ class TensorComputer:
             raise OutOfMemoryError(f"out of memory while computing {names}: free some") from error
         return [_real(item, found) for item in items]
 
-    def _run(self, program: Program, storages: Iterable[int]) -> Storages:
-        replay = self._replays[program]
-        found: Storages = {}
-        for _, run in execute(replay, plan_storages(replay.program, storages)):
-            found |= run()
+    def _run(self, program: Program, storages: Iterable[int]) -> dict[int, Computed]:
+        found: dict[int, Computed] = {}
+        with execution_of(program, self._seed).session() as session:
+            for _, run in execute(session, plan_storages(program, storages)):
+                found |= run()
         return found
 
 
-def _real(item: Item, found: dict[Program, Storages]) -> Tensor:
-    if item.place is None:
+def _real(item: Item, found: dict[Program, dict[int, Computed]]) -> Tensor:
+    deferred = item.deferred
+    if deferred is None:
         return item.tensor.detach()
-    slot, program, ref = item.place
-    storage = slot.real
-    if storage is None:
-        storage = found[program][ref.storage]
+    real = deferred.real()
+    if real is not None:
+        return real
     with without_modes():
-        return ref.on(storage)
+        return deferred.ref.on(found[deferred.program][deferred.ref.storage].storage)
 
 
 def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
     """The bytes of each storage that has to be computed for some items."""
     storages: dict[tuple[Program, int], int] = {}
     for item in items:
-        if item.place is not None:
-            _, program, ref = item.place
-            storages[program, ref.storage] = program.storages[ref.storage].nbytes
+        if item.deferred is not None:
+            where = item.deferred.program, item.deferred.ref.storage
+            storages[where] = item.deferred.storage.nbytes
     return storages.values()
 
 

@@ -41,10 +41,10 @@ def _parts(
     yield repr((sorted(metadata.items()), seed)).encode()
     for shard in shards:
         for item in shard.items:
-            ref = item.place and item.place[2]
+            ref = item.deferred and item.deferred.ref
             yield repr((shard.file, item.entry, item.aliases, ref)).encode()
-            if item.place is not None:
-                programs[item.place[1]] = None
+            if item.deferred is not None:
+                programs[item.deferred.program] = None
     for program in programs:
         yield from _program_parts(program, seed)
 

@@ -1,18 +1,17 @@
-"""``Replay``: run the ops of a plan on real memory, each draw at its place in its stream."""
+"""``Session``: run the steps of a plan on real memory, each draw at its place in its stream."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lateinit._program import NUMBERS, Const, Draw, Op, Program, Step, TensorRef, plan_storages
-from lateinit._replay.chunks import after_redrawing, fill_of
+from lateinit._program import NUMBERS, Const, Draw, Op, Step, TensorRef
 from lateinit._replay.streams import Streams
-from lateinit._rng import set_state, state_of
 from lateinit._torch import (
     LARGE,
     allocate,
@@ -34,103 +33,97 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Replay:
-    """Runs ops of one program. It leaves the global random generators as they are.
+class Computed(NamedTuple):
+    """One storage with its values.
 
-    Args:
-        program: the program.
-        seed: replaces the recorded state of the default generator; None keeps it.
-        streams: generator states to draw from, in place of those that follow from ``seed``.
-        past_holes: assume that open holes draw nothing, instead of raising at draws after them.
+    Attributes:
+        storage: the memory.
+        strides: the strides that a kernel gave to a window, where they differ from those recorded.
+            Real and meta kernels disagree on dims of length one; eager construction shows the
+            former.
+        window: a tensor on the memory and its window, if nobody else has that tensor. It can be
+            swapped into a deferred tensor directly.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        seed: int | None = None,
-        streams: Streams | None = None,
-        *,
-        past_holes: bool = False,
-    ) -> None:
-        self.program = program
-        self.streams: Streams = streams or streams_of(program, seed, past_holes=past_holes)
-        # Real and meta kernels disagree on the strides of dims of length one. The real ones, which
-        # eager construction shows, are kept here for whoever makes tensors of the results.
+    storage: torch.UntypedStorage
+    strides: Mapping[TensorRef, tuple[int, ...]] = MappingProxyType({})
+    window: tuple[TensorRef, Tensor] | None = None
+
+
+class Memory(dict[int, torch.UntypedStorage]):
+    """The storages of a running step by number, with what ``Computed`` says of each."""
+
+    __slots__ = ("strides", "windows")
+
+    def __init__(self, storages: Mapping[int, torch.UntypedStorage] | None = None) -> None:
+        super().__init__(storages or {})
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
-        # Small storages of the last step were allocated by making a tensor. It can be swapped into
-        # the deferred tensor directly.
         self.windows: dict[int, tuple[TensorRef, Tensor]] = {}
-        self.cursor: dict[int, tuple[int, torch.Generator]] = {}
+
+    def computed(self, number: int) -> Computed:
+        """One storage, with its strides and its window."""
+        return Computed(self[number], self.strides, self.windows.get(number))
+
+
+class Session:
+    """Runs steps of one program, one after another in one thread.
+
+    It is a context manager: inside, torch's modes are off, and settings such as the default dtype
+    change only where two ops need other ones. The global random generators are left as they are.
+
+    Args:
+        streams: the generator states to draw from.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+        self.program = streams.program
+        # By stream, the number of the next draw and a generator that is there.
+        self._cursor: dict[int, tuple[int, torch.Generator]] = {}
         self._unchanged: set[int] = set()  # constants whose checksum was compared and holds
-        self._settings: contextlib.ExitStack | None = None
-        self._step = Step((), ())
+        self._settings = contextlib.ExitStack()
         self._ambient = -1
 
-    def values(self, storages: Iterable[int], before: int | None = None) -> Storages:
-        """The storages as they are before op number ``before`` (by default: at the end)."""
-        found: Storages = {}
-        for step in plan_storages(self.program, storages, before):
-            found.update(self.run(step))
-        return found
+    def __enter__(self) -> Session:
+        self._modes = without_modes()
+        self._modes.__enter__()
+        return self
 
-    def value(self, ref: TensorRef, before: int | None = None) -> Tensor:
-        """One tensor as it is before op number ``before``."""
-        return ref.on(self.values([ref.storage], before)[ref.storage])
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._settings.close()
+        finally:
+            self._ambient = -1
+            self._modes.__exit__(*error)
 
-    def run(self, step: Step, begun: Storages | None = None) -> Storages:
+    def run(self, step: Step, begun: Storages | None = None) -> dict[int, Computed]:
         """Run one step; returns its target storages and frees all others.
 
         Args:
             step: the step.
             begun: storages that are filled already, as by the first ops of the step.
         """
-        if self._settings is None:
-            with self.session():
-                return self.run(step, begun)
-        storages: Storages = dict(begun or {})
-        self._step = step
-        self.windows.clear()
-        if len(step.ops) == 1:
-            self._set_ambient(self.program.ops[step.ops[0]].ambient)
-            self.execute(step.ops[0], storages)
-        else:
-            self._run_all(step, storages)
-        for number in step.gives:
-            self._provide(number, storages)
-        return {number: storages[number] for number in step.gives}
-
-    def _run_all(self, step: Step, storages: Storages) -> None:
-        """Run ops in order, and free each storage after the last op that uses it."""
-        last_use = self._last_uses(step)
+        memory = Memory(begun)
+        last_use = self._last_uses(step) if len(step.ops) > 1 else {}
         for place, number in enumerate(step.ops):
             self._set_ambient(self.program.ops[number].ambient)
-            self.execute(number, storages)
+            self._execute(number, memory, step)
             for done in last_use.get(place, ()):
-                storages.pop(done, None)
-                self.windows.pop(done, None)
-
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        """A block for running many steps: modes are left once, settings change only when needed."""
-        if self._settings is not None:
-            yield
-            return
-        with without_modes(), contextlib.ExitStack() as settings:
-            self._settings, self._ambient = settings, -1
-            try:
-                yield
-            finally:
-                self._settings = None
+                memory.pop(done, None)
+                memory.windows.pop(done, None)
+        for number in step.gives:
+            self._provide(number, memory)
+        return {number: memory.computed(number) for number in step.gives}
 
     def _set_ambient(self, ambient: int) -> None:
-        if ambient != self._ambient and self._settings is not None:
+        if ambient != self._ambient:
             self._settings.close()
             wanted = self.program.ambients[ambient]
             if not wanted.holds():
                 self._settings.enter_context(wanted.in_force())
             self._ambient = ambient
 
-    def execute(self, number: int, storages: Storages) -> None:
+    def _execute(self, number: int, memory: Memory, step: Step) -> None:
         """Run one op on real storages, and add the storages of its results to them.
 
         Raises:
@@ -138,7 +131,7 @@ class Replay:
         """
         op = self.program.ops[number]
         try:
-            results = self.call(op, storages)
+            results = self.call(op, memory)
         except LateinitError:
             raise
         except Exception as error:
@@ -151,58 +144,66 @@ class Replay:
             if ref is None:
                 continue
             as_recorded = tuple(result.size()) == ref.size and result.dtype == ref.dtype
-            if ref.storage in storages:
+            if ref.storage in memory:
                 if not as_recorded:
                     raise MaterializeError(_differs(ref, result))
             # Some kernels return an auxiliary result of another shape than their meta kernel does.
             # It matters only if it is used.
-            elif as_recorded or self._is_used(ref.storage, number):
-                storages[ref.storage] = self._laid_out(ref, result)
+            elif as_recorded or self._is_used(ref.storage, number, step):
+                memory[ref.storage] = self._laid_out(ref, result, memory)
 
-    def _is_used(self, storage: int, number: int) -> bool:
-        """Whether a storage is a target of the running step, or used by a later op of it."""
-        later = (self.program.ops[n] for n in self._step.ops if n > number)
+    def _is_used(self, storage: int, number: int, step: Step) -> bool:
+        """Whether a storage is a target of a step, or used by an op of it after ``number``."""
+        later = (self.program.ops[n] for n in step.ops if n > number)
         refs = (ref for op in later for ref in (*op.read(), *op.written()))
-        return storage in self._step.gives or any(ref.storage == storage for ref in refs)
+        return storage in step.gives or any(ref.storage == storage for ref in refs)
 
-    def call(self, op: Op, storages: Storages) -> tuple[Any, ...]:
-        """Call an op with real arguments; returns its results as a flat tuple."""
-        args = [a if type(a) in NUMBERS else self._real(a, storages) for a in op.args]
+    def call(
+        self, op: Op, memory: Memory, generator: torch.Generator | None = None
+    ) -> tuple[Any, ...]:
+        """Call an op with real arguments; returns its results as a flat tuple.
+
+        Args:
+            op: the op.
+            memory: the storages that it reads and writes.
+            generator: to draw from; by default one at the place of the op's draw.
+        """
+        args = [a if type(a) in NUMBERS else self._real(a, memory) for a in op.args]
         if op.name == operators.CONSTANT:
             # The program keeps its constant, so each replay gets memory of its own.
             return (args[0].clone(memory_format=torch.preserve_format),)
-        kwargs = {key: self._real(value, storages) for key, value in op.kwargs.items()}
+        kwargs = {key: self._real(value, memory) for key, value in op.kwargs.items()}
         info = operators.by_name(op.name)
         func = _METHODS.get(op.name, info.func)
         if op.draw is None:
             if info.foreign:
                 return flat(_drawing_nothing(lambda: func(*args, **kwargs)))
             return flat(func(*args, **kwargs))
-        generator = self._generator(op.draw)
+        generator = generator or self._generator(op.draw)
         # An op without an argument for a generator, such as dropout, draws from the default one.
         if info.takes_generator:
             result = func(*args, **kwargs, generator=generator)
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
-        self.cursor[op.draw.stream] = (op.draw.number + 1, generator)
+        self._cursor[op.draw.stream] = (op.draw.number + 1, generator)
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
-        """A generator before a draw: left by the draw just before it, if this replay made that."""
-        index, generator = self.cursor.pop(draw.stream, (-1, None))
+        """A generator before a draw: left by the draw just before it, if this session made that."""
+        index, generator = self._cursor.pop(draw.stream, (-1, None))
         if generator is not None and index == draw.number:
             return generator
         return self.streams.generator(draw)
 
-    def _real(self, value: Any, storages: Storages) -> Any:
+    def _real(self, value: Any, memory: Memory) -> Any:
         kind = type(value)
         if kind is TensorRef:
-            storage = storages.get(value.storage)
-            return self._window(value, storages) if storage is None else value.on(storage)
+            storage = memory.get(value.storage)
+            return self._window(value, memory) if storage is None else value.on(storage)
         if kind is Const:
             return self.constant(value.number)
         if kind is tuple:
-            return [self._real(item, storages) for item in value]
+            return [self._real(item, memory) for item in value]
         return value
 
     def constant(self, index: int) -> Tensor:
@@ -222,13 +223,13 @@ class Replay:
             self._unchanged.add(index)
         return constant.tensor
 
-    def _provide(self, number: int, storages: Storages) -> None:
+    def _provide(self, number: int, memory: Memory) -> None:
         """Allocate a storage, uninitialised, unless it exists."""
-        if number not in storages:
+        if number not in memory:
             known = self.program.storages[number]
-            storages[number] = allocate(known.nbytes, known.device)
+            memory[number] = allocate(known.nbytes, known.device)
 
-    def _window(self, ref: TensorRef, storages: Storages) -> Tensor:
+    def _window(self, ref: TensorRef, memory: Memory) -> Tensor:
         """The tensor of a window whose storage does not exist yet: allocate it."""
         known = self.program.storages[ref.storage]
         # One call makes storage and tensor, if the window shows the whole storage in the layout
@@ -238,13 +239,13 @@ class Replay:
             storage = tensor.untyped_storage()
             whole = ref.offset == 0 and storage.nbytes() == known.nbytes
             if whole and tensor.stride() == ref.stride:
-                storages[ref.storage] = storage
-                self.windows[ref.storage] = ref, tensor
+                memory[ref.storage] = storage
+                memory.windows[ref.storage] = ref, tensor
                 return tensor
-        self._provide(ref.storage, storages)
-        return ref.on(storages[ref.storage])
+        self._provide(ref.storage, memory)
+        return ref.on(memory[ref.storage])
 
-    def _laid_out(self, ref: TensorRef, result: Tensor) -> torch.UntypedStorage:
+    def _laid_out(self, ref: TensorRef, result: Tensor, memory: Memory) -> torch.UntypedStorage:
         """The storage of a result, copied into the recorded layout if the kernel's differs."""
         if result.dtype != ref.dtype:
             raise MaterializeError(_differs(ref, result))
@@ -259,15 +260,14 @@ class Replay:
         found = TensorRef.of(result, ref.storage)
         # Strides that differ in dims of length one alone are the same layout.
         if found != ref and found == ref._replace(stride=_where_long(ref, found.stride)):
-            self.strides[ref] = found.stride
+            memory.strides[ref] = found.stride
             found = ref
         # The kernel's storage may be smaller than the recorded one, which later windows look at.
         if found == ref and result.untyped_storage().nbytes() >= nbytes:
             return result.untyped_storage()
-        storages: Storages = {}
-        self._provide(ref.storage, storages)
-        ref.on(storages[ref.storage]).copy_(result)
-        return storages[ref.storage]
+        self._provide(ref.storage, memory)
+        ref.on(memory[ref.storage]).copy_(result)
+        return memory[ref.storage]
 
     def _last_uses(self, step: Step) -> dict[int, list[int]]:
         """For each place in a step, the storages that no later op of it uses; not its targets."""
@@ -285,56 +285,11 @@ class Replay:
         return uses
 
 
-def streams_of(program: Program, seed: int | None = None, *, past_holes: bool = False) -> Streams:
-    """The streams of a program. Those from its own seed are cached in it, so states are found once.
-
-    States after a hole depend on its filling. So streams that pass over open holes are cached under
-    a key that says which holes are filled.
-
-    Args:
-        program: the program.
-        seed: replaces the recorded state of the default generator.
-        past_holes: assume that open holes draw nothing.
-    """
-    if seed is not None:
-        return Streams(program, draw_only, seed, past_holes)
-    key = f"streams past holes {program.holes}" if past_holes else "streams"
-    kept: Streams | None = program.cache.get(key)
-    # setdefault is atomic: threads that come here at the same time end up with the same streams.
-    return kept or program.cache.setdefault(key, Streams(program, draw_only, None, past_holes))
-
-
 def _differs(ref: TensorRef, result: Tensor) -> str:
     return (
         f"recorded as {ref.dtype} {ref.size}, it is {result.dtype} {tuple(result.size())} with "
         "values: compute it after materialising"
     )
-
-
-def draw_only(streams: Streams, number: int, generator: torch.Generator) -> None:
-    """Run one op to find how far it moves the generator; its values are discarded.
-
-    That may depend on earlier draws, which are replayed along the same streams.
-
-    Args:
-        streams: the streams of the program.
-        number: the number of the op.
-        generator: is before the draw, and is left after it.
-    """
-    program = streams.program
-    op = program.ops[number]
-    assert op.draw is not None
-    fill = fill_of(program, Step((number,), ())) if op.name == operators.TRUNCATED else None
-    if fill is not None:
-        with without_modes():
-            set_state(generator, after_redrawing(program, fill, state_of(generator)))
-        return
-    replay = Replay(program, streams=streams)
-    with replay.session():
-        storages = replay.values((ref.storage for ref in op.read()), number)
-        replay.cursor[op.draw.stream] = (op.draw.number, generator)
-        with program.ambients[op.ambient].in_force():
-            replay.call(op, storages)
 
 
 def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:

@@ -1,0 +1,86 @@
+"""``Execution``: the values of a program under one seed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit._program import Program, Step, TensorRef, plan_storages
+from lateinit._replay.chunks import after_redrawing, fill_of
+from lateinit._replay.session import Computed, Memory, Session
+from lateinit._replay.streams import Streams
+from lateinit._rng import set_state, state_of
+from lateinit._torch import operators, without_modes
+
+
+class Execution(Streams):
+    """Everything that is known of running a program from one seed. Get it by ``execution_of``.
+
+    Threads may share it: what changes while steps run belongs to a ``Session``.
+    """
+
+    def session(self) -> Session:
+        """A session to run steps in."""
+        return Session(self)
+
+    def values(self, storages: Iterable[int], before: int | None = None) -> dict[int, Computed]:
+        """Compute storages as they are before op number ``before`` (by default: at the end)."""
+        found: dict[int, Computed] = {}
+        with self.session() as session:
+            for step in plan_storages(self.program, storages, before):
+                found |= session.run(step)
+        return found
+
+    def value(self, ref: TensorRef, before: int | None = None) -> Tensor:
+        """Compute one tensor as it is before op number ``before``."""
+        return ref.on(self.values([ref.storage], before)[ref.storage].storage)
+
+    def draw(self, number: int, generator: torch.Generator) -> None:
+        """Run one op to find how far it moves the generator; its values are discarded.
+
+        That may depend on earlier draws, which are replayed along the same streams.
+
+        Args:
+            number: the number of the op.
+            generator: is before the draw, and is left after it.
+        """
+        op = self.program.ops[number]
+        step = Step((number,), ())
+        fill = fill_of(self.program, step) if op.name == operators.TRUNCATED else None
+        if fill is not None:
+            with without_modes():
+                set_state(generator, after_redrawing(self.late, fill, state_of(generator)))
+            return
+        read = self.values(dict.fromkeys(ref.storage for ref in op.read()), number)
+        with self.session() as session, self.program.ambients[op.ambient].in_force():
+            session.call(op, Memory({n: found.storage for n, found in read.items()}), generator)
+
+
+_Key = tuple[int | None, Any]
+_known: weakref.WeakKeyDictionary[Program, dict[_Key, Execution]] = weakref.WeakKeyDictionary()
+
+
+def execution_of(
+    program: Program, seed: int | None = None, *, past_holes: bool = False
+) -> Execution:
+    """The execution of a program, made once for each seed and policy for holes.
+
+    Args:
+        program: the program.
+        seed: replaces the recorded state of the default generator; None keeps it.
+        past_holes: assume that open holes draw nothing, instead of raising at draws after them.
+    """
+    # States found past open holes hold until one of them is filled. A seed replaces the start of
+    # root streams, and which these are changes when programs are merged.
+    roots = tuple(n for n, s in enumerate(program.streams) if s.root) if seed is not None else ()
+    key = seed, (roots, tuple(program.holes) if past_holes else None)
+    kept = _known.setdefault(program, {})
+    if seed is not None:  # of the executions under other seeds only the last one is kept
+        for other in [k for k in kept if k[0] is not None and k != key]:
+            kept.pop(other, None)
+    # setdefault is atomic: threads that come here at the same time get the same execution.
+    return kept.get(key) or kept.setdefault(key, Execution(program, seed, past_holes))

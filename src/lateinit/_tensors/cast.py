@@ -1,0 +1,121 @@
+"""The device and dtype that materialised tensors get, and the memory that they share then."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from lateinit._program import TensorRef
+from lateinit._replay import Computed
+from lateinit._torch import is_dtensor
+from lateinit.errors import DeferredTensorError
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The device and dtype of materialised tensors; None keeps the recorded one."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    def dtype_of(self, ref: TensorRef) -> torch.dtype:
+        """The dtype of a window after the cast; only floating-point ones are cast."""
+        wanted = self.dtype is not None and ref.dtype.is_floating_point
+        return self.dtype if wanted and self.dtype is not None else ref.dtype
+
+    def apply(self, computed: Computed, refs: Collection[TensorRef]) -> Real:
+        """Move and cast a whole storage, so that the tensors on it keep sharing memory.
+
+        Args:
+            computed: the storage with its values.
+            refs: the windows on it.
+        """
+        if self.device is None and self.dtype is None:
+            return Real(computed.storage, strides=computed.strides)
+        recorded = self.from_dtype(refs)
+        shown = recorded or torch.uint8
+        whole = torch.empty(0, dtype=shown, device=computed.storage.device).set_(computed.storage)
+        moved = whole.to(device=self.device, dtype=self.dtype if recorded else shown)
+        return Real(moved.untyped_storage(), self, recorded, computed.strides)
+
+    def from_dtype(self, refs: Collection[TensorRef]) -> torch.dtype | None:
+        """The dtype of which a storage is cast; None if its bytes stay as they are.
+
+        It is cast only if all windows on it have one dtype, which changes.
+        """
+        dtypes = {ref.dtype for ref in refs}
+        changed = dtypes != {self.dtype_of(ref) for ref in refs}
+        return dtypes.pop() if changed and len(dtypes) == 1 else None
+
+
+AS_RECORDED = Cast(None, None)
+
+
+class Real(NamedTuple):
+    """The memory of a recorded storage, once it is real.
+
+    Attributes:
+        storage: the memory.
+        cast: the device and dtype that were asked for.
+        recorded: the recorded dtype of the elements if they were cast; None if every byte is as it
+            was recorded.
+        strides: the strides of a window where they differ from those recorded.
+    """
+
+    storage: torch.UntypedStorage
+    cast: Cast = AS_RECORDED
+    recorded: torch.dtype | None = None
+    strides: Mapping[TensorRef, tuple[int, ...]] = MappingProxyType({})
+
+    def window(self, ref: TensorRef) -> TensorRef:
+        """A recorded window as it is on this memory.
+
+        Raises:
+            DeferredTensorError: the memory was cast, and the window shows it in another dtype.
+        """
+        shown = ref._replace(stride=self.strides[ref]) if ref in self.strides else ref
+        if self.recorded is None:
+            return shown
+        if ref.dtype is not self.recorded:
+            raise DeferredTensorError(
+                f"a {ref.dtype} tensor of shape {ref.size} shares its memory with a "
+                f"{self.recorded} tensor that was materialised with dtype={self.cast.dtype}, so "
+                "that its bytes are gone: build the model anew, and materialise both without dtype="
+            )
+        return shown._replace(dtype=self.cast.dtype_of(ref))
+
+
+def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
+    """The checked ``Cast`` for the arguments ``device=`` and ``dtype=`` of a public function."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r}: a torch.dtype is meant, such as torch.bfloat16")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
+    where = None if device is None else torch.device(device)
+    if where is not None and where.type == "meta":
+        raise ValueError("device='meta': materialised tensors need a device that has memory")
+    if where is not None:
+        torch.empty(0, device=where)  # raises torch's own error if the device is not there
+    return Cast(where, dtype)
+
+
+def home(
+    tensor: Any, recorded: torch.device, asked: torch.device | None = None
+) -> torch.device | None:
+    """The device to move a tensor to, or None to leave it where it was computed.
+
+    A ``DTensor`` goes to the current device of its mesh's type, unless a device was asked for.
+
+    Args:
+        tensor: a deferred tensor or ``DTensor``.
+        recorded: the device that the constructor asked for.
+        asked: the device that the caller of a public function asked for.
+    """
+    if asked is None and is_dtensor(tensor) and tensor.device_mesh.device_type != recorded.type:
+        kind = tensor.device_mesh.device_type
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return asked
