@@ -26,7 +26,6 @@ from lateinit._torch.modules import REGISTRATION_HOOKS
 from lateinit.errors import (
     CheckpointError,
     DeferredTensorError,
-    NotRecordedError,
     ShardingError,
 )
 from tests.sharding.alone import alone_as
@@ -306,12 +305,18 @@ def test_a_shard_of_unwritten_memory_is_refused() -> None:
             lateinit.materialize(layer, check=False)
 
 
-def test_a_cast_after_sharding_says_what_to_do() -> None:
-    with alone_as(0, 2):
+@pytest.mark.parametrize("way", PLACEMENTS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_cast_after_sharding_is_honoured(way: str, rank: int) -> None:
+    with alone_as(rank, 2):
+        torch.manual_seed(0)
+        expected = big()
+        torch.manual_seed(0)
         model = lateinit.deferred_init(big)
-        PLACEMENTS["fsdp"](model, line(2))
-        with pytest.raises(NotRecordedError, match="before it is sharded"):
-            lateinit.materialize(model.bfloat16(), check=False)
+        PLACEMENTS[way](expected, line(2), None)
+        PLACEMENTS[way](model, line(2), 0)
+        lateinit.materialize(model.bfloat16(), check=False)
+        assert differences(expected.bfloat16(), model) == []
 
 
 def test_saving_shards_as_wholes_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lateinit._torch.arguments import (
     has_tensor,
     kwargs_to_meta,
     map_leaves,
+    map_tensors,
     tensors_in,
     to_meta,
 )
@@ -70,6 +71,16 @@ def test_a_fill_has_numbers_after_self_unless_a_tensor_is_copied() -> None:
         x.copy_(x)
     found = [has_tensor(args[1:]) for args in mode.args if args[0] is x]
     assert found == [False, False, True, True]
+
+
+def test_collectives_take_lists_of_lists_of_tensors() -> None:
+    """torch/csrc/distributed/c10d/Ops.cpp: ``allgather_(Tensor[][] output_tensors, ...)``."""
+    tensors = [torch.ones(1), torch.ones(2), torch.ones(3)]
+    nested = ([tensors[:2], [tensors[2]]], {"inputs": (tensors[0],), "op": 1})
+    doubled = map_tensors(nested, lambda t: t * 2)
+    assert [len(t) for t in tensors_in((doubled[0],), doubled[1])] == [1, 2, 3, 1]
+    assert all(t.eq(2).all() for t in tensors_in((doubled[0],), doubled[1]))
+    assert doubled[1]["op"] == 1
 
 
 def test_a_kernel_on_meta_gives_the_layout_that_the_real_one_gives() -> None:

@@ -78,6 +78,19 @@ def test_tags_say_what_draws_and_what_changes_only_metadata() -> None:
     assert not op_info(aten.neg_.default).metadata_only
 
 
+def test_a_collective_is_told_by_its_namespace_for_its_schema_says_no_write() -> None:
+    """torch/csrc/distributed/c10d/Ops.cpp: ``broadcast_(Tensor[] tensors, ...)``, without (a!)."""
+    for name in (
+        "c10d::broadcast_",
+        "_c10d_functional::all_reduce",
+        "_dtensor::shard_dim_alltoall",
+    ):
+        info = by_name(name)
+        assert info.collective
+        assert not info.mutates
+    assert not by_name("aten::add.Tensor").collective
+
+
 def test_batch_norm_updates_statistics_that_its_schema_does_not_mark() -> None:
     """aten/src/ATen/native/native_functions.yaml: native_batch_norm has ``running_mean`` bare."""
     schema = aten.native_batch_norm.default._schema.arguments

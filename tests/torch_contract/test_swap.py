@@ -127,3 +127,30 @@ def test_an_attribute_makes_a_tensor_of_another_class_a_parameter() -> None:
     layer = nn.Module()
     layer.weight = tensor
     assert dict(layer.named_parameters())["weight"] is tensor
+
+
+class Heard(torch.Tensor):
+    """Hears every op on its tensors, and answers with its name."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise KeyError(func.name())
+
+
+def test_the_dispatcher_asks_the_class_that_an_implementation_was_made_with() -> None:
+    """torch/csrc/autograd/python_variable.cpp: _make_subclass sets the key Python, once."""
+    assigned, exchanged = torch.ones(2), torch.ones(2)
+    assigned.__class__ = Heard
+    assert (assigned + 1).tolist() == [2, 2]
+    left = as_subclass(Heard, exchanged, False)
+    swap_implementation(exchanged, left)
+    exchanged.__class__ = Heard
+    with pytest.raises(KeyError, match="aten::add"):
+        exchanged + 1
+
+
+def test_a_swap_gives_the_object_that_has_the_former_implementation() -> None:
+    """torch/csrc/autograd/python_variable.cpp: _swap_tensor_impl; C++ may hold that one."""
+    tensor, former = torch.ones(2), torch.zeros(3)
+    left = swap(former, tensor)
+    assert (former.tolist(), left.tolist()) == ([1, 1], [0, 0, 0])

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lateinit._torch.swap import swap
-from lateinit._torch.wrappers import block_of_shard, is_dtensor, is_wrapper, local_part, rewrap
+from lateinit._torch.wrappers import (
+    block_of_shard,
+    fake_like,
+    is_dtensor,
+    is_fake,
+    is_wrapper,
+    local_part,
+    rewrap,
+)
 from tests.sharding.alone import alone_as
 
 if TYPE_CHECKING:
@@ -49,6 +58,18 @@ def test_a_parameter_of_a_dtensor_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) 
     assert not is_dtensor(torch.ones(1))
     monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
     assert not is_dtensor(parameter)  # nobody who has not imported it can have made one
+
+
+def test_a_fake_tensor_says_a_real_device_and_belongs_to_a_mode() -> None:
+    """torch/_subclasses/fake_tensor.py: FakeTensor has ``fake_mode``, which makes more of them."""
+    fake = FakeTensorMode().from_tensor(torch.ones(2, 3))
+    assert is_fake(fake)
+    assert not is_fake(torch.ones(1, device="meta"))
+    assert (fake.device.type, fake.is_meta) == ("cpu", False)
+    other = fake_like(fake, torch.empty(3, 2, device="meta").t(), torch.device("cpu"))
+    assert is_fake(other)
+    assert (other.shape, other.stride(), other.device.type) == ((2, 3), (1, 2), "cpu")
+    assert is_fake(fake + other)
 
 
 @pytest.mark.usefixtures("second_of_three")

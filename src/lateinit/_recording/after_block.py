@@ -9,6 +9,7 @@ An op that needs values, or would change a tensor that a block recorded, raises
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,26 @@ from torch import Tensor
 from lateinit._recording.recorder import Recorder, current, in_force
 from lateinit._tensors import (
     Deferred,
-    DeferredShard,
     DeferredTensor,
     described,
-    guard_below_python,
     is_deferred_tensor,
     share_real_storage,
     slot_of,
 )
 from lateinit._tensors.guard import guard
-from lateinit._torch import META, Args, Kwargs, OpInfo, flat, spoken, tensors_in
+from lateinit._torch import (
+    META,
+    Args,
+    Kwargs,
+    OpInfo,
+    below_python,
+    fake_like,
+    flat,
+    is_fake,
+    map_tensors,
+    spoken,
+    tensors_in,
+)
 from lateinit.errors import DeferredTensorError
 
 
@@ -52,30 +63,46 @@ class Follower(Recorder):
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or elsewhere:
             return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
-        among_meta = len(deferred) < len([t for t in tensors if t.is_meta])
-        if among_meta and info.writes_unsaid:
-            return info.func(*args, **kwargs)  # shape propagation through batch norm
-        self._refuse_values(info, args, kwargs, deferred, among_meta=among_meta)
+        fake = next(filter(is_fake, tensors), None)
+        among_meta = fake is not None or len(deferred) < len([t for t in tensors if t.is_meta])
+        if not (among_meta and info.writes_unsaid):  # shape propagation through batch norm
+            self._refuse_values(info, args, kwargs, deferred, among_meta=among_meta)
+        if fake is not None:
+            as_fake = partial(self._as_fake, fake)
+            return info.func(*map_tensors(args, as_fake), **map_tensors(kwargs, as_fake))
         if among_meta:
             return info.func(*args, **kwargs)
-        return self._named(self.record(info, args, kwargs, deferred), deferred[0])
+        return self._guarded(self.record(info, args, kwargs, deferred), deferred[0])
+
+    def _as_fake(self, fake: Tensor, tensor: Tensor) -> Tensor:
+        """A fake tensor for a deferred one, among fake tensors that say where they would be."""
+        return fake_like(fake, tensor, self.device_of(tensor)) if tensor.is_meta else tensor
 
     def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
         """Record no draw: random ops are refused. Replaying raises if a foreign op draws."""
 
-    def _named(self, result: Any, source: Tensor) -> Any:
-        """Name new deferred tensors after the tensor that they are made from, for messages."""
+    def _guarded(self, result: Any, source: Tensor) -> Any:
+        """Guard new deferred tensors, and name them after the one that they are made from.
+
+        Below autograd, which then adds the graph to the guarded tensors.
+        """
         origin = slot_of(source)
         for leaf in flat(result):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
-            if slot is not None and origin is not None and slot.name is None:
-                slot.name = origin.name
+            if slot is not None and origin is not None:
+                slot.name = slot.name or origin.name
+                guard(leaf)
         return result
 
     def _refuse_values(
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], *, among_meta: bool
     ) -> None:
         op = spoken(info.name)
+        if info.collective:
+            raise DeferredTensorError(
+                f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
+                "which has none yet: call lateinit.materialize() first"
+            )
         given = tuple(args[i] for i in info.mutates)
         for written in tensors_in(given, {k: kwargs.get(k) for k in info.mutates_kw}):
             if is_deferred_tensor(written) and self.storage_of(written).closed:
@@ -96,7 +123,8 @@ class Follower(Recorder):
                 f"{op} needs the values of {described(deferred[0])}, which has none yet: call "
                 "lateinit.materialize() first"
             )
-        if any(not t.is_meta and t.dim() > 0 for t in tensors_in(args, kwargs)):
+        tensors = tensors_in(args, kwargs)
+        if any(not (t.is_meta or is_fake(t)) and t.dim() > 0 for t in tensors):
             raise DeferredTensorError(
                 f"{op} was given {described(deferred[0])} together with real tensors: it is "
                 "deferred and has no values yet; call lateinit.materialize(model) before the "
@@ -124,11 +152,20 @@ def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         follower.meant = follower.device_of(first)
     with in_force(follower):
         result = func(*args, **kwargs)
-    of_shards = any(type(tensor) is DeferredShard for tensor in deferred)
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
-            (guard_below_python if of_shards else guard)(leaf)
+            guard(leaf)
     return result
 
 
+def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Call an op on deferred tensors that has come to the dispatcher."""
+    # A recorder has heard it already, and runs it on meta to learn the shape of its result.
+    if current() is not None:
+        with below_python():
+            return func(*args, **kwargs)
+    return follow(func, args, kwargs)
+
+
 DeferredTensor.follow = staticmethod(follow)
+DeferredTensor.hear = staticmethod(hear)

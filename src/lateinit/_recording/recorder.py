@@ -30,6 +30,7 @@ from lateinit._torch import (
     OpOverload,
     flat,
     has_tensor,
+    map_tensors,
     op_info,
     operators,
     tensors_in,
@@ -229,8 +230,7 @@ class Recorder(ProgramWriter, DispatchMode):
         for tensor in tensors_in(args, kwargs):
             if not tensor.is_meta:
                 self.data.before_write(tensor)
-        real = [self._evaluated(value) for value in args]
-        return info.func(*real, **{k: self._evaluated(v) for k, v in kwargs.items()})
+        return info.func(*self._evaluated(args), **self._evaluated(kwargs))
 
     def _answer(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Answer an op that returns no tensor, such as ``item`` or ``equal``, with real values."""
@@ -238,14 +238,10 @@ class Recorder(ProgramWriter, DispatchMode):
             certain = value_bounds.certain_value(self.program, self.ref(args[0]))
             if certain is not None:
                 return certain
-        return info.func(*(self._evaluated(item) for item in args), **kwargs)
+        return info.func(*self._evaluated(args), **kwargs)
 
-    def _evaluated(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.read(value) if value.is_meta else value
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._evaluated(item) for item in value)
-        return value
+    def _evaluated(self, arguments: Any) -> Any:
+        return map_tensors(arguments, lambda t: self.read(t) if t.is_meta else t)
 
     def read(self, tensor: Tensor) -> Tensor:
         """The current values of a deferred tensor; notes that they were read if random."""

@@ -135,6 +135,11 @@ class ProgramWriter:
             argument_checks.check_numbers(
                 info, self.ref(args[0]), self.device_of(args[0]), args[1:]
             )
+        if info.collective:
+            raise RecordingError(
+                f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
+                "after materialising"
+            )
         # Autocast has no dispatch key for meta tensors (c10/core/DispatchKeySet.h): a meta kernel
         # would give the dtype without autocast. Under autocast such ops are run instead.
         if not self.autocasting or info.mutates:

@@ -10,7 +10,7 @@ rooms below it. Start with ``slots``: everything else asks it whether a tensor i
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, cast_to, home
 from lateinit._tensors.copying import copied_by_deepcopy
 from lateinit._tensors.deferred import Deferred, described
-from lateinit._tensors.guard import DeferredShard, DeferredTensor, guard_below_python
+from lateinit._tensors.guard import DeferredTensor
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
     SharedStorage,
@@ -43,7 +43,6 @@ __all__ = [
     "ON_META",
     "Cast",
     "Deferred",
-    "DeferredShard",
     "DeferredTensor",
     "Found",
     "Kind",
@@ -61,7 +60,6 @@ __all__ = [
     "exchange_held",
     "exchanged",
     "find_tensors",
-    "guard_below_python",
     "held",
     "home",
     "is_deferred_tensor",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import is_parameter, original_class
+from lateinit._torch import below_python
 
 
 def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -24,6 +25,9 @@ def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     with torch.no_grad():
         if is_parameter(tensor):
             data = tensor.detach().clone(memory_format=torch.preserve_format)
+            # torch/nn/parameter.py: Parameter.__new__ keeps its own class only on plain tensors.
+            with below_python():
+                data = data.detach()
             return original_class(tensor)(data, tensor.requires_grad)
         storage = tensor.untyped_storage()
         key = id(storage)

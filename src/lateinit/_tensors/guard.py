@@ -2,7 +2,9 @@
 
 Inside a block a deferred tensor is a plain tensor under the modes of the recorder. When the block
 ends, its class becomes ``DeferredTensor``. It still reports ``meta``, but no op can silently
-compute a wrong result from it, and it can be deep-copied and pickled.
+compute a wrong result from it, and it can be deep-copied and pickled. A guard hears at two levels:
+``__torch_function__`` the calls of Python code, and ``__torch_dispatch__`` every op, also those of
+TorchScript, of ``vmap``, of collectives and of a ``DTensor`` on its local part.
 
 Come here for the answer to "what happens if I call X on a deferred tensor outside a block".
 """
@@ -31,13 +33,12 @@ from lateinit._tensors.slots import (
 from lateinit._torch import (
     Asked,
     as_subclass,
-    below_python,
     is_batch_norm_loading,
     mark_as_parameter,
-    swap_with_hooks,
     why_is_meta,
     without_subclass_functions,
 )
+from lateinit._torch.swap import swap
 from lateinit.errors import DeferredTensorError
 
 
@@ -51,9 +52,10 @@ class DeferredTensor(Guarded):
     """
 
     # Installed by modules that import this one, so that the imports point downwards only:
-    # ``follow`` records an op after the block (_recording/after_block.py), ``adopt`` takes the
-    # values of a real tensor (_tensors/realize.py).
+    # ``follow`` records a call after the block, ``hear`` an op (_recording/after_block.py),
+    # ``adopt`` takes the values of a real tensor (_tensors/realize.py).
     follow: ClassVar[Callable[..., Any]]
+    hear: ClassVar[Callable[..., Any]]
     adopt: ClassVar[Callable[[Tensor, Tensor], None]]
 
     @classmethod
@@ -79,6 +81,12 @@ class DeferredTensor(Guarded):
                 DeferredTensor.adopt(args[0], args[1])
                 return args[0]
             return DeferredTensor.follow(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return DeferredTensor.hear(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "Parameter" if getattr(self, "_is_param", False) else "tensor"
@@ -112,32 +120,12 @@ class DeferredTensor(Guarded):
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 
 
-class DeferredShard(DeferredTensor):
-    """A deferred tensor that is the local part of a ``DTensor``, or from which one is cut.
-
-    ``nn.Parameter(dtensor)`` makes a new local tensor by ``detach`` while ``__torch_function__``
-    is disabled. So this class intercepts ``detach`` at the dispatcher and guards its result.
-    """
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with below_python():
-            result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.detach.default:
-            guard_below_python(result)
-        return result
-
-
 def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
     # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
     # into a meta parameter is a no-op. Copying into a deferred tensor is not.
     if asked.why == "load":
         return False
-    if asked.why == "distribute":
-        guard_below_python(tensor)
-    elif asked.why == "scatter":
+    if asked.why == "scatter":
         _scatter(asked.given)
     return True
 
@@ -189,23 +177,28 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
 def guard(tensor: Tensor) -> None:
     """Give a deferred tensor object its guarding class, in place."""
     guarding = _guarding(type(tensor))
-    if guarding is not None:
-        # DeferredTensor is no subclass of Parameter, the guards of Parameter's subclasses are.
-        if type(tensor) is nn.Parameter:
-            mark_as_parameter(tensor)
-        tensor.__class__ = guarding
+    if guarding is None:
+        return
+    # DeferredTensor is no subclass of Parameter, the guards of Parameter's subclasses are.
+    if type(tensor) is nn.Parameter:
+        mark_as_parameter(tensor)
+    # Assigning the class alone would not do: the dispatcher asks __torch_dispatch__ only of tensors
+    # that were made as such a class. So make one, and exchange implementations.
+    inference = tensor.is_inference()
+    if inference == torch.is_inference_mode_enabled():
+        _exchange(tensor, guarding)
+    else:
+        with torch.inference_mode(inference):
+            _exchange(tensor, guarding)
+    tensor.__class__ = guarding
 
 
-def guard_below_python(tensor: Tensor) -> None:
-    """Make a deferred tensor of torch's own two classes a ``DeferredShard``, in place."""
-    guard(tensor)
-    if type(tensor) is DeferredTensor:
-        # Assigning __class__ would not do: the dispatcher asks __torch_dispatch__ only of tensors
-        # that were made as such a class. So make one, and exchange implementations.
-        with without_subclass_functions(), torch.inference_mode(tensor.is_inference()):
-            made = as_subclass(DeferredShard, tensor, tensor.requires_grad)
-            swap_with_hooks(tensor, made)
-        tensor.__class__ = DeferredShard
+def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
+    with without_subclass_functions():
+        gradient = tensor.grad if tensor.is_leaf else None
+        swap(tensor, as_subclass(guarding, tensor, requires_grad=False))
+        if gradient is not None:
+            tensor.grad = gradient
 
 
 def unguard(tensor: Tensor) -> None:

@@ -100,12 +100,14 @@ def give(
     # one must be made inside inference mode exactly if the deferred one was.
     inference = tensor.is_inference()
     if window is not None and window.is_inference() == inference:
-        swap(tensor, window)
+        left = swap(tensor, window)
     elif inference == torch.is_inference_mode_enabled():
-        swap(tensor, ref.on(storage))
+        left = swap(tensor, ref.on(storage))
     else:
         with torch.inference_mode(inference):
-            swap(tensor, ref.on(storage))
+            left = swap(tensor, ref.on(storage))
+    # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
+    left.__class__ = type(tensor)
     unguard(tensor)
 
 

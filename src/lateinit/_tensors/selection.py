@@ -14,7 +14,7 @@ from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, slot_of
 from lateinit._tensors.walk import Found, find_tensors
-from lateinit._torch import is_dtensor, without_subclass_functions
+from lateinit._torch import without_subclass_functions
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,
@@ -24,7 +24,6 @@ from lateinit.errors import (
     listing,
 )
 
-_CAST_FIRST = "; cast it before it is sharded, or by materialize(dtype=)"
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
@@ -71,7 +70,6 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
             "`with lateinit.deferred():` instead of on torch.device('meta')"
-            + (_CAST_FIRST if any(is_dtensor(f.tensor) for f in found) else "")
         )
     groups: dict[Program, Wanted] = {}
     with without_subclass_functions():

@@ -15,6 +15,7 @@ from lateinit._torch.arguments import (
     has_tensor,
     kwargs_to_meta,
     map_leaves,
+    map_tensors,
     tensors_in,
     to_meta,
 )
@@ -100,7 +101,15 @@ from lateinit._torch.swap import (
     swap_implementation,
     swap_with_hooks,
 )
-from lateinit._torch.wrappers import block_of_shard, is_dtensor, is_wrapper, local_part, rewrap
+from lateinit._torch.wrappers import (
+    block_of_shard,
+    fake_like,
+    is_dtensor,
+    is_fake,
+    is_wrapper,
+    local_part,
+    rewrap,
+)
 
 __all__ = [
     "ALLOWED_OF_PLACEHOLDERS",
@@ -134,6 +143,7 @@ __all__ = [
     "default_generator",
     "device_number",
     "digest",
+    "fake_like",
     "flat",
     "generator_key",
     "has_tensor",
@@ -143,6 +153,7 @@ __all__ = [
     "is_batch_norm_loading",
     "is_deterministic",
     "is_dtensor",
+    "is_fake",
     "is_function_mode_in_force",
     "is_in_torch_optim",
     "is_library",
@@ -159,6 +170,7 @@ __all__ = [
     "load_with_counter",
     "local_part",
     "map_leaves",
+    "map_tensors",
     "mark_as_parameter",
     "name_of_class",
     "negative_view",

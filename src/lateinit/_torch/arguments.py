@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +34,26 @@ def has_tensor(args: tuple[Any, ...]) -> bool:
     return any(isinstance(a, (Tensor, list, tuple)) for a in args)
 
 
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Arguments with their tensors changed, also those in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
 def to_meta(value: Any) -> Any:
     """An argument with its real tensors replaced by meta tensors of the same layout."""
-    if isinstance(value, Tensor):
-        if value.is_meta:
-            return value
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=META)
-    if type(value) in (list, tuple):
-        return type(value)(to_meta(item) for item in value)
-    return value
+    return map_tensors(value, _on_meta)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 def kwargs_to_meta(info: OpInfo, kwargs: dict[str, Any]) -> dict[str, Any]:

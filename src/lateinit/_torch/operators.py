@@ -61,14 +61,20 @@ _WRITES_UNSAID = {
     "aten::batch_norm_gather_stats_with_counts": (3, 4),
 }
 
+# The namespaces of collectives. Schemas do not say what a c10d op writes
+# (torch/csrc/distributed/c10d/Ops.cpp).
+_COLLECTIVES = frozenset(
+    {"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"}
+)
+
 # The namespaces of torch's own operators: an op of any other may draw without its schema or tags
 # saying so.
 _TORCHS = frozenset(
     {
         *("aten", "prims", "quantized", "_quantized", "quantization", "sparse"),
         *("mkl", "mkldnn", "mkldnn_prepacked", "onednn", "inductor", "inductor_prims"),
-        *("static_runtime", "profiler", "export", "symm_mem", "_dtensor"),
-        *("c10d", "_c10d_functional", "_c10d_functional_autograd"),
+        *("static_runtime", "profiler", "export"),
+        *_COLLECTIVES,
     }
 )
 
@@ -93,6 +99,7 @@ class OpInfo:
         metadata_only: whether it changes the layout of ``self`` in place, such as ``t_``.
         writes_unsaid: whether ``mutates`` comes from ``_WRITES_UNSAID``.
         foreign: whether it is neither torch's nor marked as random by its schema or tags.
+        collective: whether it exchanges values with other ranks.
     """
 
     func: Callable[..., Any]
@@ -109,6 +116,7 @@ class OpInfo:
     metadata_only: bool
     writes_unsaid: bool = False
     foreign: bool = False
+    collective: bool = False
 
 
 _KNOWN: dict[OpOverload, OpInfo] = {}
@@ -229,6 +237,7 @@ def _examine(func: OpOverload) -> OpInfo:
         metadata_only=inplace_view,
         writes_unsaid=name in _WRITES_UNSAID,
         foreign=foreign,
+        collective=namespace in _COLLECTIVES,
     )
 
 

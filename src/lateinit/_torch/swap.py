@@ -18,11 +18,14 @@ swap_implementation = torch._C._swap_tensor_impl
 """``swap_implementation(a, b)``: ``a`` gets the memory and metadata of ``b``, and conversely."""
 
 
-def swap(tensor: Tensor, real: Tensor) -> None:
+def swap(tensor: Tensor, real: Tensor) -> Tensor:
     """Give ``tensor`` the memory and values of ``real``, which must not be used afterwards.
 
     ``tensor`` keeps its hooks, ``requires_grad`` and whether it is a leaf. If it is none, backward
     through it raises: the graph of the constructor is not recorded.
+
+    Returns:
+        The object that holds the implementation which ``tensor`` had.
     """
     # torch/_utils.py: a DTensor on meta comes out of a pickle as a parameter that is no leaf.
     leaf = tensor.is_leaf or isinstance(tensor, nn.Parameter)
@@ -32,6 +35,7 @@ def swap(tensor: Tensor, real: Tensor) -> None:
         with torch.enable_grad():
             real = _Detached.apply(real.requires_grad_())  # type: ignore[no-untyped-call]
     swap_with_hooks(tensor, real)
+    return real
 
 
 def swap_with_hooks(tensor: Tensor, other: Tensor) -> None:

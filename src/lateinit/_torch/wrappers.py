@@ -1,7 +1,7 @@
-"""Wrapper subclasses, tensors that consist of other tensors: ``DTensor`` above all.
+"""Wrapper subclasses, tensors that consist of other tensors: ``DTensor`` above all; fake tensors.
 
-``torch.distributed.tensor`` takes long to import, so it is looked up among the imported modules:
-there is no ``DTensor`` before someone has imported it.
+Their modules take long to import, so they are looked up among the imported ones: there is no
+``DTensor`` before someone has imported it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lateinit._torch.swap import swap
@@ -26,6 +27,19 @@ def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor is a ``FakeTensor``: one without memory that says a real device."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def fake_like(fake: Any, tensor: Tensor, device: torch.device) -> Tensor:
+    """A fake tensor with the layout of ``tensor``, of the mode that ``fake`` belongs to."""
+    size, stride, dtype = tensor.size(), tensor.stride(), tensor.dtype
+    with fake.fake_mode:
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -1,0 +1,354 @@
+"""What is done to deferred tensors below Python code is heard: honoured, or refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import lateinit
+from lateinit.errors import DeferredTensorError, LateinitError, RecordingError
+from tests.sharding.alone import alone_as
+from tests.sharding.placements import line
+
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor")
+
+
+def layer() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Linear(3, 5)
+
+
+def is_heard(tensor: Tensor) -> bool:
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+
+
+# Ops that come by other ways than Python's torch functions.
+
+
+def product(w: Tensor, x: Tensor) -> Tensor:
+    return torch.matmul(x, w.t())
+
+
+def number(w: Tensor, x: Tensor) -> Tensor:
+    return x * float(w.detach().sum())
+
+
+def filled(w: Tensor, x: Tensor) -> Tensor:
+    return w.detach().fill_(2.0)
+
+
+def filled_in_part(w: Tensor, x: Tensor) -> Tensor:
+    return w.detach()[1].zero_()
+
+
+def drawn(w: Tensor, x: Tensor) -> Tensor:
+    return w.detach().uniform_()
+
+
+def loaded(w: Tensor, x: Tensor) -> Tensor:
+    return w.detach().copy_(x.new_ones(3))
+
+
+def scaled(w: Tensor, x: Tensor) -> Tensor:
+    return w.mul(2.0).sub(w.t().t())
+
+
+def viewed(w: Tensor, x: Tensor) -> Tensor:
+    return w.t()[1:].reshape(-1)
+
+
+def without_functions(f: Callable[..., Any]) -> Callable[..., Any]:
+    def called(w: Tensor, x: Tensor) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return f(w, x)
+
+    return called
+
+
+def mapped(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Over a dim of the input; what does not depend on it comes out once for each."""
+
+    def called(w: Tensor, x: Tensor) -> Any:
+        return torch.vmap(lambda row: f(w, row), out_dims=0)(x)
+
+    return called
+
+
+WAYS = {
+    "python": lambda f: f,
+    "functions off": without_functions,
+    "script": torch.jit.script,
+    "vmap": mapped,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "act", [product, number, filled, filled_in_part, drawn, loaded, scaled, viewed]
+)
+def test_an_op_that_comes_by_any_way_is_honoured_or_refused(act: Any, way: str) -> None:
+    x, eager, late = torch.randn(2, 3), layer(), lateinit.deferred_init(layer)
+    untouched = eager.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script
+        run = WAYS[way](act)
+    try:
+        expected = run(eager.weight, x)
+    except RuntimeError as error:
+        pytest.skip(f"eager cannot do it either: {error}")
+    if act in (scaled, viewed):
+        found = run(late.weight, x)
+        assert lateinit.is_deferred(found)
+        assert lateinit.materialize(found.detach()).equal(expected.detach())
+    else:
+        # TorchScript turns every error into a RuntimeError, and leaves out its message.
+        kind, words = (
+            (RuntimeError, "TorchScript") if way == "script" else (LateinitError, "weight")
+        )
+        with pytest.raises(kind, match=words):
+            run(late.weight, x)
+    assert lateinit.materialize(late).weight.equal(untouched)
+
+
+def test_gradients_by_functions_are_those_of_the_eager_twin() -> None:
+    def loss(w: Tensor) -> Tensor:
+        return (w * w).sum()
+
+    expected = torch.func.grad(loss)(layer().weight)
+    found = torch.func.grad(loss)(lateinit.deferred_init(layer).weight)
+    assert lateinit.materialize(found).equal(expected)
+
+
+def test_a_model_that_was_scripted_before_it_was_materialised_computes_with_its_values() -> None:
+    x, late = torch.randn(2, 3), lateinit.deferred_init(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(late)
+    with pytest.raises(RuntimeError, match="TorchScript"):
+        scripted(x)
+    lateinit.materialize(late)
+    for _ in range(3):
+        assert scripted(x).equal(layer()(x))
+    with torch.no_grad():
+        late.weight.zero_()
+    assert scripted(x).equal(late.bias.expand(2, 5))
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda w: w,
+        lambda w: w.detach(),
+        lambda w: w.data,
+        lambda w: w.T,
+        lambda w: w[1:],
+        lambda w: w * 2,
+        nn.Parameter,
+        lambda w: w.bfloat16(),
+        lambda w: w.detach().requires_grad_(),
+        torch.vmap(torch.neg),
+    ],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_derived_from_a_deferred_tensor_is_heard_too(derive: Any, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        derived = derive(lateinit.deferred_init(layer).weight)
+        assert is_heard(derived)
+        assert lateinit.is_deferred(derived)
+        assert derived.is_inference() == inference
+        assert not is_heard(lateinit.materialize(derived))
+
+
+def test_a_tensor_with_a_graph_keeps_being_no_leaf_and_its_backward_raises() -> None:
+    with lateinit.deferred():
+        late = layer()
+        late.scaled = late.weight * 2
+    assert is_heard(late.scaled)
+    assert (late.scaled.is_leaf, late.scaled.requires_grad) == (False, True)
+    lateinit.materialize(late)
+    assert (late.scaled.is_leaf, late.scaled.requires_grad) == (False, True)
+    assert late.scaled.equal(layer().weight * 2)
+    with pytest.raises(DeferredTensorError, match="graph was not recorded"):
+        late.scaled.sum().backward()
+
+
+# Among tensors without values.
+
+
+@pytest.mark.parametrize("way", ["python", "functions off"])
+def test_among_meta_tensors_the_result_is_a_meta_tensor(way: str) -> None:
+    late = lateinit.deferred_init(layer)
+    found = WAYS[way](product)(late.weight, torch.empty(2, 3, device="meta"))
+    assert type(found) is Tensor
+    assert (found.shape, found.device.type) == ((2, 5), "meta")
+    assert not lateinit.is_deferred(found)
+
+
+@pytest.mark.parametrize("way", ["python", "functions off"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_among_fake_tensors_the_result_is_a_fake_tensor(way: str, inside: bool) -> None:
+    late, mode = lateinit.deferred_init(layer), FakeTensorMode()
+    x = mode.from_tensor(torch.randn(2, 3))
+    if inside:
+        with mode:
+            found = WAYS[way](product)(late.weight, x)
+    else:
+        found = WAYS[way](product)(late.weight, x)
+    assert isinstance(found, torch._subclasses.FakeTensor)
+    assert (found.shape, found.device.type) == ((2, 5), "cpu")
+    assert lateinit.materialize(late).weight.equal(layer().weight)
+
+
+@pytest.mark.parametrize("way", ["python", "functions off"])
+def test_a_write_from_meta_or_fake_tensors_is_refused(way: str) -> None:
+    late = lateinit.deferred_init(layer)
+    x = FakeTensorMode().from_tensor(torch.randn(3))
+    for source in (x, x.to("meta"), torch.empty(3, device="meta")):
+        with pytest.raises(DeferredTensorError, match="'weight'"):
+            WAYS[way](lambda w, x: w.detach().add_(x))(late.weight, source)
+    assert lateinit.materialize(late).weight.equal(layer().weight)
+
+
+# Collectives.
+
+
+def collectives() -> Iterator[Any]:
+    """A call of every op of the namespaces, as a function of a tensor and a process group."""
+    for name in sorted(torch._C._dispatch_get_all_op_names()):
+        namespace, _, rest = name.partition("::")
+        if namespace not in COLLECTIVES:
+            continue
+        base, _, kind = rest.partition(".")
+        op = getattr(getattr(getattr(torch.ops, namespace), base), kind or "default")
+        kinds = {a.name: str(a.type) for a in op._schema.arguments}
+        unmade = any(k.endswith(("ReduceOp", "SymmetricMemory")) for k in kinds.values())
+        if not unmade and "Tensor" in str(kinds):
+            yield pytest.param(partial(call, op, kinds), id=name)
+    # Python cannot make the ReduceOp that these ops take, but the methods of a group can.
+    for name, lists in (
+        ("allreduce", (1,)),
+        ("reduce", (1,)),
+        ("allreduce_coalesced", (1,)),
+        ("reduce_scatter", (1, 2)),
+        ("reduce_scatter_tensor_coalesced", (1, 1)),
+        ("_reduce_scatter_base", (0, 0)),
+    ):
+        yield pytest.param(partial(call_method, name, lists), id=f"ProcessGroup.{name}")
+
+
+def call(op: Any, kinds: dict[str, str], tensor: Tensor, group: Any) -> None:
+    values = {
+        "Tensor": tensor,
+        "List[Tensor]": [tensor],
+        "List[Optional[Tensor]]": [tensor],
+        "List[List[Tensor]]": [[tensor]],
+        "int": 0,
+        "bool": False,
+        "str": "sum",
+        "Any": "0",
+        "List[int]": [0],
+        "List[Optional[int]]": [0],
+        "List[str]": ["sum"],
+        "List[bool]": [False],
+    }
+
+    def value(kind: str) -> Any:
+        kind = kind.removeprefix("Optional[") + "]" * (kind.count("[") - kind.count("]"))
+        kind = kind.removesuffix("]") if kind.count("]") > kind.count("[") else kind
+        return group.boxed() if "ProcessGroup" in kind else values[kind]
+
+    keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
+    op(
+        *(value(kind) for name, kind in kinds.items() if name not in keyword),
+        **{name: value(kinds[name]) for name in keyword},
+    )
+
+
+def call_method(name: str, lists: tuple[int, ...], tensor: Tensor, group: Any) -> None:
+    getattr(group, name)(*(([tensor], [[tensor]])[n - 1] if n else tensor for n in lists))
+
+
+@pytest.mark.parametrize("collective", list(collectives()))
+@pytest.mark.parametrize("derive", [lambda w: w, lambda w: (w * 1).detach()])
+def test_no_collective_takes_a_deferred_tensor(collective: Any, derive: Any) -> None:
+    with alone_as(0, 2):
+        late = lateinit.deferred_init(layer)
+        with pytest.raises(DeferredTensorError, match=r"exchange the values of .*'weight'"):
+            collective(derive(late.weight), dist.group.WORLD)
+        assert lateinit.materialize(late).weight.equal(layer().weight)
+
+
+def test_a_collective_in_a_constructor_is_refused() -> None:
+    def build() -> nn.Module:
+        made = layer()
+        dist.broadcast(made.weight.detach(), 0)
+        return made
+
+    with alone_as(0, 2), pytest.raises(RecordingError, match="c10d::broadcast_ exchanges values"):
+        lateinit.deferred_init(build)
+
+
+# Shards.
+
+
+def by_hand(late: nn.Module) -> Any:
+    return distribute_tensor(late.weight, line(2), [Shard(0)])
+
+
+def from_local(late: nn.Module) -> Any:
+    return nn.Parameter(DTensor.from_local(late.weight, line(2), [Replicate()]))
+
+
+def by_fsdp(late: nn.Module) -> Any:
+    return fully_shard(late, mesh=line(2)).weight
+
+
+@pytest.mark.parametrize("shard", [by_hand, from_local, by_fsdp])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.fill_(1.0),
+        lambda t: t.zero_(),
+        lambda t: t.mul_(2.0),
+        nn.init.ones_,
+        lambda t: t.copy_(t * 2),
+        lambda t: t.to_local().fill_(1.0),
+        lambda t: t.full_tensor(),
+        lambda t: t.redistribute(placements=[Replicate()]).to_local().zero_(),
+        lambda t: t._local_tensor.detach().zero_(),
+    ],
+)
+def test_a_write_to_a_shard_is_honoured_or_refused(shard: Any, write: Any) -> None:
+    with alone_as(0, 2), torch.no_grad():
+        expected, tensor = shard(layer()), shard(lateinit.deferred_init(layer))
+        assert is_heard(tensor.to_local())
+        try:
+            write(tensor)
+        except DeferredTensorError as error:
+            refused = str(error)
+        else:
+            refused = ""
+            write(expected)
+        assert not refused or "'weight'" in refused
+        assert lateinit.materialize(tensor, check=False).to_local().equal(expected.to_local())
+
+
+def test_a_draw_into_a_shard_is_refused() -> None:
+    with alone_as(0, 2), torch.no_grad():
+        tensor = by_hand(lateinit.deferred_init(layer))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of DTensor, on its random ops on a CPU mesh
+            with pytest.raises(DeferredTensorError, match="'weight'"):
+                tensor.normal_()
+        expected = by_hand(layer()).to_local()
+        assert lateinit.materialize(tensor, check=False).to_local().equal(expected)
