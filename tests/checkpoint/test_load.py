@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lateinit
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.dry_run import Rehearsal, plain_state, rehearse
-from lateinit._tensors.realize import Cast
+from lateinit._checkpoint.load.load import plan_load
+from lateinit._tensors import AS_RECORDED, Cast, find_tensors
 from tests.support import building
 from tests.support.formats import FORMATS, SAFETENSORS
 from tests.support.models import MODELS
@@ -202,3 +204,46 @@ def test_a_checkpoint_may_lack_a_lazy_batch_norm(tmp_path: Path) -> None:
     lateinit.materialize(model)
     assert torch.equal(model.scale, torch.full((5,), 4.0))
     assert_same(nn.BatchNorm1d(5), model.norm)
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("table", torch.arange(3).float(), persistent=False)
+
+
+def test_a_plan_of_a_load_can_be_read_and_has_changed_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    weight = torch.randn(3, 3)
+    save_file({"first.weight": weight, "second.weight": weight.clone()}, path)
+    model = lateinit.deferred_init(Tied)
+    plan = plan_load(model, path, AS_RECORDED, strict=False)
+    lines = str(plan).splitlines()
+    assert lines[:4] == [
+        f"{path}: 2 copies, 72 B",
+        "  first.weight <- first.weight",
+        "  first.weight <- second.weight, read already",
+        "2 steps, 3 of 5 recorded ops, 24 bytes",
+    ]
+    assert [line for line in lines if "->" in line] == [
+        "         -> second.bias",
+        "         -> table",
+    ]
+    assert all(found.deferred for found in find_tensors(model))
+
+
+def test_a_plan_of_a_load_with_hooks_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.randn(3, 3), "bias": torch.randn(3)}, path)
+    model = lateinit.deferred_init(nn.Linear, 3, 3)
+    model.register_load_state_dict_pre_hook(
+        lambda _, state, *__: state.update(bias=state["bias"] * 2)
+    )
+    lines = str(plan_load(model, path, AS_RECORDED, strict=True)).splitlines()
+    assert lines[0].endswith("2 copies, 36 B, by load_state_dict and its hooks")
+    assert lines[1:3] == ["  weight <- weight", "  bias <- a value that a hook computes"]

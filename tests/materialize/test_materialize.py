@@ -15,6 +15,7 @@ from torch.nn.utils.prune import L1Unstructured
 from torch.utils.weak import WeakIdKeyDictionary
 
 import lateinit
+from lateinit._materialize import scheduler
 from lateinit._replay import Session
 from lateinit.errors import DeferredTensorError
 from tests.support.cases import Bag
@@ -22,7 +23,9 @@ from tests.support.snapshots import assert_same, snapshot, tensors_of
 from tests.support.twins import twins as twins_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from lateinit._program import Step
 
 
 class Net(nn.Module):
@@ -479,6 +482,24 @@ def test_plan_runs_nothing(replayed: list[str]) -> None:
     assert not replayed
     assert not real(model)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("build", [Twice, lambda: nn.LSTM(3, 4), lambda: nn.Embedding(6, 4)])
+@pytest.mark.parametrize("only", [None, "*weight*"])
+def test_the_plan_that_is_printed_is_the_one_that_runs(
+    build: Any, only: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lateinit.deferred_init(build)
+    planned, ran = lateinit.plan(model, only=only), []
+    run = scheduler.execute
+
+    def noted(session: Session, steps: Iterable[Step], threads: int | None) -> Any:
+        ran.append((session.program, steps))
+        return run(session, steps, threads)
+
+    monkeypatch.setattr("lateinit._materialize.materialize.execute", noted)
+    lateinit.materialize(model, only=only)
+    assert ran == [(planned.program, planned.steps)]
 
 
 def test_plan_over_several_blocks_is_refused() -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,9 +22,6 @@ from tests.support.formats import FORMATS
 from tests.support.killed_saves import in_a_child
 from tests.support.snapshots import assert_same
 from tests.support.twins import Net, twins
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 def die_at(last: int, folder: str) -> None:
@@ -38,19 +35,18 @@ def die_at(last: int, folder: str) -> None:
         if event == "mmap.__new__" or (event == "open" and str(details[0]).startswith(folder)):
             step()
 
-    put_plainly = Placer.put_plainly
+    put = Placer.put
 
-    def trained_put_plainly(
-        placer: Placer, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    def put_and_trained(
+        placer: Placer, target: torch.Tensor, source: torch.Tensor, *, take: bool
     ) -> None:
-        for target, source in pairs:
-            step()
-            put_plainly(placer, [(target, source)])
-            with torch.no_grad():
-                target.add_(1)
-            step()
+        step()
+        put(placer, target, source, take=take)
+        with torch.no_grad():
+            target.add_(1)
+        step()
 
-    Placer.put_plainly = trained_put_plainly  # type: ignore[method-assign]
+    Placer.put = put_and_trained  # type: ignore[method-assign]
     sys.addaudithook(hook)
 
 

@@ -13,6 +13,7 @@ from lateinit._materialize.materialize import (
     check_shared,
     is_deferred,
     plan,
+    plan_of,
 )
 from lateinit._materialize.scheduler import execute
 
@@ -23,4 +24,5 @@ __all__ = [
     "execute",
     "is_deferred",
     "plan",
+    "plan_of",
 ]

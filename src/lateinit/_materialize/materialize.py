@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lateinit._distributed import agree, reads_nothing
 from lateinit._materialize.scheduler import execute
-from lateinit._program import Plan, Program, Step, needed_ops, plan_storages
+from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of
 from lateinit._tensors import (
@@ -135,19 +135,19 @@ def materialize(
             _leave_real(group)
             check_seed(group.program, seed)
             check_shared(group, cast)
-        sessions = [execution_of(group.program, seed).session() for group in wanted]
-        for group, session in zip(wanted, sessions, strict=True):
-            check_constants(group, session)
-            check_holes(group, session)
+        planned = [(group, plan_of(group), _session(group, seed)) for group in wanted]
+        for group, plan_, session in planned:
+            check_constants(group, plan_, session)
+            _check_holes(group, plan_, session)
         total = sum(shared.record.nbytes for g in wanted for shared in g.storages.values())
         with Progress("materialise", total, shown=progress) as bar:
-            for group, session in zip(wanted, sessions, strict=True):
-                _materialize(group, cast, session, threads, bar)
+            for group, plan_, session in planned:
+                _run(group, plan_, session, cast, threads, bar)
     return target
 
 
 def plan(target: Any, *, only: Only | None = None) -> Plan:
-    """What ``materialize(target, only=only)`` would run, without running it.
+    """The plan that ``materialize(target, only=only)`` makes and runs; this only makes it.
 
     Nothing is allocated, drawn or changed.
 
@@ -177,9 +177,23 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         raise ValueError("the target was recorded in several blocks: plan one part at a time")
     if not groups:
         return Plan(Program(), ())
-    group = groups[0]
+    return plan_of(groups[0])
+
+
+def plan_of(group: Wanted, storages: Iterable[int] | None = None) -> Plan:
+    """The plan that computes the tensors of one program.
+
+    Args:
+        group: the selected tensors.
+        storages: the storages to compute, by default all that are not real yet.
+    """
+    wanted = group.to_compute() if storages is None else storages
     names = tuple((deferred.name, deferred.ref) for deferred in group.tensors())
-    return Plan(group.program, tuple(plan_storages(group.program, group.to_compute())), names)
+    return Plan(group.program, tuple(plan_storages(group.program, wanted)), names)
+
+
+def _session(group: Wanted, seed: int | None) -> Session:
+    return execution_of(group.program, seed).session()
 
 
 def is_deferred(target: Any) -> bool:
@@ -288,34 +302,28 @@ def check_shared(group: Wanted, cast: Cast) -> None:
                 )
 
 
-def check_constants(group: Wanted, session: Session, storages: Iterable[int] | None = None) -> None:
-    """Raise if real data that some values are computed from has changed.
+def check_constants(group: Wanted, plan_: Plan, session: Session) -> None:
+    """Raise if real data has changed that some values are computed from.
 
     Args:
         group: the selected tensors of one program.
+        plan_: what will be computed.
         session: reads the constants and compares their checksums.
-        storages: the storages that will be computed, by default all storages of ``group``.
     """
     program = group.program
     if all(constant.checksum is None for constant in program.constants):
         return
-    wanted = group.to_compute()
-    if storages is not None:
-        wanted = [number for number in storages if number in set(wanted)]
-
-    def read(targets: Iterable[int]) -> set[int]:
-        return {n for op in needed_ops(program, targets) for n in program.ops[op].constants()}
-
-    for number in sorted(read(wanted)):
+    for step in plan_.steps:
         try:
             with without_modes():
-                session.constant(number)
+                for number in step.ops:
+                    for constant in program.ops[number].constants():
+                        session.constant(constant)
         except ConstantChangedError as error:
-            found = [storage for storage in wanted if number in read([storage])]
-            raise ConstantChangedError(f"{group.names(found)!r}: {error}") from None
+            raise ConstantChangedError(f"{group.names(step.gives)!r}: {error}") from None
 
 
-def check_holes(group: Wanted, session: Session) -> None:
+def _check_holes(group: Wanted, plan_: Plan, session: Session) -> None:
     """Raise if a value is drawn after a lazy module whose shape is not known.
 
     Such a module draws an unknown number of words, so no later draw has a known position.
@@ -323,7 +331,7 @@ def check_holes(group: Wanted, session: Session) -> None:
     program = group.program
     if None not in program.holes:
         return
-    for step in plan_storages(program, group.to_compute()):
+    for step in plan_.steps:
         draws = (program.ops[number].draw for number in step.ops)
         try:
             session.streams.check_known(draw for draw in draws if draw is not None)
@@ -331,22 +339,25 @@ def check_holes(group: Wanted, session: Session) -> None:
             raise RecordingError(f"{group.names(step.gives)!r}: {error}") from None
 
 
-def _materialize(
-    group: Wanted, cast: Cast, session: Session, threads: int | None, bar: Progress
+def _run(
+    group: Wanted,
+    plan_: Plan,
+    session: Session,
+    cast: Cast,
+    threads: int | None,
+    bar: Progress,
 ) -> None:
-    """Run the plan of one program, and place each storage as soon as it has its values."""
-    computed = group.to_compute()
+    """Run the plan of one program, and realise each storage as soon as it has its values."""
+    left = dict.fromkeys(number for step in plan_.steps for number in step.gives)
     with without_modes():
         # The other storages became real in an earlier call. The tensors left on them only share the
         # memory.
-        for number in group.storages.keys() - computed:
+        for number in group.storages.keys() - left.keys():
             group.storages[number].share()
-    steps = plan_storages(group.program, computed)
-    left = dict.fromkeys(number for step in steps for number in step.gives)
     running: Step | None = None
     try:
         with session:
-            for step, run in execute(session, steps, threads):
+            for step, run in execute(session, plan_.steps, threads):
                 running = step
                 results = run()
                 for number in step.gives:

@@ -80,14 +80,6 @@ class Placer:
         with torch.inference_mode() if inference else torch.no_grad():
             held(target).copy_(source)
 
-    def put_plainly(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Put values into tensors of torch's own classes, one after another."""
-        with without_modes():
-            for target, source in pairs:
-                deferred = self._recorded(target)
-                if deferred is None or not self._given_memory_of(source, deferred):
-                    target.copy_(source)
-
     def _recorded(self, target: Tensor) -> Deferred | None:
         """The handle on a tensor; None if it is not deferred."""
         slot = slot_of(target)

@@ -1,13 +1,12 @@
-"""Load a checkpoint into a module: dry run, checks, then one tensor after another.
+"""Load a checkpoint into a module: make a plan, then run it, one tensor after another.
 
-``load_into`` is the order of everything. Until its checks are through nothing changes, so that
-every error before that leaves the module as it was.
+Until the plan is made nothing changes, so that every error before that leaves the module as it was.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import place_of
 from lateinit._lazy import known_shape, wrong_sizes
-from lateinit._materialize import check_constants, check_shared
+from lateinit._materialize import check_constants, check_shared, plan_of
 from lateinit._materialize.materialize import materialize
+from lateinit._program import Plan
 from lateinit._progress import Progress
 from lateinit._replay import execution_of
 from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
@@ -72,8 +72,56 @@ class Loaded:
         return "\n".join(lines)
 
 
-def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
-    """Load a checkpoint into a module; see ``load_checkpoint``."""
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What loading a checkpoint into a module does. Making it has changed nothing; ``print`` it.
+
+    Attributes:
+        module: the module.
+        reader: the checkpoint, with the names of the module.
+        cast: where deferred tensors will be.
+        strict: whether both sides must have the same names.
+        names: the tensors of the module.
+        groups: its deferred tensors, by program.
+        rehearsal: every copy. If it is ``plain``, nothing but these copies is done; otherwise
+            ``load_state_dict`` runs once more, and its hooks with it.
+        fitting: which names have their values from the checkpoint.
+        rest: the plans that compute what the checkpoint lacks.
+    """
+
+    module: nn.Module
+    reader: Reader
+    cast: Cast
+    strict: bool
+    names: TensorNames
+    groups: list[Wanted]
+    rehearsal: Rehearsal
+    fitting: Fit
+    rest: tuple[Plan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are read."""
+        sources = (source for _, source in self.rehearsal.copies)
+        return sum(self.reader.entries[s].nbytes for s in sources if isinstance(s, str))
+
+    def __str__(self) -> str:
+        hooks = "" if self.rehearsal.plain else ", by load_state_dict and its hooks"
+        count = len(self.rehearsal.copies)
+        lines = [f"{self.reader.path}: {count} copies, {format_bytes(self.nbytes)}{hooks}"]
+        for number, (target, source) in enumerate(self.rehearsal.copies):
+            name = next(iter(self.names.of(target)), "a tensor of a hook")
+            origin = source if isinstance(source, str) else "a value that a hook computes"
+            again = ", read already" if number in self.fitting.repeated else ""
+            lines.append(f"  {name} <- {origin}{again}")
+        return "\n".join([*lines, *map(str, self.rest)])
+
+
+def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> LoadPlan:
+    """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
+
+    The module is left as it was.
+    """
     reader = open_checkpoint(path)
     names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
@@ -88,26 +136,28 @@ def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progre
         sizes = wrong_sizes(module, Stands(reader, names.found).state)
         rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
-    computed = _computed(names, fitting)
-    for group in groups:
-        session = execution_of(group.program).session()
-        check_constants(group, session, _to_compute(group, set(fitting.loaded)))
-    nbytes = sum(reader.entries[s].nbytes for _, s in rehearsal.copies if isinstance(s, str))
-    placer = Placer(groups, cast)
-    with Progress("load", nbytes, shown=progress) as bar:
-        if rehearsal.plain:
-            _put_plainly(reader, rehearsal, fitting, placer, bar)
-        else:
-            _put(module, names, reader, rehearsal, placer, bar, strict=strict)
+    loaded = set(fitting.loaded)
+    rest = tuple(plan_of(group, _left(group, loaded)) for group in groups)
+    for group, plan in zip(groups, rest, strict=True):
+        check_constants(group, plan, execution_of(group.program).session())
+    return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest)
+
+
+def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
+    """Load a checkpoint into a module; see ``load_checkpoint``."""
+    plan = plan_load(module, path, cast, strict=strict)
+    names, computed = plan.names, _computed(plan.names, plan.fitting)
+    with Progress("load", plan.nbytes, shown=progress) as bar:
+        _run(plan, bar)
     # What the checkpoint lacks is computed last. Hooks may have exchanged tensors, so that the
     # module is searched anew unless none ran.
     left: Any = module
-    if rehearsal.plain:
+    if plan.rehearsal.plain:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
     materialize(left, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
-    return _report(names, path, reader, fitting, computed)
+    return _report(names, path, plan.reader, plan.fitting, computed)
 
 
 def _is_known(_: str, tensor: Tensor) -> bool:
@@ -123,33 +173,33 @@ def _dtype_of(tensor: Tensor, cast: Cast) -> torch.dtype:
     return dtype
 
 
-def _put_plainly(
-    reader: Reader, rehearsal: Rehearsal, fitting: Fit, placer: Placer, bar: Progress
-) -> None:
-    """Make the copies of ``load_state_dict`` without running it, as it would do nothing else."""
+def _run(plan: LoadPlan, bar: Progress) -> None:
+    """Make the copies of a plan."""
+    reader, copies = plan.reader, plan.rehearsal.copies
+    placer = Placer(plan.groups, plan.cast)
+    uses = Counter(source for _, source in copies if isinstance(source, str))
 
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for number, (target, name) in enumerate(rehearsal.copies):
-            if isinstance(name, str) and number not in fitting.repeated:
-                yield target, reader.read(name)
-                bar.advance(reader.entries[name].nbytes)
+    def put(target: Tensor, name: str, *block: tuple[int, ...]) -> None:
+        # Only a tensor that is read once may be given away as memory: a hook may write to a loaded
+        # tensor before the same data is read again.
+        once = uses[name] == 1 and name not in plan.rehearsal.revealed
+        take = plan.rehearsal.plain or (once and name not in reader.shared)
+        placer.put(target, reader.read(name, *block), take=take)
+        bar.advance(reader.entries[name].nbytes)
 
-    placer.put_plainly(pairs())
+    if not plan.rehearsal.plain:
+        _run_hooks(plan, placer, put)
+        return
+    # `load_state_dict` would do nothing but these copies.
+    for number, (target, name) in enumerate(copies):
+        if isinstance(name, str) and number not in plan.fitting.repeated:
+            put(target, name)
 
 
-def _put(
-    module: nn.Module,
-    names: TensorNames,
-    reader: Reader,
-    rehearsal: Rehearsal,
-    placer: Placer,
-    bar: Progress,
-    *,
-    strict: bool,
-) -> None:
-    """Run ``load_state_dict`` on stand-ins for the checkpoint; each copy places real values."""
-    stands = Stands(reader, names.found)
-    uses = Counter(name for _, name in rehearsal.copies if isinstance(name, str))
+def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None:
+    """Run ``load_state_dict`` on stand-ins for the checkpoint; each copy puts real values."""
+    module, reader, rehearsal = plan.module, plan.reader, plan.rehearsal
+    stands = Stands(reader, plan.names.found)
     copies = 0
 
     def on_copy(target: Tensor, source: Tensor) -> None:
@@ -164,17 +214,12 @@ def _put(
             placer.reveal(source)
             placer.put(target, block_of(source, *place), take=False)
         else:
-            # Only a tensor that is read once may be given away as memory: a hook may write to a
-            # loaded tensor before the same data is read again.
-            once = uses[name] == 1 and name not in rehearsal.revealed
-            take = once and name not in reader.shared
-            placer.put(target, reader.read(name, *place), take=take)
-            bar.advance(reader.entries[name].nbytes)
+            put(target, name, *place)
 
     loading = Loading(stands, placer, on_copy)
     try:
         with loading, caught(module) as lists:
-            run(module, stands, lists, strict=strict)
+            run(module, stands, lists, strict=plan.strict)
     except Exception as error:
         # load_state_dict turns an exception in a copy into a message; the first one itself is
         # raised.
@@ -183,7 +228,7 @@ def _put(
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
     # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
-    sharded = any(is_dtensor(found.tensor) for found in names.distinct)
+    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(
@@ -193,9 +238,10 @@ def _put(
         )
 
 
-def _to_compute(group: Wanted, loaded: set[str]) -> Iterator[int]:
-    """The storages whose values do not all come from the checkpoint."""
-    for number, shared in group.storages.items():
+def _left(group: Wanted, loaded: set[str]) -> Iterator[int]:
+    """The storages to compute: those whose values do not all come from the checkpoint."""
+    for number in group.to_compute():
+        shared = group.storages[number]
         if not any(d.name in loaded and d.is_whole() for d in shared.tensors):
             yield number
 
