@@ -86,6 +86,8 @@ WRONG: dict[str, Callable[[], torch.Tensor]] = {
     "log-normal": lambda: torch.empty(3).log_normal_(0, -1),
     "bernoulli": lambda: torch.empty(3).bernoulli_(2.0),
     "complex factor": lambda: torch.ones(3).mul_(1j),
+    "a bound beyond float16": lambda: torch.ones(3, dtype=torch.float16).clamp_(max=1e30),
+    "a complex multiple": lambda: torch.ones(3).add_(2, alpha=1j),  # type: ignore[arg-type]
     "no bounds": lambda: torch.ones(3).clamp_(),
     "no such rounding": lambda: torch.ones(3).div_(2, rounding_mode="up"),
     "no such dim": lambda: torch.ones(3).cumsum_(5),

@@ -165,7 +165,7 @@ def test_kernel_whose_ends_differ_is_run_whole(monkeypatch: pytest.MonkeyPatch) 
         tensor[end:].add_(torch.tensor(number * (1 / 3)))
 
     assert chunks._trial("aten::add_.Tensor", torch.float16)
-    info = SimpleNamespace(func=rounds_twice_at_the_end, random=False)
+    info = SimpleNamespace(func=rounds_twice_at_the_end, random=False, numbers=(0.3,))
     monkeypatch.setattr(chunks, "by_name", lambda name: info)
     assert not chunks._trial("aten::add_.Tensor", torch.float16)
 

@@ -13,18 +13,13 @@ from lateinit._rng import position as seeker_module
 from lateinit._rng.consumption import DrawSpec, consumption
 from lateinit._rng.mt19937 import generator_at, has_normal, jump, state_of
 from lateinit._rng.position import Cost, Seeker
+from lateinit._torch import OP_TABLE, OpTraits, by_name
 from tests.support.twins import interrupted_at
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FLOATING = (*REAL, torch.complex64, torch.complex128)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8)
 SIZES = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 311, 312, 313, 623, 624, 625, 1300)
-
-
-def overload(op):
-    """The overload of an op that takes a generator; None where this torch has none."""
-    name, _, variant = consumption_module._PROBES[f"aten::{op}"].overload.partition(".")
-    return getattr(getattr(torch.ops.aten, name), variant or "default", None)
 
 
 # Each op with the dtypes that it takes and some of the numbers that it can be given.
@@ -39,18 +34,8 @@ OPS = {
     "cauchy_": (REAL, [(), (1.0, 3.0)]),
     "log_normal_": (REAL, [(), (0.5, 1.5)]),
     "geometric_": ((*REAL, *INTEGER), [(0.1,), (0.9,)]),
-    "rand": (FLOATING, [()]),
-    "randn": (FLOATING, [()]),
-    "normal.float_float": (FLOATING, [(1.0, 2.0)]),
-    "randint": ((*REAL, *INTEGER), [(9,)]),
-    "randint.low": ((*REAL, *INTEGER), [(2, 90)]),
-    "rand_like": (FLOATING, [()]),
-    "randn_like": (FLOATING, [()]),
-    "randint_like": ((*REAL, *INTEGER), [(9,)]),
-    "randint_like.low_dtype": ((*REAL, *INTEGER), [(2, 90)]),
     "randperm": ((torch.float32, torch.float64, torch.int64, torch.int32), [()]),
 }
-OPS = {op: takes for op, takes in OPS.items() if overload(op)}
 WIDE = [(torch.int64, args) for args in [(0, 2**28), (-(2**40), 2**40), (5, None), (-9, 2**28 - 9)]]
 WIDE += [(torch.int32, (0, 2**28 - 1)), (torch.int64, (-(2**63), None)), (torch.uint8, (1, None))]
 
@@ -66,9 +51,7 @@ class Call:
     args: tuple = ()
 
     def draw(self):
-        fills = consumption_module._PROBES[f"aten::{self.op}"].fills
-        filled = torch.empty_like(self.tensor()) if fills == "like" else self.tensor()
-        contiguous = fills in ("size", "count") or filled.is_contiguous()
+        contiguous = self.op == "randperm" or self.tensor().is_contiguous()
         return DrawSpec(f"aten::{self.op}", self.numel, self.dtype, contiguous, self.args)
 
     def tensor(self):
@@ -82,14 +65,10 @@ class Call:
         return torch.empty(self.numel, dtype=self.dtype)
 
     def make(self, generator):
-        op = overload(self.op)
-        fills = consumption_module._PROBES[f"aten::{self.op}"].fills
-        if fills == "count":
-            op(self.numel, dtype=self.dtype, generator=generator)
-        elif fills == "size":
-            op(*self.args, [self.numel], dtype=self.dtype, generator=generator)
+        if self.op == "randperm":
+            torch.randperm(self.numel, dtype=self.dtype, generator=generator)
         else:
-            op(self.tensor(), *self.args, generator=generator)
+            by_name(f"aten::{self.op}").func(self.tensor(), *self.args, generator=generator)
 
 
 @st.composite
@@ -301,10 +280,7 @@ def test_one_seed_for_another_engine_is_found_out(monkeypatch):
 
 
 def test_an_overload_that_this_torch_lacks_is_unknown(monkeypatch):
-    probe = consumption_module._Probe(
-        "uniform_.of_another_version", "self", consumption_module._any()
-    )
-    monkeypatch.setitem(consumption_module._PROBES, "aten::uniform_.of_another_version", probe)
+    monkeypatch.setitem(OP_TABLE, "aten::uniform_.of_another_version", OpTraits(draws="fixed"))
     draw = DrawSpec("aten::uniform_.of_another_version", 20, torch.float32, contiguous=True)
     assert consumption(draw) is None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lateinit._program import Op, Program, Step, TensorRef, needed_ops
 from lateinit._replay import PIECE, ChunkedFill, calls_of, words_of
 from lateinit._rng import UNIT, mt19937
+from lateinit._torch import ZERO, by_name
 
 # Elements that are drawn at a time, 2 MiB in float32. Bounds the memory beside the shard.
 _ROWS = 1 << 19
@@ -168,18 +169,18 @@ def _fills(program: Program, number: int, known: dict[int, Copied]) -> bool:
 
 def _follow(program: Program, op: Op, known: dict[int, Copied]) -> bool:
     """Update ``known`` by what an op copies; False if the op does anything else."""
-    name = op.name.removeprefix("aten::")
-    out = op.args[0] if name in ("copy_", "zero_") else next(iter(op.outs), None)
-    if out is None or len(op.outs) > 1:
+    info = by_name(op.name)
+    out = op.args[0] if info.mutates else next(iter(op.outs), None)
+    if type(out) is not TensorRef or len(op.outs) > 1:
         return False
-    if name == "copy_":
+    if op.name == "aten::copy_":
         value = _read(known, op.args[1])
         into = known.get(out.storage) or _blank(program, out)
         made = into.written(out, value) if into is not None and value is not None else None
-    elif name == "zero_" or name in _BLANK:
+    elif info.is_empty or ZERO in (op.name, *(info.filled_by or ())):
         made = _blank(program, out)
     else:
-        made = _made(name, op, out, known) if _blank(program, out) else None
+        made = _made(op, out, known) if _blank(program, out) else None
     if made is None:
         return False
     known[out.storage] = made
@@ -194,24 +195,20 @@ def _blank(program: Program, ref: TensorRef) -> Copied | None:
     return Copied(ref.size, ref.dtype, nothing, nothing)
 
 
-def _made(name: str, op: Op, out: TensorRef, known: dict[int, Copied]) -> Copied | None:
+def _made(op: Op, out: TensorRef, known: dict[int, Copied]) -> Copied | None:
     """The tensor that a copying op makes; None if it cannot be followed."""
-    value = _read(known, op.args[0]) if name in _COPIES and op.args else None
+    padded = op.name == "aten::constant_pad_nd"
+    copies = padded or by_name(op.name).copies == 0
+    value = _read(known, op.args[0]) if copies else None
     if value is None:
         return None
-    if name == "constant_pad_nd":
+    if padded:
         # Padding is (left, right) for each dim from the last one: only zeros on the right are
         # followed.
         if any(op.args[1][::2]) or min(op.args[1]) < 0 or any(op.args[2:]) or op.kwargs:
             return None
         return replace(value, shape=out.size)
     return value.cast(out.dtype) if value.shape == out.size else None
-
-
-_BLANK = frozenset(
-    {"new_zeros", "zeros", "zeros_like", "new_empty", "empty_like", "empty.memory_format"}
-)
-_COPIES = frozenset({"clone", "_to_copy", "constant_pad_nd"})
 
 
 def _read(known: dict[int, Copied], ref: object) -> Copied | None:
@@ -233,12 +230,9 @@ def reads_nothing(program: Program, storage: int) -> bool:
     }
     return any(
         not program.storages[number].closed
-        and all(program.ops[w].name in _UNWRITTEN for w in program.writers(number))
+        and all(by_name(program.ops[w].name).is_empty for w in program.writers(number))
         for number in {storage, *read}
     )
-
-
-_UNWRITTEN = frozenset({"aten::new_empty", "aten::empty_like", "aten::empty.memory_format"})
 
 
 class Leaf(NamedTuple):

@@ -21,7 +21,8 @@ Shortcut = Callable[..., Any]
 
 def shortcut(info: OpInfo, args: Any, kwargs: Any) -> Any:
     """The result of an op on meta tensors, or None if there is no shortcut for it."""
-    known = _SHORTCUTS.get(info.name)
+    new = info.elementwise and not info.mutates
+    known = _like if new else _SHORTCUTS.get(info.name)
     if known is None:
         if info.scalar_inplace and not any(isinstance(a, (Tensor, list, tuple)) for a in args[1:]):
             return args[0] if args[0].is_floating_point() else None
@@ -31,7 +32,7 @@ def shortcut(info: OpInfo, args: Any, kwargs: Any) -> Any:
 
 def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
     """``arange`` on meta, whose meta kernel is the slowest of all; None if it is not plain."""
-    numel = numel_of_factory(info, args) if info.name in _RANGES else None
+    numel = numel_of_factory(info, args) if info.allocates == "range" else None
     if numel is None:
         return None
     whole = all(isinstance(value, int) for value in args)
@@ -41,11 +42,11 @@ def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
 
 def numel_of_factory(info: OpInfo, args: Any) -> int | None:
     """How many elements a factory makes, or None if its arguments do not tell plainly."""
-    if info.name == "aten::scalar_tensor":
+    if info.allocates == "one":
         return 1
-    if info.name in _FILLED:
-        return int(math.prod(args[0]))
-    if info.name in _RANGES and all(isinstance(value, (int, float)) for value in args):
+    if info.allocates == "size":
+        return int(math.prod(args[info.arguments.index("size")]))
+    if info.allocates == "range" and all(isinstance(value, (int, float)) for value in args):
         start, end, step = ((0, *args, 1), (*args, 1), args)[len(args) - 1]
         return max(0, math.ceil((end - start) / step)) if step else None
     return None
@@ -211,14 +212,7 @@ def _group_norm(
     return _alike(x), x.new_empty((n, groups)), x.new_empty((n, groups))
 
 
-_FILLED = frozenset(("aten::empty.memory_format", "aten::zeros", "aten::ones", "aten::full"))
-_RANGES = frozenset(("aten::arange", "aten::arange.start", "aten::arange.start_step"))
-_ELEMENTWISE = (
-    "relu sigmoid tanh gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh softplus erf "
-    "exp sqrt rsqrt sin cos neg abs mul.Scalar add.Scalar sub.Scalar div.Scalar "
-    "pow.Tensor_Scalar clamp clamp_min clamp_max"
-)
-_SHORTCUTS: dict[str, Shortcut] = {f"aten::{name}": _like for name in _ELEMENTWISE.split()} | {
+_SHORTCUTS: dict[str, Shortcut] = {
     "aten::tril": _triangle,
     "aten::triu": _triangle,
     "aten::add.Tensor": _binary,

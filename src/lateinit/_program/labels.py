@@ -16,7 +16,7 @@ import torch
 
 from lateinit._program.plan import needed_ops
 from lateinit._program.program import Const, Op, Program, TensorRef
-from lateinit._torch import operators, running_initialiser
+from lateinit._torch import FILL, ZERO, by_name, running_initialiser
 
 EMPTY = "empty (uninitialised)"
 _MOST_PIECES = 3  # writes that are listed; more are counted
@@ -87,7 +87,7 @@ def describe_initialisation(program: Program, ref: TensorRef) -> str:
     if words is not None:
         return words
     needed = needed_ops(program, [ref.storage])
-    count = sum(_base(program.ops[number]) not in _ALLOCATE for number in needed)
+    count = sum(not by_name(program.ops[number].name).is_empty for number in needed)
     return f"computed ({count} op{'s' * (count != 1)})"
 
 
@@ -100,7 +100,7 @@ def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str 
     for number in reversed(program.writers(ref.storage)):
         op = program.ops[number]
         written = [w for w in op.written() if w.storage == ref.storage and _overlap(w, ref)]
-        if number >= before or not written or _base(op) in _ALLOCATE:
+        if number >= before or not written or by_name(op.name).is_empty:
             continue
         words = op.label or _words(program, op, number, depth)
         whole = any(w == ref or program.covers(w) for w in written)
@@ -126,7 +126,7 @@ class _Piece(NamedTuple):
 
 def _joined(pieces: list[_Piece]) -> str | None:
     """The words for a sequence of writes, or None for too many."""
-    if tuple(_base(piece.op) for piece in pieces) == _TRUNCATED:
+    if tuple(_base(piece.op.name) for piece in pieces) == _TRUNCATED:
         return _truncated(*(piece.op for piece in pieces[2:]))
     if len(pieces) > _MOST_PIECES:
         return None
@@ -148,34 +148,34 @@ def _truncated(scaled: Op, moved: Op, clamped: Op) -> str | None:
 
 def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
     """The words for one write, or None if it reads other tensors."""
-    base = _base(op)
-    if op.name == operators.CONSTANT:
-        return "constant"
-    if base in _COPY:
-        source = op.args[_COPY[base]]
+    info = by_name(op.name)
+    if info.copies is not None:
+        source = op.args[info.copies]
         if isinstance(source, Const):
             return "constant"
         if type(source) is TensorRef and depth:
             return _describe(program, source, number, depth - 1)
         return None
     # The first argument is no other tensor: it is written, or lends its sizes alone.
-    own = 1 if operators.by_name(op.name).mutates or base in _ONLY_LIKE else 0
+    own = 1 if info.mutates or info.from_sizes else 0
     if _mentions_tensor(op.args[own:]) or _mentions_tensor(
         value for key, value in op.kwargs.items() if key != "out"
     ):
         return None
-    return _call_of(base, [a for a in op.args if a is None or isinstance(a, _SCALARS)])
+    scalars = tuple([a for a in op.args if a is None or isinstance(a, _SCALARS)])
+    return _call_of(*(info.fill_for(op.args) or (op.name, scalars)))
 
 
-def _call_of(base: str, scalars: list[Any]) -> str:
+def _call_of(name: str, numbers: tuple[Any, ...]) -> str:
     """The words for a write that reads no other tensor: a factory, fill, draw or arithmetic."""
-    if base in _FILL:
-        value = _FILL[base]
-        return _fill(scalars[-1] if value is None and scalars else value)
-    if base in ("normal_", "uniform_"):
-        defaults = _DEFAULTS[base].values()
-        return _call(base, (*scalars, *list(defaults)[len(scalars) :]))
-    return f"{base}({', '.join(map(_number, scalars))})"
+    if name == ZERO:
+        return _fill(0)
+    if name == FILL:
+        return _fill(numbers[-1])
+    base = _base(name)
+    if base in _DEFAULTS:
+        return _call(base, (*numbers, *list(_DEFAULTS[base].values())[len(numbers) :]))
+    return f"{base}({', '.join(map(_number, numbers))})"
 
 
 def _fill(value: Any) -> str:
@@ -188,28 +188,11 @@ def _fill(value: Any) -> str:
 
 _SCALARS = (int, float, complex)
 _PLAIN = (*_SCALARS, str)
-_ALLOCATE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-_COPY = {"copy_": 1, "clone": 0, "_to_copy": 0, "lift_fresh_copy": 0}
-_FILL = {
-    "zero_": 0,
-    "zeros": 0,
-    "zeros_like": 0,
-    "new_zeros": 0,
-    "ones": 1,
-    "ones_like": 1,
-    "new_ones": 1,
-    "fill_": None,
-    "full": None,
-    "full_like": None,
-    "new_full": None,
-    "scalar_tensor": None,
-}
-_ONLY_LIKE = frozenset(name for name in _FILL if name.startswith("new_") or name.endswith("_like"))
 
 
-def _base(op: Op) -> str:
+def _base(name: str) -> str:
     """The name of an op without namespace and overload."""
-    return op.name.partition("::")[2].partition(".")[0]
+    return name.partition("::")[2].partition(".")[0]
 
 
 def _mentions_tensor(values: Iterable[Any]) -> bool:

@@ -122,9 +122,9 @@ class Op(NamedTuple):
 
     def fills(self) -> TensorRef | None:
         """The window that this op fills from numbers alone, None if it does anything else."""
-        if self.outs or self.kwargs or self.name == operators.CONSTANT:
+        if self.outs or self.kwargs:
             return None
-        if not operators.by_name(self.name).overwrites or type(self.args[0]) is not TensorRef:
+        if not operators.by_name(self.name).fills or type(self.args[0]) is not TensorRef:
             return None
         for value in self.args[1:]:
             if type(value) not in NUMBERS:
@@ -137,23 +137,21 @@ class Op(NamedTuple):
         if filled is not None:
             return [filled]
         found: list[TensorRef] = []
-        if self.name != operators.CONSTANT:
-            info = operators.by_name(self.name)
-            for position in info.mutates:
-                if position < len(self.args):
-                    found += tensor_refs(self.args[position])
-            for key in info.mutates_kw:
-                found += tensor_refs(self.kwargs.get(key))
+        info = operators.by_name(self.name)
+        for position in info.mutates:
+            if position < len(self.args):
+                found += tensor_refs(self.args[position])
+        for key in info.mutates_kw:
+            found += tensor_refs(self.kwargs.get(key))
         if self.outs:
             found += [out for out in self.outs if out is not None]
         return found
 
     def read(self) -> list[TensorRef]:
         """The windows that this op reads."""
-        # An op that overwrites its first argument does not read it: what was there is dead.
-        own = self.name != operators.CONSTANT and operators.by_name(self.name).overwrites
+        # An op that fills its first argument does not read it: what was there is dead.
         found: list[TensorRef] = []
-        for value in self.args[1:] if own else self.args:
+        for value in self.args[1:] if operators.by_name(self.name).fills else self.args:
             found += tensor_refs(value)
         if self.kwargs:
             for value in self.kwargs.values():

@@ -21,6 +21,7 @@ from lateinit._recording.conversions import computed
 from lateinit._recording.recorder import Recorder, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
+    OpTraits,
     attention_without_fused_kernel,
     by_name,
     flat,
@@ -62,9 +63,7 @@ def _requiring(value: Any, flags: Iterator[bool]) -> Any:
     return [_requiring(item, flags) for item in value] if isinstance(value, list) else value
 
 
-# register() makes an op that writes its first argument. Here that is the name, so it writes no
-# tensor; its results are new tensors.
-_OP = register("lateinit::whole", _run, draws=False)
+_OP = register("lateinit::whole", _run, OpTraits())
 
 
 def _whole(name: str, dropout: Policy = "leave") -> Handler:

@@ -18,18 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._program import called
-from lateinit._recording.factories import FillOp
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors import is_deferred_tensor
-from lateinit._torch import META, below_python, by_name, is_recording_alone, is_running
+from lateinit._torch import (
+    FILL,
+    META,
+    NORMAL,
+    OP_TABLE,
+    UNIFORM,
+    below_python,
+    by_name,
+    is_recording_alone,
+    is_running,
+)
 
 Handler = Callable[..., Any]
 _CPU = torch.device("cpu")
 _USUAL = frozenset({"dtype", "device", "requires_grad", "size"})
 
 
-def _making(fill: FillOp | None) -> Handler:
-    """The handler of a factory that takes sizes and then applies ``fill``."""
+def _making(name: str) -> Handler:
+    """The handler of a factory, by the name of its op, that takes sizes alone."""
+    fill = by_name(name).fill_for(())
 
     def make(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
@@ -56,13 +66,9 @@ def _data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     return data
 
 
-def _overwriting(name: str, *keywords: str) -> Handler:
-    """The handler of an in-place fill.
-
-    Args:
-        name: the op.
-        keywords: the names of its numbers, in order.
-    """
+def _overwriting(name: str) -> Handler:
+    """The handler of an in-place fill, by the name of its op."""
+    keywords = by_name(name).arguments[1:]
 
     def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         tensor, *values = args
@@ -129,11 +135,11 @@ class _StandIn:
         self.dim = tensor.dim
 
     def uniform_(self, low: float, high: float, *, generator: Any = None) -> None:
-        info = by_name("aten::uniform_")
+        info = by_name(UNIFORM)
         self.recorder.overwrite(info, self.tensor, (low, high), generator, self.label)
 
     def normal_(self, mean: float, std: float, *, generator: Any = None) -> None:
-        info = by_name("aten::normal_")
+        info = by_name(NORMAL)
         self.recorder.overwrite(info, self.tensor, (mean, std), generator, self.label)
 
 
@@ -151,17 +157,14 @@ def _scaled(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 HANDLERS: dict[Any, Handler] = {
-    torch.empty: _making(None),
-    torch.zeros: _making(("aten::zero_", ())),
-    torch.ones: _making(("aten::fill_.Scalar", (1,))),
+    torch.empty: _making("aten::empty.memory_format"),
+    torch.zeros: _making("aten::zeros"),
+    torch.ones: _making("aten::ones"),
     torch.Tensor.data.__get__: _data,  # type: ignore[attr-defined]
-    torch.Tensor.zero_: _overwriting("aten::zero_"),
-    torch.Tensor.fill_: _overwriting("aten::fill_.Scalar", "value"),
-    torch.Tensor.normal_: _overwriting("aten::normal_", "mean", "std"),
-    torch.Tensor.uniform_: _overwriting("aten::uniform_", "from", "to"),
-    nn.init.normal_: _initialising("aten::normal_", "mean", "std"),
-    nn.init.uniform_: _initialising("aten::uniform_", "a", "b"),
-    nn.init.constant_: _initialising("aten::fill_.Scalar", "val"),
+    **{by_name(n).call: _overwriting(n) for n, traits in OP_TABLE.items() if traits.method},
+    nn.init.normal_: _initialising(NORMAL, "mean", "std"),
+    nn.init.uniform_: _initialising(UNIFORM, "a", "b"),
+    nn.init.constant_: _initialising(FILL, "val"),
     nn.init.kaiming_uniform_: _scaled,
 }
 """The entries of this module in the table of ``Masquerade``."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lateinit._program import Op, Program
 from lateinit._recording import value_bounds
-from lateinit._recording.factories import RANDOM
 from lateinit._recording.writer import ProgramWriter
 from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, attach, is_deferred_tensor, slot_of
 from lateinit._torch import (
+    INTEGERS,
     META,
     Args,
     DispatchMode,
@@ -77,11 +77,10 @@ class Recorder(ProgramWriter, DispatchMode):
         if kwargs.get("device") == META:
             kwargs = kwargs | {"device": self._meant_by_meta()}
         # Before the arguments are sorted: a fill from numbers needs only the tensor it fills.
-        if info.overwrites and self._filled(info, args, kwargs):
+        if info.fills and self._filled(info, args, kwargs):
             return args[0]
-        fill = RANDOM.get(info.name)
-        if fill is not None:
-            return self._fill(fill, info, args, kwargs)
+        if info.random and info.filled_by is not None:
+            return self._fill(info, args, kwargs)
         deferred, real, on_meta = self._sort(args, kwargs)
         # A real tensor is set to a deferred one: it must show memory that both share.
         if deferred and real and info.name == "aten::set_.source_Tensor" and args[1].is_meta:
@@ -147,32 +146,26 @@ class Recorder(ProgramWriter, DispatchMode):
             generator = next(a for a in args[1:] if isinstance(a, torch.Generator))
         return self.overwrite(info, args[0], values, generator)
 
-    def _fill(self, fill: str, info: OpInfo, args: Args, kwargs: Kwargs) -> Tensor:
+    def _fill(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Tensor:
         """Record a random factory as an empty tensor and an in-place fill.
 
         Only in-place fills can be drawn in parts (see ``_replay.chunks``).
         """
-        # rand(sizes, ...), randint(low, high, sizes, ...): the numbers come before the sizes. In
-        # randint_like(tensor, low, high) they come after the tensor.
-        like = "_like" in info.name
-        shape_at = 0 if like else next(i for i, a in enumerate(args) if not isinstance(a, int))
-        bounds_ = tuple(args[1:]) if like else tuple(args[:shape_at])
+        fill = info.fill_for(args)
+        assert fill is not None
         given = {k: v for k, v in kwargs.items() if k != "generator"}
-        if fill == "random_" and not like and given.get("dtype") is None:
-            given["dtype"] = torch.int64
-        name = "aten::empty_like" if like else "aten::empty.memory_format"
-        tensor: Tensor = self.dispatch(operators.by_name(name), (args[shape_at],), given)
-        if fill == "random_":
-            # randint(high) has one bound, random_.from always two.
-            bounds_ = bounds_ if len(bounds_) == 2 else (0, *bounds_)
-            fill = "random_.from"
+        if info.from_sizes:
+            empty, shape = "aten::empty_like", args[0]
+        else:
+            empty, shape = "aten::empty.memory_format", args[info.arguments.index("size")]
+            if fill[0] == INTEGERS and given.get("dtype") is None:
+                given["dtype"] = torch.int64
+        tensor: Tensor = self.dispatch(operators.by_name(empty), (shape,), given)
         generator = {"generator": kwargs["generator"]} if kwargs.get("generator") else {}
         # On meta by request: eager construction draws nothing there either.
         if tensor.is_meta and slot_of(tensor) is ON_META:
             return tensor
-        filled: Tensor = self.dispatch(
-            operators.by_name(f"aten::{fill}"), (tensor, *bounds_), generator
-        )
+        filled: Tensor = self.dispatch(operators.by_name(fill[0]), (tensor, *fill[1]), generator)
         return filled
 
     # -- real data that enters, values that leave ----------------------------------------------

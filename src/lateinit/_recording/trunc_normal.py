@@ -18,7 +18,7 @@ from torch import Tensor
 from lateinit._recording.recorder import current
 from lateinit._rng import mt19937
 from lateinit._tensors import is_deferred_tensor
-from lateinit._torch import TRUNC_NORMAL, operators, without_functions, without_modes
+from lateinit._torch import TRUNC_NORMAL, OpTraits, operators, without_functions, without_modes
 
 original = TRUNC_NORMAL
 
@@ -35,7 +35,12 @@ def _run(
         return original(tensor, mean, std, a, b, generator=generator)
 
 
-_OP = operators.register(operators.TRUNCATED, _run)
+# Its numbers are tried in recorded().
+_OP = operators.register(
+    operators.TRUNCATED,
+    _run,
+    OpTraits(fills=True, elementwise=True, draws="values", usual=lambda *_: True),
+)
 
 
 @functools.cache

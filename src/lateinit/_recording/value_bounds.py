@@ -16,6 +16,7 @@ import torch
 
 from lateinit._program import Program, TensorRef
 from lateinit._rng import BOUNDED_DTYPES, FARTHEST
+from lateinit._torch import NORMAL
 
 Interval = tuple[float, float]
 _UNKNOWN: Interval = (-math.inf, math.inf)
@@ -51,7 +52,7 @@ def _interval(program: Program, ref: Any, before: int, depth: int) -> Interval:
         return _UNKNOWN
     if op.name == "aten::any" and 0 in op.args[0].size:
         return 0.0, 0.0
-    if op.name == "aten::normal_":
+    if op.name == NORMAL:
         return _normal(written, *op.args[1:])
     return rule(*(_interval(program, arg, number, depth - 1) for arg in op.args))
 
@@ -71,7 +72,7 @@ def _either(a: Interval, b: Interval) -> Interval:
 
 
 _RULES: dict[str, Callable[..., Interval]] = {
-    "aten::normal_": _normal,
+    NORMAL: _normal,
     "aten::lt.Scalar": _less,
     "aten::gt.Scalar": lambda a, b: _less(b, a),
     "aten::bitwise_or.Tensor": _either,

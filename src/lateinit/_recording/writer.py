@@ -24,7 +24,6 @@ from lateinit._program import (
     initializer,
 )
 from lateinit._recording import argument_checks
-from lateinit._recording.factories import FACTORIES, FillOp, is_usual
 from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
@@ -33,10 +32,12 @@ from lateinit._tensors import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import (
     META,
     Args,
+    FillOp,
     Kwargs,
     OpInfo,
     default_generator,
     flat,
+    has_tensor,
     is_deterministic,
     is_plain,
     kwargs_to_meta,
@@ -127,14 +128,14 @@ class ProgramWriter:
         # An in-place op that takes numbers alone returns its first argument, unchanged in shape.
         alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
         floating = alone and args[0].is_floating_point()
-        if floating and argument_checks.never_refuses(info, args[1:], kwargs):
+        if floating and argument_checks.are_usual(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
-        # Meta kernels accept a complex number for a real tensor, real kernels refuse it.
-        if floating and complex in map(type, args[1:]):
-            argument_checks.check_numbers(
-                info, self.ref(args[0]), self.device_of(args[0]), args[1:]
-            )
+        # Meta kernels accept numbers that real ones refuse: complex ones, and 1e30 for float16.
+        checked = info.usual is not None or complex in map(type, args[1:])
+        if floating and checked and not has_tensor(args[1:]):
+            ref, device = self.ref(args[0]), self.device_of(args[0])
+            argument_checks.check_numbers(info, ref, device, args[1:], **kwargs)
         if info.collective:
             raise RecordingError(
                 f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
@@ -197,7 +198,8 @@ class ProgramWriter:
         draw = None
         if info.random:
             device = self.program.storages[ref.storage].device
-            argument_checks.check_numbers(info, ref, device, values)
+            if info.usual is None or not info.usual(*values):
+                argument_checks.check_numbers(info, ref, device, values)
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
@@ -226,9 +228,8 @@ class ProgramWriter:
     ) -> None:
         device = self._device(kwargs, deferred)
         # A factory whose memory and layout are known needs no op of its own, only its fill.
-        factory = FACTORIES.get(info.name)
-        if factory is not None and is_usual(args, kwargs):
-            self.made(result, device, factory(args))
+        if info.is_factory and _is_usual(args, kwargs):
+            self.made(result, device, info.fill_for(args))
             return
         results = flat(result)
         new = [self._adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
@@ -371,3 +372,15 @@ class ProgramWriter:
 
     def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
         self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())
+
+
+def _is_usual(args: Args, kwargs: Kwargs) -> bool:
+    """Whether a factory's result is plain memory whose layout the meta kernel gives exactly."""
+    # Then factories fill memory that they would leave uninitialised (torch/utils/deterministic.py).
+    if is_deterministic():
+        return False
+    if kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
+        return False
+    # Real and meta kernels disagree on the strides of dims of length one.
+    like = args[0]
+    return not isinstance(like, Tensor) or 1 not in like.size()

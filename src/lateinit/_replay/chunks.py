@@ -19,40 +19,12 @@ from torch import Tensor
 
 from lateinit._program import NUMBERS, Draw, Op, Program, Step, TensorRef
 from lateinit._rng import UNIT, consumption, cut, mt19937, truncated_normal
-from lateinit._torch import TRUNCATED, by_name
+from lateinit._torch import NORMAL, TRUNCATED, by_name
 
 _SMALLEST = 1 << 18  # elements: a jump costs as much as 5e5 draws, more than all of these
 PIECE = 1 << 23  # elements that one thread fills at a time: 16 times the cost of its jump
 _DRAWN = 1 << 17  # elements that normal_ draws at a time: it passes over them twice, in cache
 _IN_CACHE = 1 << 19  # elements that a chain of kernels passes over at a time: 2 MiB in float32
-
-# Ops that can begin a chunked fill, and element-wise ops that can follow.
-_FIRST = frozenset(
-    {"aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_.Scalar", TRUNCATED}
-)
-_POINTWISE = frozenset(
-    f"aten::{name}"
-    for name in (
-        "zero_",
-        "fill_.Scalar",
-        "mul_.Tensor",
-        "mul_.Scalar",
-        "add_.Tensor",
-        "add_.Scalar",
-        "sub_.Tensor",
-        "div_.Tensor",
-        "neg_",
-        "abs_",
-        "erfinv_",
-        "clamp_",
-        "clamp_min_",
-        "clamp_max_",
-    )
-)
-
-
-_ADDING = frozenset({"aten::add_.Tensor", "aten::add_.Scalar", "aten::sub_.Tensor"})
-_NO_NUMBERS = frozenset({"aten::zero_", "aten::neg_", "aten::abs_", "aten::erfinv_"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +55,8 @@ def fill_of(program: Program, step: Step, smallest: int | None = None) -> Chunke
     if not step.ops:
         return None
     first = program.ops[step.ops[0]]
-    ref = first.args[0] if first.name in _FIRST else None
+    info = by_name(first.name)
+    ref = first.args[0] if info.fills and info.elementwise else None
     if type(ref) is not TensorRef or ref.numel < (smallest or _SMALLEST):
         return None
     if not ref.is_contiguous():
@@ -94,7 +67,10 @@ def fill_of(program: Program, step: Step, smallest: int | None = None) -> Chunke
     ops = [first]
     for number in step.ops[1:]:
         op = program.ops[number]
-        if op.name not in _POINTWISE or op.args[0] != ref or not _in_pieces(op, ref):
+        info = by_name(op.name)
+        # Only an op in place can follow, and only the first op may draw.
+        follows = info.elementwise and info.mutates and not info.random
+        if not follows or op.args[0] != ref or not _in_pieces(op, ref):
             break
         ops.append(op)
     return ChunkedFill(ref, tuple(ops))
@@ -121,7 +97,7 @@ def _scaled(op: Op) -> bool:
     Kernels round that once in vectorised code (fma) and twice in the remainder at an end. A cut
     makes other ends.
     """
-    multiples = (*op.args[2:], *op.kwargs.values()) if op.name in _ADDING else ()
+    multiples = (*op.args[2:], *op.kwargs.values()) if by_name(op.name).takes_alpha else ()
     return any(value != 1 for value in multiples)
 
 
@@ -213,7 +189,7 @@ def _call(
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
     if op.draw is not None:
         kwargs["generator"] = generator
-    if op.name != "aten::normal_":
+    if op.name != NORMAL:
         return lambda part: func(part, *args, **kwargs)
 
     def draw(part: Tensor) -> None:
@@ -237,7 +213,6 @@ def _trial(name: str, dtype: torch.dtype) -> bool:
     # that is no full group of 16.
     numel, middle = 40 * UNIT + 5, 24 * UNIT
     info = by_name(name)
-    numbers = () if name in _NO_NUMBERS else (0.3,)
     generators = [torch.Generator().manual_seed(1), torch.Generator()]
     whole = torch.linspace(-0.9, 0.9, numel, dtype=torch.float64).to(dtype)
     halves = whole.clone()
@@ -246,14 +221,14 @@ def _trial(name: str, dtype: torch.dtype) -> bool:
         generators[1] = mt19937.generator_at(
             mt19937.jump(before, consumption.words_drawn(name, dtype, middle))
         )
-        info.func(whole, 0.0, 1.0, generator=generators[0])
-        info.func(halves[middle:], 0.0, 1.0, generator=generators[1])
-        info.func(halves[:middle], 0.0, 1.0, generator=mt19937.generator_at(before))
+        info.func(whole, *info.numbers, generator=generators[0])
+        info.func(halves[middle:], *info.numbers, generator=generators[1])
+        info.func(halves[:middle], *info.numbers, generator=mt19937.generator_at(before))
         ended = [mt19937.state_of(generator) for generator in generators]
         return torch.equal(whole, halves) and ended[0] == ended[1]
     # A tensor with gaps takes the scalar path of a kernel, as does the remainder at an end. So this
     # compares the vectorised path with the scalar one.
     spaced = torch.empty(numel, 2, dtype=dtype, device="cpu")[:, 0].copy_(whole)
     for part in (whole, spaced, *halves.split(UNIT)):
-        info.func(part, *numbers)
+        info.func(part, *info.numbers)
     return torch.equal(whole, halves) and torch.equal(whole, spaced)

@@ -24,13 +24,6 @@ from lateinit._torch import (
 from lateinit.errors import ConstantChangedError, LateinitError, MaterializeError, SeedError
 
 Storages = dict[int, torch.UntypedStorage]
-# The same ops as methods: calling an ``OpOverload`` from Python takes as long as a small fill.
-_METHODS: dict[str, Callable[..., Any]] = {
-    "aten::uniform_": Tensor.uniform_,
-    "aten::normal_": Tensor.normal_,
-    "aten::zero_": Tensor.zero_,
-    "aten::fill_.Scalar": Tensor.fill_,
-}
 
 
 class Computed(NamedTuple):
@@ -169,20 +162,16 @@ class Session:
             generator: to draw from; by default one at the place of the op's draw.
         """
         args = [a if type(a) in NUMBERS else self._real(a, memory) for a in op.args]
-        if op.name == operators.CONSTANT:
-            # The program keeps its constant, so each replay gets memory of its own.
-            return (args[0].clone(memory_format=torch.preserve_format),)
         kwargs = {key: self._real(value, memory) for key, value in op.kwargs.items()}
         info = operators.by_name(op.name)
-        func = _METHODS.get(op.name, info.func)
         if op.draw is None:
             if info.foreign:
-                return flat(_drawing_nothing(lambda: func(*args, **kwargs)))
-            return flat(func(*args, **kwargs))
+                return flat(_drawing_nothing(lambda: info.func(*args, **kwargs)))
+            return flat(info.call(*args, **kwargs))
         generator = generator or self._generator(op.draw)
         # An op without an argument for a generator, such as dropout, draws from the default one.
         if info.takes_generator:
-            result = func(*args, **kwargs, generator=generator)
+            result = info.call(*args, **kwargs, generator=generator)
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
         self._cursor[op.draw.stream] = (op.draw.number + 1, generator)

@@ -16,7 +16,7 @@ import torch
 
 from lateinit._program import Draw, Op, Program, TensorRef, tensor_refs
 from lateinit._rng import Cost, Run, Seeker, consumption, set_state, state_of, truncated_normal
-from lateinit._torch import TRUNCATED, by_name
+from lateinit._torch import NORMAL, TRUNCATED, by_name
 from lateinit.errors import RecordingError
 
 
@@ -195,7 +195,7 @@ def _cost(name: str, filled: TensorRef, numbers: tuple[Any, ...]) -> Cost | None
         normal = truncated_normal.Normal(*numbers)
         if not truncated_normal.draws_once(filled.dtype, normal):
             return None
-        name, numbers = "aten::normal_", normal[:2]
+        name, numbers = NORMAL, normal[:2]
     draw = consumption.DrawSpec(name, filled.numel, filled.dtype, filled.is_contiguous(), numbers)
     return consumption.consumption(draw)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lateinit._rng.mt19937 import generator_at, jump, state_of
 from lateinit._rng.position import Cost, Seeker, paired
+from lateinit._torch import OP_TABLE, by_name
 
 
 class DrawSpec(NamedTuple):
@@ -26,8 +27,8 @@ class DrawSpec(NamedTuple):
         dtype: the dtype of the tensor that is filled.
         contiguous: whether that tensor `is_contiguous()`; to torch's kernels a tensor that is dense
             in another order of dims, such as channels last, is not.
-        args: the op's numbers in the schema's order, without sizes, with None for a None; only
-            the `random_` and `randint` families, `bernoulli_` and `exponential_` depend on them.
+        args: the op's numbers in the schema's order, with None for a None; whether the cost
+            depends on them is in the op's row of the op table (`OpTraits.draws`).
     """
 
     op: str
@@ -61,8 +62,7 @@ def consumption(draw: DrawSpec) -> Cost | None:
         >>> consumption(DrawSpec("aten::normal_", 5, torch.float32, contiguous=True))
         Cost(words=0, normals=5)
     """
-    probe = _PROBES.get(draw.op)
-    args = probe.args(draw) if probe else None
+    args = _numbers(draw)
     if args is None:
         return None
     elements = _elements(draw.numel, draw.dtype)
@@ -115,69 +115,24 @@ _RULES: tuple[_Rule, ...] = (
     *(_samples, _swaps, _seed(1), _seed(2)),
 )
 
-_Args = Callable[[DrawSpec], tuple[Any, ...] | None]
 
-
-class _Probe(NamedTuple):
-    """How an op is tried.
-
-    `overload` is an overload that takes a generator. `fills` says what it is given: the tensor to
-    fill ("self"), a tensor to imitate ("like"), a size or a count. `args` maps a draw to the
-    numbers to try, which stand for its class; None if the cost is not known for its numbers.
-    """
-
-    overload: str
-    fills: str
-    args: _Args
-
-
-def _any(*numbers: float) -> _Args:
-    """The same numbers for every draw: for kernels whose cost does not depend on them."""
-    return lambda _draw: numbers
-
-
-def _same(draw: DrawSpec) -> tuple[Any, ...]:
-    return draw.args
-
-
-def _range(length: int) -> _Args:
-    """For integers from a range. A wide one (from 2**28 or 2**32 on) takes two words each."""
-
-    def args(draw: DrawSpec) -> tuple[Any, ...] | None:
-        if len(draw.args) != length:
+def _numbers(draw: DrawSpec) -> tuple[Any, ...] | None:
+    """The numbers that stand for a draw's own in trials, None if its cost is not known for them."""
+    traits = OP_TABLE.get(draw.op)
+    if traits is None or traits.draws in (None, "values"):
+        return None
+    if traits.draws == "numbers":
+        return draw.args
+    if traits.draws == "range":
+        if len(draw.args) != len(traits.numbers):
             return None
         low, high = (0, *draw.args)[-2:]
-        if isinstance(high, int) and 0 < high - low <= 1 << 24:
-            return (0, 2)[-length:]
-        # For a floating-point dtype torch rounds wide bounds to it, and warns at every call.
-        return None if draw.dtype.is_floating_point else draw.args
+        # A wide range (from 2**28 or 2**32 on) takes two words for each element.
+        if not (isinstance(high, int) and 0 < high - low <= 1 << 24):
+            # For a floating-point dtype torch rounds wide bounds to it, and warns at every call.
+            return None if draw.dtype.is_floating_point else draw.args
+    return traits.numbers
 
-    return args
-
-
-_PROBES = {
-    "aten::uniform_": _Probe("uniform_", "self", _any()),
-    "aten::normal_": _Probe("normal_", "self", _any()),
-    "aten::log_normal_": _Probe("log_normal_", "self", _any()),
-    "aten::cauchy_": _Probe("cauchy_", "self", _any()),
-    "aten::geometric_": _Probe("geometric_", "self", _any(0.5)),
-    "aten::exponential_": _Probe("exponential_", "self", _same),
-    "aten::bernoulli_.float": _Probe("bernoulli_.float", "self", _same),
-    "aten::random_": _Probe("random_", "self", _any()),
-    "aten::random_.to": _Probe("random_.to", "self", _range(1)),
-    "aten::random_.from": _Probe("random_.from", "self", _range(2)),
-    "aten::rand": _Probe("rand.generator", "size", _any()),
-    "aten::randn": _Probe("randn.generator", "size", _any()),
-    "aten::normal.float_float": _Probe("normal.float_float", "size", _any(0.0, 1.0)),
-    "aten::randint": _Probe("randint.generator", "size", _range(1)),
-    "aten::randint.low": _Probe("randint.low_generator", "size", _range(2)),
-    "aten::rand_like": _Probe("rand_like.generator", "like", _any()),
-    "aten::randn_like": _Probe("randn_like.generator", "like", _any()),
-    "aten::randint_like": _Probe("randint_like.generator", "like", _range(1)),
-    "aten::randint_like.low_dtype": _Probe("randint_like.low_generator_dtype", "like", _range(2)),
-    "aten::randperm": _Probe("randperm.generator", "count", _any()),
-}
-_PROBES |= {f"aten::{probe.overload}": probe for probe in _PROBES.values()}
 
 # Trial sizes: around 8 and 16 elements, where kernels change, and 700 to cross the end of a block
 # of the generator (624 words).
@@ -201,7 +156,7 @@ def _rule(
     """The rule that all trials of a class of draws follow, or None."""
     numels = [n for n in _SIZES if _size_class(_elements(n, dtype)) == size_class]
     try:
-        trials = [t for n in numels for t in _trials(_PROBES[op], dtype, contiguous, n, args)]
+        trials = [t for n in numels for t in _trials(op, dtype, contiguous, n, args)]
     except (RuntimeError, TypeError, ValueError, AttributeError, Warning):
         return None
     followed = (r for r in _RULES if all(_follows(r, *trial) for trial in trials))
@@ -209,35 +164,27 @@ def _rule(
 
 
 def _trials(
-    probe: _Probe, dtype: torch.dtype, contiguous: bool, numel: int, args: tuple[Any, ...]
+    op: str, dtype: torch.dtype, contiguous: bool, numel: int, args: tuple[Any, ...]
 ) -> Iterator[tuple[int, bytes, bytes]]:
     """Run an op on each kind of target from each start: elements, state before, state after."""
-    name, _, overload = probe.overload.partition(".")
-    op = getattr(getattr(torch.ops.aten, name), overload or "default")
-    options = {} if probe.fills in ("self", "like") else {"dtype": dtype, "device": "cpu"}
-    for target in _targets(probe.fills, dtype, contiguous, numel):
-        inputs = (target, *args) if probe.fills in ("self", "like") else (*args, target)
+    info = by_name(op)
+    if not info.takes_generator:
+        info = by_name(f"{op}.generator")
+    makes = info.allocates == "count"
+    options = {"dtype": dtype, "device": "cpu"} if makes else {}
+    for target in [numel] if makes else _targets(dtype, contiguous, numel):
         for before in _starts():
             generator = generator_at(before)
-            op(*inputs, generator=generator, **options)
+            info.func(target, *args, generator=generator, **options)
             yield _elements(numel, dtype), before, state_of(generator)
 
 
-def _targets(fills: str, dtype: torch.dtype, contiguous: bool, numel: int) -> Iterator[Any]:
-    """The arguments that make an op fill `numel` elements, contiguous or not."""
-    if fills == "count":
-        yield numel
-    elif fills == "size":
-        yield [numel]
-    elif contiguous:
+def _targets(dtype: torch.dtype, contiguous: bool, numel: int) -> Iterator[Tensor]:
+    """Tensors of `numel` elements, contiguous or not."""
+    if contiguous:
         yield torch.empty(numel, dtype=dtype, device="cpu")
-    else:
-        yield from _scattered(fills, dtype, numel)
-
-
-def _scattered(fills: str, dtype: torch.dtype, numel: int) -> Iterator[Tensor]:
-    # A tensor made like one with gaps has no gaps, so "like" ops are only tried transposed.
-    if numel > 1 and fills == "self":
+        return
+    if numel > 1:
         yield torch.empty(numel, 2, dtype=dtype, device="cpu")[:, 0]
     if numel > 2 and numel % 2 == 0:
         yield torch.empty(2, numel // 2, dtype=dtype, device="cpu").t()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lateinit._rng import consumption, mt19937
 from lateinit._rng.alignment import UNIT, cut
-from lateinit._torch import TRUNCATED, by_name
+from lateinit._torch import NORMAL, TRUNCATED, by_name
 from lateinit._workers import Workers
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
@@ -55,7 +55,7 @@ class Normal(NamedTuple):
 
 def words_a_round(dtype: torch.dtype, numel: int) -> int:
     """How many words one round takes for ``numel`` elements; 0, or 16 or more."""
-    return consumption.words_drawn("aten::normal_", dtype, numel)
+    return consumption.words_drawn(NORMAL, dtype, numel)
 
 
 class Late(NamedTuple):

@@ -1,18 +1,19 @@
 """Facts about torch's operators: what each writes, draws and returns.
 
-They come from schemas and tags, looked up once per overload, and from the tables below where a
-schema does not tell. Ops of lateinit's own are registered here too.
+They come from schemas and tags, looked up once per overload, and from the rows of ``op_table``
+where a schema does not tell. Ops of lateinit's own are registered here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import _ops
 
+from lateinit._torch.op_table import OP_TABLE, UNINITIALISED, OpTraits
 from lateinit.errors import MaterializeError
 
 OpOverload = _ops.OpOverload
@@ -26,40 +27,6 @@ TRUNCATED = "lateinit::trunc_normal_"
 
 REFUSED = "lateinit::refused"
 """An op that raises when it is replayed: ``refused(self!, reason)``."""
-
-# Ops that write ``self`` wholly without reading it. Schemas mark that it is written, and no more.
-_READS_SELF_NOT = frozenset(
-    f"aten::{name}"
-    for name in (
-        "zero_",
-        "fill_.Scalar",
-        "fill_.Tensor",
-        "uniform_",
-        "normal_",
-        "random_",
-        "random_.from",
-        "random_.to",
-        "bernoulli_.float",
-        "bernoulli_.Tensor",
-        "exponential_",
-        "cauchy_",
-        "log_normal_",
-        "geometric_",
-        "copy_",
-    )
-)
-
-
-# aten/src/ATen/native/native_functions.yaml: these update running statistics, the arguments with
-# the given positions, which their schemas do not mark as written.
-_WRITES_UNSAID = {
-    "aten::native_batch_norm": (3, 4),
-    "aten::cudnn_batch_norm": (3, 4),
-    "aten::miopen_batch_norm": (3, 4),
-    "aten::batch_norm_update_stats": (1, 2),
-    "aten::batch_norm_gather_stats": (3, 4),
-    "aten::batch_norm_gather_stats_with_counts": (3, 4),
-}
 
 # The namespaces of collectives. Schemas do not say what a c10d op writes
 # (torch/csrc/distributed/c10d/Ops.cpp).
@@ -79,44 +46,61 @@ _TORCHS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OpInfo:
-    """Facts about one operator overload.
+FillOp = tuple[str, tuple[Any, ...]]
+"""The name of an in-place fill and its numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpInfo(OpTraits):
+    """Facts about one operator overload: its row, and what its schema and tags tell.
 
     Attributes:
         func: the overload, or the Python function of an op of lateinit's own.
+        call: ``func``, or the method of ``Tensor`` that does the same sooner.
         name: its qualified name, such as ``aten::add.Tensor``.
+        arguments: the names of its positional arguments.
         mutates: the positions of the positional arguments that it writes.
         mutates_kw: the keyword arguments that it writes, such as ``out``.
         random: whether it draws or, if ``foreign``, may draw.
         takes_generator: whether it has an argument ``generator``.
         takes_device: whether it has an argument ``device``.
+        takes_alpha: whether it has an argument ``alpha``, a multiple.
         returns_tensor: whether any result is a tensor.
-        overwrites: whether it writes all of ``self`` without reading it.
         scalar_inplace: whether it only changes the values of ``self`` if given no other tensor: the
             result is then known without a kernel.
         from_sizes: whether it makes a tensor like another one, of which it reads no values.
+        is_empty: whether it leaves new memory uninitialised.
+        is_factory: whether it draws nothing and equals an allocation and the fill ``filled_by``.
         metadata_only: whether it changes the layout of ``self`` in place, such as ``t_``.
-        writes_unsaid: whether ``mutates`` comes from ``_WRITES_UNSAID``.
         foreign: whether it is neither torch's nor marked as random by its schema or tags.
         collective: whether it exchanges values with other ranks.
     """
 
     func: Callable[..., Any]
+    call: Callable[..., Any]
     name: str
+    arguments: tuple[str, ...]
     mutates: tuple[int, ...]
-    mutates_kw: tuple[str, ...]
+    mutates_kw: tuple[str, ...] = ()
     random: bool
     takes_generator: bool
-    takes_device: bool
+    takes_device: bool = False
+    takes_alpha: bool = False
     returns_tensor: bool
-    overwrites: bool
     scalar_inplace: bool
-    from_sizes: bool
-    metadata_only: bool
-    writes_unsaid: bool = False
+    from_sizes: bool = False
+    is_empty: bool = False
+    is_factory: bool = False
+    metadata_only: bool = False
     foreign: bool = False
     collective: bool = False
+
+    def fill_for(self, args: tuple[Any, ...]) -> FillOp | None:
+        """The fill that a factory's arguments call for; None for uninitialised memory."""
+        name, numbers = self.filled_by or UNINITIALISED
+        at = self.arguments.index
+        given = tuple([args[at(n)] if isinstance(n, str) else n for n in numbers])
+        return (name, given) if name else None
 
 
 _KNOWN: dict[OpOverload, OpInfo] = {}
@@ -154,29 +138,37 @@ TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_
 """The function behind ``nn.init.trunc_normal_``: ``(tensor, mean, std, a, b, generator=None)``."""
 
 
-def register(name: str, func: Callable[..., Any], *, draws: bool = True) -> OpInfo:
-    """Register a Python function as an op that fills its first argument.
+def register(name: str, func: Callable[..., Any], traits: OpTraits) -> OpInfo:
+    """Register a Python function as an op.
 
     Args:
         name: its qualified name.
-        func: the function.
-        draws: whether it draws from an argument ``generator``.
+        func: the function. It writes its first argument if ``traits`` says that it fills that, and
+            draws from an argument ``generator`` if they say that it draws.
+        traits: the facts about it.
     """
     info = _BY_NAME[name] = OpInfo(
+        **_fields(traits),
         func=func,
+        call=func,
         name=name,
-        mutates=(0,),
-        mutates_kw=(),
-        random=draws,
-        takes_generator=draws,
-        takes_device=False,
+        arguments=(),
+        mutates=(0,) if traits.fills else (),
+        random=traits.draws is not None,
+        takes_generator=traits.draws is not None,
         returns_tensor=True,
-        overwrites=True,
-        scalar_inplace=True,
-        from_sizes=False,
-        metadata_only=False,
+        scalar_inplace=traits.fills,
     )
     return info
+
+
+def _fields(traits: OpTraits) -> dict[str, Any]:
+    return {field.name: getattr(traits, field.name) for field in fields(OpTraits)}
+
+
+def _constant(data: torch.Tensor) -> torch.Tensor:
+    # The program keeps its constant, so each replay gets memory of its own.
+    return data.clone(memory_format=torch.preserve_format)
 
 
 def _refused(tensor: Any, what: str) -> None:
@@ -200,19 +192,18 @@ def by_name(name: str) -> OpInfo:
 
 def spoken(name: str) -> str:
     """The name of an operator in messages."""
-    return _SPOKEN.get(name) or name.removeprefix("aten::")
-
-
-_SPOKEN = {"aten::_local_scalar_dense": "item"}
+    traits = OP_TABLE.get(name)
+    return (traits and traits.spoken) or name.removeprefix("aten::")
 
 
 def _examine(func: OpOverload) -> OpInfo:
-    """Derive the facts about an overload from its schema, its tags and the tables above."""
+    """Join the row of an overload, if it has one, with its schema and its tags."""
     schema = func._schema
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     name = func.name()
-    mutates = _WRITES_UNSAID.get(name) or tuple(
+    traits = OP_TABLE.get(name) or OpTraits()
+    mutates = traits.writes_unsaid or tuple(
         i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only
     )
     namespace, base = name.split(".")[0].split("::")
@@ -221,24 +212,29 @@ def _examine(func: OpOverload) -> OpInfo:
     random = torch.Tag.nondeterministic_seeded in func.tags or "generator" in names
     foreign = namespace not in _TORCHS and not random
     return OpInfo(
+        **_fields(traits),
         func=func,
+        call=getattr(torch.Tensor, base) if traits.method else func,
         name=name,
+        arguments=tuple(a.name for a in arguments if not a.kwarg_only),
         mutates=mutates,
         mutates_kw=tuple(a.name for i, a in enumerate(arguments) if written[i] and a.kwarg_only),
         random=random or foreign,
         takes_generator="generator" in names,
         takes_device="device" in names,
+        takes_alpha="alpha" in names,
         returns_tensor=any("Tensor" in str(r.type) for r in schema.returns),
-        overwrites=name in _READS_SELF_NOT,
         scalar_inplace=(
             mutates == (0,) and base.endswith("_") and not inplace_view and len(schema.returns) == 1
         ),
-        from_sizes="_like" in base or base.startswith("new_"),
+        from_sizes=traits.allocates in ("like", "new"),
+        is_empty=traits.filled_by == UNINITIALISED,
+        is_factory=None not in (traits.allocates, traits.filled_by) and not random,
         metadata_only=inplace_view,
-        writes_unsaid=name in _WRITES_UNSAID,
         foreign=foreign,
         collective=namespace in _COLLECTIVES,
     )
 
 
-register(REFUSED, _refused, draws=False)
+register(CONSTANT, _constant, OpTraits(copies=0))
+register(REFUSED, _refused, OpTraits(fills=True))

@@ -1,0 +1,176 @@
+"""Facts about torch's operators that their schemas and tags do not tell: a row for each operator.
+
+To teach lateinit about an operator, add a row. Only facts that lateinit relies on are stated: a
+field that is left out promises nothing. ``operators.op_info`` joins a row with the schema.
+``tests/torch_contract/test_op_table.py`` runs every operator of the table and compares what it does
+with its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+_Number = int | float
+FilledBy = tuple[str, tuple[str | _Number, ...]]
+UNINITIALISED: FilledBy = ("", ())
+"""The ``filled_by`` of ``empty`` and its like."""
+
+ZERO = "aten::zero_"
+FILL = "aten::fill_.Scalar"
+UNIFORM = "aten::uniform_"
+NORMAL = "aten::normal_"
+INTEGERS = "aten::random_.from"
+
+
+@dataclass(frozen=True, slots=True)
+class OpTraits:
+    """One row.
+
+    Attributes:
+        fills: whether it writes every element of ``self`` and reads none. Schemas mark that
+            ``self`` is written, and no more.
+        elementwise: whether each element of its result depends on the element of ``self`` at the
+            same place, and on numbers, alone. An in-place op may then be run on pieces of a tensor
+            (``_replay.chunks`` tries first whether the bits agree). A result has the shape of
+            ``self``.
+        allocates: for an op that makes new memory, what tells its shape: an argument ``size``; a
+            tensor of the same shape ("like"); an argument ``size``, next to a tensor that tells
+            dtype and device ("new"); a number of elements ("count"); a start, an end and a step
+            ("range"); or nothing, as it is one number ("one").
+        filled_by: for a factory, the in-place op that gives its memory the values, with that op's
+            numbers or the names of the factory's arguments that are these numbers.
+        copies: the position of the argument whose values its result has.
+        draws: what the number of words that it draws from a CPU generator depends on, besides the
+            number of elements, dtype and layout: nothing else ("fixed"), its numbers ("numbers"),
+            the width of its range ("range"), or values, so that only running it tells ("values").
+            None if it draws nothing, or by way of ``filled_by``.
+        numbers: the numbers of a trial. They stand for all others as far as ``draws`` says so.
+        usual: a test for numbers that it surely accepts, for every floating-point dtype.
+        method: whether the method of ``Tensor`` with its name, given numbers, calls this overload.
+            Calling an ``OpOverload`` from Python takes as long as a small fill; a method is faster.
+        spoken: its name in messages, if users call it by another one.
+        writes_unsaid: the positions of arguments that it writes, and that its schema does not mark.
+    """
+
+    fills: bool = False
+    elementwise: bool = False
+    allocates: Literal["size", "like", "new", "count", "range", "one"] | None = None
+    filled_by: FilledBy | None = None
+    copies: int | None = None
+    draws: Literal["fixed", "numbers", "range", "values"] | None = None
+    numbers: tuple[_Number, ...] = ()
+    usual: Callable[..., bool] | None = None
+    method: bool = False
+    spoken: str | None = None
+    writes_unsaid: tuple[int, ...] = ()
+
+
+# uniform_ checks its bounds and their difference, and other ops each number, against the dtype's
+# range (aten/src/ATen/native/DistributionTemplates.h, c10/util/TypeCast.h). The smallest one is
+# float16's, 65504 > 2 * 3e4.
+_FAR = 3e4
+_REAL = frozenset({int, float})
+
+
+def _near(*numbers: Any) -> bool:
+    return _REAL.issuperset(map(type, numbers)) and all(-_FAR <= n <= _FAR for n in numbers)
+
+
+def _bounds(low: _Number = 0.0, high: _Number = 1.0) -> bool:
+    return -_FAR <= low <= high <= _FAR
+
+
+def _scale(mean: _Number = 0.0, std: _Number = 1.0) -> bool:
+    return std >= 0
+
+
+_fill = partial(OpTraits, fills=True)
+_size = partial(OpTraits, allocates="size")
+_like = partial(OpTraits, allocates="like")
+_new = partial(OpTraits, allocates="new")
+_arithmetic = partial(OpTraits, elementwise=True, usual=_near)
+_ZEROS: FilledBy = (ZERO, ())
+_ONES: FilledBy = (FILL, (1,))
+_FULL: FilledBy = (FILL, ("fill_value",))
+_HIGH: FilledBy = (INTEGERS, (0, "high"))
+_LOW_HIGH: FilledBy = (INTEGERS, ("low", "high"))
+
+# Operators with the same facts share a row.
+_ROWS: dict[str, OpTraits] = {
+    # In-place fills.
+    "zero_": _fill(elementwise=True, method=True),
+    "fill_.Scalar": _fill(elementwise=True, method=True, numbers=(0.3,)),
+    "fill_.Tensor": _fill(),
+    "copy_": _fill(copies=1),
+    "uniform_": _fill(draws="fixed", elementwise=True, method=True, usual=_bounds),
+    "normal_": _fill(draws="fixed", elementwise=True, method=True, usual=_scale),
+    "cauchy_ log_normal_ random_": _fill(draws="fixed"),
+    "geometric_": _fill(draws="fixed", numbers=(0.5,)),
+    "bernoulli_.float": _fill(draws="numbers", numbers=(0.3,)),
+    "exponential_": _fill(draws="numbers", numbers=(2.5,)),
+    "random_.to": _fill(draws="range", numbers=(2,)),
+    "random_.from": _fill(draws="range", numbers=(0, 2)),
+    "bernoulli_.Tensor": _fill(draws="values"),
+    # Factories.
+    "empty.memory_format empty_strided": _size(filled_by=UNINITIALISED),
+    "zeros": _size(filled_by=_ZEROS),
+    "ones": _size(filled_by=_ONES),
+    "full": _size(filled_by=_FULL, numbers=(0.3,)),
+    "empty_like": _like(filled_by=UNINITIALISED),
+    "zeros_like": _like(filled_by=_ZEROS),
+    "ones_like": _like(filled_by=_ONES),
+    "full_like": _like(filled_by=_FULL, numbers=(0.3,)),
+    "new_empty new_empty_strided": _new(filled_by=UNINITIALISED),
+    "new_zeros": _new(filled_by=_ZEROS),
+    "new_ones": _new(filled_by=_ONES),
+    "new_full": _new(filled_by=_FULL, numbers=(0.3,)),
+    "empty.out": OpTraits(filled_by=UNINITIALISED),
+    "zeros.out": OpTraits(filled_by=_ZEROS),
+    "ones.out": OpTraits(filled_by=_ONES),
+    "full.out": OpTraits(filled_by=_FULL, numbers=(0.3,)),
+    "scalar_tensor": OpTraits(allocates="one", filled_by=(FILL, ("s",)), numbers=(0.3,)),
+    "arange": OpTraits(allocates="range", numbers=(5,)),
+    "arange.start": OpTraits(allocates="range", numbers=(-2, 5)),
+    "arange.start_step": OpTraits(allocates="range", numbers=(-2, 5, 3)),
+    "rand rand.generator": _size(filled_by=(UNIFORM, ())),
+    "randn randn.generator": _size(filled_by=(NORMAL, ())),
+    "normal.float_float": _size(filled_by=(NORMAL, ("mean", "std")), numbers=(0.5, 2.0)),
+    "randint randint.generator": _size(filled_by=_HIGH, numbers=(9,)),
+    "randint.low randint.low_generator": _size(filled_by=_LOW_HIGH, numbers=(-2, 9)),
+    "rand_like rand_like.generator": _like(filled_by=(UNIFORM, ())),
+    "randn_like randn_like.generator": _like(filled_by=(NORMAL, ())),
+    "randint_like randint_like.generator": _like(filled_by=_HIGH, numbers=(9,)),
+    "randint_like.low_dtype": _like(filled_by=_LOW_HIGH, numbers=(-2, 9)),
+    "randint_like.low_generator_dtype": _like(filled_by=_LOW_HIGH, numbers=(-2, 9)),
+    "randint_like.Tensor randint_like.Tensor_generator": _like(draws="values"),
+    "randperm randperm.generator": OpTraits(allocates="count", draws="fixed"),
+    # Copies.
+    "clone _to_copy lift_fresh_copy": OpTraits(copies=0),
+    # Arithmetic in place.
+    "mul_.Tensor mul_.Scalar div_.Tensor": _arithmetic(numbers=(0.3,)),
+    "add_.Tensor add_.Scalar sub_.Tensor": _arithmetic(numbers=(0.3,)),
+    "clamp_ clamp_min_ clamp_max_": _arithmetic(numbers=(0.3,)),
+    "neg_ abs_ erfinv_": _arithmetic(),
+    "exp_ log_ sqrt_ rsqrt_ reciprocal_ sin_ cos_": OpTraits(usual=_near),
+    "tanh_ sigmoid_ floor_ ceil_ trunc_": OpTraits(usual=_near),
+    # Arithmetic that makes a new tensor.
+    "relu sigmoid tanh gelu silu mish elu leaky_relu": OpTraits(elementwise=True),
+    "hardswish hardsigmoid hardtanh softplus": OpTraits(elementwise=True),
+    "erf exp sqrt rsqrt sin cos neg abs": OpTraits(elementwise=True),
+    "mul.Scalar add.Scalar sub.Scalar div.Scalar": OpTraits(elementwise=True, numbers=(0.3,)),
+    "clamp clamp_min clamp_max": OpTraits(elementwise=True, numbers=(0.3,)),
+    "pow.Tensor_Scalar": OpTraits(elementwise=True, numbers=(2,)),
+    # These update running statistics (aten/src/ATen/native/native_functions.yaml).
+    "native_batch_norm cudnn_batch_norm miopen_batch_norm": OpTraits(writes_unsaid=(3, 4)),
+    "batch_norm_gather_stats": OpTraits(writes_unsaid=(3, 4)),
+    "batch_norm_gather_stats_with_counts": OpTraits(writes_unsaid=(3, 4)),
+    "batch_norm_update_stats": OpTraits(writes_unsaid=(1, 2)),
+    "_local_scalar_dense": OpTraits(spoken="item"),
+}
+OP_TABLE: dict[str, OpTraits] = {
+    f"aten::{name}": traits for names, traits in _ROWS.items() for name in names.split()
+}
+"""The rows, by the qualified names of overloads."""
