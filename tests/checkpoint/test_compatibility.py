@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import lateinit
 from lateinit.errors import (
     DeferredTensorError,
     MismatchError,
     NotRecordedError,
+    RecordingError,
 )
 from tests.support.cases import Bag
 from tests.support.formats import FORMATS
@@ -483,3 +485,50 @@ def test_wrong_sizes_of_a_lazy_model_are_told_and_it_stays_lazy(tmp_path: Path) 
     assert isinstance(model[0], lateinit.nn.LazyConv2d)
     lateinit.infer_shapes(model[2], torch.zeros(1, 7))
     assert model[2].weight.shape == (2, 7)
+
+
+def chain(lazy: bool) -> nn.Module:
+    linear = lateinit.nn.LazyLinear if lazy else nn.Linear
+    return nn.Sequential(
+        nn.Linear(3, 4),
+        linear(*(() if lazy else (4,)), 5),
+        nn.Linear(5, 2),
+        linear(*(() if lazy else (2,)), 3),
+        nn.Linear(3, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        ("0.weight 0.bias", "2.weight"),
+        ("0.weight 0.bias 1.weight 1.bias", "4.weight"),
+        ("0.weight 0.bias 2.weight 2.bias 4.weight 4.bias 3.weight", "3.bias"),
+        ("0.weight 0.bias 1.weight 1.bias 2.weight 2.bias 4.weight 4.bias", None),
+        ("0.weight 0.bias 1.weight 1.bias 3.weight 3.bias", None),
+        ("0.weight 1.weight 3.weight", None),
+        ("2.weight 2.bias 4.weight 4.bias 1.weight 1.bias 3.weight 3.bias", None),
+    ],
+)
+def test_what_would_be_drawn_after_a_lazy_module_is_refused_before_anything_is_loaded(
+    tmp_path: Path, names: str, refused: str | None
+) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(1)
+    expected = chain(lazy=False)
+    with torch.no_grad():
+        for name in names.split():
+            expected.get_parameter(name).zero_()
+    save_file({name: expected.get_parameter(name).detach() for name in names.split()}, path)
+    torch.manual_seed(1)
+    model = lateinit.deferred_init(chain, lazy=True)
+    if refused:
+        with pytest.raises(RecordingError, match=rf"{refused}.*infer_shapes"):
+            lateinit.load_checkpoint(model, path, strict=False)
+        assert all(lateinit.is_deferred(p) or is_lazy(p) for p in model.parameters())
+        lateinit.infer_shapes(model, torch.empty(1, 3))
+        lateinit.load_checkpoint(model, path, strict=False)
+    else:
+        lateinit.load_checkpoint(model, path, strict=False)
+    for name, parameter in model.named_parameters():
+        assert is_lazy(parameter) or parameter.equal(expected.get_parameter(name)), name

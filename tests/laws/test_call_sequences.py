@@ -197,10 +197,6 @@ class CallSequences(RuleBasedStateMachine):
         state = self.checkpoint(every, first)
         if not state:  # a checkpoint without one name of the model is an error
             return
-        # TODO: what is lazy, once a load is refused before it starts if what the checkpoint lacks
-        # cannot be computed.
-        if self.pair.lazy and every > 1:
-            return
         if wide:
             state = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
         path, strict, late = self.new_path(), every == 1, self.pair.late.model

@@ -8,7 +8,7 @@ module is declared and initialised, and with ``infer.py`` for a forward pass on 
 """
 
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
-from lateinit._lazy.checkpoint_sizes import wrong_sizes
+from lateinit._lazy.checkpoint_sizes import sizes_in
 from lateinit._lazy.infer import infer_shapes
 from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
@@ -43,7 +43,7 @@ from lateinit._lazy.layers import (
     LazyTransformerEncoderLayer,
 )
 from lateinit._lazy.lazy_class import lazy
-from lateinit._lazy.mixin import LazyModuleMixin
+from lateinit._lazy.mixin import LazyModuleMixin, named_tensors
 from lateinit._lazy.placeholders import (
     UninitializedBuffer,
     UninitializedParameter,
@@ -91,8 +91,9 @@ __all__ = [
     "infer_shapes",
     "known_shape",
     "lazy",
+    "named_tensors",
     "on_meta",
     "show",
     "size",
-    "wrong_sizes",
+    "sizes_in",
 ]

@@ -1,7 +1,7 @@
 """The sizes of lazy modules from a checkpoint, when one is loaded into them.
 
-``load_sizes`` serves the load hook of one lazy module. ``wrong_sizes`` finds the same problems in a
-whole model beforehand, for ``load_checkpoint``.
+``load_sizes`` serves the load hook of one lazy module. ``sizes_in`` says beforehand what that will
+do in a whole model, for ``load_checkpoint``.
 """
 
 from __future__ import annotations
@@ -71,13 +71,22 @@ def _shape(state_dict: dict[str, Any], prefix: str, name: Name) -> tuple[int, ..
     return tuple(value.shape) if _is_value(value) and isinstance(value, Tensor) else None
 
 
-def wrong_sizes(module: nn.Module, state_dict: dict[str, Any]) -> list[str]:
-    """What loading would find wrong with the sizes of lazy modules, without changing anything."""
+def sizes_in(
+    module: nn.Module, state_dict: dict[str, Any]
+) -> tuple[list[str], dict[str, nn.Module]]:
+    """What loading would do to the lazy modules of a model, without changing anything.
+
+    Returns:
+        What is wrong with their sizes, and the modules that get all of their sizes, by path.
+    """
     wrong: dict[str, str] = dict(check_known(module, state_dict, ""))
     messages: list[str] = []
+    sized: dict[str, nn.Module] = {}
     for path, part in module.named_modules():
         spec = part.__dict__.get("_spec")
         prefix = f"{path}." if path else ""
         if spec is not None and not check_known(part, state_dict, prefix):
-            load_sizes(part, layout_of(spec), dict(state_dict), prefix, messages)
-    return [*wrong.values(), *messages]
+            sizes = load_sizes(part, layout_of(spec), dict(state_dict), prefix, messages)
+            if sizes is not None:
+                sized[path] = part
+    return [*wrong.values(), *messages], sized

@@ -9,6 +9,7 @@ meet only in the program. Import ``materialize`` from its own module, whose name
 
 from lateinit._materialize.materialize import (
     check_constants,
+    check_holes,
     check_seed,
     check_shared,
     is_deferred,
@@ -19,6 +20,7 @@ from lateinit._materialize.scheduler import execute
 
 __all__ = [
     "check_constants",
+    "check_holes",
     "check_seed",
     "check_shared",
     "execute",

@@ -8,7 +8,7 @@ for a check that is missing, or for the order of two checks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -138,7 +138,7 @@ def materialize(
         planned = [(group, plan_of(group), _session(group, seed)) for group in wanted]
         for group, plan_, session in planned:
             check_constants(group, plan_, session)
-            _check_holes(group, plan_, session)
+            check_holes(group, plan_, session)
         total = sum(shared.record.nbytes for g in wanted for shared in g.storages.values())
         with Progress("materialise", total, shown=progress) as bar:
             for group, plan_, session in planned:
@@ -323,10 +323,16 @@ def check_constants(group: Wanted, plan_: Plan, session: Session) -> None:
             raise ConstantChangedError(f"{group.names(step.gives)!r}: {error}") from None
 
 
-def _check_holes(group: Wanted, plan_: Plan, session: Session) -> None:
+def check_holes(group: Wanted, plan_: Plan, session: Session, filled: Collection[int] = ()) -> None:
     """Raise if a value is drawn after a lazy module whose shape is not known.
 
     Such a module draws an unknown number of words, so no later draw has a known position.
+
+    Args:
+        group: the selected tensors of one program.
+        plan_: what will be computed.
+        session: what it will be computed in.
+        filled: the numbers of holes that will be filled before.
     """
     program = group.program
     if None not in program.holes:
@@ -334,7 +340,7 @@ def _check_holes(group: Wanted, plan_: Plan, session: Session) -> None:
     for step in plan_.steps:
         draws = (program.ops[number].draw for number in step.ops)
         try:
-            session.streams.check_known(draw for draw in draws if draw is not None)
+            session.streams.check_known((draw for draw in draws if draw is not None), filled)
         except RecordingError as error:
             raise RecordingError(f"{group.names(step.gives)!r}: {error}") from None
 

@@ -8,6 +8,7 @@ and ``_materialize`` do not know each other. Start with ``block``, then ``record
 """
 
 from lateinit._recording.block import deferred, deferred_init, fill, recording_block
+from lateinit._recording.holes import hole_of
 from lateinit._recording.recorder import Recorder, current
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "deferred",
     "deferred_init",
     "fill",
+    "hole_of",
     "recording_block",
 ]

@@ -9,7 +9,7 @@ import abc
 import functools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -93,10 +93,14 @@ class Streams(abc.ABC):
             seeker.append(cost(self.program.ops[number]) if number >= 0 and cpu else None)
         return seeker, lambda i, generator: self._pass(stream.ops[i], generator)
 
-    def check_known(self, draws: Iterable[Draw]) -> None:
+    def check_known(self, draws: Iterable[Draw], filled: Collection[int] = ()) -> None:
         """Raise if any of some draws comes after an open hole; makes no draw.
 
         Called before the first value is computed, so that a refused call leaves nothing half done.
+
+        Args:
+            draws: the draws.
+            filled: the numbers of open holes that will be filled before the draws are made.
         """
         last: dict[int, int] = {}
         for draw in draws:
@@ -104,10 +108,11 @@ class Streams(abc.ABC):
         for number, end in last.items():
             stream = self.program.streams[number]
             for op in stream.ops[:end]:
-                if op < 0 and self.program.holes[-1 - op] is None and not self.past_holes:
+                hole = -1 - op
+                if op < 0 and self.program.holes[hole] is None and hole not in filled:
                     raise _unknown()
             if isinstance(stream.start, Draw):
-                self.check_known([stream.start])
+                self.check_known([stream.start], filled)
 
     def _pass(self, number: int, generator: torch.Generator) -> None:
         """Move a generator past a draw of unknown cost, or past a hole.

@@ -22,16 +22,17 @@ from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, re
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import place_of
-from lateinit._lazy import known_shape, wrong_sizes
-from lateinit._materialize import check_constants, check_shared, plan_of
+from lateinit._lazy import known_shape, named_tensors, sizes_in
+from lateinit._materialize import check_constants, check_holes, check_shared, plan_of
 from lateinit._materialize.materialize import materialize
-from lateinit._program import Plan
+from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
+from lateinit._recording import hole_of
 from lateinit._replay import execution_of
 from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
-from lateinit.errors import CheckpointError
+from lateinit.errors import CheckpointError, RecordingError, listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +133,45 @@ def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> Loa
         check_shared(group, cast)
     reader = translated(module, reader, state)
     rehearsal = rehearse(module, reader, cast, state, strict=strict)
+    sized: dict[str, nn.Module] = {}
     if any(found.lazy for found in names.distinct):
-        sizes = wrong_sizes(module, Stands(reader, names.found).state)
-        rehearsal.wrong += [message for message in sizes if message not in rehearsal.wrong]
+        wrong, sized = sizes_in(module, Stands(reader, names.found).state)
+        rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
     loaded = set(fitting.loaded)
     rest = tuple(plan_of(group, _left(group, loaded)) for group in groups)
+    filled = {hole.resolve() for part in sized.values() if (hole := hole_of(part)) is not None}
     for group, plan in zip(groups, rest, strict=True):
-        check_constants(group, plan, execution_of(group.program).session())
+        session = execution_of(group.program).session()
+        check_constants(group, plan, session)
+        check_holes(
+            group, plan, session, {n for program, n, _ in filled if program is plan.program}
+        )
+    _check_drawn(sized, filled, loaded)
     return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest)
+
+
+def _check_drawn(
+    sized: dict[str, nn.Module], filled: set[tuple[Program, int, Draw]], loaded: set[str]
+) -> None:
+    """Raise if a module that gets its sizes must draw values after one that stays lazy.
+
+    Args:
+        sized: the modules that get their sizes from the checkpoint, by path.
+        filled: their holes.
+        loaded: the names that have their values from the checkpoint.
+    """
+    for path, part in sized.items():
+        names = [f"{path}.{name}".lstrip(".") for name, t in named_tensors(part) if is_lazy(t)]
+        drawn, hole = [name for name in names if name not in loaded], hole_of(part)
+        if not drawn or hole is None:
+            continue
+        program, _, place = hole.resolve()
+        known = {number for other, number, _ in filled if other is program}
+        try:
+            execution_of(program).check_known([place], known)
+        except RecordingError as error:
+            raise RecordingError(f"{listing(drawn)!r}: {error}") from None
 
 
 def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:

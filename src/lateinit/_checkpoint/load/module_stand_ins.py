@@ -49,7 +49,7 @@ class Shadows(Lending, StandIns):
             copied: Tensor = copy.deepcopy(tensor)
             self._originals[copied] = tensor
             return copied
-        if is_lazy(tensor):  # takes the checkpoint's shape; `wrong_sizes` checks it
+        if is_lazy(tensor):  # takes the checkpoint's shape; `sizes_in` checks it
             found = self._found.get(tensor)
             loaded = self._stands.state.get(found.name) if found is not None else None
             shape = loaded.shape if isinstance(loaded, Tensor) else ()
