@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Cast:
         wanted = self.dtype is not None and ref.dtype.is_floating_point
         return self.dtype if wanted and self.dtype is not None else ref.dtype
 
-    def apply(self, computed: Computed, refs: Collection[TensorRef]) -> Real:
+    def apply(self, computed: Computed, refs: Iterable[TensorRef]) -> Real:
         """Move and cast a whole storage, so that the tensors on it keep sharing memory.
 
         Args:
@@ -42,14 +42,16 @@ class Cast:
         moved = whole.to(device=self.device, dtype=self.dtype if recorded else shown)
         return Real(moved.untyped_storage(), self, recorded, computed.strides)
 
-    def from_dtype(self, refs: Collection[TensorRef]) -> torch.dtype | None:
+    def from_dtype(self, refs: Iterable[TensorRef]) -> torch.dtype | None:
         """The dtype of which a storage is cast; None if its bytes stay as they are.
 
         It is cast only if all windows on it have one dtype, which changes.
         """
-        dtypes = {ref.dtype for ref in refs}
-        changed = dtypes != {self.dtype_of(ref) for ref in refs}
-        return dtypes.pop() if changed and len(dtypes) == 1 else None
+        if self.dtype is None:
+            return None
+        changes = {(ref.dtype, self.dtype_of(ref)) for ref in refs}
+        recorded, dtype = changes.pop()
+        return None if changes or recorded is dtype else recorded
 
 
 AS_RECORDED = Cast(None, None)
@@ -77,7 +79,9 @@ class Real(NamedTuple):
         Raises:
             DeferredTensorError: the memory was cast, and the window shows it in another dtype.
         """
-        shown = ref._replace(stride=self.strides[ref]) if ref in self.strides else ref
+        shown = ref
+        if self.strides and ref in self.strides:  # most memory has none
+            shown = ref._replace(stride=self.strides[ref])
         if self.recorded is None:
             return shown
         if ref.dtype is not self.recorded:
