@@ -11,10 +11,12 @@ from lateinit._identity import IdentityMap
 from lateinit._materialize.materialize import materialize
 from lateinit._recording import deferred
 from lateinit._tensors import adopt_uninitialized, cast_to, find_tensors, slot_of
+from lateinit._torch import restoring
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@restoring
 def skip_init(
     module_cls: type[M], *args: Any, device: torch.device | str | None = None, **kwargs: Any
 ) -> M:

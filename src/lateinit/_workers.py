@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 A = TypeVar("A")
 R = TypeVar("R")
+_Calls: TypeAlias = "SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None]"
 
 
 class Workers:
@@ -28,7 +29,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self._most = count
         self._threads: list[Thread] = []
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = SimpleQueue()
+        self._calls: _Calls = SimpleQueue()
 
     def submit(self, call: Callable[..., R], *args: Any) -> Future[R]:
         """Have a call run by a thread; gives what its result will be in."""
@@ -47,7 +48,7 @@ class Workers:
             yield future.result()
 
     def shutdown(self) -> None:
-        """Cancel what has not begun, and wait for what has."""
+        """Cancel what has not begun, and wait for what has. After an interrupt, call it again."""
         while True:
             try:
                 left = self._calls.get_nowait()
@@ -58,7 +59,8 @@ class Workers:
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # else it was interrupted before it began
+                thread.join()
 
     def __enter__(self) -> Workers:
         return self
@@ -67,20 +69,26 @@ class Workers:
         self.shutdown()
 
     def _start_one(self) -> None:
-        thread = Thread(target=self._work, name="lateinit", daemon=True)
+        thread = Thread(target=_work, args=(self._calls,), name="lateinit", daemon=True)
+        self._threads.append(thread)  # first, so that `shutdown` knows one that has just begun
         try:
             thread.start()
         except (RuntimeError, MemoryError):  # "can't start new thread": no stack, or a limit
+            self._threads.remove(thread)
             self._most = len(self._threads)
-        else:
-            self._threads.append(thread)
 
-    def _work(self) -> None:
-        while (found := self._calls.get()) is not None:
-            future, call, args = found
-            if future.set_running_or_notify_cancel():
-                _run(future, call, args)
-            del found, future, call, args  # a result that nobody else holds is freed now
+    def __del__(self) -> None:
+        # Not shut down, since that was interrupted: the threads end by themselves.
+        for _ in getattr(self, "_threads", ()):
+            self._calls.put(None)
+
+
+def _work(calls: _Calls) -> None:
+    while (found := calls.get()) is not None:
+        future, call, args = found
+        if future.set_running_or_notify_cancel():
+            _run(future, call, args)
+        del found, future, call, args  # a result that nobody else holds is freed now
 
 
 def _run(future: Future[Any], call: Callable[..., Any], args: Any) -> None:

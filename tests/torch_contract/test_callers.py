@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import pickle
+import sys
 from typing import Any, ClassVar
 
 import pytest
@@ -16,12 +18,17 @@ from torch.nn import functional
 
 from lateinit._torch.callers import (
     Asked,
+    Caller,
     attention_without_fused_kernel,
     callers,
+    close_contexts,
+    foreign_caller,
     innermost_foreign_line,
     is_batch_norm_loading,
+    is_frame_of,
     is_in_torch_optim,
     is_library,
+    is_on_stack,
     is_optimizer_stepping,
     is_running,
     is_torch_saving,
@@ -245,3 +252,54 @@ def test_torch_s_python_is_under_one_folder_and_graphs_have_no_file() -> None:
     traced(torch.ones(1))
     line = inspect.currentframe().f_lineno - 1
     assert found == [f"{__file__}:{line} in {inspect.currentframe().f_code.co_name}"]
+
+
+def entered() -> Caller:
+    return foreign_caller()
+
+
+def test_a_frame_is_on_the_stack_until_it_returns() -> None:
+    """Python gives each running call a frame; torch's and lateinit's own are passed over."""
+    here = foreign_caller()
+    assert is_on_stack(here)
+    assert list(map(is_on_stack, [here]))
+    assert here.thread
+    assert not is_on_stack(entered())
+
+
+def test_a_frame_is_known_by_its_file_or_its_function() -> None:
+    """Python's gc gives frames among those who refer to an object, while a traceback holds them."""
+    frame = inspect.currentframe()
+    assert is_frame_of(frame, __file__, entered)
+    assert is_frame_of(frame, "elsewhere.py", test_a_frame_is_known_by_its_file_or_its_function)
+    assert not is_frame_of(frame, "elsewhere.py", entered)
+    assert not is_frame_of([frame], __file__, entered)
+
+
+def test_a_context_manager_whose_exit_was_interrupted_is_run_to_its_end() -> None:
+    """torch/overrides.py: _pop_mode_temporarily is a generator that contextlib ends."""
+    ends: list[str] = []
+
+    @contextlib.contextmanager
+    def context() -> Any:
+        try:
+            yield
+        finally:
+            ends.append("end")
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code is contextlib._GeneratorContextManager.__exit__.__code__:
+            raise KeyboardInterrupt
+        return None
+
+    before = sys.gettrace()
+    with pytest.raises(KeyboardInterrupt) as caught:  # noqa: PT012 - the end of the block raises
+        sys.settrace(trace)
+        try:
+            with context():
+                pass
+        finally:
+            sys.settrace(before)
+    assert ends == []
+    close_contexts(caught.value.__traceback__)
+    assert ends == ["end"]

@@ -11,13 +11,29 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lateinit._torch.modes import (
     DispatchMode,
+    FunctionMode,
+    are_functions_disabled,
+    autocast_of,
     below_python,
     default_device_in_force,
+    dispatch_modes,
+    enable_functions,
+    function_modes,
+    functions_state,
+    has_own_dispatch,
+    inference_mode,
     is_any_autocast_enabled,
     is_deterministic,
     is_function_mode_in_force,
     is_recording_alone,
     outside,
+    put_autocast,
+    put_determinism,
+    put_dispatch_modes,
+    put_function_modes,
+    read_autocast,
+    read_determinism,
+    set_functions_state,
     set_grad_enabled,
     settings_kept,
     without_functions,
@@ -208,3 +224,108 @@ def test_other_settings_of_the_process_survive_too(read: Any, write: Any) -> Non
         write(before)
         assert read() != before
     assert read() == before
+
+
+def test_whether_functions_are_called_can_be_read_and_set() -> None:
+    """torch/csrc/utils/disable_torch_function.cpp: the guards set a state of the thread."""
+    before = functions_state()
+    with without_functions():
+        assert are_functions_disabled()
+        enable_functions()
+        with Functions() as mode:
+            torch.ones(2)
+        assert mode.heard == [torch.ones]
+        set_functions_state(before)
+        assert not are_functions_disabled()
+
+
+def test_the_stacks_of_modes_can_be_read_and_put_back() -> None:
+    """torch/overrides.py, torch/utils/_python_dispatch.py: _pop_mode and _push_mode change them."""
+    with Functions() as functions, Operators() as operators:
+        stacks = function_modes(), dispatch_modes()
+        assert stacks == ([functions], [operators])
+        put_function_modes(())
+        put_dispatch_modes(())
+        torch.ones(2)
+        put_function_modes(stacks[0])
+        put_dispatch_modes(stacks[1])
+        assert (function_modes(), dispatch_modes()) == stacks
+    assert not operators.heard
+
+
+class Silent(FunctionMode):
+    """Hears and says nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [Silent, Operators])
+def test_leaving_a_mode_takes_no_other_off_the_stack(kind: Any) -> None:
+    """torch/overrides.py, torch/utils/_python_dispatch.py: __exit__ pops whatever is on top."""
+    lower, upper = kind(), kind()
+    modes = function_modes if kind is Silent else dispatch_modes
+    put = put_function_modes if kind is Silent else put_dispatch_modes
+    with upper:
+        lower.__enter__()
+        put([lower, upper])
+        lower.__exit__(None, None, None)
+        assert modes() == [upper]
+        lower.__exit__(None, None, None)
+        assert modes() == [upper]
+    assert modes() == []
+    assert not lower.ended
+
+
+def test_an_inference_mode_ends_when_it_is_dropped() -> None:
+    """torch/csrc/autograd/init.cpp: _InferenceMode holds a guard, which restores what was."""
+    with inference_mode(True):
+        assert torch.ones(2).is_inference()
+    guard = inference_mode(True)
+    guard.__enter__()
+    assert torch.is_inference_mode_enabled()
+    del guard
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_the_dispatcher_asks_the_class_that_a_tensor_was_made_as() -> None:
+    """torch/csrc/autograd/python_variable.cpp: _make_subclass sets the Python dispatch key."""
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert has_own_dispatch(torch.Tensor._make_subclass(Own, torch.ones(2)))
+    renamed = torch.ones(2)
+    renamed.__class__ = Own
+    assert not has_own_dispatch(renamed)
+
+
+@pytest.mark.parametrize("chosen", [None, ("cpu", torch.float16)])
+def test_autocast_can_be_set_without_counting_its_depth(chosen: Any) -> None:
+    """torch/amp/autocast_mode.py: autocast sets these, and counts how deeply it is nested."""
+    before = read_autocast()
+    product = torch.ones(2, 2) @ torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        outer = read_autocast()
+        put_autocast(autocast_of(chosen))
+        made = torch.ones(2, 2) @ torch.ones(2, 2)
+        put_autocast(outer)
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    assert made.dtype is (chosen[1] if chosen else product.dtype)
+    assert read_autocast() == before
+
+
+def test_determinism_and_whether_it_only_warns_are_set_together() -> None:
+    """torch/__init__.py: use_deterministic_algorithms takes both, and forgets warn_only else."""
+    before = read_determinism()
+    put_determinism((True, True))
+    try:
+        assert read_determinism() == (True, True)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        put_determinism(before)
+    assert read_determinism() == before

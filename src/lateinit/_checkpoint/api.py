@@ -25,7 +25,9 @@ from lateinit._checkpoint.save import (
     collect,
     divide,
     fingerprint,
+    returned,
     staged,
+    was_interrupted,
     write_shards,
 )
 from lateinit._integrations import saved_config
@@ -34,7 +36,7 @@ from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
 from lateinit._tensors import cast_to
-from lateinit._torch import is_out_of_memory, outside
+from lateinit._torch import is_out_of_memory, outside, restoring
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError, LateinitError, OutOfMemoryError
@@ -60,6 +62,7 @@ class Saved:
         return f"{self.path}: {self.tensors} tensors, {format_bytes(self.nbytes)}, in {files}"
 
 
+@restoring
 def save_checkpoint(
     module: nn.Module,
     path: str | os.PathLike[str],
@@ -79,7 +82,7 @@ def save_checkpoint(
 
     The output appears whole or not at all: it is written beside its place, synced to disk, and
     renamed. A killed process leaves the earlier output as it was, and ``resume=True`` continues its
-    work.
+    work. If the call is interrupted (Ctrl-C), the same call in the same process continues it.
 
     Args:
         module: any module, deferred, real or in part.
@@ -117,7 +120,7 @@ def save_checkpoint(
     target = Path(os.path.realpath(path))
     one_file = target.suffix == ".safetensors"
     limit = parse_bytes(max_shard_size)
-    check_target(target, force=force)
+    check_target(target, force=force or was_interrupted(target))  # `staged` looks again
     items = collect(module, dtype)
     shards = divide(items, None if one_file else limit, target.name if one_file else None)
     recorded, seed = _seeds(items, seed)
@@ -133,9 +136,11 @@ def save_checkpoint(
         if not one_file:
             _describe(stage, module, shards)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
-    return Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+    saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+    return returned(target, saved)
 
 
+@restoring
 def load_checkpoint(
     module: nn.Module,
     path: str | os.PathLike[str],

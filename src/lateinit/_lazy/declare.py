@@ -14,9 +14,10 @@ from lateinit._lazy.placeholders import UninitializedBuffer
 from lateinit._lazy.scratch_recording import aside
 from lateinit._lazy.trials import LazySpec, ModuleLayout, Name, measure
 from lateinit._recording import holes
-from lateinit._torch import own_buffers, own_parameters
+from lateinit._torch import own_buffers, own_parameters, restoring
 
 
+@restoring
 def declare(module: nn.Module, spec: LazySpec) -> None:
     """Give ``module`` the structure of the plain class, with placeholders for its tensors.
 

@@ -31,6 +31,7 @@ from lateinit._torch import (
     map_leaves,
     outside,
     replace_forward_pre_hook,
+    restoring,
     settings_kept,
     without_modes,
 )
@@ -41,6 +42,7 @@ from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listin
 _RULES = {layer._plain: layer._rules for layer in LAYERS}
 
 
+@restoring
 def infer_shapes(
     module: nn.Module, /, *args: Any, strict: bool = True, real: bool = False, **kwargs: Any
 ) -> list[str]:
@@ -133,22 +135,32 @@ class _Run:
         reach, states, grad = Reach(everything), RandomStates(), torch.is_grad_enabled()
         reach.keep()
         left: list[tuple[Tensor, Tensor]] = []
-        try:
-            # `outside` turns gradients on; the pass is to see the caller's setting.
-            with outside(), settings_kept(), torch.set_grad_enabled(grad), trying(self.real):
-                args, kwargs = self._inputs((args, kwargs))
-                reach.exchange(self.lending.of)
-                if self.real:
-                    left += self._values_left(everything, module)
-                self._prepare(module)
-                with self._mode(), _said_where(self.real):
-                    module(*args, **kwargs)
-        finally:
+
+        def put_back() -> None:
             try:
                 reach.restore()
             finally:
                 _put_values(left)
                 states.restore()
+
+        try:
+            # `outside` turns gradients on; the pass is to see the caller's setting.
+            with outside(), settings_kept(), torch.set_grad_enabled(grad), trying(self.real):
+                self._pass(reach, everything, left)
+            put_back()
+        except BaseException:
+            put_back()
+            raise
+
+    def _pass(self, reach: Reach, everything: Any, left: list[tuple[Tensor, Tensor]]) -> None:
+        module, args, kwargs = everything
+        args, kwargs = self._inputs((args, kwargs))
+        reach.exchange(self.lending.of)
+        if self.real:
+            left += self._values_left(everything, module)
+        self._prepare(module)
+        with self._mode(), _said_where(self.real):
+            module(*args, **kwargs)
 
     def _values_left(self, graph: Any, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Tensors that kept their place, since what holds them cannot be given others; copies."""

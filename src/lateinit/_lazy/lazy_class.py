@@ -23,7 +23,8 @@ from lateinit._lazy.scratch_recording import Settings
 from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
-from lateinit._torch import own_buffers, own_modules, own_parameters
+from lateinit._rng import RandomStates
+from lateinit._torch import own_buffers, own_modules, own_parameters, restoring
 from lateinit.errors import ShapeError
 
 # What a constructor raises for sizes that it cannot take, such as a width that its heads do not
@@ -97,22 +98,43 @@ class Lazy(LazyModuleMixin):
 
     def _initialize(self: Any, sizes: Mapping[str, Any]) -> None:
         """Become what the plain class would be with these sizes."""
+        states, plain = RandomStates(), None
+        try:
+            plain = self._constructed(sizes)
+            self._become(plain)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                raise
+            # Interrupted: before it was constructed it stays lazy, and draws again the next time.
+            if plain is None:
+                states.restore()
+            else:
+                self._become(plain)
+            raise
+
+    def _constructed(self: Any, sizes: Mapping[str, Any]) -> nn.Module:
         spec: LazySpec = self._spec
-        layout = layout_of(spec)
         with initialising(self):
             try:
-                plain = spec.construct(sizes)
+                return spec.construct(sizes)
             except _REFUSALS as error:
                 shown = ", ".join(f"{name}={value}" for name, value in sizes.items())
                 raise ShapeError(
                     f"{self._get_name()}: {spec.cls.__name__} refuses the inferred {shown}: {error}"
                 ) from error
+
+    def _become(self: Any, plain: nn.Module) -> None:
+        if self.is_initialized:
+            return
+        layout = layout_of(self._spec)
         Transplant(layout.varying, layout.known).run(self, plain)
         self.__dict__.pop("_spec", None)
 
+    @restoring
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Adopt the sizes of a checkpoint and initialise; no module is left half lazy."""
         if self.is_initialized:
+            finish(self)  # interrupted before its end
             return
         try:
             sizes = load_sizes(self, layout_of(self._spec), state_dict, prefix, rest[-1])

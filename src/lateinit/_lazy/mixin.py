@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,16 @@ from lateinit._lazy.scratch_recording import aside
 from lateinit._recording import fill, holes
 from lateinit._tensors import is_deferred_tensor
 from lateinit._tensors.guard import guard
-from lateinit._torch import name_of_class, outside, own_buffers, own_parameters, remove_hook
+from lateinit._torch import (
+    here,
+    name_of_class,
+    outside,
+    own_buffers,
+    own_parameters,
+    remove_hook,
+    restoring,
+)
 from lateinit.errors import UninitializedError
-
-TrialKind = Literal["aside", "real"]
-
-_trial: ContextVar[TrialKind | None] = ContextVar("trial", default=None)
 
 
 @contextlib.contextmanager
@@ -38,11 +41,12 @@ def trying(real: bool = False) -> Iterator[None]:
     Args:
         real: initialise with values. By default in a recording that nobody keeps.
     """
-    token = _trial.set("real" if real else "aside")
+    before = here.trial
     try:
+        here.trial = "real" if real else "aside"
         yield
     finally:
-        _trial.reset(token)
+        here.trial = before
 
 
 @contextlib.contextmanager
@@ -52,8 +56,8 @@ def initialising(module: nn.Module) -> Iterator[None]:
     If the module was declared in a ``deferred()`` block, it records into the hole that was reserved
     there. Otherwise it runs eagerly, or as ``trying`` says.
     """
-    hole = None if _trial.get() else holes.hole_of(module)
-    with aside() if _trial.get() == "aside" else outside():
+    hole = None if here.trial else holes.hole_of(module)
+    with aside() if here.trial == "aside" else outside():
         if hole is None:
             yield
         else:
@@ -91,6 +95,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
         torch.Size([3])
     """
 
+    @restoring
     def _infer_parameters(self: Any, module: Any, args: Any, kwargs: Any = None) -> None:
         """The forward pre-hook: initialise the module from the arguments of its first call."""
         if not hasattr(module, "_initialize_hook"):
@@ -113,6 +118,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
     def _initialising(self: Any) -> contextlib.AbstractContextManager[None]:
         return initialising(self)
 
+    @restoring
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Let placeholders adopt the checkpoint's shapes, where those fit what is known."""
         wrong = check_known(self, state_dict, prefix)
@@ -137,14 +143,23 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
 
 def finish(module: Any) -> None:
     """Take the hooks and the hole off an initialised module, and give it its final class."""
+    final = _class_to_become(type(module)) or type(module)
+    try:
+        _finish(module, final)
+    except BaseException:
+        _finish(module, final)  # interrupted: half finished it would be neither lazy nor ordinary
+        raise
+
+
+def _finish(module: Any, final: type[nn.Module]) -> None:
     for name in ("_initialize_hook", "_load_hook"):
-        handle = module.__dict__.pop(name, None)
+        handle = module.__dict__.get(name)
         if handle is not None:
             remove_hook(module, handle.id)
     holes.close(module)
-    become = _class_to_become(type(module))
-    if become is not None:
-        module.__class__ = become
+    module.__class__ = final
+    for name in ("_initialize_hook", "_load_hook"):
+        module.__dict__.pop(name, None)
 
 
 def _class_to_become(cls: Any) -> Any:

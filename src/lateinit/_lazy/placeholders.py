@@ -23,7 +23,9 @@ from lateinit._torch import (
     as_subclass,
     is_optimizer_stepping,
     is_torch_saving,
+    storage_key,
     swap_with_hooks,
+    without_functions,
     without_modes,
     without_subclass_functions,
 )
@@ -360,7 +362,23 @@ def become(placeholder: Tensor, tensor: Tensor) -> None:
         with torch.no_grad():
             shown = tensor.detach()
         shown.requires_grad_(placeholder.requires_grad)
-        swap_with_hooks(placeholder, shown)
+        memory = _memory(shown)
+        try:
+            swap_with_hooks(placeholder, shown)
+            _dress(placeholder, tensor)
+        except BaseException:
+            if _memory(placeholder) == memory:
+                _dress(placeholder, tensor)  # interrupted: half of it would be no tensor at all
+            raise
+
+
+def _memory(tensor: Tensor) -> int:
+    with without_functions():  # a mode that hears this would give a stand-in its values
+        return storage_key(tensor.untyped_storage())
+
+
+def _dress(placeholder: Tensor, tensor: Tensor) -> None:
+    """Give a placeholder that shows the memory of a tensor its attributes and its class."""
     for name in _OWN:
         placeholder.__dict__.pop(name, None)
     placeholder.__dict__.update(tensor.__dict__)

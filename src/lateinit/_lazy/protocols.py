@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.overrides import TorchFunctionMode
 
 from lateinit._lazy.mixin import finish, initialising
 from lateinit._lazy.placeholders import become
 from lateinit._recording import holes
 from lateinit._tensors import is_deferred_tensor
-from lateinit._torch import own_parameters, tensors_in
+from lateinit._torch import FunctionMode, own_parameters, tensors_in
 
 
 def is_lazy_module(module: nn.Module) -> bool:
@@ -78,7 +77,7 @@ class _KnownError(Exception):
     """Ends ``forward``: every parameter has its shape."""
 
 
-class _StopBeforeUse(TorchFunctionMode):
+class _StopBeforeUse(FunctionMode):
     """Function mode: ends a forward pass once its parameters are known and it uses its input."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -26,12 +26,14 @@ def aside() -> Iterator[Recorder]:
     recorder = Recorder()
     with outside(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        recorder.generators.watch(torch.default_generator)
         try:
+            recorder.generators.watch(torch.default_generator)
             with recording_block(recorder):
                 yield recorder
-        finally:
             recorder.generators.restore()
+        except BaseException:
+            recorder.generators.restore()
+            raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ for a check that is missing, or for the order of two checks.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from lateinit._tensors import (
     is_deferred_tensor,
     wanted_in,
 )
-from lateinit._torch import digest, is_dtensor, is_out_of_memory, without_modes
+from lateinit._torch import digest, is_dtensor, is_out_of_memory, restoring, turn, without_modes
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
@@ -43,9 +42,10 @@ from lateinit.errors import (
 T = TypeVar("T")
 # Replay sets process-wide state, such as the default dtype (`Ambient.in_force`). And two threads
 # that materialise tensors on one storage must end up with one real storage.
-_one_thread = threading.RLock()
+_one_thread = turn()
 
 
+@restoring
 def materialize(
     target: T,
     *,
@@ -146,6 +146,7 @@ def materialize(
     return target
 
 
+@restoring
 def plan(target: Any, *, only: Only | None = None) -> Plan:
     """The plan that ``materialize(target, only=only)`` makes and runs; this only makes it.
 
@@ -196,6 +197,7 @@ def _session(group: Wanted, seed: int | None) -> Session:
     return execution_of(group.program, seed).session()
 
 
+@restoring
 def is_deferred(target: Any) -> bool:
     """Whether a tensor is deferred, or any tensor of a module is.
 

@@ -106,7 +106,10 @@ def execute(
     finally:
         if crew is not None:
             # Also when the consumer stops early or is interrupted: no thread writes on after this.
-            crew.pool.shutdown()
+            try:
+                crew.pool.shutdown()
+            finally:
+                crew.pool.shutdown()  # again: the first may have been interrupted
 
 
 def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedFill | None]]:

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit._torch import is_any_autocast_enabled, is_deterministic, negative_view, operators
+from lateinit._torch import (
+    autocast_of,
+    is_any_autocast_enabled,
+    is_deterministic,
+    negative_view,
+    operators,
+    put_autocast,
+    put_determinism,
+    read_autocast,
+    read_determinism,
+)
 
 CONJUGATE, NEGATIVE = 1, 2
 
@@ -267,20 +277,19 @@ class Ambient(NamedTuple):
         if self.holds():
             yield
             return
-        dtype = torch.get_default_dtype()
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        device, cast_to = self.autocast or ("cpu", torch.bfloat16)
-        torch.set_default_dtype(self.default_dtype)
-        if deterministic != self.deterministic:
-            torch.use_deterministic_algorithms(self.deterministic)
+        dtype, determinism = torch.get_default_dtype(), read_determinism()
+        autocast = read_autocast()
         try:
-            with torch.autocast(device, cast_to, enabled=bool(self.autocast)):
-                yield
+            torch.set_default_dtype(self.default_dtype)
+            if determinism[0] != self.deterministic:
+                torch.use_deterministic_algorithms(self.deterministic)
+            put_autocast(autocast_of(self.autocast))
+            yield
         finally:
+            put_autocast(autocast)
             torch.set_default_dtype(dtype)
-            if deterministic != self.deterministic:
-                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            if determinism[0] != self.deterministic:
+                put_determinism(determinism)
 
 
 @dataclass(slots=True, repr=False)

@@ -35,6 +35,7 @@ from lateinit._torch import (
     flat,
     is_fake,
     map_tensors,
+    restoring,
     spoken,
     tensors_in,
 )
@@ -132,6 +133,7 @@ class Follower(Recorder):
             )
 
 
+@restoring
 def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Call a torch function on deferred tensors outside the block that recorded them.
 

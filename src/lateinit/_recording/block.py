@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,15 +19,31 @@ from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
-from lateinit._recording.recorder import Recorder, current, in_force
+from lateinit._recording.recorder import Recorder, current
 from lateinit._tensors import ON_META, DeferredTensor, is_deferred_tensor, own_tensors, slot_of
 from lateinit._tensors.guard import guard
-from lateinit._torch import REGISTRATION_HOOKS, as_subclass, swap_with_hooks, without_modes
+from lateinit._torch import (
+    REGISTRATION_HOOKS,
+    Caller,
+    Noted,
+    are_functions_disabled,
+    as_subclass,
+    foreign_caller,
+    here,
+    is_frame_of,
+    is_on_stack,
+    mend,
+    noted,
+    swap_with_hooks,
+    turn,
+    without_modes,
+)
+from lateinit.errors import RecordingError
 
 T = TypeVar("T")
 # A block keeps its place in the random stream as a token in the default generator (see
 # ``generators``). All threads share that generator, so only one thread records at a time.
-_one_thread = threading.RLock()
+_one_thread = turn()
 _DEEPEST = 64  # levels of a module's path: bounds the recursion if a module contains itself
 
 
@@ -54,25 +72,37 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
     def __init__(self, *, advance_rng: bool = True) -> None:
         self._advance = advance_rng
         self._depth = 0
-        self._recorder: Recorder | None = None
-        self._block: contextlib.AbstractContextManager[None] | None = None
+        self._recording: Recording | None = None
+        self._entered: Caller | None = None
+        self._before: Noted | None = None
 
     def __enter__(self) -> Program:
-        recorder = current()
-        if recorder is None:
-            _one_thread.acquire()
-            try:
-                recorder = Recorder()
-                # From the start, drawn from or not: settle() must know where the block began.
-                recorder.generators.watch(torch.default_generator)
-                block_ = recording_block(recorder)
-                block_.__enter__()
-            except BaseException:
-                _one_thread.release()
-                raise
-            self._recorder, self._block = recorder, block_
-        self._depth += 1
-        return recorder.program
+        mend()
+        outer, depth = current(), self._depth
+        try:
+            self._depth += 1
+            return self._begin() if outer is None else outer.program
+        except BaseException as error:
+            self._depth = depth
+            if outer is None:
+                self.abandon(error.__traceback__)
+            raise
+
+    def _begin(self) -> Program:
+        if are_functions_disabled():
+            raise RecordingError(
+                "torch functions are disabled in this thread (DisableTorchFunction), so that a "
+                "block would not see the construction: leave that block of torch first"
+            )
+        self._entered = foreign_caller()
+        self._before = noted()
+        _one_thread.acquire()
+        recording = self._recording = Recording(Recorder(), self._before)
+        # From the start, drawn from or not: settle() must know where the block began.
+        recording.recorder.generators.watch(torch.default_generator)
+        recording.begin()
+        here.block = weakref.ref(self)
+        return recording.recorder.program
 
     def __exit__(
         self,
@@ -80,34 +110,114 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Only the outermost ``with`` of this object, in no other block, has a recorder to end.
-        self._depth -= 1
-        if self._depth or self._recorder is None or self._block is None:
-            return
-        recorder, block_ = self._recorder, self._block
-        self._recorder = self._block = None
-        done = False
         try:
-            block_.__exit__(kind, error, trace)
-            if kind is None and self._advance:
-                recorder.settle()
-                done = True
-        finally:
-            if not done:
-                recorder.generators.restore()
-            _one_thread.release()
+            # Only the outermost ``with`` of this object, in no other block, has one to end.
+            self._depth -= 1
+            if self._depth == 0 and self._recording is not None:
+                self._end(self._recording, error)
+        except BaseException as failed:
+            self.abandon(failed.__traceback__)
+            raise
+
+    def _end(self, recording: Recording, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, Exception):
+            self.abandon(error.__traceback__)
+            return
+        recording.end()
+        if error is None:
+            recording.recorder.finish()
+        if error is None and self._advance:
+            recording.recorder.settle()
+        else:
+            recording.recorder.generators.restore()
+        _one_thread.release()
+        self._release()
+
+    def abandon(self, trace: TracebackType | None = None) -> None:
+        """End the block wherever it was interrupted, as if it had not been entered.
+
+        Args:
+            trace: the traceback of the interrupt.
+        """
+        if self._before is not None:
+            self._before.restore(trace)
+        if self._recording is not None:
+            self._recording.close()
+            self._recording.recorder.generators.restore()
+        self._release()
+
+    def _release(self) -> None:
+        here.block = self._entered = None
+        self._depth = 0
+        # Last: if an interrupt comes before, `abandon` still has everything to put back.
+        self._before = self._recording = None
+
+    def is_abandoned(self) -> bool:
+        """Whether nobody will end this block: its ``__exit__`` was interrupted before it began.
+
+        Then the frame that entered it is gone, and nothing refers to it but the frames of its own
+        methods, which the traceback of the interrupt keeps.
+        """
+        if self._entered is None or is_on_stack(self._entered):
+            return False
+        return all(is_frame_of(holder, __file__, mend) for holder in gc.get_referrers(self))
+
+    def __del__(self) -> None:
+        # Interrupted as above, and the traceback is gone. Another thread cannot help.
+        entered = getattr(self, "_entered", None)
+        if entered is not None and entered.thread == threading.get_ident():
+            self.abandon()
+
+
+class Recording:
+    """A recorder in force, and everything else that a block has in force with it."""
+
+    def __init__(self, recorder: Recorder, before: Noted | None = None) -> None:
+        self.recorder = recorder
+        self._before = before or noted()
+        self._outer = current()
+        self._mode = Masquerade(recorder)
+        self._modules = _Modules()
+        self._patches = Patches()
+
+    def begin(self) -> None:
+        self._patches.enter()
+        self._modules.enter()
+        here.recorder = self.recorder
+        self.recorder.__enter__()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        self._mode.__exit__(None, None, None)
+        self.recorder.__exit__(None, None, None)
+        here.recorder = self._outer
+        self.close()
+
+    def abandon(self, trace: TracebackType | None) -> None:
+        """End at any moment between the lines of ``begin`` and ``end``, or after an interrupt."""
+        self._before.restore(trace)
+        self.close()
+
+    def close(self) -> None:
+        self._mode.ended = True
+        self.recorder.end()
+        self._modules.leave()
+        self._patches.leave()
+        # After an error too: tensors that outlive a failed block must still refuse to be read.
+        _guard_all(self.recorder, self._modules)
 
 
 @contextlib.contextmanager
 def recording_block(recorder: Recorder) -> Iterator[None]:
     """Record the ops of a block; at its end, guard the deferred tensors that it made."""
-    modules = _Modules()
+    recording = Recording(recorder)
     try:
-        with Patches(), modules, in_force(recorder, Masquerade(recorder)):
-            yield
-    finally:
-        # After an error too: tensors that outlive a failed block must still refuse to be read.
-        _guard_all(recorder, modules)
+        recording.begin()
+        yield
+        recording.end()
+    except BaseException as error:
+        recording.abandon(error.__traceback__)
+        raise
     recorder.finish()
 
 
@@ -118,15 +228,16 @@ def fill(hole: Hole) -> Iterator[Recorder]:
     Afterwards the global generators are in the state that they had before.
     """
     program, number, place = hole.resolve()
-    _one_thread.acquire()
-    recorder = Recorder(program)
-    stream = recorder.generators.watch_from(torch.default_generator, place)
-    try:
-        with recording_block(recorder):
-            yield recorder
-    finally:
-        recorder.generators.restore()
-        _one_thread.release()
+    with _one_thread:
+        recorder = Recorder(program)
+        try:
+            stream = recorder.generators.watch_from(torch.default_generator, place)
+            with recording_block(recorder):
+                yield recorder
+            recorder.generators.restore()
+        except BaseException:
+            recorder.generators.restore()
+            raise
     # Deep copies of a lazy module share its hole, and eager construction drew once for all of
     # them: the first filling determines how far the hole moves the generator.
     if program.holes[number] is None:
@@ -141,8 +252,13 @@ def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         >>> lateinit.materialize(layer).weight.shape
         torch.Size([2, 4])
     """
-    with deferred():
-        return make(*args, **kwargs)
+    block = deferred()
+    try:
+        with block:
+            return make(*args, **kwargs)
+    except BaseException as error:
+        block.abandon(error.__traceback__)
+        raise
 
 
 class _Modules:
@@ -153,12 +269,11 @@ class _Modules:
         self._parents: IdentityMap[nn.Module, tuple[nn.Module, str]] = IdentityMap()
         self._paths: IdentityMap[nn.Module, str] = IdentityMap()
 
-    def __enter__(self) -> _Modules:
+    def enter(self) -> None:
         # torch/nn/modules/module.py: register_module_parameter_registration_hook and its like do
         # this and return a handle; the key here is an id of ours, so no handle is needed.
         for registered in REGISTRATION_HOOKS:
             registered[id(self)] = self._note
-        return self
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
         self._found[module] = None
@@ -172,9 +287,9 @@ class _Modules:
             self._found[value] = None
             self._parents[value] = (module, name)
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
         for registered in REGISTRATION_HOOKS:
-            del registered[id(self)]
+            registered.pop(id(self), None)
 
     def all(self) -> list[nn.Module]:
         return list(self._found)

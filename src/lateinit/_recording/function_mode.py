@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.recorder import Recorder
 from lateinit._tensors import copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch import (
+    FunctionMode,
     device_number,
     is_any_autocast_enabled,
     set_grad_enabled,
@@ -34,7 +34,7 @@ from lateinit._torch import (
 Handler = Callable[..., Any]
 
 
-class Masquerade(TorchFunctionMode):
+class Masquerade(FunctionMode):
     """Function mode of a block: calls the handler of a torch function, if it has one."""
 
     def __init__(self, recorder: Recorder) -> None:

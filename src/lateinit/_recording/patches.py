@@ -13,16 +13,15 @@ only in a thread that is recording.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, trunc_normal
 from lateinit._recording.recorder import current
-from lateinit._torch import without_modes
+from lateinit._torch import turn, without_modes
 
 _get_rng_state = torch.random.get_rng_state
 _manual_seed = torch.random.manual_seed
@@ -65,24 +64,26 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
 
 
 class Patches:
-    """Context manager: the first block to enter replaces the functions, the last restores them.
+    """The replacements, for as long as at least one block of any thread asks for them.
 
-    Counted, since recordings nest, and those of several threads may overlap.
+    ``enter`` and ``leave`` can be called again after an interrupt: they set everything, and count
+    nothing.
     """
 
-    _lock = threading.Lock()
-    _users = 0
+    _lock = turn()
+    _users: ClassVar[set[int]] = set()
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
         with self._lock:
-            Patches._users += 1
-            if Patches._users == 1:
+            first = not self._users
+            self._users.add(id(self))
+            if first:
                 for owner, name, _, replacement in _PATCHES:
                     setattr(owner, name, replacement)
 
-    def __exit__(self, *error: object) -> None:
+    def leave(self) -> None:
         with self._lock:
-            Patches._users -= 1
-            if Patches._users == 0:
+            if self._users <= {id(self)}:
                 for owner, name, original, _ in _PATCHES:
                     setattr(owner, name, original)
+            self._users.discard(id(self))

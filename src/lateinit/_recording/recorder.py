@@ -8,7 +8,6 @@ place to look up how a given op is treated.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +29,7 @@ from lateinit._torch import (
     OpOverload,
     flat,
     has_tensor,
+    here,
     map_tensors,
     op_info,
     operators,
@@ -38,12 +38,10 @@ from lateinit._torch import (
 )
 from lateinit.errors import RecordingError
 
-_active = threading.local()
-
 
 def current() -> Recorder | None:
     """The recorder in force in this thread, or None outside blocks."""
-    recorder: Recorder | None = getattr(_active, "recorder", None)
+    recorder: Recorder | None = here.recorder
     return recorder
 
 
@@ -68,6 +66,11 @@ class Recorder(ProgramWriter, DispatchMode):
             return self.dispatch(op_info(func), args, kwargs or {})
         finally:
             self.busy = busy
+
+    def end(self) -> None:
+        """Record nothing any more, even if an interrupt has left the mode on a stack."""
+        self.ended = self.busy = True
+        self.dispatch = _run  # type: ignore[method-assign]
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op by the kinds of its arguments: deferred, real, or on meta by request."""
@@ -289,9 +292,14 @@ def in_force(
 ) -> Iterator[Recorder]:
     """Put a recorder, and its function mode if it has one, in force for a block."""
     outer = current()
-    _active.recorder = recorder
     try:
+        here.recorder = recorder
         with recorder, mode or contextlib.nullcontext():
             yield recorder
     finally:
-        _active.recorder = outer
+        here.recorder = outer
+        recorder.end()
+
+
+def _run(info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
+    return info.func(*args, **kwargs)

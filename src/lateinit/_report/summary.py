@@ -21,7 +21,7 @@ from lateinit._lazy import known_shape, show
 from lateinit._program import describe_initialisation
 from lateinit._report.name_folding import fold
 from lateinit._tensors import Deferred, Found, Kind, Only, find_tensors, is_placeholder, select
-from lateinit._torch import storage_key, without_subclass_functions
+from lateinit._torch import restoring, storage_key, without_subclass_functions
 from lateinit._units import format_bytes
 from lateinit.errors import listing
 
@@ -188,6 +188,7 @@ class Summary:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{footer}</p>"
 
 
+@restoring
 def summary(module: Any, *, only: Only | None = None) -> Summary:
     """A table of every tensor of a model: what it is, and how it will be initialised.
 

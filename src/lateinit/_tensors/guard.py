@@ -33,8 +33,12 @@ from lateinit._tensors.slots import (
 from lateinit._torch import (
     Asked,
     as_subclass,
+    enable_functions,
+    has_own_dispatch,
+    inference_mode,
     is_batch_norm_loading,
     mark_as_parameter,
+    restoring,
     why_is_meta,
     without_subclass_functions,
 )
@@ -60,27 +64,28 @@ class DeferredTensor(Guarded):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with without_subclass_functions():
-            # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
-            if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
-                return _asked_is_meta(args[0], why_is_meta(args[0]))
-            if func == torch.Tensor.device.__get__ and is_batch_norm_loading():
-                return _recorded_device(args[0])
-            # Sizes, flags and hooks belong to the meta tensor and need no values.
-            getter = getattr(func, "__name__", "") == "__get__"
-            if func in _PLAIN or (getter and func not in _VIEWS):
-                return func(*args, **(kwargs or {}))
-            if func in _READERS:
-                raise DeferredTensorError(
-                    f"{func.__name__} needs the values of {described(args[0])}, which has none "
-                    "yet: call lateinit.materialize() first"
-                )
-            if func == torch.Tensor.copy_ and args[0] is args[1]:
-                return args[0]
-            if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
-                DeferredTensor.adopt(args[0], args[1])
-                return args[0]
-            return DeferredTensor.follow(func, args, kwargs or {})
+        try:
+            with without_subclass_functions():
+                # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
+                if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+                    return _asked_is_meta(args[0], why_is_meta(args[0]))
+                if func == torch.Tensor.device.__get__ and is_batch_norm_loading():
+                    return _recorded_device(args[0])
+                # Sizes, flags and hooks belong to the meta tensor and need no values.
+                getter = getattr(func, "__name__", "") == "__get__"
+                if func in _PLAIN or (getter and func not in _VIEWS):
+                    return func(*args, **(kwargs or {}))
+                if func in _READERS:
+                    _refuse_read(func, args[0])
+                if func == torch.Tensor.copy_ and args[0] is args[1]:
+                    return args[0]
+                if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
+                    DeferredTensor.adopt(args[0], args[1])
+                    return args[0]
+                return DeferredTensor.follow(func, args, kwargs or {})
+        except BaseException:
+            enable_functions()  # they were, or this would not have been called
+            raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -114,10 +119,18 @@ class DeferredTensor(Guarded):
         copied: Tensor = memo[id(self)]
         return copied
 
+    @restoring
     def __reduce_ex__(self, proto: Any) -> Any:
         deferred = Deferred.of(self)
         cls = original_class(self)
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
+
+
+def _refuse_read(func: Any, tensor: Tensor) -> None:
+    raise DeferredTensorError(
+        f"{func.__name__} needs the values of {described(tensor)}, which has none yet: call "
+        "lateinit.materialize() first"
+    )
 
 
 def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
@@ -179,17 +192,27 @@ def guard(tensor: Tensor) -> None:
     guarding = _guarding(type(tensor))
     if guarding is None:
         return
-    # DeferredTensor is no subclass of Parameter, the guards of Parameter's subclasses are.
-    if type(tensor) is nn.Parameter:
-        mark_as_parameter(tensor)
     # Assigning the class alone would not do: the dispatcher asks __torch_dispatch__ only of tensors
     # that were made as such a class. So make one, and exchange implementations.
     inference = tensor.is_inference()
-    if inference == torch.is_inference_mode_enabled():
-        _exchange(tensor, guarding)
-    else:
-        with torch.inference_mode(inference):
+    try:
+        if inference == torch.is_inference_mode_enabled():
             _exchange(tensor, guarding)
+        else:
+            with inference_mode(inference):
+                _exchange(tensor, guarding)
+        guard_again(tensor, guarding)
+    except BaseException:
+        if has_own_dispatch(tensor):
+            guard_again(tensor, guarding)
+        raise
+
+
+def guard_again(tensor: Tensor, guarding: type[Tensor]) -> None:
+    """Give a deferred tensor the guarding class that its implementation was made for."""
+    # DeferredTensor is no subclass of Parameter, the guards of Parameter's subclasses are.
+    if type(tensor) is nn.Parameter:
+        mark_as_parameter(tensor)
     tensor.__class__ = guarding
 
 
@@ -216,6 +239,7 @@ def _deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copied
 
 
+@restoring
 def _rebuild(
     slot: Slot,
     ref: TensorRef,

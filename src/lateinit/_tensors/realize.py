@@ -15,9 +15,16 @@ from lateinit._program import Storage, TensorRef
 from lateinit._replay import Computed, execution_of
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
 from lateinit._tensors.deferred import Deferred
-from lateinit._tensors.guard import DeferredTensor, unguard
-from lateinit._tensors.slots import Slot, held, slot_of
-from lateinit._torch import allocate, is_dtensor, rewrap, without_modes
+from lateinit._tensors.guard import DeferredTensor, guard_again, unguard
+from lateinit._tensors.slots import Slot, held, is_deferred_tensor, slot_of
+from lateinit._torch import (
+    allocate,
+    inference_mode,
+    is_dtensor,
+    restoring,
+    rewrap,
+    without_modes,
+)
 from lateinit._torch.swap import swap
 
 
@@ -93,22 +100,35 @@ def give(
         window: a real tensor that shows ``ref`` already and has no other owner.
     """
     if is_dtensor(tensor):
-        give(held(tensor), ref, storage, window)
-        rewrap(tensor)
+        local = held(tensor)
+        try:
+            give(local, ref, storage, window)
+            rewrap(tensor)
+        except BaseException:
+            if not local.is_meta:  # interrupted in between: nobody would know it for deferred
+                rewrap(tensor)
+            raise
         return
     # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
     # one must be made inside inference mode exactly if the deferred one was.
     inference = tensor.is_inference()
-    if window is not None and window.is_inference() == inference:
-        left = swap(tensor, window)
-    elif inference == torch.is_inference_mode_enabled():
-        left = swap(tensor, ref.on(storage))
-    else:
-        with torch.inference_mode(inference):
+    cls = type(tensor)
+    try:
+        # First, so that the swap, which is one call, leaves nothing to do.
+        unguard(tensor)
+        if window is not None and window.is_inference() == inference:
+            left = swap(tensor, window)
+        elif inference == torch.is_inference_mode_enabled():
             left = swap(tensor, ref.on(storage))
+        else:
+            with inference_mode(inference):
+                left = swap(tensor, ref.on(storage))
+    except BaseException:
+        if is_deferred_tensor(tensor):
+            guard_again(tensor, cls)
+        raise
     # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
-    left.__class__ = type(tensor)
-    unguard(tensor)
+    left.__class__ = cls
 
 
 def share_real_storage(tensor: Tensor) -> None:
@@ -119,6 +139,7 @@ def share_real_storage(tensor: Tensor) -> None:
             SharedStorage(slot, [Deferred.of(tensor)]).share()
 
 
+@restoring
 def adopt(tensor: Tensor, source: Tensor) -> None:
     """Realise a deferred tensor with the values of a real one: ``tensor.copy_(source)``."""
     # If the tensor shows only part of its storage, other tensors may show the rest, which needs

@@ -8,12 +8,15 @@ property, a hook), so these helpers must be called from it directly.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +161,53 @@ def is_in_torch_optim() -> bool:
     """Whether code of ``torch.optim`` reads the property that asks."""
     package = _frame(1).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")
+
+
+class Caller(NamedTuple):
+    """A frame, by what does not keep it alive, and its thread."""
+
+    frame: int
+    code: CodeType
+    thread: int
+
+
+def foreign_caller() -> Caller:
+    """The innermost running frame outside torch and lateinit."""
+    found = outermost = _frame(0)
+    for found in _upwards(outermost):
+        if not is_library(found.f_code.co_filename):
+            break
+    return Caller(id(found), found.f_code, threading.get_ident())
+
+
+def is_on_stack(caller: Caller) -> bool:
+    """Whether a frame of this thread is running still."""
+    return any(id(f) == caller.frame and f.f_code is caller.code for f in _upwards(_frame(0)))
+
+
+def is_frame_of(value: Any, file: str, function: Any) -> bool:
+    """Whether a value is a frame of a function in a file, or of one function."""
+    code = getattr(value, "f_code", None)
+    return code is not None and (code.co_filename == file or code is function.__code__)
+
+
+# contextlib.py: the methods of a context manager that is written as a generator.
+_ENTERING = {
+    contextlib._GeneratorContextManager.__enter__.__code__,
+    contextlib._GeneratorContextManager.__exit__.__code__,
+}
+
+
+def close_contexts(trace: TracebackType | None) -> None:
+    """Run the rest of the generators that an interrupt of ``contextlib``'s own lines has left.
+
+    If such a generator were left alone, it would run on when the traceback is dropped, and put
+    modes back at any later time (torch/overrides.py: _pop_mode_temporarily).
+    """
+    for frame in reversed([frame for frame, _ in traceback.walk_tb(trace)]):
+        if frame.f_code in _ENTERING:
+            with contextlib.suppress(Exception):
+                frame.f_locals["self"].gen.close()
 
 
 def is_library(file: str) -> bool:

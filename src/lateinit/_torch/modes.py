@@ -7,15 +7,25 @@ operators). lateinit's own computations must be seen by neither, nor by other li
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch._C import _len_torch_function_stack
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 without_functions = torch._C.DisableTorchFunction
 """A block in which neither function modes nor ``__torch_function__`` of classes are called."""
@@ -41,7 +51,11 @@ class DispatchMode(TorchDispatchMode):
     torch/utils/_python_dispatch.py: __init_subclass__ wraps ``__torch_dispatch__`` in
     ``torch._disable_dynamo``, which imports ``torch._dynamo`` at the first call (measured: 1.2 s)
     and slows each call down. It does not if ``_should_skip_dynamo`` returns False.
+
+    ``ended`` marks a mode whose block is over: whoever finds it on the stack may take it off.
     """
+
+    ended = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -50,31 +64,105 @@ class DispatchMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
+    def __exit__(self, *error: object) -> None:
+        # torch's own pops whatever is on top, and raises if an interrupt has left nothing there.
+        modes = dispatch_modes()
+        if modes and modes[-1] is self:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+        else:
+            put_dispatch_modes([mode for mode in modes if mode is not self])
+
+
+class FunctionMode(TorchFunctionMode):
+    """A function mode of lateinit; ``ended`` and ``__exit__`` as in ``DispatchMode``."""
+
+    ended = False
+
+    def __exit__(self, *error: object) -> None:
+        modes = function_modes()
+        if modes and modes[-1] is self:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+        else:
+            put_function_modes([mode for mode in modes if mode is not self])
+
+
+functions_state: Callable[[], Any] = torch._C._get_torch_function_state  # type: ignore[attr-defined]
+set_functions_state: Callable[[Any], None] = torch._C._set_torch_function_state  # type: ignore[attr-defined]
+dispatch_modes: Callable[[], list[Any]] = _get_current_dispatch_mode_stack
+function_modes: Callable[[], list[Any]] = _get_current_function_mode_stack
+_States: Any = torch._C._TorchFunctionState  # type: ignore[attr-defined]
+
+
+def are_functions_disabled() -> bool:
+    """Whether function modes are not called in this thread."""
+    return bool(functions_state() == _States.ALL_DISABLED)
+
+
+def enable_functions() -> None:
+    """Have function modes and ``__torch_function__`` of classes called in this thread."""
+    set_functions_state(_States.ENABLED)
+
+
+inference_mode = torch._C._InferenceMode
+"""``torch.inference_mode`` without its lines in Python, in which an interrupt could come."""
+
+
+def has_own_dispatch(tensor: Any) -> bool:
+    """Whether the dispatcher asks the class of a tensor: its implementation was made for one."""
+    return bool(torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python))
+
+
+def put_function_modes(modes: Sequence[Any]) -> None:
+    """Have these modes, and no others, on the stack of function modes."""
+    while _len_torch_function_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
+
+
+def put_dispatch_modes(modes: Sequence[Any]) -> None:
+    """Have these modes, and no others, on the stack of dispatch modes."""
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    for mode in modes:
+        _push_dispatch_mode(mode)
+
 
 class without_modes:  # noqa: N801 - reads as a statement
     """A block without recording, other modes, ``__torch_function__`` and gradients.
 
-    A class, since a generator takes longer to enter, and this is entered often.
+    A class, since a generator takes longer to enter, and this is entered often. What it puts back
+    at its end is noted before the first change, so that its end can also follow half a beginning.
     """
 
-    __slots__ = ("_functions", "_grad", "_modes")
+    __slots__ = ("_before_dispatch", "_functions", "_grad", "_modes")
 
     def __enter__(self) -> None:
-        self._functions = torch._C.DisableTorchFunction()
-        self._functions.__enter__()
-        self._modes: contextlib.AbstractContextManager[Any] | None = None
+        self._functions, self._grad = functions_state(), torch.is_grad_enabled()
+        # Modes before dispatch are of torch.export and its like, and are left to torch.
+        early = _len_torch_dispatch_stack_pre_dispatch()
+        self._before_dispatch = _disable_current_modes() if early else None
         # Disabling an empty stack takes time too.
-        if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
-            self._modes = _disable_current_modes()
-            self._modes.__enter__()
-        self._grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        some = torch._C._len_torch_dispatch_stack()
+        self._modes = dispatch_modes() if some and not early else ()
+        try:
+            set_functions_state(_States.ALL_DISABLED)
+            if self._before_dispatch is not None:
+                self._before_dispatch.__enter__()
+            elif self._modes:
+                put_dispatch_modes(())
+            torch._C._set_grad_enabled(False)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         torch._C._set_grad_enabled(self._grad)
-        if self._modes is not None:
-            self._modes.__exit__(None, None, None)
-        self._functions.__exit__(None, None, None)
+        if self._before_dispatch is not None:
+            self._before_dispatch.__exit__(None, None, None)
+        elif self._modes:
+            put_dispatch_modes(self._modes)
+        set_functions_state(self._functions)
 
 
 @contextlib.contextmanager
@@ -84,15 +172,20 @@ def outside() -> Iterator[None]:
     Unlike ``without_modes`` it leaves gradients on and subclasses at work: for users' code.
     """
     # torch has no public way to leave function modes: take them off, and put them back in order.
-    modes = []
-    while _len_torch_function_stack():
-        modes.append(_pop_mode())
+    functions, operators = function_modes(), dispatch_modes()
+    early = _len_torch_dispatch_stack_pre_dispatch()
     try:
-        with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        put_function_modes(())
+        with _disable_current_modes() if early else contextlib.nullcontext(), inference_mode(False):
+            if operators and not early:
+                put_dispatch_modes(())
+            set_grad_enabled(True)
             yield
     finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
+        if operators and not early:
+            put_dispatch_modes(operators)
+        # Users' code may have set a default device, which is a mode too.
+        put_function_modes([*(m for m in function_modes() if m not in functions), *functions])
 
 
 @contextlib.contextmanager
@@ -101,25 +194,61 @@ def settings_kept() -> Iterator[None]:
     before = [setting() for setting, _ in _SETTINGS]
     try:
         yield
-    finally:
-        for value, (setting, put) in zip(before, _SETTINGS, strict=True):
-            if setting() != value:
-                put(value)
+        _put_settings(before)
+    except BaseException:
+        _put_settings(before)
+        raise
 
 
-def _determinism() -> tuple[bool, bool]:
+def _put_settings(before: list[Any]) -> None:
+    for value, (setting, put) in zip(before, _SETTINGS, strict=True):
+        if setting() != value:
+            put(value)
+
+
+def read_determinism() -> tuple[bool, bool]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     return torch.are_deterministic_algorithms_enabled(), warn_only
 
 
-def _put_determinism(flags: tuple[bool, bool]) -> None:
+def put_determinism(flags: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
+
+
+Autocast = tuple[tuple[tuple[bool, torch.dtype], ...], bool]
+_AUTOCAST = ("cpu", "cuda")  # the device types whose autocast can be recorded
+
+
+def read_autocast() -> Autocast:
+    """Whether autocast is on and its dtype, for each device type; whether it caches."""
+    each = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST)
+    return each, torch.is_autocast_cache_enabled()
+
+
+def put_autocast(state: Autocast) -> None:
+    """Set what ``read_autocast`` reads.
+
+    ``torch.autocast`` also counts how deeply it is nested, to empty its cache at the end. A count
+    that an interrupt has left wrong would keep the casts of old weights for good.
+    """
+    for device, (enabled, dtype) in zip(_AUTOCAST, state[0], strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_cache_enabled(state[1])
+
+
+def autocast_of(chosen: tuple[str, torch.dtype] | None) -> Autocast:
+    """The state in which autocast is on for one device type, or off. Nothing is cached."""
+    each = read_autocast()[0]
+    on, dtype = chosen or ("", torch.bfloat16)
+    found = zip(_AUTOCAST, each, strict=True)
+    return tuple((d == on, dtype if d == on else known) for d, (_, known) in found), False
 
 
 # How each setting is read and put back; cudnn's are switched by many a training script.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (_determinism, _put_determinism),
+    (read_determinism, put_determinism),
     (torch.get_num_threads, torch.set_num_threads),
     *(
         (partial(getattr, torch.backends.cudnn, name), partial(setattr, torch.backends.cudnn, name))
@@ -151,7 +280,7 @@ def default_device_in_force() -> torch.device | None:
 
     torch/utils/_device.py: DeviceContext is a function mode with an attribute ``device``.
     """
-    for mode in reversed(_get_current_function_mode_stack()):
+    for mode in reversed(function_modes()):
         device = getattr(mode, "device", None)
         if isinstance(device, torch.device):
             return device

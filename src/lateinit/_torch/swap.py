@@ -39,13 +39,16 @@ def swap(tensor: Tensor, real: Tensor) -> Tensor:
 
 
 def swap_with_hooks(tensor: Tensor, other: Tensor) -> None:
-    """Exchange implementations, and register the hooks of the first tensor on its new one."""
+    """Exchange implementations; the hooks of the first tensor are registered on its new one.
+
+    They are registered before the exchange, so that there is no moment without them.
+    """
     hooks, grad_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
-    torch._C._swap_tensor_impl(tensor, other)
     if hooks is not None:
-        tensor._backward_hooks = hooks
+        other._backward_hooks = hooks
     if grad_hooks is not None:
-        tensor._post_accumulate_grad_hooks = grad_hooks
+        other._post_accumulate_grad_hooks = grad_hooks
+    torch._C._swap_tensor_impl(tensor, other)
 
 
 def as_subclass(cls: type, data: Tensor, requires_grad: bool) -> Tensor:

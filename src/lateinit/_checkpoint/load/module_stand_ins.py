@@ -169,6 +169,9 @@ def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]
                 part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
         reach.exchange(shadows.of)
         yield shadows
-    finally:
         reach.restore()
         states.restore()
+    except BaseException:
+        reach.restore()
+        states.restore()
+        raise

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lateinit._checkpoint.formats import Reader
 from lateinit._identity import IdentityMap
 from lateinit._tensors import Reach
-from lateinit._torch import device_number, flat, is_dtensor, storage_key, tensors_in
+from lateinit._torch import FunctionMode, device_number, flat, is_dtensor, storage_key, tensors_in
 from lateinit._torch.swap import swap
 
 
@@ -148,7 +147,7 @@ class Stands(StandIns):
                 swap(stand, copy.deepcopy(values.detach(), memo))
 
 
-class Loading(TorchFunctionMode):
+class Loading(FunctionMode):
     """Function mode: lets stand-ins pass for their tensors, and hands on each ``copy_``.
 
     A question about shape or dtype is answered by the stand-in itself, a question about the device

@@ -6,7 +6,14 @@ import what ``_checkpoint`` may, and ``formats``, but not ``load``. In the order
 computes and writes, ``atomic_output.py`` publishes. Start with ``pipeline.py``.
 """
 
-from lateinit._checkpoint.save.atomic_output import Stage, check_room, check_target, staged
+from lateinit._checkpoint.save.atomic_output import (
+    Stage,
+    check_room,
+    check_target,
+    returned,
+    staged,
+    was_interrupted,
+)
 from lateinit._checkpoint.save.manifest import Item, ShardFile, collect, divide
 from lateinit._checkpoint.save.pipeline import TensorComputer, batches, write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
@@ -22,6 +29,8 @@ __all__ = [
     "collect",
     "divide",
     "fingerprint",
+    "returned",
     "staged",
+    "was_interrupted",
     "write_shards",
 ]

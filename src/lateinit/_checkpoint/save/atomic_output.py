@@ -21,12 +21,19 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, OutputError, OutputExistsError, listing
 
+R = TypeVar("R")
 # The files that a folder of a checkpoint may hold. A folder with any other file is never replaced.
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+
+# Saves that this process has begun and that have not returned, so that they were interrupted: by
+# place, the digest of the save, and the inode of its output if that was about to be put in place.
+# The same call continues such a save without being asked.
+_begun: dict[Path, tuple[str, int | None]] = {}
 
 
 class Stage:
@@ -44,8 +51,9 @@ class Stage:
         self.folder = target.parent / f".{target.name}.partial"
         self.files = self.folder / "files"
         self.finished: dict[str, str] = {}
+        self._request = ""
         self._journal = self.folder / "journal"
-        self._lock = -1
+        self._lock: BinaryIO | None = None  # an object, which closes itself if it is forgotten
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -57,6 +65,7 @@ class Stage:
             resume: keep the finished files of a killed save with the same digest.
             force: discard an unfinished save.
         """
+        self._request = request
         left = self.folder.exists()
         if left and not (resume or force):
             raise OutputExistsError(
@@ -82,7 +91,7 @@ class Stage:
         self._journal.write_text(json.dumps({"request": request}) + "\n")
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = (self.folder / "lock").open("ab")
         try:
             # The system releases the lock when its holder dies, however it dies.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,9 +125,8 @@ class Stage:
 
     def release(self) -> None:
         """Release the lock."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.close()
 
     def discard(self) -> None:
         """Remove the folder and everything in it."""
@@ -149,6 +157,7 @@ class Stage:
         made = self.files
         if self.target.suffix == ".safetensors":
             made = self.files / self.target.name
+        _begun[self.target] = self._request, made.stat().st_ino
         if self.target.is_dir():
             _exchange(made, self.target)
         else:
@@ -162,26 +171,33 @@ def staged(target: Path, request: str, *, resume: bool, force: bool) -> Iterator
     """A stage for an output, published when the block ends, removed if the block raises.
 
     Interrupts (``KeyboardInterrupt``, ``SystemExit``) are no errors in this sense: the finished
-    files stay, for ``resume``.
+    files stay, for ``resume``, and for the same save by this process.
 
     Raises:
         OutputExistsError: there is an output, finished or not, and no ``force`` or ``resume``.
         CheckpointError: the unfinished save to resume is another one.
         OutputError: the place cannot be written to.
     """
-    check_target(target, force=force)
-    stage = Stage(target)
+    before, inode = _begun.get(target, ("", None))
+    again = before == request
+    own = again and target.exists() and target.stat().st_ino == inode
+    check_target(target, force=force or own)
+    stage, opened = Stage(target), False
     try:
+        _begun[target] = request, inode if own else None
         with _explained(target):
-            stage.open(request, resume=resume, force=force)
-            try:
-                yield stage
-                stage.publish()
-            except Exception:
-                stage.discard()
-                raise
-    finally:
+            stage.open(request, resume=resume or again, force=force)
+            opened = True
+            yield stage
+            stage.publish()
         stage.release()
+    except BaseException as error:
+        if isinstance(error, Exception):
+            _begun.pop(target, None)
+            if opened:
+                stage.discard()
+        stage.release()
+        raise
 
 
 @contextlib.contextmanager
@@ -221,6 +237,16 @@ def check_target(target: Path, *, force: bool) -> None:
             return
     if not force:
         raise OutputExistsError(f"{target} exists: overwrite it with force=True (--force)")
+
+
+def was_interrupted(target: Path) -> bool:
+    """Whether this process began to save to this place, and was interrupted."""
+    return target in _begun
+
+
+def returned(target: Path, result: R) -> R:
+    """Note that a save returns its result: the last thing that it does."""
+    return (_begun.pop(target, None), result)[1]  # on one line, so that nothing comes in between
 
 
 def check_room(target: Path, nbytes: int) -> None:

@@ -51,24 +51,31 @@ def write_shards(
         bar: advances as bytes are written.
     """
     values = TensorComputer(seed)
-    with contextlib.ExitStack() as files, Workers(1) as thread:
-        pipe = Pipe(thread, room)
-        for shard in shards:
-            # The digest of a resumed save does not cover the values of real tensors: files that
-            # hold one are written again.
-            real = any(item.deferred is None for item in shard.items)
-            if shard.file in stage.finished and not real:
-                bar.advance(shard.nbytes)
-                continue
-            file = files.enter_context((stage.files / shard.file).open("wb"))
-            tied = {alias: item.entry.name for item in shard.items for alias in item.aliases}
-            writer = SafetensorsWriter(file, [item.entry for item in shard.items], tied | metadata)
-            for batch in batches(shard.items):
-                nbytes = sum(_working_bytes(batch))
-                pipe.make_room(nbytes)
-                pipe.put(_writing(writer, file, values.of(batch), bar), nbytes)
-            pipe.put(_finishing(writer, file, stage, shard.file), 0)
-        pipe.wait()
+    thread = Workers(1)
+    try:
+        with contextlib.ExitStack() as files, thread:
+            pipe = Pipe(thread, room)
+            for shard in shards:
+                # The digest of a resumed save does not cover the values of real tensors: files that
+                # hold one are written again.
+                real = any(item.deferred is None for item in shard.items)
+                if shard.file in stage.finished and not real:
+                    bar.advance(shard.nbytes)
+                    continue
+                file = files.enter_context((stage.files / shard.file).open("wb"))
+                tied = {alias: item.entry.name for item in shard.items for alias in item.aliases}
+                writer = SafetensorsWriter(
+                    file, [item.entry for item in shard.items], tied | metadata
+                )
+                for batch in batches(shard.items):
+                    nbytes = sum(_working_bytes(batch))
+                    pipe.make_room(nbytes)
+                    pipe.put(_writing(writer, file, values.of(batch), bar), nbytes)
+                pipe.put(_finishing(writer, file, stage, shard.file), 0)
+            pipe.wait()
+    except BaseException:
+        thread.shutdown()  # also if its own end was interrupted: nothing is written from now on
+        raise
 
 
 def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
