@@ -11,7 +11,6 @@ from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
 from lateinit._lazy import infer_shapes, lazy, size
 from lateinit._materialize import is_deferred, plan
 from lateinit._materialize.materialize import materialize
-from lateinit._recording import after_block as _following  # noqa: F401 - installs what guards deferred tensors
 from lateinit._recording import deferred, deferred_init
 from lateinit._report.summary import summary
 from lateinit._skip_init import skip_init

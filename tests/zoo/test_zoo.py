@@ -12,7 +12,7 @@ from torch import nn
 
 import lateinit
 from lateinit._materialize import scheduler
-from lateinit._recording import recorder
+from lateinit._recording import writer
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,7 +132,7 @@ def test_what_only_fails_deferred_is_refused(monkeypatch):
     class Failing(nn.Module):
         def __init__(self, config):
             super().__init__()
-            if recorder.current() is not None:
+            if writer.current() is not None:
                 raise ValueError("not while recording")
             self.weight = nn.Parameter(torch.zeros(config.hidden_size))
 

@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 from lateinit._lazy.placeholders import mismatch, show
 from lateinit._lazy.scratch_recording import aside
 from lateinit._recording import fill, holes
+from lateinit._recording.guard import guard
 from lateinit._tensors import is_deferred_tensor
-from lateinit._tensors.guard import guard
 from lateinit._torch import (
     here,
     name_of_class,

@@ -16,8 +16,8 @@ from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._recording import current
+from lateinit._recording.guard import guard
 from lateinit._tensors import is_deferred_tensor, is_placeholder
-from lateinit._tensors.guard import guard
 from lateinit._torch import (
     ALLOWED_OF_PLACEHOLDERS,
     as_subclass,

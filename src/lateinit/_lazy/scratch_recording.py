@@ -12,27 +12,28 @@ from dataclasses import dataclass
 
 import torch
 
-from lateinit._recording import Recorder, recording_block
+from lateinit._program import Program
+from lateinit._recording import ProgramWriter, recording_block
 from lateinit._torch import default_device_in_force, outside
 
 
 @contextlib.contextmanager
-def aside() -> Iterator[Recorder]:
+def aside() -> Iterator[ProgramWriter]:
     """Record a block into a program that nobody keeps; the generators stay where they are.
 
     Warnings are ignored: they are about trial sizes, or are given again by the construction that
     counts.
     """
-    recorder = Recorder()
+    writer = ProgramWriter(Program())
     with outside(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            recorder.generators.watch(torch.default_generator)
-            with recording_block(recorder):
-                yield recorder
-            recorder.generators.restore()
+            writer.generators.watch(torch.default_generator)
+            with recording_block(writer):
+                yield writer
+            writer.generators.restore()
         except BaseException:
-            recorder.generators.restore()
+            writer.generators.restore()
             raise
 
 

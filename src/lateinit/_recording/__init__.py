@@ -1,18 +1,22 @@
 """The block ``with lateinit.deferred():``: turn the construction of a model into a program.
 
 A function mode (``function_mode``) answers Python code that inspects deferred tensors. A dispatch
-mode below it (``recorder``) writes each op into the program. Patches (``patches``) replace the few
-functions of torch that reach neither mode. Gives the rooms above ``deferred``, the filling of
-holes, and the recording of ops after a block. May import ``_tensors`` and the rooms below it; it
-and ``_materialize`` do not know each other. Start with ``block``, then ``recorder``.
+mode below it (``recorder``) decides how each op is treated, and a ``ProgramWriter`` (``writer``)
+writes it into the program. Patches (``patches``) replace the few functions of torch that reach
+neither mode. Outside blocks, deferred tensors are guarded (``guard``), and their ops recorded
+(``after_block``) by the same writer. Gives the rooms above ``deferred`` and the filling of holes.
+May import ``_tensors`` and the rooms below it; it and ``_materialize`` do not know each other.
+Start with ``block``, then ``recorder``.
 """
 
 from lateinit._recording.block import deferred, deferred_init, fill, recording_block
+from lateinit._recording.guard import DeferredTensor
 from lateinit._recording.holes import hole_of
-from lateinit._recording.recorder import Recorder, current
+from lateinit._recording.writer import ProgramWriter, current
 
 __all__ = [
-    "Recorder",
+    "DeferredTensor",
+    "ProgramWriter",
     "current",
     "deferred",
     "deferred_init",

@@ -15,52 +15,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._recording.recorder import Recorder, current, in_force
+from lateinit._program import Program
+from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import (
-    Deferred,
-    DeferredTensor,
     described,
     is_deferred_tensor,
-    share_real_storage,
     slot_of,
 )
-from lateinit._tensors.guard import guard
 from lateinit._torch import (
     META,
     Args,
+    DispatchMode,
     Kwargs,
     OpInfo,
-    below_python,
+    OpOverload,
     fake_like,
     flat,
     is_fake,
     map_tensors,
-    restoring,
+    op_info,
     spoken,
     tensors_in,
 )
 from lateinit.errors import DeferredTensorError
 
 
-class Follower(Recorder):
+class Follower(DispatchMode):
     """Dispatch mode outside blocks: records the ops that can be replayed faithfully.
 
     ``meant`` is the recorded device of the tensors of a call, if all of its meta tensors are
     deferred. A tensor that the call makes on meta, such as the number in ``mask[0] = 1``, is then
     recorded for that device.
+
+    Args:
+        program: the program of the deferred tensors.
+        guard: guards a new deferred tensor.
     """
 
     meant: torch.device | None = None
 
+    def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        # Random ops are refused; replaying raises if a foreign op draws.
+        self.writer = ProgramWriter(program, drawing=False)
+        self._guard = guard
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        if self.ended:  # an interrupt has left it on a stack
+            return func(*args, **(kwargs or {}))
+        return self.dispatch(op_info(func), args, kwargs or {})
+
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
+        """Have one op recorded, run it among tensors without values, or refuse it."""
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
         own = bool(deferred) and kwargs.get("device") == META
         if own:
             # Outside blocks a deferred tensor reports meta, so y.to(x.device) asks for meta.
-            kwargs = kwargs | {"device": self.device_of(deferred[0])}
+            kwargs = kwargs | {"device": self.writer.device_of(deferred[0])}
         elif not deferred and self.meant and kwargs.get("device") == META and not info.random:
-            return self.record(info, args, kwargs | {"device": self.meant}, [])
+            return self.writer.record(info, args, kwargs | {"device": self.meant}, [])
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or elsewhere:
             return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
@@ -73,14 +89,11 @@ class Follower(Recorder):
             return info.func(*map_tensors(args, as_fake), **map_tensors(kwargs, as_fake))
         if among_meta:
             return info.func(*args, **kwargs)
-        return self._guarded(self.record(info, args, kwargs, deferred), deferred[0])
+        return self._guarded(self.writer.record(info, args, kwargs, deferred), deferred[0])
 
     def _as_fake(self, fake: Tensor, tensor: Tensor) -> Tensor:
         """A fake tensor for a deferred one, among fake tensors that say where they would be."""
-        return fake_like(fake, tensor, self.device_of(tensor)) if tensor.is_meta else tensor
-
-    def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
-        """Record no draw: random ops are refused. Replaying raises if a foreign op draws."""
+        return fake_like(fake, tensor, self.writer.device_of(tensor)) if tensor.is_meta else tensor
 
     def _guarded(self, result: Any, source: Tensor) -> Any:
         """Guard new deferred tensors, and name them after the one that they are made from.
@@ -92,7 +105,7 @@ class Follower(Recorder):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
-                guard(leaf)
+                self._guard(leaf)
         return result
 
     def _refuse_values(
@@ -106,7 +119,7 @@ class Follower(Recorder):
             )
         given = tuple(args[i] for i in info.mutates)
         for written in tensors_in(given, {k: kwargs.get(k) for k in info.mutates_kw}):
-            if is_deferred_tensor(written) and self.storage_of(written).closed:
+            if is_deferred_tensor(written) and self.writer.storage_of(written).closed:
                 raise DeferredTensorError(
                     f"{op} would change {described(written)} in place, which has no values yet: "
                     "do it inside "
@@ -131,43 +144,3 @@ class Follower(Recorder):
                 "deferred and has no values yet; call lateinit.materialize(model) before the "
                 "forward pass"
             )
-
-
-@restoring
-def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Call a torch function on deferred tensors outside the block that recorded them.
-
-    In another block its modes record the call.
-    """
-    if current() is not None:
-        return func(*args, **kwargs)
-    tensors = tensors_in(args, kwargs)
-    deferred = [t for t in tensors if is_deferred_tensor(t)]
-    for tensor in deferred:
-        # Its storage may be real by now through another tensor, and changed since.
-        share_real_storage(tensor)
-    first = next(filter(is_deferred_tensor, deferred), None)
-    if first is None or first is not deferred[0]:
-        return func(*args, **kwargs)
-    follower = Follower(Deferred.of(first).program)
-    if len([t for t in tensors if t.is_meta]) == len(deferred):
-        follower.meant = follower.device_of(first)
-    with in_force(follower):
-        result = func(*args, **kwargs)
-    for leaf in flat(result):
-        if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
-            guard(leaf)
-    return result
-
-
-def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Call an op on deferred tensors that has come to the dispatcher."""
-    # A recorder has heard it already, and runs it on meta to learn the shape of its result.
-    if current() is not None:
-        with below_python():
-            return func(*args, **kwargs)
-    return follow(func, args, kwargs)
-
-
-DeferredTensor.follow = staticmethod(follow)
-DeferredTensor.hear = staticmethod(hear)

@@ -17,11 +17,12 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
+from lateinit._recording.guard import DeferredTensor, guard
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
-from lateinit._recording.recorder import Recorder, current
-from lateinit._tensors import ON_META, DeferredTensor, is_deferred_tensor, own_tensors, slot_of
-from lateinit._tensors.guard import guard
+from lateinit._recording.recorder import Recorder
+from lateinit._recording.writer import ProgramWriter, current
+from lateinit._tensors import ON_META, is_deferred_tensor, own_tensors, slot_of
 from lateinit._torch import (
     REGISTRATION_HOOKS,
     Caller,
@@ -97,12 +98,12 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         self._entered = foreign_caller()
         self._before = noted()
         _one_thread.acquire()
-        recording = self._recording = Recording(Recorder(), self._before)
+        recording = self._recording = Recording(ProgramWriter(Program()), self._before)
         # From the start, drawn from or not: settle() must know where the block began.
-        recording.recorder.generators.watch(torch.default_generator)
+        recording.writer.generators.watch(torch.default_generator)
         recording.begin()
         here.block = weakref.ref(self)
-        return recording.recorder.program
+        return recording.writer.program
 
     def __exit__(
         self,
@@ -125,11 +126,11 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             return
         recording.end()
         if error is None:
-            recording.recorder.finish()
+            recording.writer.finish()
         if error is None and self._advance:
-            recording.recorder.settle()
+            recording.writer.settle()
         else:
-            recording.recorder.generators.restore()
+            recording.writer.generators.restore()
         _one_thread.release()
         self._release()
 
@@ -143,7 +144,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             self._before.restore(trace)
         if self._recording is not None:
             self._recording.close()
-            self._recording.recorder.generators.restore()
+            self._recording.writer.generators.restore()
         self._release()
 
     def _release(self) -> None:
@@ -170,27 +171,28 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
 
 
 class Recording:
-    """A recorder in force, and everything else that a block has in force with it."""
+    """What a block has in force: the modes that have its ops recorded, hooks and patches."""
 
-    def __init__(self, recorder: Recorder, before: Noted | None = None) -> None:
-        self.recorder = recorder
+    def __init__(self, writer: ProgramWriter, before: Noted | None = None) -> None:
+        self.writer = writer
+        self._recorder = Recorder(writer)
         self._before = before or noted()
         self._outer = current()
-        self._mode = Masquerade(recorder)
+        self._mode = Masquerade(writer)
         self._modules = _Modules()
         self._patches = Patches()
 
     def begin(self) -> None:
         self._patches.enter()
         self._modules.enter()
-        here.recorder = self.recorder
-        self.recorder.__enter__()  # type: ignore[no-untyped-call]
+        here.writer = self.writer
+        self._recorder.__enter__()  # type: ignore[no-untyped-call]
         self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         self._mode.__exit__(None, None, None)
-        self.recorder.__exit__(None, None, None)
-        here.recorder = self._outer
+        self._recorder.__exit__(None, None, None)
+        here.writer = self._outer
         self.close()
 
     def abandon(self, trace: TracebackType | None) -> None:
@@ -199,18 +201,18 @@ class Recording:
         self.close()
 
     def close(self) -> None:
-        self._mode.ended = True
-        self.recorder.end()
+        # Nothing is recorded any more, even if an interrupt has left a mode on a stack.
+        self._mode.ended = self._recorder.ended = True
         self._modules.leave()
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
-        _guard_all(self.recorder, self._modules)
+        _guard_all(self.writer, self._modules)
 
 
 @contextlib.contextmanager
-def recording_block(recorder: Recorder) -> Iterator[None]:
+def recording_block(writer: ProgramWriter) -> Iterator[None]:
     """Record the ops of a block; at its end, guard the deferred tensors that it made."""
-    recording = Recording(recorder)
+    recording = Recording(writer)
     try:
         recording.begin()
         yield
@@ -218,25 +220,25 @@ def recording_block(recorder: Recorder) -> Iterator[None]:
     except BaseException as error:
         recording.abandon(error.__traceback__)
         raise
-    recorder.finish()
+    writer.finish()
 
 
 @contextlib.contextmanager
-def fill(hole: Hole) -> Iterator[Recorder]:
+def fill(hole: Hole) -> Iterator[ProgramWriter]:
     """Record the initialisation that belongs in a hole.
 
     Afterwards the global generators are in the state that they had before.
     """
     program, number, place = hole.resolve()
     with _one_thread:
-        recorder = Recorder(program)
+        writer = ProgramWriter(program)
         try:
-            stream = recorder.generators.watch_from(torch.default_generator, place)
-            with recording_block(recorder):
-                yield recorder
-            recorder.generators.restore()
+            stream = writer.generators.watch_from(torch.default_generator, place)
+            with recording_block(writer):
+                yield writer
+            writer.generators.restore()
         except BaseException:
-            recorder.generators.restore()
+            writer.generators.restore()
             raise
     # Deep copies of a lazy module share its hole, and eager construction drew once for all of
     # them: the first filling determines how far the hole moves the generator.
@@ -318,10 +320,10 @@ def _leave_meta(placeholder: Tensor, device: torch.device) -> None:
             swap_with_hooks(placeholder, made)
 
 
-def _guard_all(recorder: Recorder, modules: _Modules) -> None:
+def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
     """Guard all deferred tensors on the block's modules, and all others that are still alive.
 
-    ``recorder.born`` holds the tensor objects that were seen when they were made. The walk over
+    ``writer.born`` holds the tensor objects that were seen when they were made. The walk over
     the modules finds all others, and gives slots the names that error messages show.
     """
     seen: set[int] = set()
@@ -331,13 +333,13 @@ def _guard_all(recorder: Recorder, modules: _Modules) -> None:
             slot = slot_of(tensor)
             if slot is not None and slot is not ON_META:
                 if isinstance(tensor, UninitializedTensorMixin):
-                    _leave_meta(tensor, recorder.device_of(tensor))
+                    _leave_meta(tensor, writer.device_of(tensor))
                 guard(tensor)
                 if slot.name is None:
                     path = modules.path(module) if path is None else path
                     slot.name = path + name
-    for reference in recorder.born:
+    for reference in writer.born:
         made = reference()
         if made is not None and type(made) is not DeferredTensor and is_deferred_tensor(made):
             guard(made)
-    recorder.born.clear()
+    writer.born.clear()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lateinit._recording.conversions import computed
-from lateinit._recording.recorder import Recorder, current
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
     OpTraits,
@@ -76,20 +76,20 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             "refuse": materialising raises, since eager construction uses a third way.
     """
 
-    def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-        drawn = recorder.program.draws()
+    def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+        drawn = writer.program.draws()
         result = func(*args, **kwargs)
         given = tensors_in(args, kwargs)
         if not any(map(is_deferred_tensor, given)):
             return result
-        if dropout == "same" or recorder.program.draws() == drawn:
+        if dropout == "same" or writer.program.draws() == drawn:
             op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
             called = (op, torch.is_grad_enabled(), requiring, args)
-            recorder.override(_OP, called, kwargs, results)
+            writer.override(_OP, called, kwargs, results)
         elif dropout == "refuse":
-            _refuse(recorder, result, f"{name} with dropout")
+            _refuse(writer, result, f"{name} with dropout")
         return result
 
     return handler
@@ -99,19 +99,19 @@ def _recurrent(name: str) -> Handler:
     """The handler of a recurrent kernel, for sequences of one length or packed ones."""
     whole = _whole(name, dropout="refuse")
 
-    def handler(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         # aten/src/ATen/native/RNN.cpp reads the batch sizes of packed sequences below the
         # dispatcher, where they must be real.
-        given = tuple(_counts(recorder, value) for value in args)
-        named = {key: _counts(recorder, value) for key, value in kwargs.items()}
-        return whole(recorder, func, given, named)
+        given = tuple(_counts(writer, value) for value in args)
+        named = {key: _counts(writer, value) for key, value in kwargs.items()}
+        return whole(writer, func, given, named)
 
     return handler
 
 
-def _counts(recorder: Recorder, value: Any) -> Any:
+def _counts(writer: ProgramWriter, value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype is torch.int64 and is_deferred_tensor(value):
-        return computed(recorder, value)
+        return computed(writer, value)
     return value
 
 
@@ -122,15 +122,15 @@ def _below(original: Handler, handler: Handler) -> Handler:
     """
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        recorder = current()
-        if recorder is None or recorder.busy or is_function_mode_in_force():
+        writer = current()
+        if writer is None or writer.busy or is_function_mode_in_force():
             return original(*args, **kwargs)
-        return handler(recorder, original, args, kwargs)
+        return handler(writer, original, args, kwargs)
 
     return called
 
 
-def _multi_head(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _multi_head(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Refuse attention that eager construction would compute by its fused kernel.
 
     torch/nn/modules/activation.py: MultiheadAttention.forward avoids that kernel under any function
@@ -141,14 +141,14 @@ def _multi_head(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> An
     if module is not None:
         trained = any(parameter.requires_grad for parameter in module.parameters())
         if not (torch.is_grad_enabled() and trained):
-            _refuse(recorder, result, "a fused kernel of attention")
+            _refuse(writer, result, "a fused kernel of attention")
     return result
 
 
-def _refuse(recorder: Recorder, result: Any, what: str) -> None:
+def _refuse(writer: ProgramWriter, result: Any, what: str) -> None:
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
-            recorder.refuse(leaf, what)
+            writer.refuse(leaf, what)
 
 
 _IN_PYTHON: dict[str, Handler] = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._recording.recorder import Recorder
+from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import device_number, parse_to, to_copy, without_modes
 
@@ -24,27 +24,27 @@ _SEQUENCES = frozenset({list, tuple, range})
 def of_deferred(handler: Handler) -> Handler:
     """``handler`` for deferred first arguments; calls the function itself for all others."""
 
-    def asked(recorder: Recorder, func: Handler, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def asked(writer: ProgramWriter, func: Handler, args: tuple[Any, ...], kwargs: Any) -> Any:
         if not is_deferred_tensor(args[0]):
             return func(*args, **kwargs)
-        return handler(recorder, func, args, kwargs)
+        return handler(writer, func, args, kwargs)
 
     return asked
 
 
-def computed(recorder: Recorder, tensor: Tensor) -> Tensor:
+def computed(writer: ProgramWriter, tensor: Tensor) -> Tensor:
     """A copy of the current values of a deferred tensor; notes that they were read if random."""
     with without_modes():
-        return recorder.read(tensor).clone()
+        return writer.read(tensor).clone()
 
 
-def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _to(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``x.to(...)``, compared with the device that ``x`` reports inside a block."""
     tensor = args[0]
     copy = kwargs.pop("copy", False) if "copy" in kwargs else False
     others = [a for a in (*args[1:], kwargs.get("other")) if isinstance(a, Tensor)]
     if others:
-        device: Any = _reported(recorder, others[0])
+        device: Any = _reported(writer, others[0])
         dtype: Any
         dtype, non_blocking, layout = others[0].dtype, False, kwargs.get("memory_format")
     else:
@@ -57,13 +57,13 @@ def _to(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
         device, dtype, non_blocking, layout = parse_to(*positional, **kwargs)
     device = None if device is None else _indexed(device)
     asked = tensor.dtype if dtype is None else dtype
-    if device is None or device == _reported(recorder, tensor):
+    if device is None or device == _reported(writer, tensor):
         return func(tensor, asked, copy=copy, memory_format=_layout(layout))
     if not is_deferred_tensor(tensor):
         return func(tensor, device, asked, non_blocking, copy=copy)
     # The user asks for meta: without this, the recorder would take meta for the recorded device.
     if device.type == "meta":
-        recorder.call = (), {"device": device}
+        writer.call = (), {"device": device}
     return to_copy(
         tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=layout
     )
@@ -80,33 +80,33 @@ def _indexed(device: torch.device) -> torch.device:
     return device
 
 
-def _reported(recorder: Recorder, tensor: Tensor) -> torch.device:
+def _reported(writer: ProgramWriter, tensor: Tensor) -> torch.device:
     if is_deferred_tensor(tensor):
-        return _indexed(recorder.device_of(tensor))
+        return _indexed(writer.device_of(tensor))
     return tensor.device
 
 
 # Handlers of the methods that are ``to`` under another name: each passes on to ``_to``.
-def _cpu(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    return _to(recorder, torch.Tensor.to, (args[0], torch.device("cpu")), kwargs)
+def _cpu(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    return _to(writer, torch.Tensor.to, (args[0], torch.device("cpu")), kwargs)
 
 
-def _cuda(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _cuda(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     asked = args[1] if len(args) > 1 else kwargs.get("device")
     device = (
         torch.device("cuda", asked) if isinstance(asked, int) else torch.device(asked or "cuda")
     )
-    return _to(recorder, torch.Tensor.to, (args[0], device), {})
+    return _to(writer, torch.Tensor.to, (args[0], device), {})
 
 
-def _to_any(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _to_any(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     if any(isinstance(a, Tensor) and is_deferred_tensor(a) for a in (*args, kwargs.get("other"))):
-        return _to(recorder, func, args, dict(kwargs))
+        return _to(writer, func, args, dict(kwargs))
     return func(*args, **kwargs)
 
 
-def _new_tensor(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
-    given = {"dtype": args[0].dtype, "device": recorder.device_of(args[0])}
+def _new_tensor(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Tensor:
+    given = {"dtype": args[0].dtype, "device": writer.device_of(args[0])}
     given |= {key: value for key, value in kwargs.items() if key != "data"}
     data = args[1] if len(args) > 1 else kwargs["data"]
     if isinstance(data, Tensor):
@@ -114,24 +114,24 @@ def _new_tensor(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Te
     return torch.tensor(data, **given)
 
 
-def _new(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+def _new(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Tensor:
     sizes = args[1:]
     if sizes and isinstance(sizes[0], Tensor):
         alias: Tensor = torch.ops.aten.alias(sizes[0])
         return alias
     if all(isinstance(size, int) for size in sizes) or isinstance(sizes[0], torch.Size):
         shape = sizes[0] if sizes and isinstance(sizes[0], torch.Size) else sizes or (0,)
-        return torch.empty(shape, dtype=args[0].dtype, device=recorder.device_of(args[0]))
-    return _new_tensor(recorder, func, args, kwargs)
+        return torch.empty(shape, dtype=args[0].dtype, device=writer.device_of(args[0]))
+    return _new_tensor(writer, func, args, kwargs)
 
 
-def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _type(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     tensor, *asked = args
     kind: Any = asked[0] if asked else kwargs.get("dtype")
     # Without an argument, type() names the legacy class, such as "torch.cuda.FloatTensor".
     if kind is None:
         name: str = func(*args, **kwargs)
-        passes_for = recorder.device_of(tensor).type
+        passes_for = writer.device_of(tensor).type
         own = "torch." if passes_for == "cpu" else f"torch.{passes_for}."
         return name.replace("torch.meta.", own)
     if isinstance(kind, torch.dtype):
@@ -143,42 +143,42 @@ def _type(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     if not isinstance(dtype, torch.dtype):
         return func(*args, **kwargs)  # raises torch's own message
     device = torch.device("cuda" if "cuda" in place else "cpu")
-    return _to(recorder, torch.Tensor.to, (tensor, device, dtype), {})
+    return _to(writer, torch.Tensor.to, (tensor, device, dtype), {})
 
 
-def _type_as(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    return _to_any(recorder, torch.Tensor.to, (*args, *kwargs.values()), {})
+def _type_as(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    return _to_any(writer, torch.Tensor.to, (*args, *kwargs.values()), {})
 
 
-def _from_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _from_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``torch.tensor`` and its like, given a deferred tensor or lists that contain some."""
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     if isinstance(data, Tensor) and is_deferred_tensor(data):
         device = kwargs.get("device")
         # Already there: with device= torch would copy from meta.
-        if device is not None and _indexed(torch.device(device)) == _reported(recorder, data):
+        if device is not None and _indexed(torch.device(device)) == _reported(writer, data):
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except RuntimeError:
-        real = _real(recorder, data)
+        real = _real(writer, data)
         if real is data:
             raise
         return func(real, *args[1:], **{k: v for k, v in kwargs.items() if v is not data})
 
 
-def _real(recorder: Recorder, data: Any) -> Any:
+def _real(writer: ProgramWriter, data: Any) -> Any:
     """The data with all deferred tensors replaced by their values; itself, if it has none."""
     if isinstance(data, Tensor):
-        return computed(recorder, data) if is_deferred_tensor(data) else data
+        return computed(writer, data) if is_deferred_tensor(data) else data
     if not isinstance(data, (list, tuple)):
         return data
-    items = [_real(recorder, item) for item in data]
+    items = [_real(writer, item) for item in data]
     return items if any(new is not old for new, old in zip(items, data, strict=True)) else data
 
 
-def _by_index(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _by_index(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``x[[0, 2]]``: turn index lists into tensors here, where they get values.
 
     torch (torch/csrc/autograd/python_variable_indexing.cpp) makes them on the device of ``x``. That

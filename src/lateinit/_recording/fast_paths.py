@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._program import called
-from lateinit._recording.recorder import Recorder
+from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
     FILL,
@@ -41,7 +41,7 @@ def _making(name: str) -> Handler:
     """The handler of a factory, by the name of its op, that takes sizes alone."""
     fill = by_name(name).fill_for(())
 
-    def make(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    def make(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
         device = _CPU if device is None else torch.device(device)
         if device == META or not _USUAL.issuperset(kwargs) or not is_recording_alone():
@@ -51,18 +51,18 @@ def _making(name: str) -> Handler:
                 tensor = torch.empty(*args, **(kwargs | {"device": META}))
         except (TypeError, RuntimeError):
             return func(*args, **kwargs)  # raises torch's own message
-        return recorder.made(tensor, device, fill)
+        return writer.made(tensor, device, fill)
 
     return make
 
 
-def _data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``x.data``: a view, which needs no op; it is only remembered, to be guarded later."""
     if not is_deferred_tensor(args[0]) or not is_recording_alone():
         return func(*args, **kwargs)
     with below_python():
         data = func(*args)
-    recorder.born.append(weakref.ref(data))
+    writer.born.append(weakref.ref(data))
     return data
 
 
@@ -70,14 +70,14 @@ def _overwriting(name: str) -> Handler:
     """The handler of an in-place fill, by the name of its op."""
     keywords = by_name(name).arguments[1:]
 
-    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    def fill(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         tensor, *values = args
         values += [kwargs[key] for key in takewhile(kwargs.__contains__, keywords[len(values) :])]
         # Every argument is accounted for, or the call is left to torch, as is an in-place write
         # that autograd may have to refuse.
         usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
         grad = tensor.requires_grad and torch.is_grad_enabled()
-        if not usual or grad or not _filled(recorder, name, tensor, values, kwargs):
+        if not usual or grad or not _filled(writer, name, tensor, values, kwargs):
             return func(*args, **kwargs)
         return tensor
 
@@ -91,12 +91,12 @@ def _initialising(name: str, *keywords: str) -> Handler:
     ``no_grad``, so autograd need not be asked.
     """
 
-    def fill(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+    def fill(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         if args:
             kwargs = dict(zip(("tensor", *keywords), args, strict=False)) | kwargs
         tensor, values = kwargs["tensor"], [kwargs[key] for key in keywords]
         label = called(func.__name__, kwargs)
-        if not _filled(recorder, name, tensor, values, kwargs, label):
+        if not _filled(writer, name, tensor, values, kwargs, label):
             return func(**kwargs)
         return tensor
 
@@ -104,7 +104,7 @@ def _initialising(name: str, *keywords: str) -> Handler:
 
 
 def _filled(
-    recorder: Recorder,
+    writer: ProgramWriter,
     name: str,
     tensor: Any,
     values: list[Any],
@@ -115,7 +115,7 @@ def _filled(
     for value in values:
         if isinstance(value, Tensor):
             return False
-    return recorder.overwrite(by_name(name), tensor, tuple(values), given.get("generator"), label)
+    return writer.overwrite(by_name(name), tensor, tuple(values), given.get("generator"), label)
 
 
 class _StandIn:
@@ -124,10 +124,10 @@ class _StandIn:
     The initialiser computes its bounds as usual; the fill is recorded without the dispatcher.
     """
 
-    __slots__ = ("dim", "label", "recorder", "shape", "size", "tensor")
+    __slots__ = ("dim", "label", "shape", "size", "tensor", "writer")
 
-    def __init__(self, recorder: Recorder, tensor: Tensor, label: str | None) -> None:
-        self.recorder = recorder
+    def __init__(self, writer: ProgramWriter, tensor: Tensor, label: str | None) -> None:
+        self.writer = writer
         self.tensor = tensor
         self.label = label
         self.shape = tensor.shape
@@ -136,22 +136,22 @@ class _StandIn:
 
     def uniform_(self, low: float, high: float, *, generator: Any = None) -> None:
         info = by_name(UNIFORM)
-        self.recorder.overwrite(info, self.tensor, (low, high), generator, self.label)
+        self.writer.overwrite(info, self.tensor, (low, high), generator, self.label)
 
     def normal_(self, mean: float, std: float, *, generator: Any = None) -> None:
         info = by_name(NORMAL)
-        self.recorder.overwrite(info, self.tensor, (mean, std), generator, self.label)
+        self.writer.overwrite(info, self.tensor, (mean, std), generator, self.label)
 
 
-def _scaled(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _scaled(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """The handler of an initialiser that makes one draw, scaled by the sizes of the tensor."""
     tensor = args[0] if args else kwargs["tensor"]
     if not is_deferred_tensor(tensor) or not tensor.is_floating_point():
         return func(*args, **kwargs)
     if args:
-        func(_StandIn(recorder, tensor, None), *args[1:], **kwargs)
+        func(_StandIn(writer, tensor, None), *args[1:], **kwargs)
     else:
-        stand_in = _StandIn(recorder, tensor, called(func.__name__, kwargs))
+        stand_in = _StandIn(writer, tensor, called(func.__name__, kwargs))
         func(**(kwargs | {"tensor": stand_in}))
     return tensor
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.conversions import computed, of_deferred
-from lateinit._recording.recorder import Recorder
+from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch import (
     FunctionMode,
@@ -37,27 +37,27 @@ Handler = Callable[..., Any]
 class Masquerade(FunctionMode):
     """Function mode of a block: calls the handler of a torch function, if it has one."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, writer: ProgramWriter) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.writer = writer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder = self.recorder
+        writer = self.writer
         handler = _HANDLERS.get(func)
         # Within an op (busy) the caller is torch's own Python code, which must see meta tensors.
-        if handler is _asks or recorder.busy:
+        if handler is _asks or writer.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
-        recorder.call = args, kwargs
-        recorder.autocasting = is_any_autocast_enabled()
+        writer.call = args, kwargs
+        writer.autocasting = is_any_autocast_enabled()
         if handler is None:
             func = fast_paths.initialiser_behind(func) or func
             handler = _HANDLERS.get(func)
             if handler is None:
                 return func(*args, **kwargs) if kwargs else func(*args)
-        return handler(recorder, func, args, kwargs or {})
+        return handler(writer, func, args, kwargs or {})
 
 
-def _asks(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _asks(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Handler of the most frequent functions, which need no answer but torch's own.
 
     Recognised first, so that they skip the bookkeeping of ``__torch_function__``.
@@ -65,27 +65,27 @@ def _asks(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> torch.device:
-    return recorder.device_of(args[0])
+def _device(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> torch.device:
+    return writer.device_of(args[0])
 
 
-def _is_meta(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> bool:
+def _is_meta(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> bool:
     return False
 
 
 def _is_on(kind: str) -> Handler:
-    def answer(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> bool:
-        return recorder.device_of(args[0]).type == kind
+    def answer(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> bool:
+        return writer.device_of(args[0]).type == kind
 
     return of_deferred(answer)
 
 
-def _get_device(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
-    device = recorder.device_of(args[0])
+def _get_device(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> int:
+    device = writer.device_of(args[0])
     return -1 if device.type == "cpu" else device_number(device)
 
 
-def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
+def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> int:
     # Constructors compare addresses to find ties, and every meta tensor has address 0: give each
     # storage a distinct one. Empty tensors have address 0 on every device.
     tensor = args[0]
@@ -96,7 +96,7 @@ def _data_ptr(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> int:
     )
 
 
-def _untyped_storage(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     # The same for ``storage.data_ptr()``. Storages have no __torch_function__, so the method of
     # this one object is replaced.
     storage = func(*args)
@@ -104,51 +104,51 @@ def _untyped_storage(recorder: Recorder, func: Handler, args: Any, kwargs: Any) 
     return storage
 
 
-def _by_value(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _by_value(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Run a sparse constructor on real values: it reads its arguments below the dispatcher."""
 
     def value(item: Any) -> Any:
         deferred = isinstance(item, Tensor) and is_deferred_tensor(item)
-        return computed(recorder, item) if deferred else item
+        return computed(writer, item) if deferred else item
 
     real = [value(item) for item in args], {key: value(item) for key, item in kwargs.items()}
     with without_modes():
         return func(*real[0], **real[1])
 
 
-def _read(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _read(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Answer a read, such as ``tolist`` or ``repr``, from the computed values."""
-    value = computed(recorder, args[0])
+    value = computed(writer, args[0])
     with without_modes():
         return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
 
 
-def _numpy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _numpy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     with without_modes():
-        exposed = recorder.expose(args[0])
+        exposed = writer.expose(args[0])
         return exposed.requires_grad_(args[0].requires_grad).numpy(*args[1:], **kwargs)
 
 
-def _shared(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _shared(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Run ``apply_``, ``__dlpack__`` and the like on memory that both sides share."""
     with without_modes():
-        real = [_exposed(recorder, value) for value in args]
+        real = [_exposed(writer, value) for value in args]
         result = func(*real, **kwargs)
     return args[0] if result is real[0] else result
 
 
-def _exposed(recorder: Recorder, value: Any) -> Any:
+def _exposed(writer: ProgramWriter, value: Any) -> Any:
     deferred = isinstance(value, Tensor) and is_deferred_tensor(value)
-    return recorder.expose(value) if deferred else value
+    return writer.expose(value) if deferred else value
 
 
-def _array(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
-    array = _numpy(recorder, func, args[:1], {})
+def _array(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    array = _numpy(writer, func, args[:1], {})
     dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
     return array if dtype is None else array.astype(dtype, copy=False)
 
 
-def _deepcopy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tensor:
+def _deepcopy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Tensor:
     tensor, memo = args
     if is_deferred_tensor(tensor):
         return copied_by_deepcopy(tensor, memo)
@@ -157,20 +157,20 @@ def _deepcopy(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Tens
     return copied
 
 
-def _set_data(recorder: Recorder, func: Handler, args: Any, kwargs: Any) -> Any:
+def _set_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``a.data = b``, which torch refuses if exactly one of them is on meta."""
     target, source = args
     if target.is_meta == source.is_meta:
         return func(*args)
-    return _become(recorder, target, source.detach())
+    return _become(writer, target, source.detach())
 
 
-def _become(recorder: Recorder, target: Tensor, source: Tensor) -> None:
+def _become(writer: ProgramWriter, target: Tensor, source: Tensor) -> None:
     """Swap the implementation of ``source`` into ``target``, which keeps ``requires_grad``."""
     with without_modes():
         source.requires_grad_(target.requires_grad)
     swap_implementation(target, source)
-    recorder.born.append(weakref.ref(target))
+    writer.born.append(weakref.ref(target))
 
 
 _tensor = torch.Tensor

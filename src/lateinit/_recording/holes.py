@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lateinit._program import Draw, Program
-from lateinit._recording.recorder import current
+from lateinit._recording.writer import current
 
 _ATTRIBUTE = "_lateinit_hole"
 
@@ -54,10 +54,10 @@ def hole_of(module: nn.Module) -> Hole | None:
 
 def reserve(module: nn.Module) -> None:
     """Reserve the hole of a lazy module that is being constructed in a block, once."""
-    recorder = current()
-    if recorder is not None and hole_of(module) is None:
-        place = recorder.generators.reserve(torch.default_generator)
-        hole = Hole(recorder.program, len(recorder.program.holes) - 1, place)
+    writer = current()
+    if writer is not None and hole_of(module) is None:
+        place = writer.generators.reserve(torch.default_generator)
+        hole = Hole(writer.program, len(writer.program.holes) - 1, place)
         module.__dict__[_ATTRIBUTE] = hole
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, trunc_normal
-from lateinit._recording.recorder import current
+from lateinit._recording.writer import current
 from lateinit._torch import turn, without_modes
 
 _get_rng_state = torch.random.get_rng_state
@@ -29,26 +29,26 @@ _new_parameter = nn.Parameter.__dict__["__new__"]
 
 
 def _settled_rng_state() -> Tensor:
-    recorder = current()
-    if recorder is not None:
-        recorder.settle()
+    writer = current()
+    if writer is not None:
+        writer.settle()
     with without_modes():
         return _get_rng_state()
 
 
 def _noted_seed(seed: Any) -> torch.Generator:
     generator = _manual_seed(seed)
-    recorder = current()
-    if recorder is not None:
-        recorder.generators.reseeded(torch.default_generator)
+    writer = current()
+    if writer is not None:
+        writer.generators.reseeded(torch.default_generator)
     return generator
 
 
 def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tensor:
     parameter: Tensor = _new_parameter.__func__(cls, *args, **kwargs)
-    recorder = current()
-    if recorder is not None:
-        recorder.born.append(weakref.ref(parameter))
+    writer = current()
+    if writer is not None:
+        writer.born.append(weakref.ref(parameter))
     return parameter
 
 

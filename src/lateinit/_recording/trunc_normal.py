@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._recording.recorder import current
+from lateinit._recording.writer import current
 from lateinit._rng import mt19937
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import TRUNC_NORMAL, OpTraits, operators, without_functions, without_modes
@@ -57,15 +57,15 @@ def recorded(
     tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
 ) -> Tensor:
     """Replaces ``nn.init._no_grad_trunc_normal_`` while a block runs."""
-    recorder = current()
+    writer = current()
     floating = is_deferred_tensor(tensor) and tensor.is_floating_point()
     numbers = all(isinstance(value, (int, float)) for value in (mean, std, a, b))
-    if recorder is None or not floating or not numbers or not may_redraw():
+    if writer is None or not floating or not numbers or not may_redraw():
         return original(tensor, mean, std, a, b, generator=generator)
     if not _quiet(tensor.dtype, mean, std, a, b):
         _on_nothing(tensor.dtype, mean, std, a, b)  # again: _quiet has swallowed the warning
     with without_functions():
-        recorder.overwrite(_OP, tensor, (mean, std, a, b), generator)
+        writer.overwrite(_OP, tensor, (mean, std, a, b), generator)
     return tensor
 
 

@@ -38,6 +38,7 @@ from lateinit._torch import (
     default_generator,
     flat,
     has_tensor,
+    here,
     is_deterministic,
     is_plain,
     kwargs_to_meta,
@@ -51,17 +52,39 @@ from lateinit.errors import RecordingError
 _CPU = torch.device("cpu")
 
 
+def current() -> ProgramWriter | None:
+    """The writer of the recording in force in this thread, or None outside recordings."""
+    writer: ProgramWriter | None = here.writer
+    return writer
+
+
 class ProgramWriter:
     """Writes ops into a program, with the draws, constants and settings that they depend on.
 
-    ``born`` holds, weakly, the tensors that were made; ``autocasting`` is whether autocast was on
-    in the Python call that led to the current op.
+    Args:
+        program: the program.
+        drawing: False takes no op for one that draws.
+
+    Attributes:
+        program: the program.
+        generators: follows the random generators.
+        born: the tensors that were made, weakly.
+        busy: whether an op is being recorded: what torch's Python kernels call below it are no
+            calls of the constructor.
+        call: the arguments of the Python call that led to the current op.
+        autocasting: whether autocast was on in that call.
+        values: answers reads.
+        data: the real data that the program keeps.
+        shared: memory that deferred and real tensors share.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, drawing: bool = True) -> None:
         self.program = program
+        self._drawing = drawing
         self.generators = Generators(program)
         self.born: list[weakref.ref[Tensor]] = []
+        self.busy = False
+        self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
         self.autocasting = False
         self._ambient_key: tuple[Any, ...] = ()
         self.values = ValueReads(program)
@@ -223,6 +246,49 @@ class ProgramWriter:
         with without_modes():
             self._append(operators.by_name(operators.REFUSED), (tensor, what), {}, ())
 
+    # -- real data that enters, values that leave ----------------------------------------------
+
+    def lift(self, data: Tensor) -> Tensor:
+        """A deferred copy of real data."""
+        return self.keep(data.detach().clone())
+
+    def keep(self, data: Tensor) -> Tensor:
+        """A deferred constant of data that no one else can write to; the data is not copied."""
+        tensor: Tensor = self._mirror(data, data.device)
+        constant, outs = self.data.own(data), (self.ref(tensor),)
+        op = Op(operators.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
+        self.program.ops.append(op)
+        return tensor
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The current values of a deferred tensor; notes that they were read if random."""
+        if self.shared:
+            self.shared.take_back()
+        return self.values.read(self.ref(tensor))
+
+    def expose(self, tensor: Tensor) -> Tensor:
+        """A real tensor kept equal to a deferred one: writes to either show in the other."""
+        return self.shared.expose(tensor, self.ref(tensor))
+
+    # -- the end of a block --------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Close the storages of the block, and record the last writes to shared memory."""
+        for storage in self.program.storages:
+            storage.closed = True
+        if self.shared:
+            with without_modes():
+                self.shared.finish()
+
+    def settle(self) -> None:
+        """Put the generators into the states that eager construction would have left by now."""
+        # An open hole is taken to draw nothing: how much it draws is not known yet.
+        with without_modes():
+            execution = execution_of(self.program, past_holes=None in self.program.holes)
+            self.generators.settle(execution.state)
+
+    # -- how an op is written ------------------------------------------------------------------
+
     def _note(
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], result: Any
     ) -> None:
@@ -270,7 +336,7 @@ class ProgramWriter:
         referred = tuple(self._referred(value) for value in args)
         # After the arguments: referring to a tensor may absorb a program, whose ops then come
         # before this one, and the draw is noted under this op's number.
-        draw = self._draw(info, args, kwargs) if info.random else None
+        draw = self._draw(info, args, kwargs) if info.random and self._drawing else None
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
@@ -321,7 +387,7 @@ class ProgramWriter:
         written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
         ambient = self._ambient()
         probe = Op(info.name, referred, written, (), None, ambient, None)
-        if info.random:
+        if info.random and self._drawing:
             probe = probe._replace(draw=self._draw(info, args, kwargs))
         # The draw is noted before the run, so that the replay draws at its place in the stream.
         execution = execution_of(self.program)

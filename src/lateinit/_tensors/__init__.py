@@ -1,27 +1,30 @@
-"""Deferred tensors: how they are recognised, found, guarded, and made real.
+"""Deferred tensors: how they are recognised, found, and made real.
 
 Gives the rooms above a slot for each deferred storage (``slots``), a walk over the tensors of a
-module (``walk``), the class of deferred tensors outside a block (``guard``), and the exchange that
-puts real storage into an existing tensor object (``realize``). ``object_graph`` finds all objects
-that a module reaches, and ``undo`` restores them after a trial run. May import ``_replay`` and the
-rooms below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
+module (``walk``), a handle on a deferred tensor and its values (``deferred``), and the exchange
+that puts real storage into an existing tensor object (``realize``). ``object_graph`` finds all
+objects that a module reaches, and ``undo`` restores them after a trial run. May import ``_replay``
+and the rooms below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
 """
 
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, cast_to, home
-from lateinit._tensors.copying import copied_by_deepcopy
+from lateinit._tensors.copying import attributes, copied_by_deepcopy
 from lateinit._tensors.deferred import Deferred, described
-from lateinit._tensors.guard import DeferredTensor
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
     SharedStorage,
+    adopt,
     adopt_uninitialized,
     share_real_storage,
 )
 from lateinit._tensors.selection import Only, Wanted, select, wanted_in
 from lateinit._tensors.slots import (
     ON_META,
+    PLAIN_CLASSES,
+    Guarded,
     Slot,
     attach,
+    give_guard,
     held,
     is_deferred_tensor,
     is_parameter,
@@ -41,10 +44,11 @@ from lateinit._tensors.walk import (
 __all__ = [
     "AS_RECORDED",
     "ON_META",
+    "PLAIN_CLASSES",
     "Cast",
     "Deferred",
-    "DeferredTensor",
     "Found",
+    "Guarded",
     "Kind",
     "Only",
     "Reach",
@@ -52,14 +56,17 @@ __all__ = [
     "SharedStorage",
     "Slot",
     "Wanted",
+    "adopt",
     "adopt_uninitialized",
     "attach",
+    "attributes",
     "cast_to",
     "copied_by_deepcopy",
     "described",
     "exchange_held",
     "exchanged",
     "find_tensors",
+    "give_guard",
     "held",
     "home",
     "is_deferred_tensor",

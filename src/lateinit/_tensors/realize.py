@@ -15,8 +15,14 @@ from lateinit._program import Storage, TensorRef
 from lateinit._replay import Computed, execution_of
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
 from lateinit._tensors.deferred import Deferred
-from lateinit._tensors.guard import DeferredTensor, guard_again, unguard
-from lateinit._tensors.slots import Slot, held, is_deferred_tensor, slot_of
+from lateinit._tensors.slots import (
+    Slot,
+    give_guard,
+    held,
+    is_deferred_tensor,
+    slot_of,
+    unguard,
+)
 from lateinit._torch import (
     allocate,
     inference_mode,
@@ -125,7 +131,7 @@ def give(
                 left = swap(tensor, ref.on(storage))
     except BaseException:
         if is_deferred_tensor(tensor):
-            guard_again(tensor, cls)
+            give_guard(tensor, cls)
         raise
     # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
     left.__class__ = cls
@@ -162,6 +168,3 @@ def adopt_uninitialized(tensor: Tensor, device: torch.device | None = None) -> N
             memory = allocate(deferred.storage.nbytes, device or deferred.device)
             deferred.slot.real = Real(memory, Cast(device, None))
         SharedStorage(deferred.slot, [deferred]).share()
-
-
-DeferredTensor.adopt = staticmethod(adopt)

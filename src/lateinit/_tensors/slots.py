@@ -21,6 +21,7 @@ from lateinit._torch import (
     is_dtensor,
     is_function_mode_in_force,
     local_part,
+    mark_as_parameter,
     without_functions,
 )
 from lateinit.errors import DeferredTensorError
@@ -105,6 +106,21 @@ class Guarded(torch.Tensor):
     """
 
     original: ClassVar[type[Tensor] | None] = None
+
+
+def give_guard(tensor: Tensor, guarding: type[Tensor]) -> None:
+    """Give a deferred tensor the guarding class that its implementation was made for."""
+    # A guard of a plain parameter is no subclass of Parameter, those of Parameter's subclasses are.
+    if type(tensor) is nn.Parameter:
+        mark_as_parameter(tensor)
+    tensor.__class__ = guarding
+
+
+def unguard(tensor: Tensor) -> None:
+    """Give a tensor its original class back, for it becomes real."""
+    if isinstance(tensor, Guarded):
+        tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
+        tensor.__dict__.pop("_is_param", None)
 
 
 def is_ordinary(tensor: Any) -> bool:

@@ -58,12 +58,12 @@ class _Here(threading.local):
     """What lateinit itself has in force in a thread.
 
     Attributes:
-        recorder: the recorder in force (``_recording.recorder``).
+        writer: the writer of the recording in force (``_recording.writer``).
         trial: how lazy modules are initialised by way of trial (``_lazy.mixin``).
         block: a weak reference to the outermost open block (``_recording.block``).
     """
 
-    recorder: Any = None
+    writer: Any = None
     trial: Any = None
     block: Callable[[], _Block | None] | None = None
 

@@ -22,7 +22,8 @@ from lateinit._checkpoint.formats import Reader
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy import on_meta
-from lateinit._tensors import Cast, DeferredTensor, find_tensors
+from lateinit._recording import DeferredTensor
+from lateinit._tensors import Cast, find_tensors
 from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, LateinitError
 

@@ -14,31 +14,43 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import TensorRef
-from lateinit._tensors.copying import attributes, copied_by_deepcopy
-from lateinit._tensors.deferred import Deferred, described
-from lateinit._tensors.slots import (
+from lateinit._recording.after_block import Follower
+from lateinit._recording.recorder import in_force
+from lateinit._recording.writer import current
+from lateinit._tensors import (
     PLAIN_CLASSES,
+    Deferred,
     Guarded,
     Slot,
+    adopt,
+    attributes,
+    copied_by_deepcopy,
+    described,
+    give_guard,
     is_deferred_tensor,
     original_class,
+    share_real_storage,
 )
 from lateinit._torch import (
+    Args,
     Asked,
+    Kwargs,
     as_subclass,
+    below_python,
     enable_functions,
+    flat,
     has_own_dispatch,
     inference_mode,
     is_batch_norm_loading,
-    mark_as_parameter,
     restoring,
+    tensors_in,
     why_is_meta,
     without_subclass_functions,
 )
@@ -54,13 +66,6 @@ class DeferredTensor(Guarded):
     ``DeferredTensorError``. Loading is the exception: ``copy_`` of a whole real tensor of the
     same shape makes it real.
     """
-
-    # Installed by modules that import this one, so that the imports point downwards only:
-    # ``follow`` records a call after the block, ``hear`` an op (_recording/after_block.py),
-    # ``adopt`` takes the values of a real tensor (_tensors/realize.py).
-    follow: ClassVar[Callable[..., Any]]
-    hear: ClassVar[Callable[..., Any]]
-    adopt: ClassVar[Callable[[Tensor, Tensor], None]]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,9 +85,9 @@ class DeferredTensor(Guarded):
                 if func == torch.Tensor.copy_ and args[0] is args[1]:
                     return args[0]
                 if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
-                    DeferredTensor.adopt(args[0], args[1])
+                    adopt(args[0], args[1])
                     return args[0]
-                return DeferredTensor.follow(func, args, kwargs or {})
+                return follow(func, args, kwargs or {})
         except BaseException:
             enable_functions()  # they were, or this would not have been called
             raise
@@ -91,7 +96,7 @@ class DeferredTensor(Guarded):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return DeferredTensor.hear(func, args, kwargs or {})
+        return hear(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "Parameter" if getattr(self, "_is_param", False) else "tensor"
@@ -115,7 +120,7 @@ class DeferredTensor(Guarded):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = DeferredTensor.follow(_deepcopied, (self, memo), {})
+            memo[id(self)] = follow(_deepcopied, (self, memo), {})
         copied: Tensor = memo[id(self)]
         return copied
 
@@ -160,7 +165,7 @@ def _scatter(asked: Mapping[str, Any]) -> None:
     """
     part = asked["scatter_list"][asked["mesh"].get_local_rank(asked["mesh_dim"])]
     with torch.no_grad():
-        DeferredTensor.follow(torch.Tensor.copy_, (asked["output"], part), {})
+        follow(torch.Tensor.copy_, (asked["output"], part), {})
 
 
 def is_whole_load(target: Any, source: Any = None) -> bool:
@@ -187,6 +192,42 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     return type(f"Deferred{cls.__name__}", (DeferredTensor, cls), {"original": cls})
 
 
+@restoring
+def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Call a torch function on deferred tensors outside the block that recorded them.
+
+    In another block its modes record the call.
+    """
+    if current() is not None:
+        return func(*args, **kwargs)
+    tensors = tensors_in(args, kwargs)
+    deferred = [t for t in tensors if is_deferred_tensor(t)]
+    for tensor in deferred:
+        # Its storage may be real by now through another tensor, and changed since.
+        share_real_storage(tensor)
+    first = next(filter(is_deferred_tensor, deferred), None)
+    if first is None or first is not deferred[0]:
+        return func(*args, **kwargs)
+    follower = Follower(Deferred.of(first).program, guard)
+    if len([t for t in tensors if t.is_meta]) == len(deferred):
+        follower.meant = follower.writer.device_of(first)
+    with in_force(follower):
+        result = func(*args, **kwargs)
+    for leaf in flat(result):
+        if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
+            guard(leaf)
+    return result
+
+
+def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Call an op on deferred tensors that has come to the dispatcher."""
+    # A recorder has heard it already, and runs it on meta to learn the shape of its result.
+    if current() is not None:
+        with below_python():
+            return func(*args, **kwargs)
+    return follow(func, args, kwargs)
+
+
 def guard(tensor: Tensor) -> None:
     """Give a deferred tensor object its guarding class, in place."""
     guarding = _guarding(type(tensor))
@@ -201,19 +242,11 @@ def guard(tensor: Tensor) -> None:
         else:
             with inference_mode(inference):
                 _exchange(tensor, guarding)
-        guard_again(tensor, guarding)
+        give_guard(tensor, guarding)
     except BaseException:
         if has_own_dispatch(tensor):
-            guard_again(tensor, guarding)
+            give_guard(tensor, guarding)
         raise
-
-
-def guard_again(tensor: Tensor, guarding: type[Tensor]) -> None:
-    """Give a deferred tensor the guarding class that its implementation was made for."""
-    # DeferredTensor is no subclass of Parameter, the guards of Parameter's subclasses are.
-    if type(tensor) is nn.Parameter:
-        mark_as_parameter(tensor)
-    tensor.__class__ = guarding
 
 
 def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
@@ -222,13 +255,6 @@ def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
         swap(tensor, as_subclass(guarding, tensor, requires_grad=False))
         if gradient is not None:
             tensor.grad = gradient
-
-
-def unguard(tensor: Tensor) -> None:
-    """Give a tensor its original class back, once it is real."""
-    if isinstance(tensor, DeferredTensor):
-        tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
-        tensor.__dict__.pop("_is_param", None)
 
 
 def _deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
