@@ -17,17 +17,17 @@ from lateinit._program import (
     Draw,
     Op,
     Program,
-    Read,
     RealData,
     Storage,
     TensorRef,
     initializer,
 )
 from lateinit._recording import argument_checks
+from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
-from lateinit._replay import Memory, execution_of
+from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, Slot, attach, described, slot_of
 from lateinit._torch import (
     META,
@@ -40,7 +40,6 @@ from lateinit._torch import (
     has_tensor,
     here,
     is_deterministic,
-    is_plain,
     kwargs_to_meta,
     operators,
     tensors_in,
@@ -114,12 +113,12 @@ class ProgramWriter:
             _, number = slot.resolve()
         return TensorRef.of(tensor, number)
 
-    def _referred(self, value: Any) -> Any:
+    def referred(self, value: Any) -> Any:
         """An argument in the form that ops store: ``TensorRef``, ``Const``, tuple or number."""
         if isinstance(value, Tensor):
             return self.ref(value) if value.is_meta else self.data.refer(value)
         if isinstance(value, (list, tuple)):
-            return tuple(self._referred(item) for item in value)
+            return tuple(self.referred(item) for item in value)
         if isinstance(value, torch.UntypedStorage):
             raise RecordingError(
                 "an untyped storage was written to while recording: write to a tensor instead"
@@ -172,9 +171,9 @@ class ProgramWriter:
             # No meta kernel, or a shape that depends on values. If the call is wrong, it raises
             # again in the run, as it would in eager construction.
             except Exception:  # noqa: BLE001
-                return self._by_running(info, args, kwargs, deferred)
+                return record_by_running(self, info, args, kwargs, deferred)
         else:
-            return self._by_running(info, args, kwargs, deferred)
+            return record_by_running(self, info, args, kwargs, deferred)
         self._note(info, args, kwargs, deferred, result)
         return result
 
@@ -188,7 +187,7 @@ class ProgramWriter:
         if fill is not None:
             name, values = fill
             args = (TensorRef.of(tensor, number), *values)
-            self.program.ops.append(Op(name, args, {}, (), None, self._ambient(), None))
+            self.program.ops.append(Op(name, args, {}, (), None, self.ambient_number(), None))
         return tensor
 
     def overwrite(
@@ -227,7 +226,7 @@ class ProgramWriter:
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
         label = label or initializer()
-        op = Op(info.name, (ref, *values), {}, (), draw, self._ambient(), label)
+        op = Op(info.name, (ref, *values), {}, (), draw, self.ambient_number(), label)
         self.program.ops.append(op)
         if self.shared:
             self.shared.show()
@@ -236,7 +235,7 @@ class ProgramWriter:
     def override(self, info: OpInfo, args: Args, kwargs: Kwargs, results: list[Tensor]) -> None:
         """Record that tensors take the values of another op, in place of those computed so far."""
         with without_modes():
-            made = [self._mirror(result, self.device_of(result)) for result in results]
+            made = [self.mirror(result, self.device_of(result)) for result in results]
             self._append(info, args, kwargs, tuple(made))
             for result, value in zip(results, made, strict=True):
                 self._overwrite(result, value)
@@ -254,9 +253,9 @@ class ProgramWriter:
 
     def keep(self, data: Tensor) -> Tensor:
         """A deferred constant of data that no one else can write to; the data is not copied."""
-        tensor: Tensor = self._mirror(data, data.device)
+        tensor: Tensor = self.mirror(data, data.device)
         constant, outs = self.data.own(data), (self.ref(tensor),)
-        op = Op(operators.CONSTANT, (constant,), {}, outs, None, self._ambient(), "constant")
+        op = Op(operators.CONSTANT, (constant,), {}, outs, None, self.ambient_number(), "constant")
         self.program.ops.append(op)
         return tensor
 
@@ -292,19 +291,20 @@ class ProgramWriter:
     def _note(
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], result: Any
     ) -> None:
-        device = self._device(kwargs, deferred)
+        device = self.device_for(kwargs, deferred)
         # A factory whose memory and layout are known needs no op of its own, only its fill.
         if info.is_factory and _is_usual(args, kwargs):
             self.made(result, device, info.fill_for(args))
             return
         results = flat(result)
-        new = [self._adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
+        new = [self.adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
         # An op that makes no new storage and writes nothing is a view: the windows of its results
         # say everything. Metadata ops such as t_() change a window, which is read afresh each time.
         if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
             self._append(info, args, kwargs, results)
 
-    def _device(self, kwargs: Kwargs, deferred: list[Tensor]) -> torch.device:
+    def device_for(self, kwargs: Kwargs, deferred: list[Tensor]) -> torch.device:
+        """The device of the results of a call."""
         asked = kwargs.get("device")
         if asked is not None:
             return torch.device(asked)
@@ -313,7 +313,7 @@ class ProgramWriter:
             return self.device_of(tensor)
         return _CPU
 
-    def _adopt(self, tensor: Tensor, device: torch.device) -> bool:
+    def adopt(self, tensor: Tensor, device: torch.device) -> bool:
         """Number a new meta storage, or update the size of a known one (``resize_``).
 
         Returns:
@@ -332,23 +332,26 @@ class ProgramWriter:
         return False
 
     def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:
-        written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
-        referred = tuple(self._referred(value) for value in args)
+        written = {k: self.referred(v) for k, v in kwargs.items() if k != "generator"}
+        referred = tuple(self.referred(value) for value in args)
         # After the arguments: referring to a tensor may absorb a program, whose ops then come
         # before this one, and the draw is noted under this op's number.
-        draw = self._draw(info, args, kwargs) if info.random and self._drawing else None
+        draw = self.draw(info, args, kwargs)
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
         )
         label = initializer() if info.mutates or info.mutates_kw else None
         self.program.ops.append(
-            Op(info.name, referred, written, outs, draw, self._ambient(), label)
+            Op(info.name, referred, written, outs, draw, self.ambient_number(), label)
         )
         if self.shared:
             self.shared.show()
 
-    def _draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Draw | None:
+    def draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Draw | None:
+        """Note the place of an op in its random stream; None if it draws nothing."""
+        if not (info.random and self._drawing):
+            return None
         generator = kwargs.get("generator")
         if generator is None:
             # Some ops, such as ``poisson``, take it among the positional arguments.
@@ -356,10 +359,10 @@ class ProgramWriter:
         explicit = generator is not None
         if generator is None:
             tensors = [t for t in tensors_in(args, kwargs) if t.is_meta]
-            generator = default_generator(self._device(kwargs, tensors))
+            generator = default_generator(self.device_for(kwargs, tensors))
         return self.generators.draw(generator, len(self.program.ops), root=not explicit)
 
-    def ambient(self) -> Ambient:
+    def _ambient(self) -> Ambient:
         """The ambient settings now in force."""
         # In a dispatch mode autocast reads as off. The function mode, which runs before it, has
         # noted in ``autocasting`` whether it is on.
@@ -369,7 +372,7 @@ class ProgramWriter:
             torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), autocast
         )
 
-    def _ambient(self) -> int:
+    def ambient_number(self) -> int:
         """The number of the ambient settings; a new entry is added only if the key changed."""
         key = (
             torch.get_default_dtype(),
@@ -378,62 +381,15 @@ class ProgramWriter:
         )
         if key != self._ambient_key:
             self._ambient_key = key
-            self.program.ambients.append(self.ambient())
+            self.program.ambients.append(self._ambient())
         return len(self.program.ambients) - 1
 
-    def _by_running(self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]) -> Any:
-        """Record an op after running it on real values, to learn the shapes of its results."""
-        referred = tuple(self._referred(value) for value in args)
-        written = {k: self._referred(v) for k, v in kwargs.items() if k != "generator"}
-        ambient = self._ambient()
-        probe = Op(info.name, referred, written, (), None, ambient, None)
-        if info.random and self._drawing:
-            probe = probe._replace(draw=self._draw(info, args, kwargs))
-        # The draw is noted before the run, so that the replay draws at its place in the stream.
-        execution = execution_of(self.program)
-        touched = dict.fromkeys(ref.storage for ref in (*probe.read(), *probe.written()))
-        given = {n: computed.storage for n, computed in execution.values(touched).items()}
-        with execution.session() as session, self.program.ambients[ambient].in_force():
-            results = session.call(probe, Memory(given))
-        # Sparse, quantised and nested tensors have no windows on a storage: they stay real.
-        if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
-            if info.random or self.values.are_random(probe.read()):
-                self.program.seed_bound = f"{info.name} made a tensor without a plain layout"
-            return results[0] if len(results) == 1 else results
-        outputs = {key: kwargs[key] for key in info.mutates_kw if kwargs.get(key) is not None}
-        if info.mutates:
-            made: list[Any] = [args[info.mutates[0]]]
-        elif outputs:
-            made = list(map(self._resized, outputs.values(), results))
-            shown = {key: self.ref(out) for key, out in outputs.items()}
-            probe = probe._replace(kwargs=probe.kwargs | shown)
-        else:
-            device = self._device(kwargs, deferred)
-            made = [self._mirror(leaf, device) for leaf in results]
-        outs = tuple(self.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in made)
-        self.program.ops.append(probe._replace(outs=outs))
-        if self.shared:
-            self.shared.show()
-        if info.random or self.values.are_random(probe.read()):
-            # Python code now sees shapes that depend on random values. Under another seed= the
-            # replay must find the same shapes; the empty digest says that values do not matter.
-            reads = [Read(ref, len(self.program.ops), b"") for ref in outs if ref is not None]
-            self.program.reads.extend(reads)
-        return made[0] if len(made) == 1 else tuple(made)
-
-    def _resized(self, out: Tensor, real: Tensor) -> Tensor:
-        """The deferred ``out=`` argument, resized to the shape of the op's result."""
-        if out.shape != real.shape:
-            out.resize_(real.shape)
-            self._adopt(out, self.device_of(out))
-        return out
-
-    def _mirror(self, real: Any, device: torch.device) -> Any:
+    def mirror(self, real: Any, device: torch.device) -> Any:
         """A new deferred tensor with the layout of a real one; any other value unchanged."""
         if not isinstance(real, Tensor):
             return real
         tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
-        self._adopt(tensor, device)
+        self.adopt(tensor, device)
         return tensor
 
     def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
