@@ -1,0 +1,79 @@
+"""Record an op after running it on real values, where its meta kernel cannot tell the results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lateinit._program import Op, Read
+from lateinit._replay import Memory, execution_of
+from lateinit._torch import Args, Kwargs, OpInfo, is_plain
+
+if TYPE_CHECKING:
+    from lateinit._recording.writer import ProgramWriter
+
+
+def record_by_running(
+    writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]
+) -> Any:
+    """Run an op on the values of its arguments, and record it with the shapes of its results.
+
+    Args:
+        writer: records it.
+        info: the op.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        deferred: the deferred tensors among the arguments.
+    """
+    op, results = _run(writer, info, args, kwargs)
+    is_random = info.random or writer.values.are_random(op.read())
+    # Sparse, quantised and nested tensors have no windows on a storage: they stay real.
+    if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
+        if is_random:
+            writer.program.seed_bound = f"{info.name} made a tensor without a plain layout"
+        return results[0] if len(results) == 1 else results
+    outputs = {key: kwargs[key] for key in info.mutates_kw if kwargs.get(key) is not None}
+    if info.mutates:
+        made: list[Any] = [args[info.mutates[0]]]
+    elif outputs:
+        made = [_resized(writer, *pair) for pair in zip(outputs.values(), results, strict=False)]
+        shown = {key: writer.ref(out) for key, out in outputs.items()}
+        op = op._replace(kwargs=op.kwargs | shown)
+    else:
+        device = writer.device_for(kwargs, deferred)
+        made = [writer.mirror(leaf, device) for leaf in results]
+    outs = tuple(writer.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in made)
+    writer.program.ops.append(op._replace(outs=outs))
+    if writer.shared:
+        writer.shared.show()
+    if is_random:
+        # Python code now sees shapes that depend on random values. Under another seed= the replay
+        # must find the same shapes; the empty digest says that values do not matter.
+        before = len(writer.program.ops)
+        writer.program.reads += [Read(ref, before, b"") for ref in outs if ref is not None]
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def _run(
+    writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
+) -> tuple[Op, tuple[Any, ...]]:
+    """The op without results, and the real results."""
+    referred = tuple(writer.referred(value) for value in args)
+    written = {k: writer.referred(v) for k, v in kwargs.items() if k != "generator"}
+    ambient = writer.ambient_number()
+    # The draw is noted before the run, so that the replay draws at its place in the stream.
+    op = Op(info.name, referred, written, (), writer.draw(info, args, kwargs), ambient, None)
+    execution = execution_of(writer.program)
+    touched = dict.fromkeys(ref.storage for ref in (*op.read(), *op.written()))
+    given = {n: computed.storage for n, computed in execution.values(touched).items()}
+    with execution.session() as session, writer.program.ambients[ambient].in_force():
+        return op, session.call(op, Memory(given))
+
+
+def _resized(writer: ProgramWriter, out: Tensor, real: Tensor) -> Tensor:
+    """The deferred ``out=`` argument, resized to the shape of the op's result."""
+    if out.shape != real.shape:
+        out.resize_(real.shape)
+        writer.adopt(out, writer.device_of(out))
+    return out
