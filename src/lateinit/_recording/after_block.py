@@ -29,6 +29,7 @@ from lateinit._torch import (
     Kwargs,
     OpInfo,
     OpOverload,
+    below_python,
     fake_like,
     flat,
     is_fake,
@@ -89,7 +90,10 @@ class Follower(DispatchMode):
             return info.func(*map_tensors(args, as_fake), **map_tensors(kwargs, as_fake))
         if among_meta:
             return info.func(*args, **kwargs)
-        return self._guarded(self.writer.record(info, args, kwargs, deferred), deferred[0])
+        # Straight to the kernels: the guards of the arguments have been heard.
+        with below_python():
+            result = self.writer.record(info, args, kwargs, deferred)
+        return self._guarded(result, deferred[0])
 
     def _as_fake(self, fake: Tensor, tensor: Tensor) -> Tensor:
         """A fake tensor for a deferred one, among fake tensors that say where they would be."""

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lateinit._program import Op, Read
 from lateinit._replay import Memory, execution_of
-from lateinit._torch import Args, Kwargs, OpInfo, is_plain
+from lateinit._torch import Args, Kwargs, OpInfo, is_plain, restoring
 
 if TYPE_CHECKING:
     from lateinit._recording.writer import ProgramWriter
 
 
+@restoring
 def record_by_running(
     writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor]
 ) -> Any:

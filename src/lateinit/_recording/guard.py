@@ -49,6 +49,8 @@ from lateinit._torch import (
     has_own_dispatch,
     inference_mode,
     is_batch_norm_loading,
+    mend,
+    noted_modes,
     restoring,
     tensors_in,
     why_is_meta,
@@ -192,7 +194,6 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     return type(f"Deferred{cls.__name__}", (DeferredTensor, cls), {"original": cls})
 
 
-@restoring
 def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Call a torch function on deferred tensors outside the block that recorded them.
 
@@ -200,6 +201,16 @@ def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """
     if current() is not None:
         return func(*args, **kwargs)
+    mend()
+    before = noted_modes()
+    try:
+        return _followed(func, args, kwargs)
+    except BaseException as error:
+        before.restore(error.__traceback__)
+        raise
+
+
+def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensors = tensors_in(args, kwargs)
     deferred = [t for t in tensors if is_deferred_tensor(t)]
     for tensor in deferred:

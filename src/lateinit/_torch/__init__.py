@@ -119,7 +119,7 @@ from lateinit._torch.storage import (
     sparse_parts,
     storage_key,
 )
-from lateinit._torch.surroundings import Noted, here, mend, noted, restoring, turn
+from lateinit._torch.surroundings import Noted, here, mend, noted, noted_modes, restoring, turn
 from lateinit._torch.swap import (
     as_subclass,
     mark_as_parameter,
@@ -222,6 +222,7 @@ __all__ = [
     "negative_view",
     "not_persistent",
     "noted",
+    "noted_modes",
     "op_info",
     "outside",
     "overload_for",

@@ -221,8 +221,9 @@ _AUTOCAST = ("cpu", "cuda")  # the device types whose autocast can be recorded
 
 def read_autocast() -> Autocast:
     """Whether autocast is on and its dtype, for each device type; whether it caches."""
-    each = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST)
-    return each, torch.is_autocast_cache_enabled()
+    some = is_any_autocast_enabled()  # asking each takes longer, and this is asked often
+    each = [(some and torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST]
+    return tuple(each), torch.is_autocast_cache_enabled()
 
 
 def put_autocast(state: Autocast) -> None:

@@ -69,6 +69,7 @@ class _Here(threading.local):
 
 
 here = _Here()
+Kept = tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...]
 
 
 _turns: list[Any] = []
@@ -91,10 +92,11 @@ def _give_up_turns(before: list[bool]) -> None:
 
 
 class Noted(NamedTuple):
-    """What was in force in a thread at some moment."""
+    """What was in force in a thread at some moment; ``kept`` says how it is put back."""
 
     functions: Any
     values: list[Any]
+    kept: Kept
 
     def restore(self, trace: TracebackType | None) -> None:
         """Put everything back.
@@ -105,7 +107,7 @@ class Noted(NamedTuple):
         close_contexts(trace)
         # None of this is for function modes to hear.
         with torch._C.DisableTorchFunction():
-            for value, (read, put) in zip(self.values, _KEPT, strict=True):
+            for value, (read, put) in zip(self.values, self.kept, strict=True):
                 if read() != value:
                     put(value)
         set_functions_state(self.functions)
@@ -113,7 +115,16 @@ class Noted(NamedTuple):
 
 def noted() -> Noted:
     """What is in force in this thread now."""
-    return Noted(functions_state(), [read() for read, _ in _KEPT])
+    return _noted(_KEPT)
+
+
+def noted_modes() -> Noted:
+    """The modes in force in this thread now, for a call that changes nothing else."""
+    return _noted(_MODES)
+
+
+def _noted(kept: Kept) -> Noted:
+    return Noted(functions_state(), [read() for read, _ in kept], kept)
 
 
 def restoring(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -215,11 +226,15 @@ def _put_own(values: dict[str, Any]) -> None:
 
 
 _future = torch.__future__
-_KEPT: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+_MODES: Kept = (
     (function_modes, _put_function_modes),
     (dispatch_modes, put_dispatch_modes),
     (_flags, _put_flags),
     (torch.is_grad_enabled, torch._C._set_grad_enabled),
+    (_own, _put_own),
+)
+_KEPT: Kept = (
+    *_MODES,
     (torch.get_default_dtype, torch.set_default_dtype),
     (read_determinism, put_determinism),
     (read_autocast, put_autocast),
@@ -228,6 +243,5 @@ _KEPT: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
         _future.get_swap_module_params_on_conversion,
         _future.set_swap_module_params_on_conversion,
     ),
-    (_own, _put_own),
     (_turns_taken, _give_up_turns),
 )
