@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lateinit
 from lateinit.errors import DeferredTensorError, LateinitError, RecordingError
@@ -180,6 +181,97 @@ def test_a_tensor_with_a_graph_keeps_being_no_leaf_and_its_backward_raises() -> 
     assert late.scaled.equal(layer().weight * 2)
     with pytest.raises(DeferredTensorError, match="graph was not recorded"):
         late.scaled.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda real, w: real.add_(w.sum()),
+        lambda real, w: real[0].copy_(w[0, 0]),
+        lambda real, w: real.__setitem__(0, w[0, 0]),
+        lambda real, w: torch.add(w[0, 0], 1.0, out=real[0]),
+        lambda real, w: torch._foreach_copy_([real[0]], [w[0, 0]]),
+        lambda real, w: real[0].lerp_(w[0, 0], 0.5),
+        lambda real, w: real[0].fill_(w[0, 0]),
+    ],
+)
+@pytest.mark.parametrize("way", ["python", "functions off"])
+def test_deferred_values_are_not_dropped_on_the_way_to_a_real_tensor(write: Any, way: str) -> None:
+    real, late = torch.zeros(3), lateinit.deferred_init(layer)
+    with pytest.raises(DeferredTensorError, match="'weight'"):
+        WAYS[way](lambda w, x: write(x, w))(late.weight.detach(), real)
+    assert not real.any()
+
+
+@pytest.mark.parametrize("name", ["trunc_normal_", "orthogonal_", "sparse_", "normal_", "eye_"])
+def test_an_initialiser_after_the_block_is_refused(name: str) -> None:
+    late = lateinit.deferred_init(layer)
+    arguments = {"sparse_": (0.5,)}.get(name, ())
+    with pytest.raises(DeferredTensorError, match=r"would change .*'weight'"):
+        getattr(nn.init, name)(late.weight, *arguments)
+    assert lateinit.materialize(late).weight.equal(layer().weight)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_deferred_tensor_is_not_traced_into_a_graph(mode: str) -> None:
+    late = lateinit.deferred_init(layer)
+    trace = make_fx(late, tracing_mode=mode, _allow_non_fake_inputs=True)
+    with pytest.raises(DeferredTensorError, match=r"'weight'|'bias'"):
+        trace(torch.ones(1, 3))
+
+
+def test_questions_that_are_ops_are_answered() -> None:
+    weight = lateinit.deferred_init(layer).weight
+    assert not weight.is_pinned()
+    assert weight.is_same_size(weight.detach())
+    assert weight.is_contiguous()
+
+
+# Classes of tensors.
+
+
+class Named(Tensor):
+    """A plain subclass."""
+
+
+class Heard(Tensor):
+    """Notes the ops on its tensors."""
+
+    ops: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.ops.append(func.name())
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_tensor_of_another_class_on_the_memory_of_a_deferred_one_is_heard() -> None:
+    late = lateinit.deferred_init(layer)
+    named = late.weight.detach().as_subclass(Named)
+    assert is_heard(named)
+    with pytest.raises(DeferredTensorError, match="would change"):
+        named.zero_()
+    lateinit.materialize(named)
+    assert type(named) is Named
+    assert named.equal(layer().weight)
+    assert late.bias.as_subclass(Named).requires_grad
+    assert type(lateinit.materialize(late).bias.as_subclass(Named)) is Named
+
+
+def test_a_class_that_hears_ops_hears_them_again_once_its_tensor_is_real() -> None:
+    def build() -> nn.Module:
+        made = nn.Module()
+        made.register_buffer("table", torch.Tensor._make_subclass(Heard, torch.arange(3.0)))
+        return made
+
+    late = lateinit.deferred_init(build)
+    assert lateinit.is_deferred(late.table)
+    lateinit.materialize(late)
+    Heard.ops.clear()
+    assert type(late.table) is Heard
+    assert (late.table + 1).tolist() == [1, 2, 3]
+    assert "aten::add.Tensor" in Heard.ops
 
 
 # Among tensors without values.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional
 
 from lateinit._torch.callers import (
@@ -139,15 +139,22 @@ def test_distributing_asks_for_meta_and_leaves_the_scatter_out_there() -> None:
     with alone_as(1, 2):
         mesh = init_device_mesh("cpu", (2,))
         distribute_tensor(asked_if_meta(4), mesh, [Shard(0)])
-        first, *_ = AskedIfMeta.heard
         (scatter,) = (asked for asked in AskedIfMeta.heard if asked.why == "scatter")
-        assert first == Asked("distribute", {})
         assert scatter.given["output"].shape == (2,)
         assert [part.shape for part in scatter.given["scatter_list"]] == [(2,), (2,)]
         assert scatter.given["mesh"].get_local_rank(scatter.given["mesh_dim"]) == 1
-        AskedIfMeta.heard.clear()
-        DTensor.from_local(asked_if_meta(4), mesh, [Shard(0)])
-        assert AskedIfMeta.heard[0] == Asked("distribute", {})
+
+
+@pytest.mark.parametrize("name", ["trunc_normal_", "orthogonal_", "sparse_", "dirac_"])
+def test_initialisers_that_do_nothing_on_meta_ask_for_it(name: str) -> None:
+    """torch/nn/init.py: ``if tensor.is_meta: return tensor``, or of a view of it."""
+    if "is_meta" not in inspect.getsource(nn.init):
+        pytest.skip("this torch has none")
+    AskedIfMeta.heard.clear()
+    arguments = {"sparse_": (0.5,)}.get(name, ())
+    shape = (2, 2, 2) if name == "dirac_" else (2, 2)
+    getattr(nn.init, name)(asked_if_meta(*shape), *arguments)
+    assert Asked("init", {"function": f"nn.init.{name}"}) in AskedIfMeta.heard
 
 
 def test_an_initialiser_s_arguments_are_the_locals_of_its_frame() -> None:

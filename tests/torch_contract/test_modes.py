@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -26,6 +27,7 @@ from lateinit._torch.modes import (
     is_deterministic,
     is_function_mode_in_force,
     is_recording_alone,
+    is_tracing,
     outside,
     put_autocast,
     put_determinism,
@@ -329,3 +331,17 @@ def test_determinism_and_whether_it_only_warns_are_set_together() -> None:
     finally:
         put_determinism(before)
     assert read_determinism() == before
+
+
+def test_a_tracer_of_fx_is_in_force_while_a_graph_is_made() -> None:
+    """torch/fx/experimental/proxy_tensor.py: get_proxy_mode tells the mode of ``make_fx``."""
+    heard: list[bool] = []
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        heard.append(is_tracing())
+        return x + 1
+
+    for mode in ("real", "fake"):
+        make_fx(traced, tracing_mode=mode)(torch.ones(2))
+    assert heard == [True, True]
+    assert not is_tracing()

@@ -62,7 +62,7 @@ def is_drawn(traits: OpTraits) -> bool:
 
 
 def is_tried(traits: OpTraits) -> bool:
-    return not (traits.writes_unsaid or traits.spoken)
+    return not (traits.writes_unsaid or traits.spoken or traits.layout_only)
 
 
 def tensor(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -385,3 +385,19 @@ def test_an_operator_without_a_row_is_known_by_its_schema_alone() -> None:
     info = op_info(torch.ops.aten.cumsum_.default)
     assert all(getattr(info, field) == getattr(OpTraits(), field) for field in OpTraits.__slots__)
     assert info.mutates == (0,)
+
+
+@rows(lambda traits: traits.layout_only)
+def test_what_needs_layouts_alone_answers_the_same_on_meta(name: str) -> None:
+    """aten/src/ATen/native/TensorProperties.cpp compares sizes; Memory.cpp asks of pinning."""
+    info = by_name(name)
+    tensors = 2 if "other" in info.arguments else 1
+    answers = set()
+    for shapes in (((2, 3), (2, 3)), ((2, 3), (3, 2))):
+        real, on_meta = (
+            info.func(*(torch.ones(shape, device=device) for shape in shapes[:tensors]))
+            for device in ("cpu", "meta")
+        )
+        assert real == on_meta
+        answers.add(real)
+    assert name == "aten::is_pinned" or answers == {True, False}

@@ -11,7 +11,7 @@ import torch
 from torch.utils import _python_dispatch
 
 from lateinit._torch.modes import dispatch_modes, function_modes, set_functions_state
-from lateinit._torch.surroundings import Noted, here, mend, noted, restoring, turn
+from lateinit._torch.surroundings import Noted, here, mend, noted, noted_modes, restoring, turn
 from tests.torch_contract.listeners import Functions, Operators
 
 
@@ -127,3 +127,18 @@ def test_an_interrupted_thread_does_not_keep_its_turn() -> None:
     other.start()
     other.join()
     assert taken == [True]
+
+
+@pytest.mark.parametrize("leave", [leave_modes, leave_functions_disabled, *LEAVING[4:5]])
+def test_modes_are_put_back_alone_where_nothing_else_is_changed(leave: Any) -> None:
+    """torch/csrc/Module.cpp: the stacks, functions and the grad mode are kept for each thread."""
+    before, known = seen(), noted_modes()
+    dtype = torch.get_default_dtype()
+    try:
+        leave()
+        torch.set_default_dtype(torch.float64)
+        known.restore(None)
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(dtype)
+    assert seen() == before

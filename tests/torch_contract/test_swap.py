@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lateinit._torch.swap import (
     as_subclass,
+    hears_ops,
     mark_as_parameter,
     swap,
     swap_implementation,
@@ -147,6 +148,12 @@ def test_the_dispatcher_asks_the_class_that_an_implementation_was_made_with() ->
     exchanged.__class__ = Heard
     with pytest.raises(KeyError, match="aten::add"):
         exchanged + 1
+
+
+def test_a_class_that_hears_ops_has_a_method_for_it() -> None:
+    """torch/_tensor.py: Tensor has one that stands for none, which subclasses inherit."""
+    assert hears_ops(Heard)
+    assert not any(map(hears_ops, (Tensor, nn.Parameter, WithInit)))
 
 
 def test_a_swap_gives_the_object_that_has_the_former_implementation() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lateinit._program import Program
+from lateinit._recording.kinds import written
 from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import (
     described,
@@ -33,6 +34,7 @@ from lateinit._torch import (
     fake_like,
     flat,
     is_fake,
+    is_tracing,
     map_tensors,
     op_info,
     spoken,
@@ -79,12 +81,17 @@ class Follower(DispatchMode):
         elif not deferred and self.meant and kwargs.get("device") == META and not info.random:
             return self.writer.record(info, args, kwargs | {"device": self.meant}, [])
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
-        if not deferred or info.metadata_only or elsewhere:
+        if not deferred or info.metadata_only or info.layout_only or elsewhere:
             return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
         fake = next(filter(is_fake, tensors), None)
         among_meta = fake is not None or len(deferred) < len([t for t in tensors if t.is_meta])
         if not (among_meta and info.writes_unsaid):  # shape propagation through batch norm
             self._refuse_values(info, args, kwargs, deferred, among_meta=among_meta)
+        if fake is not None and is_tracing():
+            raise DeferredTensorError(
+                f"{spoken(info.name)} is being traced with {described(deferred[0])}, which has no "
+                "values yet that a graph could hold: call lateinit.materialize() first"
+            )
         if fake is not None:
             as_fake = partial(self._as_fake, fake)
             return info.func(*map_tensors(args, as_fake), **map_tensors(kwargs, as_fake))
@@ -121,19 +128,24 @@ class Follower(DispatchMode):
                 f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
                 "which has none yet: call lateinit.materialize() first"
             )
-        given = tuple(args[i] for i in info.mutates)
-        for written in tensors_in(given, {k: kwargs.get(k) for k in info.mutates_kw}):
-            if is_deferred_tensor(written) and self.writer.storage_of(written).closed:
+        for changed in written(info, args, kwargs):
+            if not changed.is_meta and not is_fake(changed):
                 raise DeferredTensorError(
-                    f"{op} would change {described(written)} in place, which has no values yet: "
+                    f"{op} was given {described(deferred[0])} together with real tensors, one of "
+                    "which it would write: it is deferred and has no values yet; call "
+                    "lateinit.materialize() first"
+                )
+            if is_deferred_tensor(changed) and self.writer.storage_of(changed).closed:
+                raise DeferredTensorError(
+                    f"{op} would change {described(changed)} in place, which has no values yet: "
                     "do it inside "
                     "`with lateinit.deferred():` so that it is recorded, or after "
                     "lateinit.materialize()"
                 )
-            if is_deferred_tensor(written) and among_meta:
+            if is_deferred_tensor(changed) and among_meta:
                 raise DeferredTensorError(
                     f"{op} would write what is on meta, and was never recorded, to "
-                    f"{described(written)}: build it inside `with lateinit.deferred():` too"
+                    f"{described(changed)}: build it inside `with lateinit.deferred():` too"
                 )
         drawn = info.random and not info.foreign
         if drawn or (not info.returns_tensor and not info.mutates):

@@ -111,12 +111,16 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        recording, before = self._recording, self._before
         try:
             # Only the outermost ``with`` of this object, in no other block, has one to end.
             self._depth -= 1
             if self._depth == 0 and self._recording is not None:
                 self._end(self._recording, error)
         except BaseException as failed:
+            if recording is not None and self._depth == 0:
+                # Also if nothing was left to do but to return: whoever is interrupted calls again.
+                self._recording, self._before = recording, before
             self.abandon(failed.__traceback__)
             raise
 

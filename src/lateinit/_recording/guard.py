@@ -80,7 +80,10 @@ class DeferredTensor(Guarded):
                     return _recorded_device(args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 getter = getattr(func, "__name__", "") == "__get__"
-                if func in _PLAIN or (getter and func not in _VIEWS):
+                if func in _PLAIN:
+                    with below_python():  # some are ops, such as is_pinned
+                        return func(*args, **(kwargs or {}))
+                if getter and func not in _VIEWS:
                     return func(*args, **(kwargs or {}))
                 if func in _READERS:
                     _refuse_read(func, args[0])
@@ -120,6 +123,17 @@ class DeferredTensor(Guarded):
             "lateinit.materialize() first"
         )
 
+    def as_subclass(self, cls: Any) -> Any:
+        """A deferred tensor of another class on the same memory."""
+        share_real_storage(self)
+        # torch/csrc/autograd/python_variable.cpp makes an object of ``cls`` for the result of an
+        # op, and cannot if a guard has made one.
+        with below_python():
+            made = torch.Tensor.as_subclass(self, cls)
+        if is_deferred_tensor(made):
+            guard(made)
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             memo[id(self)] = follow(_deepcopied, (self, memo), {})
@@ -147,6 +161,12 @@ def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
         return False
     if asked.why == "scatter":
         _scatter(asked.given)
+    if asked.why == "init":
+        raise DeferredTensorError(
+            f"{asked.given['function']} would change {described(tensor)} in place, which has no "
+            "values yet: do it inside `with lateinit.deferred():` so that it is recorded, or after "
+            "lateinit.materialize()"
+        )
     return True
 
 
@@ -263,7 +283,9 @@ def guard(tensor: Tensor) -> None:
 def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
     with without_subclass_functions():
         gradient = tensor.grad if tensor.is_leaf else None
-        swap(tensor, as_subclass(guarding, tensor, requires_grad=False))
+        with below_python():  # the class may hear ops of its own
+            made = as_subclass(guarding, tensor, requires_grad=False)
+        swap(tensor, made)
         if gradient is not None:
             tensor.grad = gradient
 

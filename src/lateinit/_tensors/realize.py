@@ -16,6 +16,7 @@ from lateinit._replay import Computed, execution_of
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import (
+    PLAIN_CLASSES,
     Slot,
     give_guard,
     held,
@@ -31,7 +32,7 @@ from lateinit._torch import (
     rewrap,
     without_modes,
 )
-from lateinit._torch.swap import swap
+from lateinit._torch.swap import as_subclass, hears_ops, swap
 
 
 @dataclass(slots=True)
@@ -115,26 +116,33 @@ def give(
                 rewrap(tensor)
             raise
         return
-    # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
-    # one must be made inside inference mode exactly if the deferred one was.
-    inference = tensor.is_inference()
-    cls = type(tensor)
+    cls, inference = type(tensor), tensor.is_inference()
     try:
         # First, so that the swap, which is one call, leaves nothing to do.
         unguard(tensor)
+        # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
+        # one must be made inside inference mode exactly if the deferred one was.
         if window is not None and window.is_inference() == inference:
-            left = swap(tensor, window)
+            left = swap(tensor, _as_original(tensor, window))
         elif inference == torch.is_inference_mode_enabled():
-            left = swap(tensor, ref.on(storage))
+            left = swap(tensor, _as_original(tensor, ref.on(storage)))
         else:
             with inference_mode(inference):
-                left = swap(tensor, ref.on(storage))
+                left = swap(tensor, _as_original(tensor, ref.on(storage)))
     except BaseException:
         if is_deferred_tensor(tensor):
             give_guard(tensor, cls)
         raise
     # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
     left.__class__ = cls
+
+
+def _as_original(tensor: Tensor, real: Tensor) -> Tensor:
+    """A real tensor whose implementation is made for the class of ``tensor``, if that matters."""
+    cls = type(tensor)
+    if cls in PLAIN_CLASSES or not hears_ops(cls):
+        return real
+    return as_subclass(cls, real, requires_grad=False)
 
 
 def share_real_storage(tensor: Tensor) -> None:

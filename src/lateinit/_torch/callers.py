@@ -62,9 +62,10 @@ class Asked(NamedTuple):
     ``why`` is one of:
 
     - ``"load"``: ``load_state_dict``, to warn that copying into meta does nothing.
-    - ``"distribute"``: to make a ``DTensor`` of it.
     - ``"scatter"``: ``mesh_scatter``, to skip copying this rank's part into it. ``given`` holds
       the local variables of that function.
+    - ``"init"``: an initialiser of ``torch.nn.init``, to do nothing. ``given`` has its name as
+      ``function``.
     - None: for another reason.
     """
 
@@ -81,9 +82,8 @@ def why_is_meta(tensor: Any) -> Asked:
     if caller.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
     name = caller.f_code.co_name
-    # torch/distributed/tensor/_api.py. By name, since importing it takes long.
-    if name in ("distribute_tensor", "from_local"):
-        return Asked("distribute", {})
+    if caller.f_globals is _INIT:
+        return Asked("init", {"function": f"nn.init.{name.removeprefix('_no_grad_')}"})
     # torch/distributed/tensor/_collective_utils.py
     if name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
         return Asked("scatter", caller.f_locals)

@@ -7,6 +7,7 @@ operators). lateinit's own computations must be seen by neither, nor by other li
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -274,6 +275,12 @@ def is_recording_alone() -> bool:
         and torch._C._get_default_device() == "cpu"
         and not torch._C._get_deterministic_algorithms()
     )
+
+
+def is_tracing() -> bool:
+    """Whether ops are traced into a graph, as by ``make_fx``; its module takes long to import."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None
 
 
 def default_device_in_force() -> torch.device | None:

@@ -51,6 +51,7 @@ class OpTraits:
         usual: a test for numbers that it surely accepts, for every floating-point dtype.
         method: whether the method of ``Tensor`` with its name, given numbers, calls this overload.
             Calling an ``OpOverload`` from Python takes as long as a small fill; a method is faster.
+        layout_only: whether it answers from layouts alone, without values.
         spoken: its name in messages, if users call it by another one.
         writes_unsaid: the positions of arguments that it writes, and that its schema does not mark.
     """
@@ -64,6 +65,7 @@ class OpTraits:
     numbers: tuple[_Number, ...] = ()
     usual: Callable[..., bool] | None = None
     method: bool = False
+    layout_only: bool = False
     spoken: str | None = None
     writes_unsaid: tuple[int, ...] = ()
 
@@ -169,6 +171,7 @@ _ROWS: dict[str, OpTraits] = {
     "batch_norm_gather_stats_with_counts": OpTraits(writes_unsaid=(3, 4)),
     "batch_norm_update_stats": OpTraits(writes_unsaid=(1, 2)),
     "_local_scalar_dense": OpTraits(spoken="item"),
+    "is_pinned is_same_size": OpTraits(layout_only=True),
 }
 OP_TABLE: dict[str, OpTraits] = {
     f"aten::{name}": traits for names, traits in _ROWS.items() for name in names.split()

@@ -57,6 +57,11 @@ def as_subclass(cls: type, data: Tensor, requires_grad: bool) -> Tensor:
     return made
 
 
+def hears_ops(cls: type) -> bool:
+    """Whether a class of tensors has a ``__torch_dispatch__`` of its own."""
+    return getattr(cls, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
+
+
 def mark_as_parameter(tensor: Tensor) -> None:
     """Make ``isinstance(tensor, nn.Parameter)`` true of a tensor of another class."""
     # torch/nn/parameter.py: _ParameterMeta.__instancecheck__ reads this attribute.
