@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lateinit._program import Storage, TensorRef
-from lateinit._replay import Execution, execution_of
+from lateinit._replay import Computed, Execution, execution_of
 from lateinit._tensors.cast import Cast, home
 from lateinit._tensors.slots import ON_META, Slot, held, slot_of
 from lateinit._torch import without_modes, without_subclass_functions
@@ -81,17 +81,14 @@ class Deferred:
         with without_modes():
             return real.window(self.ref).on(real.storage)
 
-    def values(self, execution: Execution | None = None) -> Tensor:
-        """A tensor with its values, on its real memory or else computed; it stays deferred itself.
+    def values(self, execution: Execution | None = None) -> Computed:
+        """Its whole storage with the values that were recorded, in memory that nobody else has.
 
         Args:
             execution: computes the values; by default from the recorded random state.
         """
-        real = self.real()
-        if real is not None:
-            return real
-        with without_modes():
-            return (execution or execution_of(self.program)).value(self.ref)
+        number = self.ref.storage
+        return (execution or execution_of(self.program)).values([number])[number]
 
 
 def described(tensor: Any) -> str:

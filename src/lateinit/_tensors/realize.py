@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lateinit._program import Storage, TensorRef
-from lateinit._replay import Computed, execution_of
+from lateinit._replay import Computed
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import (
@@ -160,9 +160,7 @@ def adopt(tensor: Tensor, source: Tensor) -> None:
     # its recorded values. If it shows all of it, nothing recorded survives the copy.
     deferred = Deferred.of(tensor)
     if deferred.slot.real is None and not deferred.is_whole():
-        number = deferred.ref.storage
-        computed = execution_of(deferred.program).values([number])[number]
-        deferred.slot.real = AS_RECORDED.apply(computed, [deferred.ref])
+        deferred.slot.real = AS_RECORDED.apply(deferred.values(), [deferred.ref])
     adopt_uninitialized(tensor)
     with torch.no_grad():
         tensor.copy_(source)

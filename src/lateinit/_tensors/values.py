@@ -42,13 +42,12 @@ def own_copy(
         except RuntimeError:  # of a plain subclass, or another that torch copies in no other way
             return tensor.detach().clone()
     deferred = Deferred.of(tensor)
-    real, slot, number = deferred.real(), deferred.slot, deferred.ref.storage
+    real, slot = deferred.real(), deferred.slot
     with without_modes():
         if real is not None:
             return copy.deepcopy(real, memo)
         if slot not in memo:
-            execution = execution_of(deferred.program, past_holes=past_holes)
-            computed = execution.values([number])[number]
-            memo[slot] = cast.apply(computed, together or [deferred.ref])
+            values = deferred.values(execution_of(deferred.program, past_holes=past_holes))
+            memo[slot] = cast.apply(values, together or [deferred.ref])
         made: Real = memo[slot]
         return made.window(deferred.ref).on(made.storage)

@@ -10,7 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from lateinit._identity import IdentityMap
 from lateinit._materialize.materialize import materialize
-from lateinit._replay import execution_of
 from lateinit._tensors import (
     ON_META,
     Cast,
@@ -112,8 +111,7 @@ class Placer:
             window.on(memory).copy_(source)
             shared.put(memory, self._cast)
         else:  # the checkpoint has a part of it: the rest is computed
-            number = deferred.ref.storage
-            shared.give(execution_of(deferred.program).values([number])[number], self._cast)
+            shared.give(deferred.values(), self._cast)
             return False
         return True
 
