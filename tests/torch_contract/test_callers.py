@@ -20,9 +20,9 @@ from lateinit._torch.callers import (
     Asked,
     Caller,
     attention_without_fused_kernel,
+    caller,
     callers,
     close_contexts,
-    foreign_caller,
     innermost_foreign_line,
     is_batch_norm_loading,
     is_frame_of,
@@ -262,12 +262,12 @@ def test_torch_s_python_is_under_one_folder_and_graphs_have_no_file() -> None:
 
 
 def entered() -> Caller:
-    return foreign_caller()
+    return caller(0)
 
 
 def test_a_frame_is_on_the_stack_until_it_returns() -> None:
-    """Python gives each running call a frame; torch's and lateinit's own are passed over."""
-    here = foreign_caller()
+    """Python gives each running call a frame, and frees it when it returns."""
+    here = caller(0)
     assert is_on_stack(here)
     assert list(map(is_on_stack, [here]))
     assert here.thread

@@ -232,13 +232,13 @@ def test_whether_functions_are_called_can_be_read_and_set() -> None:
     """torch/csrc/utils/disable_torch_function.cpp: the guards set a state of the thread."""
     before = functions_state()
     with without_functions():
-        assert are_functions_disabled()
+        assert are_functions_disabled(functions_state())
         enable_functions()
         with Functions() as mode:
             torch.ones(2)
         assert mode.heard == [torch.ones]
         set_functions_state(before)
-        assert not are_functions_disabled()
+        assert not are_functions_disabled(functions_state())
 
 
 def test_the_stacks_of_modes_can_be_read_and_put_back() -> None:

@@ -29,7 +29,7 @@ from lateinit._torch import (
     Noted,
     are_functions_disabled,
     as_subclass,
-    foreign_caller,
+    caller,
     here,
     is_frame_of,
     is_on_stack,
@@ -90,13 +90,13 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             raise
 
     def _begin(self) -> Program:
-        if are_functions_disabled():
+        before = noted()
+        if are_functions_disabled(before.functions):
             raise RecordingError(
                 "torch functions are disabled in this thread (DisableTorchFunction), so that a "
                 "block would not see the construction: leave that block of torch first"
             )
-        self._entered = foreign_caller()
-        self._before = noted()
+        self._entered, self._before = caller(2), before
         _one_thread.acquire()
         recording = self._recording = Recording(ProgramWriter(Program()), self._before)
         # From the start, drawn from or not: settle() must know where the block began.

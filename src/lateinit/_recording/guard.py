@@ -56,7 +56,7 @@ from lateinit._torch import (
     why_is_meta,
     without_subclass_functions,
 )
-from lateinit._torch.swap import swap
+from lateinit._torch.swap import swap, swap_with_hooks
 from lateinit.errors import DeferredTensorError
 
 
@@ -281,11 +281,19 @@ def guard(tensor: Tensor) -> None:
 
 
 def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
+    leaf = tensor.is_leaf
+    requires = leaf and tensor.requires_grad
+    gradient = tensor.grad if requires else None
+    if type(tensor) in PLAIN_CLASSES:
+        made = as_subclass(guarding, tensor, requires)
+    else:  # a user's class may hear functions and ops itself
+        with without_subclass_functions(), below_python():
+            made = as_subclass(guarding, tensor, requires)
     with without_subclass_functions():
-        gradient = tensor.grad if tensor.is_leaf else None
-        with below_python():  # the class may hear ops of its own
-            made = as_subclass(guarding, tensor, requires_grad=False)
-        swap(tensor, made)
+        if leaf:
+            swap_with_hooks(tensor, made)
+        else:
+            swap(tensor, made)
         if gradient is not None:
             tensor.grad = gradient
 

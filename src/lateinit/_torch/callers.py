@@ -171,12 +171,9 @@ class Caller(NamedTuple):
     thread: int
 
 
-def foreign_caller() -> Caller:
-    """The innermost running frame outside torch and lateinit."""
-    found = outermost = _frame(0)
-    for found in _upwards(outermost):
-        if not is_library(found.f_code.co_filename):
-            break
+def caller(above: int) -> Caller:
+    """The frame that is so many calls above the function that asks."""
+    found = _frame(above)
     return Caller(id(found), found.f_code, threading.get_ident())
 
 

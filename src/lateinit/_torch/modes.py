@@ -94,9 +94,9 @@ function_modes: Callable[[], list[Any]] = _get_current_function_mode_stack
 _States: Any = torch._C._TorchFunctionState  # type: ignore[attr-defined]
 
 
-def are_functions_disabled() -> bool:
-    """Whether function modes are not called in this thread."""
-    return bool(functions_state() == _States.ALL_DISABLED)
+def are_functions_disabled(state: Any) -> bool:
+    """Whether function modes are not called in a state that ``functions_state`` gave."""
+    return bool(state == _States.ALL_DISABLED)
 
 
 def enable_functions() -> None:
