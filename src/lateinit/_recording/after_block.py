@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lateinit._program import Program
 from lateinit._recording.kinds import written
+from lateinit._recording.recorder import RecordingMode
 from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import (
     described,
@@ -26,24 +27,21 @@ from lateinit._tensors import (
 from lateinit._torch import (
     META,
     Args,
-    DispatchMode,
     Kwargs,
     OpInfo,
-    OpOverload,
     below_python,
     fake_like,
     flat,
     is_fake,
     is_tracing,
     map_tensors,
-    op_info,
     spoken,
     tensors_in,
 )
 from lateinit.errors import DeferredTensorError
 
 
-class Follower(DispatchMode):
+class Follower(RecordingMode):
     """Dispatch mode outside blocks: records the ops that can be replayed faithfully.
 
     ``meant`` is the recorded device of the tensors of a call, if all of its meta tensors are
@@ -58,17 +56,9 @@ class Follower(DispatchMode):
     meant: torch.device | None = None
 
     def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
-        super().__init__()
         # Random ops are refused; replaying raises if a foreign op draws.
-        self.writer = ProgramWriter(program, drawing=False)
+        super().__init__(ProgramWriter(program, drawing=False))
         self._guard = guard
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
-        if self.ended:  # an interrupt has left it on a stack
-            return func(*args, **(kwargs or {}))
-        return self.dispatch(op_info(func), args, kwargs or {})
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Have one op recorded, run it among tensors without values, or refuse it."""

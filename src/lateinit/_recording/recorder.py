@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ from lateinit._torch import (
 from lateinit.errors import RecordingError
 
 
-class Recorder(DispatchMode):
-    """Dispatch mode of a block: classifies each op of the thread, and treats it by its kind."""
+class RecordingMode(DispatchMode):
+    """A dispatch mode that owns a writer, and has it record the ops of the thread."""
 
     def __init__(self, writer: ProgramWriter) -> None:
         super().__init__()
@@ -55,6 +55,14 @@ class Recorder(DispatchMode):
             return self.dispatch(op_info(func), args, kwargs or {})
         finally:
             writer.busy = busy
+
+    def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
+        """Treat one op."""
+        raise NotImplementedError
+
+
+class Recorder(RecordingMode):
+    """Dispatch mode of a block: classifies each op, and treats it by its kind."""
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op by its kind."""
@@ -219,19 +227,8 @@ class Recorder(DispatchMode):
     }
 
 
-class Mode(Protocol):
-    """A dispatch mode that has ops recorded."""
-
-    writer: ProgramWriter
-    ended: bool
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *error: object) -> Any: ...
-
-
 @contextlib.contextmanager
-def in_force(mode: Mode) -> Iterator[None]:
+def in_force(mode: RecordingMode) -> Iterator[None]:
     """Put a dispatch mode that has ops recorded in force for a block."""
     outer = current()
     try:

@@ -9,7 +9,7 @@ and the rooms below it. Start with ``slots``: everything else asks it whether a 
 
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, cast_to, home
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
-from lateinit._tensors.deferred import Deferred, described
+from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
     SharedStorage,
@@ -24,6 +24,7 @@ from lateinit._tensors.slots import (
     Guarded,
     Slot,
     attach,
+    described,
     give_guard,
     held,
     is_deferred_tensor,

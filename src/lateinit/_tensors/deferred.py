@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -89,12 +87,3 @@ class Deferred:
         """
         number = self.ref.storage
         return (execution or execution_of(self.program)).values([number])[number]
-
-
-def described(tensor: Any) -> str:
-    """The words for a deferred tensor in an error message: its name, if known, and its shape."""
-    slot = slot_of(tensor) if isinstance(tensor, Tensor) else None
-    shape = tuple(getattr(tensor, "shape", ()))
-    if slot is None or slot.name is None:
-        return f"a deferred tensor {shape}"
-    return f"the deferred tensor {slot.name!r} {shape}"
