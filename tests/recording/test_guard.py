@@ -101,7 +101,7 @@ def test_an_op_that_comes_by_any_way_is_honoured_or_refused(act: Any, way: str) 
     x, eager, late = torch.randn(2, 3), layer(), lateinit.deferred_init(layer)
     untouched = eager.weight.detach().clone()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
         run = WAYS[way](act)
     try:
         expected = run(eager.weight, x)
@@ -133,7 +133,7 @@ def test_gradients_by_functions_are_those_of_the_eager_twin() -> None:
 def test_a_model_that_was_scripted_before_it_was_materialised_computes_with_its_values() -> None:
     x, late = torch.randn(2, 3), lateinit.deferred_init(layer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         scripted = torch.jit.script(late)
     with pytest.raises(RuntimeError, match="TorchScript"):
         scripted(x)
