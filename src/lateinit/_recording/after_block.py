@@ -41,6 +41,22 @@ from lateinit._torch import (
 from lateinit.errors import DeferredTensorError
 
 
+def needs_values(what: str, tensor: Tensor) -> DeferredTensorError:
+    """The error for something that needs the values of a deferred tensor."""
+    return DeferredTensorError(
+        f"{what} needs the values of {described(tensor)}, which has none yet: call "
+        "lateinit.materialize() first"
+    )
+
+
+def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
+    """The error for something that writes to a deferred tensor whose block has ended."""
+    return DeferredTensorError(
+        f"{what} would change {described(tensor)} in place, which has no values yet: do it inside "
+        "`with lateinit.deferred():` so that it is recorded, or after lateinit.materialize()"
+    )
+
+
 class Follower(RecordingMode):
     """Dispatch mode outside blocks: records the ops that can be replayed faithfully.
 
@@ -126,12 +142,7 @@ class Follower(RecordingMode):
                     "lateinit.materialize() first"
                 )
             if is_deferred_tensor(changed) and self.writer.storage_of(changed).closed:
-                raise DeferredTensorError(
-                    f"{op} would change {described(changed)} in place, which has no values yet: "
-                    "do it inside "
-                    "`with lateinit.deferred():` so that it is recorded, or after "
-                    "lateinit.materialize()"
-                )
+                raise would_change(op, changed)
             if is_deferred_tensor(changed) and among_meta:
                 raise DeferredTensorError(
                     f"{op} would write what is on meta, and was never recorded, to "
@@ -139,10 +150,7 @@ class Follower(RecordingMode):
                 )
         drawn = info.random and not info.foreign
         if drawn or (not info.returns_tensor and not info.mutates):
-            raise DeferredTensorError(
-                f"{op} needs the values of {described(deferred[0])}, which has none yet: call "
-                "lateinit.materialize() first"
-            )
+            raise needs_values(op, deferred[0])
         tensors = tensors_in(args, kwargs)
         if any(not (t.is_meta or is_fake(t)) and t.dim() > 0 for t in tensors):
             raise DeferredTensorError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import TensorRef
-from lateinit._recording.after_block import Follower
+from lateinit._recording.after_block import Follower, needs_values, would_change
 from lateinit._recording.recorder import in_force
 from lateinit._recording.writer import current
 from lateinit._tensors import (
@@ -32,7 +32,6 @@ from lateinit._tensors import (
     adopt,
     attributes,
     copied_by_deepcopy,
-    described,
     give_guard,
     is_deferred_tensor,
     original_class,
@@ -57,7 +56,6 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
-from lateinit.errors import DeferredTensorError
 
 
 class DeferredTensor(Guarded):
@@ -112,16 +110,10 @@ class DeferredTensor(Guarded):
     def __format__(self, spec: str) -> str:
         if not spec:
             return repr(self)
-        raise DeferredTensorError(
-            f"format {spec!r} needs the values of {described(self)}, which has none yet: call "
-            "lateinit.materialize() first"
-        )
+        raise needs_values(f"format {spec!r}", self)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise DeferredTensorError(
-            f"numpy needs the values of {described(self)}, which has none yet: call "
-            "lateinit.materialize() first"
-        )
+        raise needs_values("numpy", self)
 
     def as_subclass(self, cls: Any) -> Any:
         """A deferred tensor of another class on the same memory."""
@@ -148,10 +140,7 @@ class DeferredTensor(Guarded):
 
 
 def _refuse_read(func: Any, tensor: Tensor) -> None:
-    raise DeferredTensorError(
-        f"{func.__name__} needs the values of {described(tensor)}, which has none yet: call "
-        "lateinit.materialize() first"
-    )
+    raise needs_values(func.__name__, tensor)
 
 
 def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
@@ -162,11 +151,7 @@ def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
     if asked.why == "scatter":
         _scatter(asked.given)
     if asked.why == "init":
-        raise DeferredTensorError(
-            f"{asked.given['function']} would change {described(tensor)} in place, which has no "
-            "values yet: do it inside `with lateinit.deferred():` so that it is recorded, or after "
-            "lateinit.materialize()"
-        )
+        raise would_change(asked.given["function"], tensor)
     return True
 
 

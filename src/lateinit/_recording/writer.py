@@ -165,14 +165,13 @@ class ProgramWriter:
             )
         # Autocast has no dispatch key for meta tensors (c10/core/DispatchKeySet.h): a meta kernel
         # would give the dtype without autocast. Under autocast such ops are run instead.
-        if not self.autocasting or info.mutates:
-            try:
-                result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
-            # No meta kernel, or a shape that depends on values. If the call is wrong, it raises
-            # again in the run, as it would in eager construction.
-            except Exception:  # noqa: BLE001
-                return record_by_running(self, info, args, kwargs, deferred)
-        else:
+        if self.autocasting and not info.mutates:
+            return record_by_running(self, info, args, kwargs, deferred)
+        try:
+            result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
+        # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again
+        # in the run, as it would in eager construction.
+        except Exception:  # noqa: BLE001
             return record_by_running(self, info, args, kwargs, deferred)
         self._note(info, args, kwargs, deferred, result)
         return result

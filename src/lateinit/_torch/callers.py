@@ -78,15 +78,15 @@ _NOTHING = Asked(None, {})
 
 def why_is_meta(tensor: Any) -> Asked:
     """Why the caller of the function that asks reads ``tensor.is_meta``."""
-    caller = _frame(1)
-    if caller.f_code is nn.Module._load_from_state_dict.__code__:
+    asking = _frame(1)
+    if asking.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
-    name = caller.f_code.co_name
-    if caller.f_globals is _INIT:
+    name = asking.f_code.co_name
+    if asking.f_globals is _INIT:
         return Asked("init", {"function": f"nn.init.{name.removeprefix('_no_grad_')}"})
     # torch/distributed/tensor/_collective_utils.py
-    if name == "mesh_scatter" and tensor is caller.f_locals.get("output"):
-        return Asked("scatter", caller.f_locals)
+    if name == "mesh_scatter" and tensor is asking.f_locals.get("output"):
+        return Asked("scatter", asking.f_locals)
     return _NOTHING
 
 
