@@ -63,6 +63,8 @@ def main() -> None:
         dist.all_reduce(total)
         if rank == 0:
             print(f"step {step}: loss {total.item() / ranks:.3f}", flush=True)
+    # Gloo's thread may still hold the tensor of the last sum; it must let go before Python exits.
+    dist.barrier()
     dist.destroy_process_group()
 
 

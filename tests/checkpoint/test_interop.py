@@ -151,6 +151,7 @@ def save(rank, path, port):
     weight = distribute_tensor(torch.arange(70.0).view(10, 7), mesh, [Shard(1)])
     bias = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)])
     dcp.save({"weight": weight, "bias": bias}, checkpoint_id=path)
+    dist.barrier()
     dist.destroy_process_group()
 
 mp.start_processes(save, args=(sys.argv[1], sys.argv[1] + ".store"), nprocs=2,
