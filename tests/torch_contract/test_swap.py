@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lateinit._torch.swap import (
     as_subclass,
     hears_ops,
-    mark_as_parameter,
     swap,
     swap_implementation,
     swap_with_hooks,
@@ -123,7 +122,7 @@ def test_an_attribute_makes_a_tensor_of_another_class_a_parameter() -> None:
     """torch/nn/parameter.py: _ParameterMeta.__instancecheck__ asks for ``_is_param``."""
     tensor = as_subclass(type("Own", (Tensor,), {}), torch.ones(2), True)
     assert not isinstance(tensor, nn.Parameter)
-    mark_as_parameter(tensor)
+    tensor._is_param = True  # type: ignore[attr-defined]
     assert isinstance(tensor, nn.Parameter)
     layer = nn.Module()
     layer.weight = tensor

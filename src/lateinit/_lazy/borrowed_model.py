@@ -75,7 +75,7 @@ def dressed(stand_in: Tensor, tensor: Tensor, of: MakeStandIn) -> Tensor:
     if not is_wrapper(tensor):
         stand_in.__class__ = original_class(tensor)
         held = {key: exchanged(value, of) for key, value in vars(tensor).items()}
-        vars(stand_in).update({key: value for key, value in held.items() if key != "_is_param"})
+        vars(stand_in).update(held)
     return stand_in
 
 

@@ -33,6 +33,7 @@ from lateinit._torch import (
     fake_like,
     flat,
     is_fake,
+    is_module_converting,
     is_tracing,
     map_tensors,
     spoken,
@@ -80,6 +81,12 @@ class Follower(RecordingMode):
         """Have one op recorded, run it among tensors without values, or refuse it."""
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
+        if deferred and info.name == "aten::empty_like" and is_module_converting():
+            raise DeferredTensorError(
+                f"Module.to_empty would lose the recorded values of {described(deferred[0])}, and "
+                "leave memory without values: call lateinit.materialize(module, device=...) "
+                "instead, or pass param_init_fn=lateinit.materialize to FullyShardedDataParallel"
+            )
         own = bool(deferred) and kwargs.get("device") == META
         if own:
             # Outside blocks a deferred tensor reports meta, so y.to(x.device) asks for meta.
@@ -88,7 +95,7 @@ class Follower(RecordingMode):
             return self.writer.record(info, args, kwargs | {"device": self.meant}, [])
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or info.layout_only or elsewhere:
-            return info.func(*args, **kwargs)  # `to_empty(device="cpu")` means real memory
+            return info.func(*args, **kwargs)
         fake = next(filter(is_fake, tensors), None)
         among_meta = fake is not None or len(deferred) < len([t for t in tensors if t.is_meta])
         if not (among_meta and info.writes_unsaid):  # shape propagation through batch norm
@@ -145,8 +152,10 @@ class Follower(RecordingMode):
                 raise would_change(op, changed)
             if is_deferred_tensor(changed) and among_meta:
                 raise DeferredTensorError(
-                    f"{op} would write what is on meta, and was never recorded, to "
-                    f"{described(changed)}: build it inside `with lateinit.deferred():` too"
+                    f"{op} would write a meta tensor, which has no values, to "
+                    f"{described(changed)}: build it inside `with lateinit.deferred():` too. If it "
+                    "was real, and was moved to the device of that one: call "
+                    "lateinit.materialize() first"
                 )
         drawn = info.random and not info.foreign
         if drawn or (not info.returns_tensor and not info.mutates):

@@ -203,12 +203,17 @@ def _places(item: Any) -> Any:
 
 
 _tensor = torch.Tensor
-HANDLERS: dict[Any, Handler] = {
+CONVERSIONS: dict[Any, Handler] = {
     _tensor.to: _to_any,
     _tensor.cpu: of_deferred(_cpu),
     _tensor.cuda: of_deferred(_cuda),
     _tensor.type: of_deferred(_type),
     _tensor.type_as: _type_as,
+}
+"""The handlers of moves and casts, in a block and after it."""
+
+HANDLERS: dict[Any, Handler] = {
+    **CONVERSIONS,
     _tensor.new_tensor: of_deferred(_new_tensor),
     _tensor.new: of_deferred(_new),
     _tensor.__getitem__: of_deferred(_by_index),

@@ -9,7 +9,6 @@ which function of torch is answered by which handler.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +19,12 @@ from torch import Tensor
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.writer import ProgramWriter
-from lateinit._tensors import copied_by_deepcopy, is_deferred_tensor
+from lateinit._tensors import address_of, copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch import (
     FunctionMode,
     device_number,
     is_any_autocast_enabled,
     set_grad_enabled,
-    storage_key,
     swap_implementation,
     without_modes,
 )
@@ -86,22 +84,7 @@ def _get_device(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
 
 
 def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> int:
-    # Constructors compare addresses to find ties, and every meta tensor has address 0: give each
-    # storage a distinct one. Empty tensors have address 0 on every device.
-    tensor = args[0]
-    if tensor.numel() == 0:
-        return 0
-    return int(
-        storage_key(tensor.untyped_storage()) + tensor.storage_offset() * tensor.element_size()
-    )
-
-
-def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    # The same for ``storage.data_ptr()``. Storages have no __torch_function__, so the method of
-    # this one object is replaced.
-    storage = func(*args)
-    storage.data_ptr = functools.partial(storage_key, storage)
-    return storage
+    return address_of(args[0])
 
 
 def _by_value(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -190,7 +173,6 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.get_device: of_deferred(_get_device),
     torch.get_device: of_deferred(_get_device),
     _tensor.data_ptr: of_deferred(_data_ptr),
-    _tensor.untyped_storage: of_deferred(_untyped_storage),
     _tensor.tolist: of_deferred(_read),
     _tensor.__repr__: of_deferred(_read),
     _tensor.__format__: of_deferred(_read),

@@ -22,6 +22,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._program import TensorRef
 from lateinit._recording.after_block import Follower, needs_values, would_change
+from lateinit._recording.conversions import CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.writer import current
 from lateinit._tensors import (
@@ -29,25 +30,31 @@ from lateinit._tensors import (
     Deferred,
     Guarded,
     Slot,
+    address_of,
     adopt,
     attributes,
     copied_by_deepcopy,
     give_guard,
     is_deferred_tensor,
+    is_parameter,
     original_class,
     share_real_storage,
+    show,
 )
 from lateinit._torch import (
+    META,
     Args,
     Asked,
     Kwargs,
     as_subclass,
     below_python,
+    class_of_new_parameter,
     enable_functions,
     flat,
     has_own_dispatch,
     inference_mode,
     is_batch_norm_loading,
+    is_making_parameter,
     mend,
     noted_modes,
     restoring,
@@ -67,6 +74,10 @@ class DeferredTensor(Guarded):
     same shape makes it real.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """``type(p)(data, requires_grad=...)``: code makes a parameter of the class of another."""
+        return cls.original(*args, **kwargs)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -77,20 +88,20 @@ class DeferredTensor(Guarded):
                 if func == torch.Tensor.device.__get__ and is_batch_norm_loading():
                     return _recorded_device(args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
-                getter = getattr(func, "__name__", "") == "__get__"
                 if func in _PLAIN:
                     with below_python():  # some are ops, such as is_pinned
                         return func(*args, **(kwargs or {}))
-                if getter and func not in _VIEWS:
+                answer = _ANSWERS.get(func)
+                if answer is not None and isinstance(args[0], Guarded):
+                    share_real_storage(args[0])
+                    if is_deferred_tensor(args[0]):
+                        return answer(func, *args, **(kwargs or {}))
+                if getattr(func, "__name__", "") == "__get__" and func not in _VIEWS:
                     return func(*args, **(kwargs or {}))
-                if func in _READERS:
-                    _refuse_read(func, args[0])
-                if func == torch.Tensor.copy_ and args[0] is args[1]:
-                    return args[0]
-                if func == torch.Tensor.copy_ and is_whole_load(*args[:2]):
-                    adopt(args[0], args[1])
-                    return args[0]
-                return follow(func, args, kwargs or {})
+                result = follow(func, args, kwargs or {})
+                if func == torch.Tensor.detach and is_making_parameter():
+                    _same_class(result, args[0])
+                return result
         except BaseException:
             enable_functions()  # they were, or this would not have been called
             raise
@@ -102,10 +113,22 @@ class DeferredTensor(Guarded):
         return hear(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        kind = "Parameter" if getattr(self, "_is_param", False) else "tensor"
+        kind = "Parameter" if is_parameter(self) else "tensor"
         shape = ", ".join(map(str, self.shape))
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"<deferred {kind} ({shape}), {self.dtype}{grad}>"
+
+    @property
+    def _is_param(self) -> bool:
+        return issubclass(self.original, nn.Parameter)
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        # torch/nn/parameter.py: Parameter.__new__ sets it on data.detach(), and would return that
+        # as a tensor of the class of the data.
+        guarding = _guarding(class_of_new_parameter())
+        if guarding is not None:
+            self.__class__ = guarding  # type: ignore[assignment]
 
     def __format__(self, spec: str) -> str:
         if not spec:
@@ -139,8 +162,42 @@ class DeferredTensor(Guarded):
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 
 
-def _refuse_read(func: Any, tensor: Tensor) -> None:
+def _refuse_read(func: Any, tensor: Tensor, *_: Any, **__: Any) -> Any:
     raise needs_values(func.__name__, tensor)
+
+
+def _address(func: Any, tensor: Tensor) -> int:
+    return address_of(tensor)
+
+
+def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
+    """``tensor.copy_(source)``: a load if the source is real."""
+    if source is not tensor and not is_whole_load(tensor, source):
+        return follow(func, (tensor, source, *args), kwargs)
+    if source is not tensor:
+        adopt(tensor, source)
+    return tensor
+
+
+def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
+    """``tensor.data = data``, which torch refuses if exactly one of them is on meta."""
+    if isinstance(data, Tensor) and not data.is_meta:
+        show(tensor, data.detach())
+    else:
+        func(tensor, data)
+
+
+def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
+    """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta."""
+    if isinstance(grad, Tensor) and not grad.is_meta:
+        raise needs_values("setting the gradient", tensor)
+    func(tensor, grad)
+
+
+def _same_class(made: Tensor, data: Tensor) -> None:
+    """Give ``data.detach()`` the class of ``data``: ``nn.Parameter(data)`` insists on that."""
+    if isinstance(made, Guarded) and isinstance(data, Guarded):
+        made.__class__ = type(data)
 
 
 def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
@@ -191,7 +248,7 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
 
     Not guarded are tensors that are guarded already, lazy placeholders, and wrapper subclasses.
     """
-    if cls in PLAIN_CLASSES:
+    if cls is torch.Tensor:
         return DeferredTensor
     own_guards = (Guarded, UninitializedTensorMixin)
     if issubclass(cls, own_guards) or hasattr(cls, "__tensor_flatten__"):
@@ -227,12 +284,25 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     follower = Follower(Deferred.of(first).program, guard)
     if len([t for t in tensors if t.is_meta]) == len(deferred):
         follower.meant = follower.writer.device_of(first)
+    conversion = CONVERSIONS.get(func)
     with in_force(follower):
-        result = func(*args, **kwargs)
+        if conversion is None:
+            result = func(*args, **kwargs)
+        else:
+            # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
+            device = follower.writer.device_of(first)
+            args = tuple(_meant(value, device) for value in args)
+            kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
+            result = conversion(follower.writer, func, args, kwargs)
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             guard(leaf)
     return result
+
+
+def _meant(value: Any, device: torch.device) -> Any:
+    on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
+    return device if on_meta else value
 
 
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -312,18 +382,26 @@ def _rebuild(
 
 
 # Functions that need the values, or the memory itself: no op that could be recorded gives these.
-_READERS = frozenset(
-    {
-        torch.Tensor.numpy,
-        torch.Tensor.tolist,
-        torch.Tensor.__dlpack__,
-        torch.Tensor.share_memory_,
-        torch.Tensor.backward,
-        torch.Tensor.apply_,
-        torch.Tensor.map_,
-        torch.Tensor.map2_,
-    }
+_READERS = (
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.__dlpack_device__,
+    torch.Tensor.share_memory_,
+    torch.Tensor.backward,
+    torch.Tensor.apply_,
+    torch.Tensor.map_,
+    torch.Tensor.map2_,
 )
+
+# The functions that are answered here; every other is followed.
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.copy_: _copy,
+    torch.Tensor.data_ptr: _address,
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
+    **dict.fromkeys(_READERS, _refuse_read),
+}
 
 
 _VIEWS = frozenset(
@@ -353,7 +431,6 @@ _PLAIN = frozenset(
         torch.Tensor.is_shared,
         torch.Tensor.is_pinned,
         torch.Tensor.untyped_storage,
-        torch.Tensor.data_ptr,
         torch.Tensor.get_device,
         torch.Tensor.requires_grad_,
         torch.Tensor.register_hook,

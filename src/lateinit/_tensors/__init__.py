@@ -16,6 +16,7 @@ from lateinit._tensors.realize import (
     adopt,
     adopt_uninitialized,
     share_real_storage,
+    show,
 )
 from lateinit._tensors.selection import Only, Wanted, select, wanted_in
 from lateinit._tensors.slots import (
@@ -23,6 +24,7 @@ from lateinit._tensors.slots import (
     PLAIN_CLASSES,
     Guarded,
     Slot,
+    address_of,
     attach,
     described,
     give_guard,
@@ -57,6 +59,7 @@ __all__ = [
     "SharedStorage",
     "Slot",
     "Wanted",
+    "address_of",
     "adopt",
     "adopt_uninitialized",
     "attach",
@@ -78,6 +81,7 @@ __all__ = [
     "own_tensors",
     "select",
     "share_real_storage",
+    "show",
     "slot_of",
     "wanted_in",
     "window_key",

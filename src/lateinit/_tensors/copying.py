@@ -42,5 +42,5 @@ def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def attributes(tensor: Tensor) -> dict[str, Any]:
-    """The attributes that users set on a tensor object; ``_is_param`` is the guard's own mark."""
-    return {key: value for key, value in tensor.__dict__.items() if key != "_is_param"}
+    """The attributes that users set on a tensor object."""
+    return dict(tensor.__dict__)

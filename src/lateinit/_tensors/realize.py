@@ -154,6 +154,16 @@ def share_real_storage(tensor: Tensor) -> None:
 
 
 @restoring
+def show(tensor: Tensor, real: Tensor) -> None:
+    """Realise a deferred tensor on the memory of a real one, as ``tensor.data = real`` does.
+
+    The other tensors on its storage stay deferred.
+    """
+    with without_modes():
+        give(tensor, TensorRef.of(real, 0), real.untyped_storage())
+
+
+@restoring
 def adopt(tensor: Tensor, source: Tensor) -> None:
     """Realise a deferred tensor with the values of a real one: ``tensor.copy_(source)``."""
     # If the tensor shows only part of its storage, other tensors may show the rest, which needs

@@ -17,16 +17,15 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._program import Program, TensorRef
 from lateinit._tensors.cast import Real
+from lateinit._tensors.storage import SLOT, DeferredStorage
 from lateinit._torch import (
     is_dtensor,
     is_function_mode_in_force,
     local_part,
-    mark_as_parameter,
     without_functions,
 )
 from lateinit.errors import DeferredTensorError
 
-_ATTRIBUTE = "_lateinit_slot"
 PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
 
 
@@ -102,17 +101,14 @@ ON_META = Slot(Program(), 0)
 class Guarded(torch.Tensor):
     """Base of the classes of deferred tensors outside a block (see ``guard``).
 
-    ``original`` is the class of the tensor without its guard, None for torch's own two classes.
+    ``original`` is the class of the tensor without its guard.
     """
 
-    original: ClassVar[type[Tensor] | None] = None
+    original: ClassVar[type[Tensor]] = torch.Tensor
 
 
 def give_guard(tensor: Tensor, guarding: type[Tensor]) -> None:
     """Give a deferred tensor the guarding class that its implementation was made for."""
-    # A guard of a plain parameter is no subclass of Parameter, those of Parameter's subclasses are.
-    if type(tensor) is nn.Parameter:
-        mark_as_parameter(tensor)
     tensor.__class__ = guarding
 
 
@@ -120,18 +116,19 @@ def unguard(tensor: Tensor) -> None:
     """Give a tensor its original class back, for it becomes real."""
     if isinstance(tensor, Guarded):
         tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
-        tensor.__dict__.pop("_is_param", None)
 
 
 def is_ordinary(tensor: Any) -> bool:
     """Whether a tensor is a plain, parameter or guarded tensor: no ``DTensor``, not lazy."""
     cls = type(tensor)
-    return cls in PLAIN_CLASSES or (issubclass(cls, Guarded) and cls.original is None)
+    return cls in PLAIN_CLASSES or (issubclass(cls, Guarded) and cls.original in PLAIN_CLASSES)
 
 
 def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
     """Attach a slot to a ``meta`` storage."""
-    setattr(storage, _ATTRIBUTE, slot)
+    setattr(storage, SLOT, slot)
+    if slot is not ON_META:
+        storage.__class__ = DeferredStorage
 
 
 def slot_of(tensor: Tensor) -> Slot | None:
@@ -153,7 +150,7 @@ def _slot_of(tensor: Tensor) -> Slot | None:
     if type(tensor) not in PLAIN_CLASSES and not isinstance(tensor, Guarded):
         tensor = held(tensor)
     try:
-        return getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
+        return getattr(tensor.untyped_storage(), SLOT, None)
     except (NotImplementedError, RuntimeError):  # layouts that have no storage
         return None
 
@@ -171,8 +168,15 @@ def is_deferred_tensor(tensor: Tensor) -> bool:
 
 def is_parameter(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter, guarded or not."""
-    # torch/nn/parameter.py: _ParameterMeta.__instancecheck__ also accepts ``_is_param``.
     return isinstance(tensor, nn.Parameter)
+
+
+def address_of(tensor: Tensor) -> int:
+    """``data_ptr()`` of a deferred tensor: code compares addresses to find ties and overlaps."""
+    if tensor.numel() == 0:  # as on every device
+        return 0
+    storage = tensor.untyped_storage()
+    return int(storage.data_ptr() + tensor.storage_offset() * tensor.element_size())
 
 
 def described(tensor: Any) -> str:
@@ -186,9 +190,4 @@ def described(tensor: Any) -> str:
 
 def original_class(tensor: Tensor) -> type[Tensor]:
     """The class of a tensor without its guard."""
-    if not isinstance(tensor, Guarded):
-        return type(tensor)
-    original = type(tensor).original
-    if original is not None:
-        return original
-    return nn.Parameter if tensor.__dict__.get("_is_param") else torch.Tensor
+    return type(tensor).original if isinstance(tensor, Guarded) else type(tensor)

@@ -30,7 +30,10 @@ _BETWEEN = frozenset({"lateinit", "torch"})
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
+_CONVERT = nn.Module._apply.__code__
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
+_SET_ITEM = torch.TypedStorage._setitem.__code__
 # torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
 # not called, and what they say in a block.
 _REASONS = {
@@ -146,6 +149,29 @@ def is_torch_saving() -> bool:
     frame = _frame(1)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
+
+
+def is_module_converting() -> bool:
+    """Whether ``nn.Module._apply``, which ``to_empty`` calls, replaces the tensors of a module."""
+    # Between the two lie the frames of lateinit and, for a shard, those of DTensor's dispatch.
+    return any(frame.f_code is _CONVERT for frame in islice(_upwards(_frame(1)), 40))
+
+
+def is_making_parameter() -> bool:
+    """Whether ``nn.Parameter(data)`` calls the function that asks."""
+    return _frame(1).f_code is _NEW_PARAMETER
+
+
+def class_of_new_parameter() -> type[nn.Parameter]:
+    """The class of parameter that is made by the caller of the function that asks."""
+    asking = _frame(1)
+    made: type[nn.Parameter] = nn.Parameter
+    return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
+
+
+def is_typed_storage_writing() -> bool:
+    """Whether ``storage[i] = x`` of a legacy typed storage reads the property that asks."""
+    return _frame(1).f_code is _SET_ITEM
 
 
 def is_optimizer_stepping() -> bool:

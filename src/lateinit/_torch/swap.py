@@ -62,12 +62,6 @@ def hears_ops(cls: type) -> bool:
     return getattr(cls, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
 
 
-def mark_as_parameter(tensor: Tensor) -> None:
-    """Make ``isinstance(tensor, nn.Parameter)`` true of a tensor of another class."""
-    # torch/nn/parameter.py: _ParameterMeta.__instancecheck__ reads this attribute.
-    tensor._is_param = True
-
-
 class _Detached(torch.autograd.Function):
     """Takes the place of an autograd graph built in the constructor; backward raises."""
 
