@@ -20,14 +20,19 @@ from lateinit._recording.kinds import written
 from lateinit._recording.recorder import RecordingMode
 from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import (
+    AS_RECORDED,
+    Deferred,
     described,
     is_deferred_tensor,
+    share_real_storage,
     slot_of,
 )
 from lateinit._torch import (
     META,
     Args,
+    Asked,
     Kwargs,
+    Meant,
     OpInfo,
     below_python,
     fake_like,
@@ -58,19 +63,45 @@ def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
     )
 
 
+def is_real(tensor: Tensor) -> bool:
+    """Whether a tensor is real, be it because another one on its storage has become so."""
+    share_real_storage(tensor)
+    return not is_deferred_tensor(tensor)
+
+
+def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
+    """The answer to code that asks whether a deferred tensor or shard is on meta."""
+    # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
+    # into a meta parameter is a no-op. Copying into a deferred tensor is not.
+    if asked.why == "load" or is_real(tensor):
+        return False
+    if asked.why == "init":
+        raise would_change(asked.given["function"], tensor)
+    return True
+
+
+def device_to(meant: Meant, tensor: Tensor) -> torch.device:
+    """The answer to code that asks for the device of a deferred tensor or shard."""
+    if is_real(tensor) or meant is Meant.META:
+        return tensor.device
+    if meant is Meant.VALUES:
+        raise needs_values("torch.nn.parallel", tensor)
+    return Deferred.of(tensor).destination(AS_RECORDED)
+
+
 class Follower(RecordingMode):
     """Dispatch mode outside blocks: records the ops that can be replayed faithfully.
 
-    ``meant`` is the recorded device of the tensors of a call, if all of its meta tensors are
-    deferred. A tensor that the call makes on meta, such as the number in ``mask[0] = 1``, is then
-    recorded for that device.
+    ``meant`` is a tensor of a call, if all of the meta tensors of the call are deferred. A tensor
+    that the call makes on meta, such as the number in ``mask[0] = 1``, is then recorded for the
+    device of that one.
 
     Args:
         program: the program of the deferred tensors.
         guard: guards a new deferred tensor.
     """
 
-    meant: torch.device | None = None
+    meant: Tensor | None = None
 
     def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
         # Random ops are refused; replaying raises if a foreign op draws.
@@ -91,8 +122,11 @@ class Follower(RecordingMode):
         if own:
             # Outside blocks a deferred tensor reports meta, so y.to(x.device) asks for meta.
             kwargs = kwargs | {"device": self.writer.device_of(deferred[0])}
-        elif not deferred and self.meant and kwargs.get("device") == META and not info.random:
-            return self.writer.record(info, args, kwargs | {"device": self.meant}, [])
+        elif not deferred and self.meant is not None and kwargs.get("device") == META:
+            if info.random:
+                raise needs_values(spoken(info.name), self.meant)
+            device = self.writer.device_of(self.meant)
+            return self.writer.record(info, args, kwargs | {"device": device}, [])
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or info.layout_only or elsewhere:
             return info.func(*args, **kwargs)

@@ -24,6 +24,7 @@ from lateinit._torch import (
     FunctionMode,
     device_number,
     is_any_autocast_enabled,
+    is_pointer_followed,
     set_grad_enabled,
     swap_implementation,
     without_modes,
@@ -84,6 +85,9 @@ def _get_device(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
 
 
 def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> int:
+    if is_pointer_followed(between=2):  # of_deferred and __torch_function__
+        with without_modes():
+            return writer.expose(args[0]).data_ptr()
     return address_of(args[0])
 
 

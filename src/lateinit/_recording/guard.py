@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import TensorRef
-from lateinit._recording.after_block import Follower, needs_values, would_change
+from lateinit._recording.after_block import (
+    Follower,
+    device_to,
+    is_meta_to,
+    needs_values,
+)
 from lateinit._recording.conversions import CONVERSIONS
 from lateinit._recording.recorder import in_force
+from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.writer import current
 from lateinit._tensors import (
     PLAIN_CLASSES,
@@ -34,6 +40,7 @@ from lateinit._tensors import (
     adopt,
     attributes,
     copied_by_deepcopy,
+    described,
     give_guard,
     is_deferred_tensor,
     is_parameter,
@@ -44,17 +51,19 @@ from lateinit._tensors import (
 from lateinit._torch import (
     META,
     Args,
-    Asked,
     Kwargs,
     as_subclass,
     below_python,
     class_of_new_parameter,
+    copy_into,
     enable_functions,
     flat,
     has_own_dispatch,
     inference_mode,
-    is_batch_norm_loading,
+    is_dcp_writing,
     is_making_parameter,
+    is_pointer_followed,
+    meant_by_device,
     mend,
     noted_modes,
     restoring,
@@ -63,6 +72,7 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
+from lateinit.errors import DeferredTensorError
 
 
 class DeferredTensor(Guarded):
@@ -84,9 +94,16 @@ class DeferredTensor(Guarded):
             with without_subclass_functions():
                 # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
                 if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
-                    return _asked_is_meta(args[0], why_is_meta(args[0]))
-                if func == torch.Tensor.device.__get__ and is_batch_norm_loading():
-                    return _recorded_device(args[0])
+                    asked = why_is_meta(args[0])
+                    if asked.why == "scatter":
+                        _scatter(asked.given)
+                    return is_meta_to(asked, args[0])
+                if func == torch.Tensor.device.__get__:
+                    return device_to(meant_by_device(), args[0])
+                if func == torch.Tensor.is_cpu.__get__ and is_dcp_writing():  # type: ignore[attr-defined]
+                    _refuse("saving a checkpoint", args[0])
+                if func == torch.Tensor.data_ptr and is_pointer_followed():
+                    _refuse("reading the memory", args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 if func in _PLAIN:
                     with below_python():  # some are ops, such as is_pinned
@@ -162,8 +179,23 @@ class DeferredTensor(Guarded):
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 
 
+def _refuse(what: str, tensor: Tensor) -> None:
+    if is_deferred_tensor(tensor):
+        raise needs_values(what, tensor)
+
+
 def _refuse_read(func: Any, tensor: Tensor, *_: Any, **__: Any) -> Any:
     raise needs_values(func.__name__, tensor)
+
+
+def _grad_fn(func: Any, tensor: Tensor) -> Any:
+    if tensor.is_leaf:
+        return None
+    raise DeferredTensorError(
+        f"the autograd graph of {described(tensor)} is not kept when it gets its values, nor are "
+        "hooks in it: register them after lateinit.materialize(). What Tensor.register_hook and "
+        "register_post_accumulate_grad_hook register is kept"
+    )
 
 
 def _address(func: Any, tensor: Tensor) -> int:
@@ -190,7 +222,7 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
 def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
     """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta."""
     if isinstance(grad, Tensor) and not grad.is_meta:
-        raise needs_values("setting the gradient", tensor)
+        raise needs_values("setting .grad", tensor)
     func(tensor, grad)
 
 
@@ -198,25 +230,6 @@ def _same_class(made: Tensor, data: Tensor) -> None:
     """Give ``data.detach()`` the class of ``data``: ``nn.Parameter(data)`` insists on that."""
     if isinstance(made, Guarded) and isinstance(data, Guarded):
         made.__class__ = type(data)
-
-
-def _asked_is_meta(tensor: Tensor, asked: Asked) -> bool:
-    # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
-    # into a meta parameter is a no-op. Copying into a deferred tensor is not.
-    if asked.why == "load":
-        return False
-    if asked.why == "scatter":
-        _scatter(asked.given)
-    if asked.why == "init":
-        raise would_change(asked.given["function"], tensor)
-    return True
-
-
-def _recorded_device(tensor: Tensor) -> torch.device:
-    """The device that the constructor asked for, for a caller that must not see ``meta``."""
-    if not is_deferred_tensor(tensor):
-        return tensor.device
-    return Deferred.of(tensor).device
 
 
 def _scatter(asked: Mapping[str, Any]) -> None:
@@ -281,9 +294,11 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     first = next(filter(is_deferred_tensor, deferred), None)
     if first is None or first is not deferred[0]:
         return func(*args, **kwargs)
-    follower = Follower(Deferred.of(first).program, guard)
+    program = Deferred.of(first).program
+    watch_new_shards(program)
+    follower = Follower(program, guard)
     if len([t for t in tensors if t.is_meta]) == len(deferred):
-        follower.meant = follower.writer.device_of(first)
+        follower.meant = first
     conversion = CONVERSIONS.get(func)
     with in_force(follower):
         if conversion is None:
@@ -311,6 +326,9 @@ def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if current() is not None:
         with below_python():
             return func(*args, **kwargs)
+    if func is copy_into and is_whole_load(*args[:2]):  # of a shard: its local part
+        adopt(args[0], args[1])
+        return args[0]
     return follow(func, args, kwargs)
 
 
@@ -399,6 +417,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.copy_: _copy,
     torch.Tensor.data_ptr: _address,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     **dict.fromkeys(_READERS, _refuse_read),
 }

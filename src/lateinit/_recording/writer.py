@@ -181,7 +181,7 @@ class ProgramWriter:
         number = len(self.program.storages)
         storage = tensor.untyped_storage()
         attach(storage, Slot(self.program, number))
-        self.program.storages.append(Storage(storage.nbytes(), device))
+        self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
         self.born.append(weakref.ref(tensor))
         if fill is not None:
             name, values = fill
@@ -273,7 +273,7 @@ class ProgramWriter:
     def finish(self) -> None:
         """Close the storages of the block, and record the last writes to shared memory."""
         for storage in self.program.storages:
-            storage.closed = True
+            storage.closed = not storage.followed
         if self.shared:
             with without_modes():
                 self.shared.finish()
@@ -322,7 +322,7 @@ class ProgramWriter:
         slot = slot_of(tensor)
         if slot is None:
             attach(storage, Slot(self.program, len(self.program.storages)))
-            self.program.storages.append(Storage(storage.nbytes(), device))
+            self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
             self.born.append(weakref.ref(tensor))
             return True
         program, number = slot.resolve()

@@ -23,6 +23,7 @@ from lateinit._tensors.slots import (
     ON_META,
     PLAIN_CLASSES,
     Guarded,
+    GuardedShard,
     Slot,
     address_of,
     attach,
@@ -33,6 +34,7 @@ from lateinit._tensors.slots import (
     is_parameter,
     original_class,
     slot_of,
+    unguard,
 )
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import (
@@ -52,6 +54,7 @@ __all__ = [
     "Deferred",
     "Found",
     "Guarded",
+    "GuardedShard",
     "Kind",
     "Only",
     "Reach",
@@ -83,6 +86,7 @@ __all__ = [
     "share_real_storage",
     "show",
     "slot_of",
+    "unguard",
     "wanted_in",
     "window_key",
 ]

@@ -108,6 +108,7 @@ def give(
     """
     if is_dtensor(tensor):
         local = held(tensor)
+        unguard(tensor)
         try:
             give(local, ref, storage, window)
             rewrap(tensor)

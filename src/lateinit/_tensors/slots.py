@@ -107,6 +107,16 @@ class Guarded(torch.Tensor):
     original: ClassVar[type[Tensor]] = torch.Tensor
 
 
+class GuardedShard:
+    """Base of the classes of ``DTensor`` whose local part is deferred, outside a block.
+
+    ``original`` is the class of the shard without its guard.
+    """
+
+    __slots__ = ()
+    original: ClassVar[type[Tensor]]
+
+
 def give_guard(tensor: Tensor, guarding: type[Tensor]) -> None:
     """Give a deferred tensor the guarding class that its implementation was made for."""
     tensor.__class__ = guarding
@@ -114,7 +124,7 @@ def give_guard(tensor: Tensor, guarding: type[Tensor]) -> None:
 
 def unguard(tensor: Tensor) -> None:
     """Give a tensor its original class back, for it becomes real."""
-    if isinstance(tensor, Guarded):
+    if isinstance(tensor, (Guarded, GuardedShard)):
         tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
 
 
@@ -131,13 +141,16 @@ def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
         storage.__class__ = DeferredStorage
 
 
+_HEARING = (Guarded, GuardedShard, UninitializedTensorMixin)
+
+
 def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if its storage was not recorded."""
     # Guarded and lazy tensors, and function modes, answer ``is_meta`` for the tensor: a block's
     # function mode says False of a deferred one. Only with all of them off is the answer true.
     # Plain tensors outside function modes need no such care; this is asked for every op.
     plain = type(tensor) in PLAIN_CLASSES
-    guarded = not plain and isinstance(tensor, (Guarded, UninitializedTensorMixin))
+    guarded = not plain and isinstance(tensor, _HEARING)
     if guarded or is_function_mode_in_force():
         with without_functions():
             return _slot_of(tensor)
@@ -190,4 +203,4 @@ def described(tensor: Any) -> str:
 
 def original_class(tensor: Tensor) -> type[Tensor]:
     """The class of a tensor without its guard."""
-    return type(tensor).original if isinstance(tensor, Guarded) else type(tensor)
+    return tensor.original if isinstance(tensor, (Guarded, GuardedShard)) else type(tensor)

@@ -9,6 +9,7 @@ property, a hook), so these helpers must be called from it directly.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import sys
 import threading
@@ -93,13 +94,40 @@ def why_is_meta(tensor: Any) -> Asked:
     return _NOTHING
 
 
-def is_batch_norm_loading() -> bool:
-    """Whether a batch norm's ``_load_from_state_dict`` reads the property that asks.
+class Meant(enum.Enum):
+    """What code of torch needs that reads ``device`` of a deferred tensor."""
 
-    torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
-    its own counter, unless the counter's device is ``meta``: then it loads a zero.
-    """
-    return _frame(1).f_code is load_with_counter.__code__
+    META = "meta, as anyone is told"
+    RECORDED = "the device that the tensor will have"
+    VALUES = "the values"
+
+
+# By the module that reads ``device``.
+_MEANT = {
+    # planner_helpers.py and state_dict.py replace meta tensors in place of loading into them.
+    "torch.distributed.checkpoint": Meant.RECORDED,
+    # Observers are made on the device of the weights.
+    "torch.ao": Meant.RECORDED,
+    # meta_utils.py: the device that a fake tensor says, as in torch.export.
+    "torch._subclasses": Meant.RECORDED,
+    # DistributedDataParallel compares shapes across ranks in C++, where no hook is asked.
+    "torch.nn.parallel": Meant.VALUES,
+}
+
+
+def meant_by_device() -> Meant:
+    """What the caller of the function that asks needs of a deferred tensor's ``device``."""
+    asking = _frame(1)
+    # torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
+    # its own counter, unless the counter's device is ``meta``: then it loads a zero.
+    if asking.f_code is load_with_counter.__code__:
+        return Meant.RECORDED
+    name: str = asking.f_globals.get("__name__", "")
+    if name.startswith("torch."):
+        for module, meant in _MEANT.items():
+            if name.startswith(module):
+                return meant
+    return Meant.META
 
 
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -149,6 +177,24 @@ def is_torch_saving() -> bool:
     frame = _frame(1)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
+
+
+def is_dcp_writing() -> bool:
+    """Whether torch's distributed checkpoint reads the property that asks, to write a file."""
+    name: str = _frame(1).f_globals.get("__name__", "")
+    return name == "torch.distributed.checkpoint.filesystem"
+
+
+def is_pointer_followed(between: int = 0) -> bool:
+    """Whether the caller of the function that asks reads memory through ``ctypes``.
+
+    safetensors does so with ``data_ptr()``; most code only compares addresses.
+
+    Args:
+        between: how many frames lie between the two.
+    """
+    code = _frame(1 + between).f_code
+    return "ctypes" in code.co_names or "ctypes" in code.co_varnames
 
 
 def is_module_converting() -> bool:

@@ -133,6 +133,9 @@ def parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any, bool, Any]:
 to_copy = torch.ops.aten._to_copy.default
 """The op that ``x.to(...)`` dispatches if it copies."""
 
+copy_into = torch.ops.aten.copy_.default
+"""The op that ``x.copy_(y)`` dispatches."""
+
 
 TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_
 """The function behind ``nn.init.trunc_normal_``: ``(tensor, mean, std, a, b, generator=None)``."""

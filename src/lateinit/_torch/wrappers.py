@@ -6,7 +6,9 @@ Their modules take long to import, so they are looked up among the imported ones
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +29,33 @@ def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def tell_of_new_dtensors(listener: Callable[[Any], None] | None) -> bool:
+    """Call ``listener`` with each ``DTensor`` that Python code makes; None ends that.
+
+    Those that torch's C++ code makes, for the results of ops, do not call the constructor.
+
+    Returns:
+        Whether anyone has imported ``DTensor`` yet; else there is nothing to listen to.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return False
+    cls = module.DTensor
+    initialise = getattr(cls.__init__, "_lateinit_original", cls.__init__)
+    if listener is None:
+        cls.__init__ = initialise
+        return True
+
+    @functools.wraps(initialise)
+    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        listener(self)
+
+    told._lateinit_original = initialise  # type: ignore[attr-defined]
+    cls.__init__ = told
+    return True
 
 
 def is_fake(tensor: Any) -> bool:

@@ -1,0 +1,138 @@
+"""The class of a ``DTensor`` whose local part is deferred, outside blocks.
+
+The ops of a ``DTensor`` come to the guard of its local part. Its properties do not: it is a wrapper
+that copied ``meta`` from its local part when it was made, and it keeps that when the local part
+becomes real. So ``load_state_dict`` warns that copying does nothing, ``set_model_state_dict``
+replaces parameters in place of loading them, and the initialisers of ``torch.nn.init`` that do
+nothing on ``meta`` are skipped. This class answers such questions as ``DeferredTensor`` does, and
+renews the wrapper when the local part has become real.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lateinit._program import Program
+from lateinit._recording.after_block import device_to, is_meta_to, needs_values
+from lateinit._recording.writer import current
+from lateinit._tensors import GuardedShard, held, is_deferred_tensor, share_real_storage, unguard
+from lateinit._torch import (
+    Args,
+    Kwargs,
+    flat,
+    is_dtensor,
+    meant_by_device,
+    rewrap,
+    tell_of_new_dtensors,
+    tensors_in,
+    turn,
+    why_is_meta,
+)
+
+
+class _Here(threading.local):
+    """``calling``: whether this thread calls a function on shards that pass for plain ones."""
+
+    calling = False
+
+
+_here = _Here()
+
+
+class _Watched:
+    """The programs whose shards are to be guarded, for as long as these live.
+
+    A ``DTensor`` has no hook for its making, so its constructor is replaced while there are any.
+    """
+
+    _lock = turn()
+    _programs: ClassVar[set[int]] = set()
+
+    def add(self, program: Program) -> None:
+        key = id(program)
+        with self._lock:
+            if key not in self._programs and tell_of_new_dtensors(guard_shard):
+                self._programs.add(key)
+                weakref.finalize(program, self._remove, key).atexit = False
+
+    def _remove(self, key: int) -> None:
+        with self._lock:
+            self._programs.discard(key)
+            if not self._programs:
+                tell_of_new_dtensors(None)
+
+
+watch_new_shards = _Watched().add
+"""Guard each ``DTensor`` that is made of the tensors of a program from now on."""
+
+
+@functools.cache
+def _guarding(cls: type[Tensor]) -> type[Tensor]:
+    def call(_: Any, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+        # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
+        if func == torch.Tensor.is_meta.__get__ and not _renewed(args[0]):  # type: ignore[attr-defined]
+            return is_meta_to(why_is_meta(args[0]), args[0])
+        if func == torch.Tensor.device.__get__ and not _renewed(args[0]):
+            return device_to(meant_by_device(), args[0])
+        return _called(func, args, kwargs or {})
+
+    members = {"__torch_function__": classmethod(call), "__slots__": (), "original": cls}
+    return type(f"Deferred{cls.__name__}", (GuardedShard, cls), members)
+
+
+def guard_shard(tensor: Tensor) -> None:
+    """Give a ``DTensor`` whose local part is deferred the class that guards it, in place."""
+    in_torch = _here.calling or current() is not None
+    if not in_torch and not isinstance(tensor, GuardedShard) and is_deferred_tensor(tensor):
+        tensor.__class__ = _guarding(type(tensor))
+
+
+def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Call a function on shards as if they were plain DTensors: the local parts are guarded."""
+    shards = [t for t in tensors_in(args, kwargs) if isinstance(t, GuardedShard)]
+    for shard in shards:
+        if not _renewed(shard):
+            _refuse_setting(func, args, shard)
+        unguard(shard)
+    calling, _here.calling = _here.calling, True
+    try:
+        result = func(*args, **kwargs)
+    finally:
+        _here.calling = calling
+        for shard in shards:
+            if not _renewed(shard):
+                guard_shard(shard)
+    for leaf in flat(result):
+        if is_dtensor(leaf):
+            guard_shard(leaf)
+    return result
+
+
+_SETTERS = (torch.Tensor.data.__set__, torch.Tensor.grad.__set__)  # type: ignore[attr-defined, union-attr]
+
+
+def _refuse_setting(func: Any, args: Args, shard: Tensor) -> None:
+    # torch refuses these below Python if exactly one of the two is on meta.
+    if func not in _SETTERS or args[0] is not shard:
+        return
+    if isinstance(args[1], Tensor) and not args[1].is_meta:
+        raise needs_values(f"setting .{func.__self__.__name__}", shard)
+
+
+def _renewed(shard: Any) -> bool:
+    """Whether a shard is real; if so, its wrapper has the device of its local part."""
+    local = held(shard)
+    share_real_storage(local)
+    if is_deferred_tensor(local):
+        return False
+    unguard(shard)
+    if shard.device != local.device:
+        rewrap(shard)
+    return True
