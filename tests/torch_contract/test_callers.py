@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import io
 import pickle
 import sys
+import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save
 from torch import Tensor, fx, nn
+from torch.ao.quantization.quantize import _get_unique_devices_
+from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional
@@ -19,19 +26,26 @@ from torch.nn import functional
 from lateinit._torch.callers import (
     Asked,
     Caller,
+    Meant,
     attention_without_fused_kernel,
     caller,
     callers,
+    class_of_new_parameter,
     close_contexts,
     innermost_foreign_line,
-    is_batch_norm_loading,
+    is_dcp_writing,
     is_frame_of,
     is_in_torch_optim,
     is_library,
+    is_making_parameter,
+    is_module_converting,
     is_on_stack,
     is_optimizer_stepping,
+    is_pointer_followed,
     is_running,
     is_torch_saving,
+    is_typed_storage_indexed,
+    meant_by_device,
     running_initialiser,
     why_is_meta,
 )
@@ -119,7 +133,7 @@ class AsksItsDevice(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.Tensor.device.__get__:
-            cls.heard.append(is_batch_norm_loading())
+            cls.heard.append(meant_by_device())
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -128,10 +142,132 @@ def test_a_batch_norm_asks_for_the_device_of_a_counter_that_a_state_dict_lacks()
     layer = nn.BatchNorm1d(2)
     layer.num_batches_tracked = torch.tensor(3).as_subclass(AsksItsDevice)
     layer.load_state_dict({"weight": torch.ones(2)}, strict=False)
-    assert any(AsksItsDevice.heard)
+    assert Meant.RECORDED in AsksItsDevice.heard
     AsksItsDevice.heard.clear()
     assert layer.num_batches_tracked.device.type == "cpu"
-    assert AsksItsDevice.heard == [False]
+    assert AsksItsDevice.heard == [Meant.META]
+
+
+def test_what_a_module_of_torch_needs_that_asks_for_a_device() -> None:
+    """torch/distributed/checkpoint, torch/ao, torch/_subclasses and torch/nn/parallel."""
+    tensor = torch.ones(2).as_subclass(AsksItsDevice)
+    state = {"t": tensor}
+    AsksItsDevice.heard.clear()
+    planner_helpers._init_state_dict(state)
+    assert Meant.RECORDED in AsksItsDevice.heard
+    AsksItsDevice.heard.clear()
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(tensor.view(1, 2))
+    assert _get_unique_devices_(layer) == {torch.device("cpu")}
+    assert set(AsksItsDevice.heard) == {Meant.RECORDED}
+    AsksItsDevice.heard.clear()
+    with alone_as(0, 1):
+        nn.parallel.DistributedDataParallel(layer)
+    assert Meant.VALUES in AsksItsDevice.heard
+
+
+class Listening(Tensor):
+    """Notes whether who asks for ``is_cpu`` writes a distributed checkpoint, and who detaches."""
+
+    heard: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.is_cpu.__get__:
+            cls.heard.append(is_dcp_writing())
+        if func is torch.Tensor.detach:
+            cls.heard.append(is_making_parameter())
+        if func is torch.empty_like:
+            cls.heard.append(is_module_converting())
+        if func is torch.Tensor.data_ptr:
+            cls.heard.append(is_pointer_followed())
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self.heard.append(class_of_new_parameter())
+
+
+@pytest.fixture
+def listening() -> Any:
+    Listening.heard.clear()
+    return torch.ones(2).as_subclass(Listening)
+
+
+def test_writing_a_distributed_checkpoint_asks_for_is_cpu(listening: Any, tmp_path: Path) -> None:
+    """torch/distributed/checkpoint/filesystem.py: _write_files_from_queue checks each tensor."""
+    with alone_as(0, 1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"t": listening}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert True in Listening.heard
+    Listening.heard.clear()
+    assert listening.is_cpu
+    assert Listening.heard == [False]
+
+
+def test_a_parameter_of_a_tensor_of_another_class_is_its_detached_one(listening: Any) -> None:
+    """torch/nn/parameter.py: Parameter.__new__ calls data.detach(), and sets ``_is_param``."""
+
+    class Own(nn.Parameter):
+        pass
+
+    nn.Parameter(listening)
+    Own(listening)
+    listening.detach()
+    assert Listening.heard == [True, nn.Parameter, True, Own, False]
+
+
+def test_to_empty_calls_empty_like_below_apply(listening: Any) -> None:
+    """torch/nn/modules/module.py: to_empty is _apply with torch.empty_like."""
+    layer = nn.Module()
+    layer.register_buffer("t", listening)
+    layer.to_empty(device="cpu")
+    torch.empty_like(listening)
+    assert Listening.heard == [True, False]
+
+
+def test_following_a_pointer_takes_ctypes(listening: Any) -> None:
+    """safetensors/torch.py: _to_ndarray passes data_ptr() to ctypes."""
+    assert ctypes.cast(listening.data_ptr(), ctypes.POINTER(ctypes.c_float))[0] == 1.0
+    save({"t": listening})
+    assert Listening.heard[0] is True
+    assert True in Listening.heard[1:]
+    Listening.heard.clear()
+    address_only(listening)
+    assert Listening.heard == [False]
+
+
+def address_only(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+class AskedStorage(torch.UntypedStorage):
+    heard: ClassVar[list[bool]] = []
+
+    @property
+    def device(self) -> torch.device:
+        self.heard.append(is_typed_storage_indexed())
+        return torch.device("cpu")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_an_element_of_a_typed_storage_is_read_through_a_tensor_on_its_device() -> None:
+    """torch/storage.py: _getitem and _setitem make a tensor on the device of the storage."""
+    tensor = torch.ones(2)
+    storage = tensor.untyped_storage()
+    storage.__class__ = AskedStorage
+    assert tensor.storage()[0] == 1.0
+    assert True in AskedStorage.heard
+    AskedStorage.heard.clear()
+    tensor.storage()[1] = 2.0
+    assert True in AskedStorage.heard
+    AskedStorage.heard.clear()
+    assert tensor.untyped_storage().device.type == "cpu"
+    assert AskedStorage.heard == [False]
 
 
 def test_distributing_asks_for_meta_and_leaves_the_scatter_out_there() -> None:

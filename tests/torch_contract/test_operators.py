@@ -16,6 +16,7 @@ from lateinit._torch.operators import (
     OpInfo,
     OpOverload,
     by_name,
+    copy_into,
     op_info,
     overload_for,
     parse_to,
@@ -120,6 +121,13 @@ def test_a_conversion_that_copies_is_one_operator_to_the_dispatcher() -> None:
         tensor.to(torch.float64)
         assert tensor.to(torch.float32) is tensor
     assert mode.heard == [to_copy.name()] == ["aten::_to_copy"]
+
+
+def test_copying_into_a_tensor_is_one_operator_to_the_dispatcher() -> None:
+    """aten/src/ATen/native/Copy.cpp: copy_ is a kernel of its own."""
+    with Operators() as mode:
+        torch.ones(2).copy_(torch.zeros(2))
+    assert mode.heard[-1] == copy_into.name() == "aten::copy_"
 
 
 def test_trunc_normal_looks_its_worker_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

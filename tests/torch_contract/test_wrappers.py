@@ -22,6 +22,7 @@ from lateinit._torch.wrappers import (
     is_wrapper,
     local_part,
     rewrap,
+    tell_of_new_dtensors,
 )
 from tests.sharding.alone import alone_as
 
@@ -114,3 +115,21 @@ def test_a_shard_is_a_block_of_rows_that_chunk_would_cut(rows: int) -> None:
             mesh = init_device_mesh("cpu", (3,))
             copied = distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)
             assert block_of_shard(copied) == ((rows, 2), (0, 0))
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch/distributed/tensor/_api.py: __new__ is C++, and __init__ is called after it."""
+    made: list[object] = []
+    constructor = DTensor.__init__
+    assert tell_of_new_dtensors(made.append)
+    assert tell_of_new_dtensors(made.append)  # the last listener alone is told
+    shard = sharded(torch.ones(6))
+    assert len(made) == 1
+    assert made[0] is shard
+    assert tell_of_new_dtensors(None)
+    sharded(torch.ones(6))
+    assert len(made) == 1
+    assert DTensor.__init__ is constructor
+    monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
+    assert not tell_of_new_dtensors(made.append)

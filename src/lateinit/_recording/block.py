@@ -17,12 +17,12 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import DeferredTensor, guard
+from lateinit._recording.guard import guard
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import ON_META, is_deferred_tensor, own_tensors, slot_of
+from lateinit._tensors import ON_META, Guarded, is_deferred_tensor, own_tensors, slot_of
 from lateinit._torch import (
     REGISTRATION_HOOKS,
     Caller,
@@ -344,6 +344,6 @@ def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
                     slot.name = path + name
     for reference in writer.born:
         made = reference()
-        if made is not None and type(made) is not DeferredTensor and is_deferred_tensor(made):
+        if made is not None and not isinstance(made, Guarded) and is_deferred_tensor(made):
             guard(made)
     writer.born.clear()

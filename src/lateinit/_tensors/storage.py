@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lateinit._torch import is_typed_storage_writing
+from lateinit._torch import is_typed_storage_indexed
 from lateinit.errors import DeferredTensorError
 
 SLOT = "_lateinit_slot"
@@ -61,9 +61,9 @@ class DeferredStorage(torch.UntypedStorage):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """The device, ``meta``."""
-        # torch/storage.py: TypedStorage._setitem writes through a tensor that it makes here.
-        if is_typed_storage_writing():
-            raise _no_memory(self, "__setitem__")
+        # torch/storage.py: TypedStorage reads and writes through a tensor that it makes here.
+        if is_typed_storage_indexed():
+            raise _no_memory(self, "an element")
         return torch.device("meta")
 
     def resize_(self, size: int) -> DeferredStorage:

@@ -34,7 +34,7 @@ _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _CONVERT = nn.Module._apply.__code__
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
-_SET_ITEM = torch.TypedStorage._setitem.__code__
+_ITEMS = {torch.TypedStorage._getitem.__code__, torch.TypedStorage._setitem.__code__}
 # torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
 # not called, and what they say in a block.
 _REASONS = {
@@ -215,9 +215,9 @@ def class_of_new_parameter() -> type[nn.Parameter]:
     return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
 
 
-def is_typed_storage_writing() -> bool:
-    """Whether ``storage[i] = x`` of a legacy typed storage reads the property that asks."""
-    return _frame(1).f_code is _SET_ITEM
+def is_typed_storage_indexed() -> bool:
+    """Whether ``storage[i]`` of a legacy typed storage reads the property that asks."""
+    return _frame(1).f_code in _ITEMS
 
 
 def is_optimizer_stepping() -> bool:

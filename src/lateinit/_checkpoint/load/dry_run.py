@@ -22,8 +22,7 @@ from lateinit._checkpoint.formats import Reader
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy import on_meta
-from lateinit._recording import DeferredTensor
-from lateinit._tensors import Cast, find_tensors
+from lateinit._tensors import Cast, find_tensors, is_ordinary
 from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, LateinitError
 
@@ -33,7 +32,6 @@ _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get
 # counter to state dicts that lack it: `_plainly` sees to that.
 _PLAIN_WAYS = {"_load_from_state_dict": load_with_counter}
 _COUNTER = "num_batches_tracked"
-_PLAIN_TENSORS = (Tensor, nn.Parameter, DeferredTensor)
 
 
 @dataclass(slots=True)
@@ -110,7 +108,7 @@ def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
     result = Rehearsal(plain=True)
     for name, tensor in state.items():
         source = sources.get(name)
-        if type(tensor) not in _PLAIN_TENSORS:
+        if not is_ordinary(tensor):
             return None
         # `_NormBase._load_from_state_dict` adds the counter to a state dict that lacks it.
         if source is None and name.endswith(_COUNTER):

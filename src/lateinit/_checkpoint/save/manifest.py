@@ -102,10 +102,11 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             wrong.append(f"{name} has the layout {value.layout}")
         elif _saved_dtype(value, dtype) not in DTYPES:
             wrong.append(f"{name} is {value.dtype}")
-        elif value.is_meta and not is_deferred_tensor(value):
+        elif is_deferred_tensor(value):
+            if _is_cast(value):
+                wrong.append(f"{name} shares its memory with a tensor that was materialised cast")
+        elif value.is_meta:
             unknown.append(name)
-        elif is_deferred_tensor(value) and _is_cast(value):
-            wrong.append(f"{name} shares its memory with a tensor that was cast on materialising")
     if wrong:
         raise CheckpointError(f"a checkpoint cannot hold this: {listing(wrong)}")
     if unknown:
