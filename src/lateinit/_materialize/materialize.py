@@ -17,7 +17,7 @@ from lateinit._distributed import agree, reads_nothing
 from lateinit._materialize.scheduler import execute
 from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
-from lateinit._replay import Session, execution_of
+from lateinit._replay import Session, execution_of, one_thread
 from lateinit._tensors import (
     Cast,
     Only,
@@ -27,7 +27,7 @@ from lateinit._tensors import (
     is_deferred_tensor,
     wanted_in,
 )
-from lateinit._torch import digest, is_dtensor, is_out_of_memory, restoring, turn, without_modes
+from lateinit._torch import digest, is_dtensor, is_out_of_memory, restoring, without_modes
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
@@ -40,9 +40,6 @@ from lateinit.errors import (
 )
 
 T = TypeVar("T")
-# Replay sets process-wide state, such as the default dtype (`Ambient.in_force`). And two threads
-# that materialise tensors on one storage must end up with one real storage.
-_one_thread = turn()
 
 
 @restoring
@@ -130,7 +127,7 @@ def materialize(
     for group in wanted:
         # Outside the lock, since this may wait for other ranks.
         _check_shards(group, seed, ask=check)
-    with _one_thread:
+    with one_thread:
         for group in wanted:
             _leave_real(group)
             check_seed(group.program, seed)
@@ -230,9 +227,10 @@ def check_seed(program: Program, seed: int | None) -> None:
         value = execution.value(read.ref, read.before)
         # A read without a digest recorded only that Python saw a shape; replay itself compares it.
         if read.digest and digest(value) != read.digest:
+            reader = f"{read.name!r} realised itself with" if read.name else "the constructor read"
             raise SeedError(
-                f"seed={seed} cannot be honoured: the constructor read a random value "
-                f"({read.ref}) and seed {seed} gives another one; record again under that seed"
+                f"seed={seed} cannot be honoured: {reader} a random value ({read.ref}) and seed "
+                f"{seed} gives another one; record again under that seed"
             )
 
 

@@ -8,7 +8,7 @@ with ``program``.
 
 from lateinit._program.constants import RealData
 from lateinit._program.labels import called, describe_initialisation, initializer
-from lateinit._program.plan import Plan, Step, needed_ops, plan_storages
+from lateinit._program.plan import Plan, Step, is_random, needed_ops, plan_storages
 from lateinit._program.program import (
     NUMBERS,
     Ambient,
@@ -40,6 +40,7 @@ __all__ = [
     "called",
     "describe_initialisation",
     "initializer",
+    "is_random",
     "needed_ops",
     "plan_storages",
     "tensor_refs",

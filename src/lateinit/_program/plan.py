@@ -99,6 +99,11 @@ def _fills(program: Program, wanted: Iterable[int], before: int | None) -> dict[
     return fills
 
 
+def is_random(program: Program, storages: Iterable[int]) -> bool:
+    """Whether the values of any of some storages depend on a draw."""
+    return any(program.ops[n].draw is not None for n in needed_ops(program, storages))
+
+
 def needed_ops(program: Program, wanted: Iterable[int], before: int | None = None) -> set[int]:
     """The numbers of the ops that the values of some storages depend on.
 

@@ -315,15 +315,17 @@ class Stream:
 
 
 class Read(NamedTuple):
-    """A read of a random value during recording: of which window, before which op, its digest.
+    """A read of a random value: of which window, before which op, and its digest.
 
     The digest is empty if only the shape of the value was seen. Materialising under another seed
-    compares digests (or shapes) and raises ``SeedError`` if they differ.
+    compares digests (or shapes) and raises ``SeedError`` if they differ. ``name`` is that of a
+    tensor that realised itself; it is empty if the constructor read the value.
     """
 
     ref: TensorRef
     before: int
     digest: bytes
+    name: str = ""
 
 
 class Program:
@@ -392,6 +394,12 @@ class Program:
         self._writers = end, writers
         return writers
 
+    def forget(self, number: int) -> None:
+        """Drop the ops from a number on, none of which draws."""
+        del self.ops[number:]
+        if self._writers[0] > number:
+            self._reset()
+
     def draws(self) -> int:
         """The number of recorded draws, holes included."""
         return sum(len(stream.ops) for stream in self.streams)
@@ -424,7 +432,7 @@ class Program:
         self.streams += [bases.stream_of(stream) for stream in other.streams]
         self.holes += [h if h is None else h + bases.stream for h in other.holes]
         self.reads += [
-            Read(bases.value_of(r.ref), r.before + bases.op, r.digest) for r in other.reads
+            r._replace(ref=bases.value_of(r.ref), before=r.before + bases.op) for r in other.reads
         ]
         self.seed_bound = self.seed_bound or other.seed_bound or self._follow(other, bases.stream)
         other.merged_into = (self, bases)

@@ -26,6 +26,7 @@ from lateinit._tensors import (
     is_deferred_tensor,
     share_real_storage,
     slot_of,
+    waits,
 )
 from lateinit._torch import (
     META,
@@ -73,7 +74,7 @@ def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
     """The answer to code that asks whether a deferred tensor or shard is on meta."""
     # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
     # into a meta parameter is a no-op. Copying into a deferred tensor is not.
-    if asked.why == "load" or is_real(tensor):
+    if is_real(tensor) or asked.why == "load" or not waits(tensor):
         return False
     if asked.why == "init":
         raise would_change(asked.given["function"], tensor)
@@ -82,9 +83,9 @@ def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
 
 def device_to(meant: Meant, tensor: Tensor) -> torch.device:
     """The answer to code that asks for the device of a deferred tensor or shard."""
-    if is_real(tensor) or meant is Meant.META:
+    if is_real(tensor) or (meant is Meant.META and waits(tensor)):
         return tensor.device
-    if meant is Meant.VALUES:
+    if meant is Meant.VALUES and waits(tensor):
         raise needs_values("torch.nn.parallel", tensor)
     return Deferred.of(tensor).destination(AS_RECORDED)
 
@@ -182,7 +183,7 @@ class Follower(RecordingMode):
                     "which it would write: it is deferred and has no values yet; call "
                     "lateinit.materialize() first"
                 )
-            if is_deferred_tensor(changed) and self.writer.storage_of(changed).closed:
+            if is_deferred_tensor(changed) and info.random and not info.foreign:
                 raise would_change(op, changed)
             if is_deferred_tensor(changed) and among_meta:
                 raise DeferredTensorError(

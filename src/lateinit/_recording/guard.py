@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import TensorRef
@@ -30,7 +31,7 @@ from lateinit._recording.after_block import (
 from lateinit._recording.conversions import CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
-from lateinit._recording.writer import current
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
     PLAIN_CLASSES,
     Deferred,
@@ -45,22 +46,29 @@ from lateinit._tensors import (
     is_deferred_tensor,
     is_parameter,
     original_class,
+    realize_now,
     share_real_storage,
     show,
+    slot_of,
+    waits,
 )
 from lateinit._torch import (
     META,
     Args,
     Kwargs,
+    Meant,
     as_subclass,
     below_python,
     class_of_new_parameter,
     copy_into,
+    device_number,
     enable_functions,
     flat,
+    graph_break,
     has_own_dispatch,
     inference_mode,
     is_dcp_writing,
+    is_fake,
     is_making_parameter,
     is_pointer_followed,
     meant_by_device,
@@ -90,6 +98,8 @@ class DeferredTensor(Guarded):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_dynamo_compiling():
+            graph_break()  # torch.compile must not trace this: the op runs outside of the graph
         try:
             with without_subclass_functions():
                 # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
@@ -101,9 +111,9 @@ class DeferredTensor(Guarded):
                 if func == torch.Tensor.device.__get__:
                     return device_to(meant_by_device(), args[0])
                 if func == torch.Tensor.is_cpu.__get__ and is_dcp_writing():  # type: ignore[attr-defined]
-                    _refuse("saving a checkpoint", args[0])
+                    _need_values("saving a checkpoint", args[0])
                 if func == torch.Tensor.data_ptr and is_pointer_followed():
-                    _refuse("reading the memory", args[0])
+                    _need_values("reading the memory", args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 if func in _PLAIN:
                     with below_python():  # some are ops, such as is_pinned
@@ -179,13 +189,29 @@ class DeferredTensor(Guarded):
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 
 
-def _refuse(what: str, tensor: Tensor) -> None:
-    if is_deferred_tensor(tensor):
+def _need_values(what: str, tensor: Tensor) -> None:
+    """Realise a deferred tensor, or refuse if it waits for ``materialize``."""
+    if waits(tensor):
         raise needs_values(what, tensor)
+    realize_now(tensor)
 
 
-def _refuse_read(func: Any, tensor: Tensor, *_: Any, **__: Any) -> Any:
-    raise needs_values(func.__name__, tensor)
+def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    _need_values(func.__name__, tensor)
+    return func(tensor, *args, **kwargs)
+
+
+def _is_on(kind: str) -> Callable[..., bool]:
+    def answer(func: Any, tensor: Tensor) -> bool:
+        return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == kind
+
+    return answer
+
+
+def _get_device(func: Any, tensor: Tensor) -> int:
+    device = device_to(Meant.RECORDED, tensor)
+    known = not waits(tensor) and device.type != "cpu"
+    return device_number(device) if known else func(tensor)
 
 
 def _grad_fn(func: Any, tensor: Tensor) -> Any:
@@ -204,25 +230,45 @@ def _address(func: Any, tensor: Tensor) -> int:
 
 def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
     """``tensor.copy_(source)``: a load if the source is real."""
-    if source is not tensor and not is_whole_load(tensor, source):
-        return follow(func, (tensor, source, *args), kwargs)
-    if source is not tensor:
+    if is_whole_load(tensor, source):
+        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+            func(tensor, tensor)  # raises torch's error
         adopt(tensor, source)
-    return tensor
+        return tensor
+    if _shows_the_same(tensor, source):
+        return tensor
+    return follow(func, (tensor, source, *args), kwargs)
+
+
+def _shows_the_same(tensor: Tensor, other: Any) -> bool:
+    if not isinstance(other, Tensor) or not is_deferred_tensor(other):
+        return False
+    mine, theirs = Deferred.of(tensor), Deferred.of(other)
+    return mine.slot is theirs.slot and mine.ref == theirs.ref
+
+
+def _deepcopy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Any:
+    return tensor.__deepcopy__(memo)
 
 
 def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
     """``tensor.data = data``, which torch refuses if exactly one of them is on meta."""
-    if isinstance(data, Tensor) and not data.is_meta:
-        show(tensor, data.detach())
-    else:
+    if not isinstance(data, Tensor) or is_deferred_tensor(data):
         func(tensor, data)
+        return
+    if data.is_meta:
+        raise DeferredTensorError(
+            f"setting .data of {described(tensor)} to a meta tensor, which has no values, would "
+            "lose its own: do this inside `with lateinit.deferred():`, or after "
+            "lateinit.materialize()"
+        )
+    show(tensor, data.detach())
 
 
 def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
     """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta."""
     if isinstance(grad, Tensor) and not grad.is_meta:
-        raise needs_values("setting .grad", tensor)
+        _need_values("setting .grad", tensor)
     func(tensor, grad)
 
 
@@ -251,6 +297,7 @@ def is_whole_load(target: Any, source: Any = None) -> bool:
         isinstance(source, Tensor)
         and is_deferred_tensor(target)
         and not source.is_meta
+        and not is_fake(source)
         and source.shape == target.shape
     )
 
@@ -269,50 +316,80 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     return type(f"Deferred{cls.__name__}", (DeferredTensor, cls), {"original": cls})
 
 
-def follow(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+def follow(
+    func: Callable[..., Any], args: Args, kwargs: Kwargs, *, before_autograd: bool = True
+) -> Any:
     """Call a torch function on deferred tensors outside the block that recorded them.
 
     In another block its modes record the call.
+
+    If it cannot be recorded, the deferred tensors realise themselves and it is called again, unless
+    one of them waits for ``materialize``.
+
+    Args:
+        func: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        before_autograd: whether autograd has not seen the call yet. Later no tensor may realise
+            itself: the graph has its meta tensor already, and backward ends in an internal error.
     """
     if current() is not None:
         return func(*args, **kwargs)
     mend()
     before = noted_modes()
     try:
-        return _followed(func, args, kwargs)
+        return _followed(func, args, kwargs, before_autograd=before_autograd)
     except BaseException as error:
         before.restore(error.__traceback__)
         raise
 
 
-def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+def _followed(
+    func: Callable[..., Any], args: Args, kwargs: Kwargs, *, before_autograd: bool
+) -> Any:
     tensors = tensors_in(args, kwargs)
     deferred = [t for t in tensors if is_deferred_tensor(t)]
     for tensor in deferred:
         # Its storage may be real by now through another tensor, and changed since.
         share_real_storage(tensor)
-    first = next(filter(is_deferred_tensor, deferred), None)
-    if first is None or first is not deferred[0]:
+    deferred = [t for t in deferred if is_deferred_tensor(t)]
+    if not deferred:
         return func(*args, **kwargs)
-    program = Deferred.of(first).program
+    programs = {Deferred.of(tensor).program for tensor in deferred}
+    program = Deferred.of(deferred[0]).program
     watch_new_shards(program)
     follower = Follower(program, guard)
     if len([t for t in tensors if t.is_meta]) == len(deferred):
-        follower.meant = first
-    conversion = CONVERSIONS.get(func)
-    with in_force(follower):
-        if conversion is None:
-            result = func(*args, **kwargs)
-        else:
-            # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
-            device = follower.writer.device_of(first)
-            args = tuple(_meant(value, device) for value in args)
-            kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
-            result = conversion(follower.writer, func, args, kwargs)
+        follower.meant = deferred[0]
+    recorded = len(program.ops)
+    try:
+        with in_force(follower):
+            result = _called(func, args, kwargs, follower.writer, deferred[0])
+    except Exception:
+        if len(programs) == 1:
+            program.forget(recorded)
+        if not before_autograd or any(map(waits, deferred)):
+            raise
+        for tensor in deferred:
+            realize_now(tensor)
+        return func(*args, **kwargs)
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             guard(leaf)
     return result
+
+
+def _called(
+    func: Callable[..., Any], args: Args, kwargs: Kwargs, writer: ProgramWriter, first: Tensor
+) -> Any:
+    conversion = CONVERSIONS.get(func)
+    if conversion is None:
+        return func(*args, **kwargs)
+    # Outside blocks a deferred parameter reports meta, so x.to(p.device) asks for meta.
+    device = writer.device_of(first)
+    args = tuple(_meant(value, device) for value in args)
+    kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
+    return conversion(writer, func, args, kwargs)
 
 
 def _meant(value: Any, device: torch.device) -> Any:
@@ -329,7 +406,7 @@ def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if func is copy_into and is_whole_load(*args[:2]):  # of a shard: its local part
         adopt(args[0], args[1])
         return args[0]
-    return follow(func, args, kwargs)
+    return follow(func, args, kwargs, before_autograd=False)
 
 
 def guard(tensor: Tensor) -> None:
@@ -337,6 +414,9 @@ def guard(tensor: Tensor) -> None:
     guarding = _guarding(type(tensor))
     if guarding is None:
         return
+    slot = slot_of(tensor)
+    if slot is not None and issubclass(guarding, nn.Parameter):
+        slot.parameter = True
     # Assigning the class alone would not do: the dispatcher asks __torch_dispatch__ only of tensors
     # that were made as such a class. So make one, and exchange implementations.
     inference = tensor.is_inference()
@@ -414,12 +494,17 @@ _READERS = (
 
 # The functions that are answered here; every other is followed.
 _ANSWERS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.__array__: _read,
+    torch.Tensor.__deepcopy__: _deepcopy,
     torch.Tensor.copy_: _copy,
     torch.Tensor.data_ptr: _address,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
-    **dict.fromkeys(_READERS, _refuse_read),
+    torch.Tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: _is_on("cuda"),  # type: ignore[attr-defined]
+    torch.Tensor.get_device: _get_device,
+    **dict.fromkeys(_READERS, _read),
 }
 
 
@@ -450,7 +535,6 @@ _PLAIN = frozenset(
         torch.Tensor.is_shared,
         torch.Tensor.is_pinned,
         torch.Tensor.untyped_storage,
-        torch.Tensor.get_device,
         torch.Tensor.requires_grad_,
         torch.Tensor.register_hook,
         torch.Tensor.register_post_accumulate_grad_hook,

@@ -22,7 +22,14 @@ from torch import Tensor
 from lateinit._program import Program
 from lateinit._recording.after_block import device_to, is_meta_to, needs_values
 from lateinit._recording.writer import current
-from lateinit._tensors import GuardedShard, held, is_deferred_tensor, share_real_storage, unguard
+from lateinit._tensors import (
+    GuardedShard,
+    held,
+    is_deferred_tensor,
+    share_real_storage,
+    slot_of,
+    unguard,
+)
 from lateinit._torch import (
     Args,
     Kwargs,
@@ -92,6 +99,9 @@ def guard_shard(tensor: Tensor) -> None:
     in_torch = _here.calling or current() is not None
     if not in_torch and not isinstance(tensor, GuardedShard) and is_deferred_tensor(tensor):
         tensor.__class__ = _guarding(type(tensor))
+        slot = slot_of(held(tensor))
+        if slot is not None:
+            slot.parameter = True
 
 
 def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:

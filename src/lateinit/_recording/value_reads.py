@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lateinit._program import Program, Read, TensorRef, needed_ops
+from lateinit._program import Program, Read, TensorRef, is_random
 from lateinit._replay import execution_of
 from lateinit._torch import digest, without_modes
 
@@ -49,8 +49,7 @@ class ValueReads:
 
     def are_random(self, refs: Iterable[TensorRef]) -> bool:
         """Whether any of some tensors depends on a draw."""
-        numbers = needed_ops(self.program, [ref.storage for ref in refs])
-        return any(self.program.ops[number].draw is not None for number in numbers)
+        return is_random(self.program, [ref.storage for ref in refs])
 
     def writes(self, ref: TensorRef) -> int:
         """How many ops have written to a tensor's storage so far."""

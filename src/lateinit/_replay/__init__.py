@@ -17,7 +17,7 @@ from lateinit._replay.chunks import (
     run_piece,
     words_of,
 )
-from lateinit._replay.execution import Execution, execution_of
+from lateinit._replay.execution import Execution, execution_of, one_thread
 from lateinit._replay.session import Computed, Memory, Session, Storages
 from lateinit._replay.streams import recorded_seed
 
@@ -34,6 +34,7 @@ __all__ = [
     "fill_of",
     "is_small",
     "late_of",
+    "one_thread",
     "pieces",
     "recorded_seed",
     "run_piece",

@@ -14,7 +14,14 @@ from lateinit._replay.chunks import after_redrawing, fill_of
 from lateinit._replay.session import Computed, Memory, Session
 from lateinit._replay.streams import Streams
 from lateinit._rng import set_state, state_of
-from lateinit._torch import operators, without_modes
+from lateinit._torch import operators, turn, without_modes
+
+one_thread = turn()
+"""Held by whoever realises tensors.
+
+Replay sets process-wide state, such as the default dtype (``Ambient.in_force``). And two threads
+that realise tensors on one storage must end up with one real storage.
+"""
 
 
 class Execution(Streams):

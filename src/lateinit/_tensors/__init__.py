@@ -15,6 +15,7 @@ from lateinit._tensors.realize import (
     SharedStorage,
     adopt,
     adopt_uninitialized,
+    realize_now,
     share_real_storage,
     show,
 )
@@ -36,6 +37,7 @@ from lateinit._tensors.slots import (
     original_class,
     slot_of,
     unguard,
+    waits,
 )
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import (
@@ -84,11 +86,13 @@ __all__ = [
     "original_class",
     "own_copy",
     "own_tensors",
+    "realize_now",
     "select",
     "share_real_storage",
     "show",
     "slot_of",
     "unguard",
+    "waits",
     "wanted_in",
     "window_key",
 ]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lateinit._program import Storage, TensorRef
-from lateinit._replay import Computed
+from lateinit._program import Read, Storage, TensorRef, is_random
+from lateinit._replay import Computed, one_thread
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import (
@@ -26,8 +26,10 @@ from lateinit._tensors.slots import (
 )
 from lateinit._torch import (
     allocate,
+    digest,
     inference_mode,
     is_dtensor,
+    outside_functorch,
     restoring,
     rewrap,
     without_modes,
@@ -152,6 +154,26 @@ def share_real_storage(tensor: Tensor) -> None:
     if slot is not None and slot.real is not None:
         with without_modes():
             SharedStorage(slot, [Deferred.of(tensor)]).share()
+
+
+@restoring
+def realize_now(tensor: Tensor) -> None:
+    """Realise a deferred tensor with its recorded values; no generator moves.
+
+    If they are random, a later ``seed=`` for the program must give the same ones.
+    """
+    with one_thread, outside_functorch(), without_modes():
+        share_real_storage(tensor)
+        if not is_deferred_tensor(tensor):  # by another thread
+            return
+        deferred = Deferred.of(tensor)
+        program, ref = deferred.program, deferred.ref
+        computed = deferred.values()
+        if is_random(program, [ref.storage]):
+            name = deferred.slot.name or f"a tensor {ref.size}"
+            read = Read(ref, len(program.ops), digest(ref.on(computed.storage)), name)
+            program.reads.append(read)
+        SharedStorage(deferred.slot, [deferred]).give(computed, AS_RECORDED)
 
 
 @restoring

@@ -33,16 +33,18 @@ class Slot:
     """The place of one storage in a program.
 
     ``real`` is the materialised memory, None before the first tensor on the storage becomes real.
-    Tensors on the same storage that are materialised later share it.
+    Tensors on the same storage that are materialised later share it. ``parameter`` says that one of
+    them is a parameter or a shard: these wait for ``materialize``, all others realise themselves.
     """
 
-    __slots__ = ("_shown", "name", "number", "program", "real")
+    __slots__ = ("_shown", "name", "number", "parameter", "program", "real")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
         self.name: str | None = None  # fqn of the first tensor on the storage that has one
         self.real: Real | None = None
+        self.parameter = False
         self._shown: Callable[[], Tensor | None] = _nothing
 
     def resolve(self) -> tuple[Program, int]:
@@ -83,11 +85,12 @@ class Slot:
                 "materialised already: materialise the rest first"
             )
         program, number = self.resolve()
-        return {"program": program, "number": number, "name": self.name}
+        named = {"name": self.name, "parameter": self.parameter}
+        return {"program": program, "number": number, **named}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["program"], state["number"])  # type: ignore[misc]
-        self.name = state["name"]
+        self.name, self.parameter = state["name"], state["parameter"]
 
 
 def _nothing() -> None:
@@ -177,6 +180,15 @@ def is_deferred_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is deferred: its construction is recorded and not yet run."""
     slot = slot_of(tensor)
     return slot is not None and slot is not ON_META
+
+
+def waits(tensor: Tensor) -> bool:
+    """Whether a deferred tensor waits for ``materialize``: a parameter, or on the storage of one.
+
+    Any other one realises itself when its values are needed.
+    """
+    slot = slot_of(tensor)
+    return slot is not None and slot.parameter
 
 
 def is_parameter(tensor: Tensor) -> bool:

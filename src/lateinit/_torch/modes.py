@@ -189,6 +189,24 @@ def outside() -> Iterator[None]:
         put_function_modes([*(m for m in function_modes() if m not in functions), *functions])
 
 
+def graph_break() -> None:
+    """Have ``torch.compile`` run the call that it is tracing outside of its graph."""
+    torch._dynamo.graph_break()
+
+
+@contextlib.contextmanager
+def outside_functorch() -> Iterator[None]:
+    """Run a block as if no ``vmap`` or ``torch.func.grad`` were running."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    # Slow to import, and whoever has such a transform running has done so.
+    from torch._functorch import pyfunctorch  # noqa: PLC0415
+
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        yield
+
+
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
     """A block after which process-wide settings are what they were."""
