@@ -121,6 +121,29 @@ def test_an_op_that_comes_by_any_way_is_honoured_or_refused(act: Any, way: str) 
     assert lateinit.materialize(late).weight.equal(untouched)
 
 
+packed = nn.utils.rnn.pack_padded_sequence
+
+
+@pytest.mark.parametrize("cls", [nn.GRU, nn.LSTM, nn.RNN, nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: packed(x, [2, 1])])
+def test_a_recurrent_layer_on_real_data_says_that_it_is_deferred(cls: Any, given: Any) -> None:
+    late = lateinit.deferred_init(cls, 3, 5)
+    x = torch.randn(2, 3) if "Cell" in cls.__name__ else given(torch.randn(2, 2, 3))
+    with pytest.raises(DeferredTensorError, match=r"_[ih]h.*lateinit\.materialize"):
+        late(x)
+    lateinit.materialize(late)(x)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_error_of_torch_stays_if_no_tensor_is_real(mixed: bool) -> None:
+    late = lateinit.deferred_init(nn.Conv1d, 3, 3, 2)
+    other = torch.ones(1, 3, 4, dtype=torch.int32, device="cpu" if mixed else "meta")
+    kind = DeferredTensorError if mixed else RuntimeError
+    with pytest.raises(kind, match="should be the same") as raised:
+        late(other)
+    assert isinstance(raised.value, LateinitError) == mixed
+
+
 def test_gradients_by_functions_are_those_of_the_eager_twin() -> None:
     def loss(w: Tensor) -> Tensor:
         return (w * w).sum()

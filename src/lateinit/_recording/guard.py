@@ -61,6 +61,7 @@ from lateinit._torch import (
     has_own_dispatch,
     inference_mode,
     is_dcp_writing,
+    is_fake,
     is_making_parameter,
     is_pointer_followed,
     meant_by_device,
@@ -72,7 +73,7 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
-from lateinit.errors import DeferredTensorError
+from lateinit.errors import DeferredTensorError, LateinitError
 
 
 class DeferredTensor(Guarded):
@@ -299,25 +300,53 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     follower = Follower(program, guard)
     if len([t for t in tensors if t.is_meta]) == len(deferred):
         follower.meant = first
-    conversion = CONVERSIONS.get(func)
-    with in_force(follower):
-        if conversion is None:
-            result = func(*args, **kwargs)
-        else:
-            # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
-            device = follower.writer.device_of(first)
-            args = tuple(_meant(value, device) for value in args)
-            kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
-            result = conversion(follower.writer, func, args, kwargs)
+    try:
+        result = _called(follower, first, func, args, kwargs)
+    except RuntimeError as error:
+        refused = _refusal(error, func, first, tensors)
+        if refused is None:
+            raise
+        raise refused from error
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             guard(leaf)
     return result
 
 
+def _called(
+    follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
+) -> Any:
+    conversion = CONVERSIONS.get(func)
+    with in_force(follower):
+        if conversion is None:
+            return func(*args, **kwargs)
+        # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
+        device = follower.writer.device_of(first)
+        args = tuple(_meant(value, device) for value in args)
+        kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
+        return conversion(follower.writer, func, args, kwargs)
+
+
 def _meant(value: Any, device: torch.device) -> Any:
     on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
     return device if on_meta else value
+
+
+def _refusal(
+    error: RuntimeError, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
+) -> DeferredTensorError | None:
+    """The error in place of one of torch's own that a deferred tensor among real ones may explain.
+
+    aten/src/ATen/native/RNN.cpp: check_attributes compares the devices of input and weights before
+    it calls any op. Where all tensors are deferred or on meta, eager construction fails too.
+    """
+    if isinstance(error, LateinitError) or all(t.is_meta or is_fake(t) for t in tensors):
+        return None
+    return DeferredTensorError(
+        f"{getattr(func, '__name__', func)} was given {described(first)} together with real "
+        f"tensors, and failed ({error}): it is deferred and has no values yet; call "
+        "lateinit.materialize(model) before the forward pass"
+    )
 
 
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
