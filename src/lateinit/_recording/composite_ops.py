@@ -25,6 +25,7 @@ from lateinit._torch import (
     attention_without_fused_kernel,
     by_name,
     flat,
+    is_any_autocast_enabled,
     is_function_mode_in_force,
     overload_for,
     register,
@@ -88,12 +89,23 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
             called = (op, torch.is_grad_enabled(), requiring, args)
-            writer.override(_OP, called, kwargs, results)
+            writer.autocast = _autocast_of(writer, given)
+            try:
+                writer.override(_OP, called, kwargs, results)
+            finally:
+                writer.autocast = None
         elif dropout == "refuse":
             _refuse(writer, result, f"{name} with dropout")
         return result
 
     return handler
+
+
+def _autocast_of(writer: ProgramWriter, given: list[Tensor]) -> tuple[str, torch.dtype] | None:
+    """The autocast under which a composite function has to be replayed."""
+    kind = next(writer.device_of(t).type for t in given if is_deferred_tensor(t))
+    on = is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
+    return (kind, torch.get_autocast_dtype(kind)) if on else None
 
 
 def _recurrent(name: str) -> Handler:

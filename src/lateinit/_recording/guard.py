@@ -27,6 +27,7 @@ from lateinit._recording.after_block import (
     is_meta_to,
     needs_values,
 )
+from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
@@ -317,7 +318,7 @@ def _called(
     follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
     conversion = CONVERSIONS.get(func)
-    with in_force(follower):
+    with in_force(follower), casts_of_autocast():
         if conversion is None:
             return func(*args, **kwargs)
         # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
