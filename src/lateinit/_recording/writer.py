@@ -10,7 +10,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lateinit._program import (
     Ambient,
@@ -68,6 +68,7 @@ class ProgramWriter:
         program: the program.
         generators: follows the random generators.
         born: the tensors that were made, weakly.
+        scripts: the modules of TorchScript that were made, weakly.
         busy: whether an op is being recorded: what torch's Python kernels call below it are no
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
@@ -83,6 +84,7 @@ class ProgramWriter:
         self._drawing = drawing
         self.generators = Generators(program)
         self.born: list[weakref.ref[Tensor]] = []
+        self.scripts: list[weakref.ref[nn.Module]] = []
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
         self.autocast: tuple[str, torch.dtype] | None = None

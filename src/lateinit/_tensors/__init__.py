@@ -43,6 +43,7 @@ from lateinit._tensors.walk import (
     Kind,
     find_tensors,
     is_placeholder,
+    modules_in,
     own_tensors,
     window_key,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "is_ordinary",
     "is_parameter",
     "is_placeholder",
+    "modules_in",
     "original_class",
     "own_copy",
     "own_tensors",
