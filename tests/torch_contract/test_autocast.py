@@ -9,6 +9,7 @@ from torch import nn
 from lateinit._torch import (
     as_autocast_casts,
     autocast_heard,
+    below_autocast,
     generation_of_cache,
     is_cast_once,
     without_modes,
@@ -30,6 +31,9 @@ def test_autocast_is_heard_on_composite_ops_with_a_graph_to_come() -> None:
         with autocast_heard(hear):
             assert (w @ w[0]).requires_grad
             w.exp()
+        with autocast_heard(hear), below_autocast():
+            w @ w[0]
+            assert not torch.is_autocast_enabled("cpu")
         w @ w[0]
     with autocast_heard(hear):
         w @ w[0]

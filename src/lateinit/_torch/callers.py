@@ -125,7 +125,7 @@ def meant_by_device() -> Meant:
         return Meant.RECORDED
     # torch/nn/utils/parametrizations.py: _Orthogonal draws a tensor there, for an op that has no
     # kernel for meta and raises NotImplementedError. ParametrizationList of parametrize.py takes
-    # that to mean that there is no inverse, and leaves the module half done. Users' may do likewise.
+    # that to mean that there is no inverse, and the module is left half done. So may a user's do.
     if asking.f_code.co_name == "right_inverse":
         return Meant.INVERSE
     name: str = asking.f_globals.get("__name__", "")
