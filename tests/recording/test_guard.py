@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
@@ -119,6 +120,140 @@ def test_an_op_that_comes_by_any_way_is_honoured_or_refused(act: Any, way: str) 
         with pytest.raises(kind, match=words):
             run(late.weight, x)
     assert lateinit.materialize(late).weight.equal(untouched)
+
+
+packed = nn.utils.rnn.pack_padded_sequence
+
+
+@pytest.mark.parametrize("cls", [nn.GRU, nn.LSTM, nn.RNN, nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: packed(x, [2, 1])])
+def test_a_recurrent_layer_on_real_data_says_that_it_is_deferred(cls: Any, given: Any) -> None:
+    late = lateinit.deferred_init(cls, 3, 5)
+    x = torch.randn(2, 3) if "Cell" in cls.__name__ else given(torch.randn(2, 2, 3))
+    with pytest.raises(DeferredTensorError, match=r"_[ih]h.*lateinit\.materialize"):
+        late(x)
+    lateinit.materialize(late)(x)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_error_of_torch_stays_if_no_tensor_is_real(mixed: bool) -> None:
+    late = lateinit.deferred_init(nn.Conv1d, 3, 3, 2)
+    other = torch.ones(1, 3, 4, dtype=torch.int32, device="cpu" if mixed else "meta")
+    kind = DeferredTensorError if mixed else RuntimeError
+    with pytest.raises(kind, match="should be the same") as raised:
+        late(other)
+    assert isinstance(raised.value, LateinitError) == mixed
+
+
+# What torch.nn.utils makes of the weight of a module.
+
+
+class Padded(nn.Module):
+    """A parametrization whose inverse puts a tensor where the weight says that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :-1]
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return torch.geqrf(torch.cat([w, torch.zeros(len(w), 1, device=w.device)], 1))[0]
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return w.abs().log()
+
+
+parametrized, prune = nn.utils.parametrizations, torch.nn.utils.prune
+REWORKED: dict[str, Callable[[nn.Module], Any]] = {
+    "orthogonal": parametrized.orthogonal,
+    "orthogonal by cayley": partial(parametrized.orthogonal, orthogonal_map="cayley"),
+    "orthogonal, from nothing": partial(parametrized.orthogonal, use_trivialization=False),
+    "spectral": parametrized.spectral_norm,
+    "weight": parametrized.weight_norm,
+    "old spectral": nn.utils.spectral_norm,
+    "old weight": nn.utils.weight_norm,
+    "padded": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Padded()),
+    "logarithm": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Logarithm()),
+    "smallest": lambda m: prune.l1_unstructured(m, "weight", 0.3),
+    "rows": lambda m: prune.ln_structured(m, "weight", 0.5, 2, 0),
+    "drawn": lambda m: prune.random_unstructured(m, "weight", 0.3),
+    "drawn rows": lambda m: prune.random_structured(m, "weight", 0.5, 0),
+    "mask": lambda m: prune.custom_from_mask(m, "weight", torch.eye(*m.weight.shape)),
+    "everywhere": lambda m: prune.global_unstructured(
+        [(m, "weight"), (m, "bias")], prune.L1Unstructured, amount=0.2
+    ),
+    "vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("rework", REWORKED)
+def test_a_weight_is_reworked_as_eagerly_or_left_as_it_was(
+    rework: str, shape: tuple[int, int], mixed: bool
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Linear(*shape)
+
+    def parts(m: nn.Module) -> Any:
+        # On failure torch/nn/utils/prune.py: apply registers the parameter again, as the last one.
+        own = sorted(name for name, _ in (*m.named_parameters(), *m.named_buffers()))
+        return own, list(m._forward_pre_hooks), [*map(type, m.modules())]
+
+    eager, late = build(), lateinit.deferred_init(build)
+    if mixed:
+        lateinit.materialize(late, only="bias")
+    before, random = parts(late), torch.get_rng_state()
+    REWORKED[rework](eager)
+    torch.set_rng_state(random)
+    refused = ""
+    try:
+        REWORKED[rework](late)
+    except DeferredTensorError as error:
+        refused = str(error)
+    if refused:
+        assert "'weight'" in refused
+        assert parts(late) == before
+        # torch/nn/utils/prune.py: RandomStructured draws before it looks at the weight.
+        assert torch.get_rng_state().equal(random) or rework == "drawn rows"
+        torch.set_rng_state(random)
+        REWORKED[rework](lateinit.materialize(late))
+    lateinit.materialize(late)
+    x = torch.ones(2, shape[0])
+    assert late(x).equal(eager(x))
+    assert late.state_dict().keys() == eager.state_dict().keys()
+
+
+@pytest.mark.parametrize("mixed", [None, 0, 1])
+@pytest.mark.parametrize("fuse", ["linear", "conv", "transposed"])
+def test_a_batch_norm_is_fused_as_eagerly_or_not_at_all(fuse: str, mixed: int | None) -> None:
+    kind: Any = {"linear": nn.Linear, "conv": nn.Conv1d, "transposed": nn.ConvTranspose1d}[fuse]
+
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        layer = kind(3, 4) if fuse == "linear" else kind(3, 4, 2)
+        return nn.Sequential(layer, nn.BatchNorm1d(4)).eval()
+
+    def fused(m: nn.Sequential) -> nn.Module:
+        if fuse == "linear":
+            return nn.utils.fuse_linear_bn_eval(m[0], m[1])
+        return nn.utils.fuse_conv_bn_eval(m[0], m[1], transpose=fuse == "transposed")
+
+    x = torch.ones(2, 3) if fuse == "linear" else torch.ones(2, 3, 4)
+    eager, late = build(), lateinit.deferred_init(build)
+    expected = fused(eager)(x)
+    if mixed is None:
+        assert lateinit.materialize(fused(late))(x).equal(expected)
+        return
+    lateinit.materialize(late[mixed])
+    with pytest.raises(DeferredTensorError, match=r"\d\.\w+' .*lateinit\.materialize"):
+        fused(late)
+    assert fused(lateinit.materialize(late))(x).equal(expected)
 
 
 def test_gradients_by_functions_are_those_of_the_eager_twin() -> None:

@@ -353,6 +353,19 @@ def test_a_forward_pass_in_a_constructor_gives_its_bits_or_is_refused(
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("name", [name for name in PARTS if "dropout" not in name])
+def test_a_forward_pass_in_a_constructor_takes_real_data_from_outside(name: str) -> None:
+    part, shape = PARTS[name]
+    x = torch.randn(shape)
+    torch.manual_seed(0)
+    eager = Passed(part(), x, grad=True, train=True)
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(lambda: Passed(part(), x, grad=True, train=True))
+    lateinit.materialize(model)
+    assert differs(eager.found, model.found, name) is None
+
+
 def test_a_forward_pass_gives_its_bits_where_a_kernel_rounds_by_the_number_of_rows() -> None:
     """A product of seven steps at once has other bits than seven products, with this of MKL."""
     found = subprocess.run(

@@ -270,6 +270,27 @@ def test_an_element_of_a_typed_storage_is_read_through_a_tensor_on_its_device() 
     assert AskedStorage.heard == [False]
 
 
+def test_an_inverse_asks_where_the_weight_is_and_may_lack_a_kernel_for_meta() -> None:
+    """torch/nn/utils/parametrizations.py: _Orthogonal; parametrize.py: ParametrizationList."""
+
+    class Asked(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func == torch.Tensor.device.__get__ and meant_by_device() is Meant.INVERSE:
+                raise LookupError
+            return super().__torch_function__(func, types, args, kwargs)
+
+    layer = nn.Linear(3, 5)
+    layer.weight = nn.Parameter(torch.ones(5, 3).as_subclass(Asked))
+    assert layer.weight.device.type == "cpu"
+    with pytest.raises(LookupError):
+        nn.utils.parametrizations.orthogonal(layer)
+    with pytest.raises(NotImplementedError):
+        torch.geqrf(torch.ones(5, 3, device="meta"))
+
+
 def test_distributing_asks_for_meta_and_leaves_the_scatter_out_there() -> None:
     """torch/distributed/tensor/_collective_utils.py: mesh_scatter asks its ``output``."""
     with alone_as(1, 2):

@@ -11,6 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lateinit._torch.modes import (
+    AUTOCAST_DEVICES,
     DispatchMode,
     FunctionMode,
     are_functions_disabled,
@@ -311,6 +312,7 @@ def test_the_dispatcher_asks_the_class_that_a_tensor_was_made_as() -> None:
 def test_autocast_can_be_set_without_counting_its_depth(chosen: Any) -> None:
     """torch/amp/autocast_mode.py: autocast sets these, and counts how deeply it is nested."""
     before = read_autocast()
+    assert len(before[0]) == len(AUTOCAST_DEVICES)
     product = torch.ones(2, 2) @ torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         outer = read_autocast()

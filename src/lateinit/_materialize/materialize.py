@@ -23,11 +23,23 @@ from lateinit._tensors import (
     Only,
     Wanted,
     cast_to,
+    described,
     find_tensors,
     is_deferred_tensor,
+    modules_in,
     wanted_in,
 )
-from lateinit._torch import digest, is_dtensor, is_out_of_memory, restoring, without_modes
+from lateinit._torch import (
+    Held,
+    constants_of_script,
+    digest,
+    held_by_script,
+    is_dtensor,
+    is_out_of_memory,
+    name_of_class,
+    restoring,
+    without_modes,
+)
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
@@ -123,6 +135,10 @@ def materialize(
         raise TypeError(
             f"materialize takes a module, a tensor, or a container of them, not {type(target)}"
         )
+    scripts = list(modules_in(target))
+    check_script_constants(scripts)
+    # Held from before the walk: as long as they live, the walk finds these tensor objects.
+    held = held_by_script(scripts)
     wanted = wanted_in(target, only)
     for group in wanted:
         # Outside the lock, since this may wait for other ranks.
@@ -137,10 +153,20 @@ def materialize(
             check_constants(group, plan_, session)
             check_holes(group, plan_, session)
         total = sum(shared.record.nbytes for g in wanted for shared in g.storages.values())
-        with Progress("materialise", total, shown=progress) as bar:
-            for group, plan_, session in planned:
-                _run(group, plan_, session, cast, threads, bar)
+        try:
+            with Progress("materialise", total, shown=progress) as bar:
+                for group, plan_, session in planned:
+                    _run(group, plan_, session, cast, threads, bar)
+            _put_back(held)
+        except BaseException:
+            _put_back(held)
+            raise
     return target
+
+
+def _put_back(held: Iterable[Held]) -> None:
+    for script in held:
+        script.put_back()
 
 
 @restoring
@@ -210,6 +236,18 @@ def is_deferred(target: Any) -> bool:
         False
     """
     return any(found.deferred for found in find_tensors(target))
+
+
+def check_script_constants(modules: Iterable[nn.Module]) -> None:
+    """Raise ``MaterializeError`` if a TorchScript graph has a deferred tensor for a constant."""
+    for module in modules:
+        for constant in constants_of_script(module):
+            if is_deferred_tensor(constant):
+                raise MaterializeError(
+                    f"a graph of the TorchScript module {name_of_class(module)} holds "
+                    f"{described(constant)} as a constant, which cannot be given values: freeze or "
+                    "trace the module after lateinit.materialize()"
+                )
 
 
 def check_seed(program: Program, seed: int | None) -> None:

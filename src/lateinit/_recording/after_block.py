@@ -87,6 +87,8 @@ def device_to(meant: Meant, tensor: Tensor) -> torch.device:
         return tensor.device
     if meant is Meant.VALUES and waits(tensor):
         raise needs_values("torch.nn.parallel", tensor)
+    if meant is Meant.INVERSE:
+        raise needs_values("right_inverse of a parametrization", tensor)
     return Deferred.of(tensor).destination(AS_RECORDED)
 
 

@@ -30,6 +30,7 @@ from lateinit._torch import (
     are_functions_disabled,
     as_subclass,
     caller,
+    held_by_script,
     here,
     is_frame_of,
     is_on_stack,
@@ -331,6 +332,10 @@ def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
     the modules finds all others, and gives slots the names that error messages show.
     """
     seen: set[int] = set()
+    # First of all, since the tensor objects that the guards exchange must be those that a C++
+    # module answers with.
+    scripts = [module for found in writer.scripts if (module := found()) is not None]
+    held = held_by_script(scripts)
     for module in modules.all():
         path = None
         for name, tensor in own_tensors(module, seen):
@@ -346,4 +351,12 @@ def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
         made = reference()
         if made is not None and not isinstance(made, Guarded) and is_deferred_tensor(made):
             guard(made)
+    for script in held:
+        for tensor in filter(is_deferred_tensor, script.tensors()):
+            guard(tensor)
+            named = slot_of(tensor)
+            if named is not None and named.name is None:
+                named.name = script.name
+        script.put_back()
     writer.born.clear()
+    writer.scripts.clear()

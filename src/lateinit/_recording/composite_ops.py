@@ -25,10 +25,12 @@ from lateinit._torch import (
     attention_without_fused_kernel,
     by_name,
     flat,
+    is_any_autocast_enabled,
     is_function_mode_in_force,
     overload_for,
     register,
     tensors_in,
+    without_modes,
 )
 
 Handler = Callable[..., Any]
@@ -87,7 +89,11 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
             called = (op, torch.is_grad_enabled(), requiring, args)
-            writer.override(_OP, called, kwargs, results)
+            writer.autocast = _autocast_of(writer, given)
+            try:
+                writer.override(_OP, called, kwargs, results)
+            finally:
+                writer.autocast = None
         elif dropout == "refuse":
             _refuse(writer, result, f"{name} with dropout")
         return result
@@ -95,24 +101,46 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
     return handler
 
 
+def _autocast_of(writer: ProgramWriter, given: list[Tensor]) -> tuple[str, torch.dtype] | None:
+    """The autocast under which a composite function has to be replayed."""
+    kind = next(writer.device_of(t).type for t in given if is_deferred_tensor(t))
+    on = is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
+    return (kind, torch.get_autocast_dtype(kind)) if on else None
+
+
 def _recurrent(name: str) -> Handler:
     """The handler of a recurrent kernel, for sequences of one length or packed ones."""
     whole = _whole(name, dropout="refuse")
 
     def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-        # aten/src/ATen/native/RNN.cpp reads the batch sizes of packed sequences below the
-        # dispatcher, where they must be real.
-        given = tuple(_counts(writer, value) for value in args)
-        named = {key: _counts(writer, value) for key, value in kwargs.items()}
-        return whole(writer, func, given, named)
+        if any(map(is_deferred_tensor, tensors_in(args, kwargs))):
+            args = tuple(_as_recurrent_kernel_takes(writer, value) for value in args)
+            kwargs = {k: _as_recurrent_kernel_takes(writer, v) for k, v in kwargs.items()}
+        return whole(writer, func, args, kwargs)
 
     return handler
 
 
-def _counts(writer: ProgramWriter, value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype is torch.int64 and is_deferred_tensor(value):
-        return computed(writer, value)
-    return value
+def _as_recurrent_kernel_takes(writer: ProgramWriter, value: Any) -> Any:
+    """An argument of a recurrent kernel, as it is checked before any op is called.
+
+    aten/src/ATen/native/RNN.cpp reads the batch sizes of packed sequences, which must be real, and
+    compares the devices of all other tensors, which must be deferred.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_as_recurrent_kernel_takes(writer, item) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    deferred = is_deferred_tensor(value)
+    if value.dtype is torch.int64:
+        return computed(writer, value) if deferred else value
+    return value if deferred or value.is_meta else _deferred_copy(writer, value)
+
+
+def _deferred_copy(writer: ProgramWriter, real: Tensor) -> Tensor:
+    with without_modes():
+        copy = writer.lift(real)
+    return copy.requires_grad_(real.requires_grad)
 
 
 def _below(original: Handler, handler: Handler) -> Handler:

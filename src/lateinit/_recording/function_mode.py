@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lateinit._recording import composite_ops, conversions, fast_paths
+from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import address_of, copied_by_deepcopy, is_deferred_tensor
@@ -47,12 +48,14 @@ class Masquerade(FunctionMode):
         if handler is _asks or writer.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
         writer.call = args, kwargs
-        writer.autocasting = is_any_autocast_enabled()
         if handler is None:
             func = fast_paths.initialiser_behind(func) or func
             handler = _HANDLERS.get(func)
-            if handler is None:
-                return func(*args, **kwargs) if kwargs else func(*args)
+        if is_any_autocast_enabled():
+            with casts_of_autocast():
+                return (handler or _asks)(writer, func, args, kwargs or {})
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
         return handler(writer, func, args, kwargs or {})
 
 

@@ -28,10 +28,11 @@ from lateinit._recording.after_block import (
     is_meta_to,
     needs_values,
 )
+from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
-from lateinit._recording.writer import ProgramWriter, current
+from lateinit._recording.writer import current
 from lateinit._tensors import (
     PLAIN_CLASSES,
     Deferred,
@@ -80,7 +81,7 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
-from lateinit.errors import DeferredTensorError
+from lateinit.errors import DeferredTensorError, LateinitError
 
 
 class DeferredTensor(Guarded):
@@ -363,16 +364,18 @@ def _followed(
         follower.meant = deferred[0]
     recorded = len(program.ops)
     try:
-        with in_force(follower):
-            result = _called(func, args, kwargs, follower.writer, deferred[0])
-    except Exception:
+        result = _called(follower, deferred[0], func, args, kwargs)
+    except Exception as error:
         if len(programs) == 1:
             program.forget(recorded)
-        if not before_autograd or any(map(waits, deferred)):
+        if before_autograd and not any(map(waits, deferred)):
+            for tensor in deferred:
+                realize_now(tensor)
+            return func(*args, **kwargs)
+        refused = _refusal(error, func, deferred[0], tensors)
+        if refused is None:
             raise
-        for tensor in deferred:
-            realize_now(tensor)
-        return func(*args, **kwargs)
+        raise refused from error
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             guard(leaf)
@@ -380,21 +383,41 @@ def _followed(
 
 
 def _called(
-    func: Callable[..., Any], args: Args, kwargs: Kwargs, writer: ProgramWriter, first: Tensor
+    follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
     conversion = CONVERSIONS.get(func)
-    if conversion is None:
-        return func(*args, **kwargs)
-    # Outside blocks a deferred parameter reports meta, so x.to(p.device) asks for meta.
-    device = writer.device_of(first)
-    args = tuple(_meant(value, device) for value in args)
-    kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
-    return conversion(writer, func, args, kwargs)
+    with in_force(follower), casts_of_autocast():
+        if conversion is None:
+            return func(*args, **kwargs)
+        # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
+        device = follower.writer.device_of(first)
+        args = tuple(_meant(value, device) for value in args)
+        kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
+        return conversion(follower.writer, func, args, kwargs)
 
 
 def _meant(value: Any, device: torch.device) -> Any:
     on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
     return device if on_meta else value
+
+
+def _refusal(
+    error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
+) -> DeferredTensorError | None:
+    """The error in place of one of torch's own that a deferred tensor among real ones may explain.
+
+    aten/src/ATen/native/RNN.cpp: check_attributes compares the devices of input and weights before
+    it calls any op. Where all tensors are deferred or on meta, eager construction fails too.
+    """
+    # Argument checks raise other classes of error, eagerly too.
+    ours = isinstance(error, LateinitError) or not isinstance(error, RuntimeError)
+    if ours or all(t.is_meta or is_fake(t) for t in tensors):
+        return None
+    return DeferredTensorError(
+        f"{getattr(func, '__name__', func)} was given {described(first)} together with real "
+        f"tensors, and failed ({error}): it is deferred and has no values yet; call "
+        "lateinit.materialize(model) before the forward pass"
+    )
 
 
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:

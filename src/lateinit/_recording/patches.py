@@ -4,6 +4,7 @@
 - ``torch.manual_seed`` may restore the very state that a stream began with, which comparing states
   cannot detect.
 - ``Parameter.__new__`` makes tensors below the dispatcher.
+- Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
 - Some functions of torch call others with function modes off (``composite_ops``).
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, trunc_normal
 from lateinit._recording.writer import current
-from lateinit._torch import turn, without_modes
+from lateinit._torch import RecursiveScriptModule, construct_script_module, turn, without_modes
 
 _get_rng_state = torch.random.get_rng_state
 _manual_seed = torch.random.manual_seed
@@ -52,6 +53,13 @@ def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tens
     return parameter
 
 
+def _noted_script(module: Any, *args: Any, **kwargs: Any) -> None:
+    construct_script_module(module, *args, **kwargs)
+    writer = current()
+    if writer is not None:
+        writer.scripts.append(weakref.ref(module))
+
+
 _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "get_rng_state", _get_rng_state, _settled_rng_state),
     (torch.random, "get_rng_state", _get_rng_state, _settled_rng_state),
@@ -59,6 +67,7 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch.random, "manual_seed", _manual_seed, _noted_seed),
     (nn.init, "_no_grad_trunc_normal_", trunc_normal.original, trunc_normal.recorded),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
+    (RecursiveScriptModule, "__init__", construct_script_module, _noted_script),
     *composite_ops.PATCHES,
 )
 

@@ -10,7 +10,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lateinit._program import (
     Ambient,
@@ -68,10 +68,12 @@ class ProgramWriter:
         program: the program.
         generators: follows the random generators.
         born: the tensors that were made, weakly.
+        scripts: the modules of TorchScript that were made, weakly.
         busy: whether an op is being recorded: what torch's Python kernels call below it are no
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
-        autocasting: whether autocast was on in that call.
+        autocast: the autocast in force for the op that is being recorded: its device type and
+            dtype. None for all but composite functions, since casts are recorded as ops.
         values: answers reads.
         data: the real data that the program keeps.
         shared: memory that deferred and real tensors share.
@@ -82,9 +84,10 @@ class ProgramWriter:
         self._drawing = drawing
         self.generators = Generators(program)
         self.born: list[weakref.ref[Tensor]] = []
+        self.scripts: list[weakref.ref[nn.Module]] = []
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
-        self.autocasting = False
+        self.autocast: tuple[str, torch.dtype] | None = None
         self._ambient_key: tuple[Any, ...] = ()
         self.values = ValueReads(program)
         self.data = RealData(program)
@@ -163,10 +166,6 @@ class ProgramWriter:
                 f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
                 "after materialising"
             )
-        # Autocast has no dispatch key for meta tensors (c10/core/DispatchKeySet.h): a meta kernel
-        # would give the dtype without autocast. Under autocast such ops are run instead.
-        if self.autocasting and not info.mutates:
-            return record_by_running(self, info, args, kwargs, deferred)
         try:
             result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
         # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again
@@ -363,12 +362,8 @@ class ProgramWriter:
 
     def _ambient(self) -> Ambient:
         """The ambient settings now in force."""
-        # In a dispatch mode autocast reads as off. The function mode, which runs before it, has
-        # noted in ``autocasting`` whether it is on.
-        device = "cuda" if self.autocasting and torch.is_autocast_enabled("cuda") else "cpu"
-        autocast = (device, torch.get_autocast_dtype(device)) if self.autocasting else None
         return Ambient(
-            torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), autocast
+            torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), self.autocast
         )
 
     def ambient_number(self) -> int:
@@ -376,7 +371,7 @@ class ProgramWriter:
         key = (
             torch.get_default_dtype(),
             is_deterministic(),
-            self.autocasting,
+            self.autocast,
         )
         if key != self._ambient_key:
             self._ambient_key = key

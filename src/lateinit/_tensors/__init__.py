@@ -45,6 +45,7 @@ from lateinit._tensors.walk import (
     Kind,
     find_tensors,
     is_placeholder,
+    modules_in,
     own_tensors,
     window_key,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "is_ordinary",
     "is_parameter",
     "is_placeholder",
+    "modules_in",
     "original_class",
     "own_copy",
     "own_tensors",

@@ -13,6 +13,7 @@ from lateinit._identity import IdentityMap
 from lateinit._tensors.slots import is_deferred_tensor, is_ordinary, slot_of
 from lateinit._torch import (
     OWN_ATTRIBUTES,
+    held_by_script,
     not_persistent,
     own_buffers,
     own_modules,
@@ -144,6 +145,10 @@ class _Walk:
             for name, value in module.__dict__.items():
                 if name not in OWN_ATTRIBUTES and type(value) not in _ATOMS:
                     self.enter(value, _join(path, name), above)
+            for held in held_by_script([module]):
+                registered = own_parameters(module), own_buffers(module)
+                if not any(held.name in known for known in registered):
+                    self.enter(held.value, _join(path, held.name), above)
 
     def _note(self, path: str, tensor: Tensor, kind: Kind, *, persistent: bool) -> None:
         known = self.found.get(tensor)
@@ -155,6 +160,15 @@ class _Walk:
 
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
+
+
+def modules_in(target: Any) -> Iterator[nn.Module]:
+    """The modules of a module or a container, each with its children."""
+    if isinstance(target, nn.Module):
+        yield from target.modules()
+    elif isinstance(target, _CONTAINERS):
+        for item in target.values() if isinstance(target, dict) else target:
+            yield from modules_in(item)
 
 
 def window_key(tensor: Tensor) -> tuple[Any, ...]:

@@ -100,6 +100,7 @@ class Meant(enum.Enum):
     META = "meta, as anyone is told"
     RECORDED = "the device that the tensor will have"
     VALUES = "the values"
+    INVERSE = "the values, for the inverse of a parametrization"
 
 
 # By the module that reads ``device``.
@@ -122,6 +123,11 @@ def meant_by_device() -> Meant:
     # its own counter, unless the counter's device is ``meta``: then it loads a zero.
     if asking.f_code is load_with_counter.__code__:
         return Meant.RECORDED
+    # torch/nn/utils/parametrizations.py: _Orthogonal draws a tensor there, for an op that has no
+    # kernel for meta and raises NotImplementedError. ParametrizationList of parametrize.py takes
+    # that to mean that there is no inverse, and the module is left half done. So may a user's do.
+    if asking.f_code.co_name == "right_inverse":
+        return Meant.INVERSE
     name: str = asking.f_globals.get("__name__", "")
     if name.startswith("torch."):
         for module, meant in _MEANT.items():

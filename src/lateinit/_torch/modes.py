@@ -235,13 +235,16 @@ def put_determinism(flags: tuple[bool, bool]) -> None:
 
 
 Autocast = tuple[tuple[tuple[bool, torch.dtype], ...], bool]
-_AUTOCAST = ("cpu", "cuda")  # the device types whose autocast can be recorded
+AUTOCAST_DEVICES = ("cpu", "cuda")  # the device types whose autocast can be recorded
 
 
 def read_autocast() -> Autocast:
     """Whether autocast is on and its dtype, for each device type; whether it caches."""
     some = is_any_autocast_enabled()  # asking each takes longer, and this is asked often
-    each = [(some and torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST]
+    each = [
+        (some and torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in AUTOCAST_DEVICES
+    ]
     return tuple(each), torch.is_autocast_cache_enabled()
 
 
@@ -251,7 +254,7 @@ def put_autocast(state: Autocast) -> None:
     ``torch.autocast`` also counts how deeply it is nested, to empty its cache at the end. A count
     that an interrupt has left wrong would keep the casts of old weights for good.
     """
-    for device, (enabled, dtype) in zip(_AUTOCAST, state[0], strict=True):
+    for device, (enabled, dtype) in zip(AUTOCAST_DEVICES, state[0], strict=True):
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
     torch.set_autocast_cache_enabled(state[1])
@@ -261,7 +264,7 @@ def autocast_of(chosen: tuple[str, torch.dtype] | None) -> Autocast:
     """The state in which autocast is on for one device type, or off. Nothing is cached."""
     each = read_autocast()[0]
     on, dtype = chosen or ("", torch.bfloat16)
-    found = zip(_AUTOCAST, each, strict=True)
+    found = zip(AUTOCAST_DEVICES, each, strict=True)
     return tuple((d == on, dtype if d == on else known) for d, (_, known) in found), False
 
 

@@ -1,0 +1,80 @@
+"""Modules of TorchScript: a C++ object holds their tensors, by implementation and not by object.
+
+An exchange of implementations (``swap``) therefore leaves it the old ones, unless it is given the
+tensor objects anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lateinit._torch.arguments import tensors_in
+
+_ScriptModule: Any = torch.jit.ScriptModule
+RecursiveScriptModule: Any = torch.jit._script.RecursiveScriptModule
+construct_script_module = RecursiveScriptModule.__init__
+"""What every scripted or traced module is made by (torch/jit/_script.py)."""
+
+
+class Held(NamedTuple):
+    """An attribute of a scripted module that is a tensor or contains some."""
+
+    module: Any
+    name: str
+    value: Any
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors."""
+        values = tuple(self.value.values()) if isinstance(self.value, dict) else (self.value,)
+        return tensors_in(values, {})
+
+    def put_back(self) -> None:
+        """Have the C++ module hold what the tensor objects are by now."""
+        self.module._c.setattr(self.name, self.value)
+
+
+def held_by_script(modules: Iterable[nn.Module]) -> list[Held]:
+    """What the scripted ones among some modules hold themselves, parameters and buffers included.
+
+    As long as these objects live, they are what the C++ modules answer with.
+    """
+    return [
+        held
+        for module in modules
+        if isinstance(module, _ScriptModule)
+        for held in _attributes(module)
+        if held.tensors()
+    ]
+
+
+def _attributes(module: Any) -> Iterator[Held]:
+    # A traced module, and one of a subclass of ScriptModule, asks the module that it wraps.
+    cpp = getattr(module, "_c", None)
+    if cpp is None:
+        return
+    # torch/jit/_recursive.py sets it; a module that is loaded or frozen has none.
+    known = getattr(module, "_concrete_type", None)
+    names = {} if known is None else known.get_attributes()
+    own: Any = torch._C.ParameterDict(cpp), torch._C.BufferDict(cpp)
+    for name in dict.fromkeys((*names, *(name for held in own for name, _ in held.items()))):
+        yield Held(module, name, cpp.getattr(name))
+
+
+def constants_of_script(module: nn.Module) -> list[Tensor]:
+    """The tensors that the graphs of a scripted module hold as constants; they cannot be replaced.
+
+    ``torch.jit.freeze`` makes constants of parameters, and ``torch.jit.trace`` of other tensors.
+    """
+    cpp = getattr(module, "_c", None) if isinstance(module, _ScriptModule) else None
+    if cpp is None:
+        return []
+    return [
+        node.t("value")
+        for name in cpp._method_names()
+        for node in cpp._get_method(name).graph.findAllNodes("prim::Constant", recurse=True)
+        if node.hasAttribute("value") and node.kindOf("value") == "t"
+    ]
