@@ -22,6 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import TensorRef
+from lateinit._recording import composite_ops
 from lateinit._recording.after_block import (
     Follower,
     device_to,
@@ -76,6 +77,7 @@ from lateinit._torch import (
     mend,
     noted_modes,
     restoring,
+    set_eval_frame,
     tensors_in,
     why_is_meta,
     without_subclass_functions,
@@ -101,6 +103,7 @@ class DeferredTensor(Guarded):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_dynamo_compiling():
             graph_break()  # torch.compile must not trace this: the op runs outside of the graph
+        compiling = set_eval_frame(None)
         try:
             with without_subclass_functions():
                 # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
@@ -111,10 +114,6 @@ class DeferredTensor(Guarded):
                     return is_meta_to(asked, args[0])
                 if func == torch.Tensor.device.__get__:
                     return device_to(meant_by_device(), args[0])
-                if func == torch.Tensor.is_cpu.__get__ and is_dcp_writing():  # type: ignore[attr-defined]
-                    _need_values("saving a checkpoint", args[0])
-                if func == torch.Tensor.data_ptr and is_pointer_followed():
-                    _need_values("reading the memory", args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 if func in _PLAIN:
                     with below_python():  # some are ops, such as is_pinned
@@ -133,6 +132,8 @@ class DeferredTensor(Guarded):
         except BaseException:
             enable_functions()  # they were, or this would not have been called
             raise
+        finally:
+            set_eval_frame(compiling)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -202,11 +203,15 @@ def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(tensor, *args, **kwargs)
 
 
-def _is_on(kind: str) -> Callable[..., bool]:
-    def answer(func: Any, tensor: Tensor) -> bool:
-        return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == kind
+def _is_cpu(func: Any, tensor: Tensor) -> bool:
+    # torch/distributed/checkpoint/filesystem.py reads it of a tensor to be written.
+    if is_dcp_writing(between=1):
+        _need_values("saving a checkpoint", tensor)
+    return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == "cpu"
 
-    return answer
+
+def _is_cuda(func: Any, tensor: Tensor) -> bool:
+    return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == "cuda"
 
 
 def _get_device(func: Any, tensor: Tensor) -> int:
@@ -226,6 +231,9 @@ def _grad_fn(func: Any, tensor: Tensor) -> Any:
 
 
 def _address(func: Any, tensor: Tensor) -> int:
+    if is_pointer_followed(between=1):
+        _need_values("reading the memory", tensor)
+        return tensor.data_ptr()
     return address_of(tensor)
 
 
@@ -385,15 +393,17 @@ def _followed(
 def _called(
     follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
-    conversion = CONVERSIONS.get(func)
+    handler = CONVERSIONS.get(func)
+    if follower.meant is not None:  # with real tensors among them they are refused
+        handler = handler or composite_ops.HANDLERS.get(func)
     with in_force(follower), casts_of_autocast():
-        if conversion is None:
+        if handler is None:
             return func(*args, **kwargs)
         # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
         device = follower.writer.device_of(first)
         args = tuple(_meant(value, device) for value in args)
         kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
-        return conversion(follower.writer, func, args, kwargs)
+        return handler(follower.writer, func, args, kwargs)
 
 
 def _meant(value: Any, device: torch.device) -> Any:
@@ -524,8 +534,8 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
-    torch.Tensor.is_cpu.__get__: _is_on("cpu"),  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__: _is_on("cuda"),  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: _is_cpu,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
     torch.Tensor.get_device: _get_device,
     **dict.fromkeys(_READERS, _read),
 }

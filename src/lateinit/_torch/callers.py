@@ -185,9 +185,13 @@ def is_torch_saving() -> bool:
     return in_torch and frame.f_code.co_name in _SAVERS
 
 
-def is_dcp_writing() -> bool:
-    """Whether torch's distributed checkpoint reads the property that asks, to write a file."""
-    name: str = _frame(1).f_globals.get("__name__", "")
+def is_dcp_writing(between: int = 0) -> bool:
+    """Whether torch's distributed checkpoint reads the property that asks, to write a file.
+
+    Args:
+        between: how many frames lie between the two.
+    """
+    name: str = _frame(1 + between).f_globals.get("__name__", "")
     return name == "torch.distributed.checkpoint.filesystem"
 
 

@@ -194,6 +194,13 @@ def graph_break() -> None:
     torch._dynamo.graph_break()
 
 
+set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
+"""Set the callback with which ``torch.compile`` hears of each Python frame; returns the last one.
+
+None has the frames run as they are.
+"""
+
+
 @contextlib.contextmanager
 def outside_functorch() -> Iterator[None]:
     """Run a block as if no ``vmap`` or ``torch.func.grad`` were running."""
