@@ -224,7 +224,7 @@ def test_other_settings_of_the_process_survive_too(read: Any, write: Any) -> Non
     """torch/backends/cudnn/__init__.py, torch/__init__.py: these flags hold process-wide."""
     before = read()
     # torch/testing/_internal/common_utils.py forbids to set them, for any test that imports it.
-    with settings_kept(), torch.backends.__allow_nonbracketed_mutation():
+    with torch.backends.__allow_nonbracketed_mutation(), settings_kept():
         write(before)
         assert read() != before
     assert read() == before

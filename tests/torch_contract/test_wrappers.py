@@ -121,6 +121,7 @@ def test_a_shard_is_a_block_of_rows_that_chunk_would_cut(rows: int) -> None:
 def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch/distributed/tensor/_api.py: __new__ is C++, and __init__ is called after it."""
     made: list[object] = []
+    tell_of_new_dtensors(None)
     constructor = DTensor.__init__
     assert tell_of_new_dtensors(made.append)
     assert tell_of_new_dtensors(made.append)  # the last listener alone is told

@@ -72,6 +72,9 @@ def is_real(tensor: Tensor) -> bool:
 
 def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
     """The answer to code that asks whether a deferred tensor or shard is on meta."""
+    # Every rank has the recorded values, so that nothing need be sent.
+    if asked.why in ("scatter", "broadcast"):
+        return True
     # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
     # into a meta parameter is a no-op. Copying into a deferred tensor is not.
     if is_real(tensor) or asked.why == "load" or not waits(tensor):
@@ -97,7 +100,8 @@ class Follower(RecordingMode):
 
     ``meant`` is a tensor of a call, if all of the meta tensors of the call are deferred. A tensor
     that the call makes on meta, such as the number in ``mask[0] = 1``, is then recorded for the
-    device of that one.
+    device of that one. ``exchanging`` is set if a call would exchange values with other ranks:
+    whether a tensor is real may differ between ranks, so it must not realise itself for that.
 
     Args:
         program: the program of the deferred tensors.
@@ -105,6 +109,7 @@ class Follower(RecordingMode):
     """
 
     meant: Tensor | None = None
+    exchanging = False
 
     def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
         # Random ops are refused; replaying raises if a foreign op draws.
@@ -174,6 +179,7 @@ class Follower(RecordingMode):
     ) -> None:
         op = spoken(info.name)
         if info.collective:
+            self.exchanging = True
             raise DeferredTensorError(
                 f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
                 "which has none yet: call lateinit.materialize() first"

@@ -376,7 +376,8 @@ def _followed(
     except Exception as error:
         if len(programs) == 1:
             program.forget(recorded)
-        if before_autograd and not any(map(waits, deferred)):
+        refused_for_good = follower.exchanging or any(map(waits, deferred))
+        if before_autograd and not refused_for_good:
             for tensor in deferred:
                 realize_now(tensor)
             return func(*args, **kwargs)

@@ -41,6 +41,7 @@ from lateinit._torch import (
     tensors_in,
     turn,
     why_is_meta,
+    without_subclass_functions,
 )
 
 
@@ -85,9 +86,11 @@ def _guarding(cls: type[Tensor]) -> type[Tensor]:
     def call(_: Any, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         # Getters arrive as fresh method-wrappers: equal to those bound here, not identical.
         if func == torch.Tensor.is_meta.__get__ and not _renewed(args[0]):  # type: ignore[attr-defined]
-            return is_meta_to(why_is_meta(args[0]), args[0])
+            with without_subclass_functions():
+                return is_meta_to(why_is_meta(args[0]), args[0])
         if func == torch.Tensor.device.__get__ and not _renewed(args[0]):
-            return device_to(meant_by_device(), args[0])
+            with without_subclass_functions():
+                return device_to(meant_by_device(), args[0])
         return _called(func, args, kwargs or {})
 
     members = {"__torch_function__": classmethod(call), "__slots__": (), "original": cls}

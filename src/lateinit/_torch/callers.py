@@ -68,6 +68,7 @@ class Asked(NamedTuple):
     - ``"load"``: ``load_state_dict``, to warn that copying into meta does nothing.
     - ``"scatter"``: ``mesh_scatter``, to skip copying this rank's part into it. ``given`` holds
       the local variables of that function.
+    - ``"broadcast"``: ``mesh_broadcast``, to send nothing.
     - ``"init"``: an initialiser of ``torch.nn.init``, to do nothing. ``given`` has its name as
       ``function``.
     - None: for another reason.
@@ -91,6 +92,8 @@ def why_is_meta(tensor: Any) -> Asked:
     # torch/distributed/tensor/_collective_utils.py
     if name == "mesh_scatter" and tensor is asking.f_locals.get("output"):
         return Asked("scatter", asking.f_locals)
+    if name == "mesh_broadcast" and tensor is asking.f_locals.get("tensor"):
+        return Asked("broadcast", {})
     return _NOTHING
 
 
