@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lateinit._torch.devices import CPU, default_generator, device_number, generator_key
+from lateinit._torch.devices import (
+    CPU,
+    default_generator,
+    device_number,
+    device_of_result,
+    generator_key,
+)
 from lateinit.errors import RecordingError
 from tests.torch_contract.listeners import Operators
 
@@ -69,3 +75,10 @@ def test_an_operator_is_given_another_object_of_the_same_generator() -> None:
     assert given is not generator
     assert generator_key(given) == key
     assert generator_key(torch.Generator()) != key
+
+
+def test_a_cpu_tensor_has_no_device_number() -> None:
+    """c10/core/TensorImpl.cpp: whatever number was asked for."""
+    for asked in ("cpu", "cpu:0", torch.device("cpu", 0)):
+        assert torch.ones(1, device=asked).device == device_of_result(asked) == CPU
+    assert device_of_result("cuda:1") == torch.device("cuda", 1)

@@ -100,8 +100,8 @@ class Follower(RecordingMode):
 
     ``meant`` is a tensor of a call, if all of the meta tensors of the call are deferred. A tensor
     that the call makes on meta, such as the number in ``mask[0] = 1``, is then recorded for the
-    device of that one. ``exchanging`` is set if a call would exchange values with other ranks:
-    whether a tensor is real may differ between ranks, so it must not realise itself for that.
+    device of that one. ``final`` is set if a call was refused for which no tensor may
+    realise itself.
 
     Args:
         program: the program of the deferred tensors.
@@ -109,7 +109,7 @@ class Follower(RecordingMode):
     """
 
     meant: Tensor | None = None
-    exchanging = False
+    final = False
 
     def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
         # Random ops are refused; replaying raises if a foreign op draws.
@@ -121,6 +121,7 @@ class Follower(RecordingMode):
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
         if deferred and info.name == "aten::empty_like" and is_module_converting():
+            self.final = True
             raise DeferredTensorError(
                 f"Module.to_empty would lose the recorded values of {described(deferred[0])}, and "
                 "leave memory without values: call lateinit.materialize(module, device=...) "
@@ -178,8 +179,8 @@ class Follower(RecordingMode):
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], *, among_meta: bool
     ) -> None:
         op = spoken(info.name)
-        if info.collective:
-            self.exchanging = True
+        if info.collective:  # whether a tensor is real may differ between ranks
+            self.final = True
             raise DeferredTensorError(
                 f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
                 "which has none yet: call lateinit.materialize() first"

@@ -28,6 +28,7 @@ from lateinit._torch import (
     UNIFORM,
     below_python,
     by_name,
+    device_of_result,
     is_recording_alone,
     is_running,
 )
@@ -43,7 +44,7 @@ def _making(name: str) -> Handler:
 
     def make(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
-        device = _CPU if device is None else torch.device(device)
+        device = _CPU if device is None else device_of_result(device)
         if device == META or not _USUAL.issuperset(kwargs) or not is_recording_alone():
             return func(*args, **kwargs)
         try:

@@ -264,6 +264,7 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
     """``tensor.data = data``, which torch refuses if exactly one of them is on meta."""
     if not isinstance(data, Tensor) or is_deferred_tensor(data):
         func(tensor, data)
+        _mark(tensor)
         return
     if data.is_meta:
         raise DeferredTensorError(
@@ -376,8 +377,7 @@ def _followed(
     except Exception as error:
         if len(programs) == 1:
             program.forget(recorded)
-        refused_for_good = follower.exchanging or any(map(waits, deferred))
-        if before_autograd and not refused_for_good:
+        if before_autograd and not follower.final and not any(map(waits, deferred)):
             for tensor in deferred:
                 realize_now(tensor)
             return func(*args, **kwargs)
@@ -448,9 +448,8 @@ def guard(tensor: Tensor) -> None:
     guarding = _guarding(type(tensor))
     if guarding is None:
         return
-    slot = slot_of(tensor)
-    if slot is not None and issubclass(guarding, nn.Parameter):
-        slot.parameter = True
+    if issubclass(guarding, nn.Parameter):
+        _mark(tensor)
     # Assigning the class alone would not do: the dispatcher asks __torch_dispatch__ only of tensors
     # that were made as such a class. So make one, and exchange implementations.
     inference = tensor.is_inference()
@@ -465,6 +464,13 @@ def guard(tensor: Tensor) -> None:
         if has_own_dispatch(tensor):
             give_guard(tensor, guarding)
         raise
+
+
+def _mark(tensor: Tensor) -> None:
+    """Note that a storage belongs to a parameter, if ``tensor`` is one."""
+    slot = slot_of(tensor)
+    if slot is not None and is_parameter(tensor):
+        slot.parameter = True
 
 
 def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:

@@ -36,6 +36,7 @@ from lateinit._torch import (
     Kwargs,
     OpInfo,
     default_generator,
+    device_of_result,
     flat,
     has_tensor,
     here,
@@ -305,7 +306,7 @@ class ProgramWriter:
         """The device of the results of a call."""
         asked = kwargs.get("device")
         if asked is not None:
-            return torch.device(asked)
+            return device_of_result(asked)
         # A CPU tensor without dims may be combined with tensors of any device: it decides last.
         for tensor in sorted(deferred, key=lambda t: t.dim() == 0):
             return self.device_of(tensor)

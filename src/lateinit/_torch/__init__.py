@@ -50,7 +50,12 @@ from lateinit._torch.callers import (
     running_initialiser,
     why_is_meta,
 )
-from lateinit._torch.devices import default_generator, device_number, generator_key
+from lateinit._torch.devices import (
+    default_generator,
+    device_number,
+    device_of_result,
+    generator_key,
+)
 from lateinit._torch.messages import asks_for_values, is_misfit, is_out_of_memory
 from lateinit._torch.modes import (
     DispatchMode,
@@ -217,6 +222,7 @@ __all__ = [
     "default_device_in_force",
     "default_generator",
     "device_number",
+    "device_of_result",
     "digest",
     "enable_functions",
     "fake_like",

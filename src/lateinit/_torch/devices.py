@@ -11,6 +11,12 @@ from lateinit.errors import RecordingError
 CPU = torch.device("cpu")
 
 
+def device_of_result(asked: Any) -> torch.device:
+    """The device that a tensor says which was asked for on a device."""
+    device = torch.device(asked)
+    return CPU if device.type == "cpu" else device  # a tensor on "cpu:0" says "cpu"
+
+
 def device_number(device: torch.device) -> int:
     """The number of a CUDA device; that of the current one if it was not given."""
     number: Any = device.index  # torch's stubs say int, but it is None for torch.device("cuda")
