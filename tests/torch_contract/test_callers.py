@@ -133,7 +133,7 @@ class AsksItsDevice(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.Tensor.device.__get__:
-            cls.heard.append(meant_by_device())
+            cls.heard.append(meant_by_device({}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -163,7 +163,7 @@ def test_what_a_module_of_torch_needs_that_asks_for_a_device() -> None:
     AsksItsDevice.heard.clear()
     with alone_as(0, 1):
         nn.parallel.DistributedDataParallel(layer)
-    assert Meant.VALUES in AsksItsDevice.heard
+    assert Meant.PARALLEL in AsksItsDevice.heard
 
 
 class Listening(Tensor):
@@ -278,7 +278,7 @@ def test_an_inverse_asks_where_the_weight_is_and_may_lack_a_kernel_for_meta() ->
         def __torch_function__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func == torch.Tensor.device.__get__ and meant_by_device() is Meant.INVERSE:
+            if func == torch.Tensor.device.__get__ and meant_by_device({}) is Meant.INVERSE:
                 raise LookupError
             return super().__torch_function__(func, types, args, kwargs)
 
@@ -467,3 +467,31 @@ def test_a_context_manager_whose_exit_was_interrupted_is_run_to_its_end() -> Non
     assert ends == []
     close_contexts(caught.value.__traceback__)
     assert ends == ["end"]
+
+
+def test_another_library_may_need_the_values_of_what_it_asks_the_device_of() -> None:
+    """Told by the name of its module and its local variables."""
+
+    class Asked(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func == torch.Tensor.device.__get__:
+                heard.append(meant_by_device({__name__: lambda given: "moved" in given}))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    heard: list[Meant] = []
+
+    def move(moved: Tensor) -> torch.device:
+        return moved.device
+
+    def ask(tensor: Tensor) -> torch.device:
+        return tensor.device
+
+    tensor = torch.ones(1).as_subclass(Asked)
+    heard.clear()
+    move(tensor)
+    ask(tensor)
+    assert heard == [Meant.OTHERS, Meant.META]
+    assert [meant for meant in Meant if not meant.needs_values] == [Meant.META, Meant.RECORDED]

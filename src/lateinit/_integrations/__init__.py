@@ -1,11 +1,13 @@
-"""What lateinit knows of transformers, timm and torchvision: specifications and names.
+"""What lateinit knows of other libraries: specifications, names, and who needs values.
 
 ``model_specs`` turns a text such as ``transformers:gpt2`` into a constructor, for the command.
 ``transformers_names`` knows under which names ``transformers`` saves a model, for ``_checkpoint``.
+``offloading`` knows who reads a tensor's device to move it.
 The room may import only ``errors`` and the other leaves. A library is imported only when a
 specification asks for it. Start with ``model_specs.py``.
 """
 
+from lateinit._integrations.offloading import NEEDS_VALUES
 from lateinit._integrations.transformers_names import (
     Conversion,
     left_out,
@@ -15,6 +17,7 @@ from lateinit._integrations.transformers_names import (
 )
 
 __all__ = [
+    "NEEDS_VALUES",
     "Conversion",
     "left_out",
     "preferred_name",

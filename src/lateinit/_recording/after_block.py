@@ -88,10 +88,8 @@ def device_to(meant: Meant, tensor: Tensor) -> torch.device:
     """The answer to code that asks for the device of a deferred tensor or shard."""
     if is_real(tensor) or (meant is Meant.META and waits(tensor)):
         return tensor.device
-    if meant is Meant.VALUES and waits(tensor):
-        raise needs_values("torch.nn.parallel", tensor)
-    if meant is Meant.INVERSE:
-        raise needs_values("right_inverse of a parametrization", tensor)
+    if meant.needs_values and (waits(tensor) or meant is Meant.INVERSE):
+        raise needs_values(meant.value, tensor)
     return Deferred.of(tensor).destination(AS_RECORDED)
 
 

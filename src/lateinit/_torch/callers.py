@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -98,12 +98,22 @@ def why_is_meta(tensor: Any) -> Asked:
 
 
 class Meant(enum.Enum):
-    """What code of torch needs that reads ``device`` of a deferred tensor."""
+    """What code needs that reads ``device`` of a deferred tensor.
 
-    META = "meta, as anyone is told"
-    RECORDED = "the device that the tensor will have"
-    VALUES = "the values"
-    INVERSE = "the values, for the inverse of a parametrization"
+    ``META`` is what anyone is told, ``RECORDED`` the device that the tensor will have. All others
+    need its values, and have the words for who does.
+    """
+
+    META = "meta"
+    RECORDED = "recorded"
+    PARALLEL = "DistributedDataParallel"
+    INVERSE = "right_inverse of a parametrization"
+    OTHERS = "moving to another device"
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the values are needed."""
+        return self not in (Meant.META, Meant.RECORDED)
 
 
 # By the module that reads ``device``.
@@ -115,12 +125,17 @@ _MEANT = {
     # meta_utils.py: the device that a fake tensor says, as in torch.export.
     "torch._subclasses": Meant.RECORDED,
     # DistributedDataParallel compares shapes across ranks in C++, where no hook is asked.
-    "torch.nn.parallel": Meant.VALUES,
+    "torch.nn.parallel": Meant.PARALLEL,
 }
 
 
-def meant_by_device() -> Meant:
-    """What the caller of the function that asks needs of a deferred tensor's ``device``."""
+def meant_by_device(others: Mapping[str, Callable[[Mapping[str, Any]], bool]]) -> Meant:
+    """What the caller of the function that asks needs of a deferred tensor's ``device``.
+
+    Args:
+        others: by the name of a module, whether its function with these local variables needs the
+            values.
+    """
     asking = _frame(1)
     # torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
     # its own counter, unless the counter's device is ``meta``: then it loads a zero.
@@ -136,6 +151,8 @@ def meant_by_device() -> Meant:
         for module, meant in _MEANT.items():
             if name.startswith(module):
                 return meant
+    if name in others and others[name](asking.f_locals):
+        return Meant.OTHERS
     return Meant.META
 
 

@@ -1,0 +1,18 @@
+"""Code of other libraries that reads the device of a tensor because it needs its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def _places_without_value(given: Mapping[str, Any]) -> bool:
+    """Accelerate's ``set_module_tensor_to_device``: moves what is there, and raises on meta."""
+    places = "tensor_name" in given and given.get("value") is None
+    return places and str(given.get("device")) != "meta"
+
+
+NEEDS_VALUES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "accelerate.utils.modeling": _places_without_value,
+}
+"""By the name of a module: whether its function with these local variables needs the values."""

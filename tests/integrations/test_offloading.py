@@ -1,0 +1,99 @@
+"""accelerate's ways to fill and to move a model, on one that is deferred."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
+from accelerate.utils import set_module_tensor_to_device
+from safetensors.torch import save_file
+from torch import nn
+
+import lateinit
+from lateinit.errors import DeferredTensorError
+
+X = torch.ones(2, 3)
+
+
+class Net(nn.Module):
+    """A weight that is tied, and a table that is no parameter and not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(3, 3)
+        self.down = nn.Linear(3, 3)
+        self.down.weight = self.up.weight
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x)) + self.table
+
+
+def trained() -> Net:
+    torch.manual_seed(7)
+    return Net()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    state = trained().state_dict()
+    state.pop("down.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+LOADS: dict[str, Any] = {
+    "in model": lambda model, file: load_checkpoint_in_model(model, str(file)),
+    "placed": lambda model, file: load_checkpoint_in_model(
+        model, str(file), device_map={"": "cpu"}
+    ),
+    "dispatched": lambda model, file: load_checkpoint_and_dispatch(
+        model, str(file), device_map={"": "cpu"}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", LOADS)
+def test_a_checkpoint_is_loaded(way: str, file: Path) -> None:
+    model = lateinit.deferred_init(Net)
+    LOADS[way](model, file)
+    assert model.down.weight is model.up.weight
+    assert torch.equal(model(X), trained()(X))
+
+
+def test_one_tensor_is_set() -> None:
+    torch.manual_seed(7)
+    model = lateinit.deferred_init(Net)
+    bias = torch.full((3,), 2.0)
+    set_module_tensor_to_device(model, "up.bias", "cpu", value=bias)
+    assert isinstance(model.up.bias, nn.Parameter)
+    expected = trained()
+    with torch.no_grad():
+        expected.up.bias.copy_(bias)
+    assert torch.equal(lateinit.materialize(model)(X), expected(X))
+
+
+MOVES: dict[str, Any] = {
+    "set": lambda model, _: set_module_tensor_to_device(model, "up.weight", "cpu"),
+    "dispatch": lambda model, _: dispatch_model(model, {"": "cpu"}, force_hooks=True),
+    "disk": lambda model, folder: disk_offload(model, folder, torch.device("cpu"))(X),
+    "cpu": lambda model, _: cpu_offload(model, torch.device("cpu"))(X),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", MOVES)
+def test_moving_what_has_no_values_is_refused(way: str, tmp_path: Path) -> None:
+    model = lateinit.deferred_init(Net)
+    with pytest.raises(DeferredTensorError, match=r"'(up|down)\..*lateinit.materialize"):
+        MOVES[way](model, str(tmp_path))
