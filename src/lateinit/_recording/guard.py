@@ -90,10 +90,11 @@ from lateinit.errors import DeferredTensorError, LateinitError
 class DeferredTensor(Guarded):
     """A deferred tensor outside the block that recorded it.
 
-    It reports the device ``meta``. Views, copies and casts of it, and arithmetic among deferred
-    tensors, are deferred too. Reads and writes, and ops that mix it with real tensors, raise
-    ``DeferredTensorError``. Loading is the exception: ``copy_`` of a whole real tensor of the
-    same shape makes it real.
+    Views, copies, casts and writes of it, and arithmetic among deferred tensors, are recorded.
+    Reads, draws, and ops that mix it with real tensors need its values. A parameter, and what shares
+    its storage, then raises ``DeferredTensorError``; it reports the device ``meta``. Any other
+    deferred tensor realises itself, and reports the device that it will have. ``copy_`` of a whole
+    real tensor of the same shape makes either real.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -160,13 +161,20 @@ class DeferredTensor(Guarded):
         if guarding is not None:
             self.__class__ = guarding  # type: ignore[assignment]
 
-    def __format__(self, spec: str) -> str:
-        if not spec:
-            return repr(self)
-        raise needs_values(f"format {spec!r}", self)
+    def __str__(self) -> str:
+        if not waits(self):  # unlike repr, which debuggers call
+            realize_now(self)
+        return repr(self)
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        raise needs_values("numpy", self)
+    def __format__(self, spec: str) -> str:
+        if waits(self) and not spec:
+            return repr(self)
+        _need_values(f"format {spec!r}", self)
+        return format(self, spec)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        _need_values("numpy", self)
+        return self.__array__(*args, **kwargs)
 
     def as_subclass(self, cls: Any) -> Any:
         """A deferred tensor of another class on the same memory."""
