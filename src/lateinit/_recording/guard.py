@@ -91,7 +91,7 @@ class DeferredTensor(Guarded):
     """A deferred tensor outside the block that recorded it.
 
     Views, copies, casts and writes of it, and arithmetic among deferred tensors, are recorded.
-    Reads, draws, and ops that mix it with real tensors need its values. A parameter, and what shares
+    Reads, draws, and ops that mix it with real tensors need its values. A parameter, or what shares
     its storage, then raises ``DeferredTensorError``; it reports the device ``meta``. Any other
     deferred tensor realises itself, and reports the device that it will have. ``copy_`` of a whole
     real tensor of the same shape makes either real.
