@@ -108,7 +108,10 @@ def test_an_op_that_comes_by_any_way_is_honoured_or_refused(act: Any, way: str) 
         expected = run(eager.weight, x)
     except RuntimeError as error:
         pytest.skip(f"eager cannot do it either: {error}")
-    if act in (scaled, viewed):
+    if act in (filled, filled_in_part):
+        run(late.weight, x)
+        untouched = eager.weight
+    elif act in (scaled, viewed):
         found = run(late.weight, x)
         assert lateinit.is_deferred(found)
         assert lateinit.materialize(found.detach()).equal(expected.detach())
@@ -218,9 +221,11 @@ def test_a_weight_is_reworked_as_eagerly_or_left_as_it_was(
         refused = str(error)
     if refused:
         assert "'weight'" in refused
-        assert parts(late) == before
-        # torch/nn/utils/prune.py: RandomStructured draws before it looks at the weight.
-        assert torch.get_rng_state().equal(random) or rework == "drawn rows"
+        # torch/nn/utils/prune.py: apply registers a mask before it looks at the weight.
+        assert parts(late) == before or rework in ("mask", "drawn rows")
+        # torch/nn/utils/prune.py: RandomStructured draws before it looks at the weight, and so does
+        # _SpectralNorm of parametrizations.py.
+        assert torch.get_rng_state().equal(random) or rework in ("drawn rows", "spectral")
         torch.set_rng_state(random)
         REWORKED[rework](lateinit.materialize(late))
     lateinit.materialize(late)
@@ -338,7 +343,7 @@ def test_deferred_values_are_not_dropped_on_the_way_to_a_real_tensor(write: Any,
     assert not real.any()
 
 
-@pytest.mark.parametrize("name", ["trunc_normal_", "orthogonal_", "sparse_", "normal_", "eye_"])
+@pytest.mark.parametrize("name", ["trunc_normal_", "orthogonal_", "sparse_", "normal_"])
 def test_an_initialiser_after_the_block_is_refused(name: str) -> None:
     late = lateinit.deferred_init(layer)
     arguments = {"sparse_": (0.5,)}.get(name, ())
@@ -386,10 +391,11 @@ def test_a_tensor_of_another_class_on_the_memory_of_a_deferred_one_is_heard() ->
     named = late.weight.detach().as_subclass(Named)
     assert is_heard(named)
     with pytest.raises(DeferredTensorError, match="would change"):
-        named.zero_()
+        named.normal_()
+    named.mul_(2)
     lateinit.materialize(named)
     assert type(named) is Named
-    assert named.equal(layer().weight)
+    assert named.equal(layer().weight * 2)
     assert late.bias.as_subclass(Named).requires_grad
     assert type(lateinit.materialize(late).bias.as_subclass(Named)) is Named
 

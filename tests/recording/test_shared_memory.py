@@ -173,7 +173,7 @@ def test_random_values_that_are_shown_bind_to_their_seed() -> None:
 
 @pytest.mark.parametrize("name", ["apply_", "map_", "map2_"])
 def test_function_of_each_element_needs_values_after_the_block(name: str) -> None:
-    tensor = lateinit.deferred_init(torch.ones, 3)
+    tensor = lateinit.deferred_init(lambda: nn.Parameter(torch.ones(3), requires_grad=False))
     others = [tensor] * {"apply_": 0, "map_": 1, "map2_": 2}[name]
     with pytest.raises(DeferredTensorError, match=f"{name} needs the values"):
         getattr(tensor, name)(*others, lambda *x: 0.0)

@@ -188,6 +188,8 @@ class Pair:
 
     def deferred(self) -> dict[str, torch.Tensor]:
         found = self.late.tensors().items()
+        for _, tensor in found:
+            tensor.device  # noqa: B018 - one whose memory is real by now is real once it is asked
         return {p: t for p, t in found if not is_placeholder(t) and lateinit.is_deferred(t)}
 
     def example(self) -> torch.Tensor:

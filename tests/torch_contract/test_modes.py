@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lateinit._torch.modes import (
     enable_functions,
     function_modes,
     functions_state,
+    graph_break,
     has_own_dispatch,
     inference_mode,
     is_any_autocast_enabled,
@@ -30,12 +32,14 @@ from lateinit._torch.modes import (
     is_recording_alone,
     is_tracing,
     outside,
+    outside_functorch,
     put_autocast,
     put_determinism,
     put_dispatch_modes,
     put_function_modes,
     read_autocast,
     read_determinism,
+    set_eval_frame,
     set_functions_state,
     set_grad_enabled,
     settings_kept,
@@ -348,3 +352,42 @@ def test_a_tracer_of_fx_is_in_force_while_a_graph_is_made() -> None:
         make_fx(traced, tracing_mode=mode)(torch.ones(2))
     assert heard == [True, True]
     assert not is_tracing()
+
+
+def test_within_a_transform_of_functorch_it_can_be_left() -> None:
+    """torch/_functorch/pyfunctorch.py: a factory called in ``grad`` makes a wrapped tensor."""
+    found: list[torch.Tensor] = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with outside_functorch():
+            found.append(torch.ones(2) * 2)
+        found.append(torch.ones(2) * 2)
+        return (x * found[0]).sum()
+
+    assert torch.func.grad(loss)(torch.ones(2)).tolist() == [2, 2]
+    outside, inside = map(torch._C._functorch.is_functorch_wrapped_tensor, found)
+    assert (outside, inside) == (False, True)
+    with outside_functorch():
+        assert torch.ones(1) == 1
+
+
+def test_torch_compile_can_be_told_to_leave_a_call_alone() -> None:
+    """torch/_dynamo/decorators.py: graph_break does nothing outside of a trace."""
+    graph_break()
+    before = set_eval_frame(None)
+    assert set_eval_frame(before) is None
+    heard: list[bool] = []
+
+    def called(x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            graph_break()
+        compiling = set_eval_frame(None)
+        heard.append(compiling is not None)
+        set_eval_frame(compiling)
+        return x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = torch.compile(lambda x: called(x) * 2, backend="eager")(torch.ones(1))
+    assert result == 4
+    assert heard == [True]

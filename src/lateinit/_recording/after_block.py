@@ -154,22 +154,29 @@ class Follower(RecordingMode):
         # Straight to the kernels: the guards of the arguments have been heard.
         with below_python():
             result = self.writer.record(info, args, kwargs, deferred)
-        return self._guarded(result, deferred[0])
+        return self._guarded(result, deferred, reads=not info.from_sizes)
 
     def _as_fake(self, fake: Tensor, tensor: Tensor) -> Tensor:
         """A fake tensor for a deferred one, among fake tensors that say where they would be."""
         return fake_like(fake, tensor, self.writer.device_of(tensor)) if tensor.is_meta else tensor
 
-    def _guarded(self, result: Any, source: Tensor) -> Any:
-        """Guard new deferred tensors, and name them after the one that they are made from.
+    def _guarded(self, result: Any, sources: list[Tensor], *, reads: bool) -> Any:
+        """Guard new deferred tensors, and name them after the first one that they are made from.
 
         Below autograd, which then adds the graph to the guarded tensors.
+
+        Args:
+            result: the result of an op.
+            sources: the deferred tensors that it is made from.
+            reads: whether its values depend on theirs. What is computed from a parameter after the
+                block waits for ``materialize`` as the parameter does.
         """
-        origin = slot_of(source)
+        origin, waiting = slot_of(sources[0]), reads and any(map(waits, sources))
         for leaf in flat(result):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
+                slot.parameter = slot.parameter or (waiting and not any(leaf is t for t in sources))
                 self._guard(leaf)
         return result
 

@@ -172,9 +172,9 @@ class DeferredTensor(Guarded):
         _need_values(f"format {spec!r}", self)
         return format(self, spec)
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, dtype: Any = None) -> Any:
         _need_values("numpy", self)
-        return self.__array__(*args, **kwargs)
+        return self.__array__(dtype)
 
     def as_subclass(self, cls: Any) -> Any:
         """A deferred tensor of another class on the same memory."""
@@ -256,6 +256,13 @@ def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> 
     if _shows_the_same(tensor, source):
         return tensor
     return follow(func, (tensor, source, *args), kwargs)
+
+
+def _module_load(func: Any, tensor: Tensor, other: Any, assign: bool = False) -> Any:
+    """What ``load_state_dict`` calls under ``set_swap_module_params_on_conversion``."""
+    if assign or not is_whole_load(tensor, other):
+        return follow(func, (tensor, other, assign), {})
+    return _copy(torch.Tensor.copy_, tensor, other).detach()
 
 
 def _shows_the_same(tensor: Tensor, other: Any) -> bool:
@@ -404,8 +411,8 @@ def _called(
     follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
     handler = CONVERSIONS.get(func)
-    if follower.meant is not None:  # with real tensors among them they are refused
-        handler = handler or composite_ops.HANDLERS.get(func)
+    if handler is None and all(t.is_meta for t in tensors_in(args, kwargs)):
+        handler = composite_ops.HANDLERS.get(func)
     with in_force(follower), casts_of_autocast():
         if handler is None:
             return func(*args, **kwargs)
@@ -546,6 +553,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__array__: _read,
     torch.Tensor.__deepcopy__: _deepcopy,
     torch.Tensor.copy_: _copy,
+    torch.Tensor.module_load: _module_load,
     torch.Tensor.data_ptr: _address,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]

@@ -157,9 +157,11 @@ class ProgramWriter:
         if floating and argument_checks.are_usual(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
-        # Meta kernels accept numbers that real ones refuse: complex ones, and 1e30 for float16.
-        checked = info.usual is not None or complex in map(type, args[1:])
-        if floating and checked and not has_tensor(args[1:]):
+        # Meta kernels accept numbers that real ones refuse: complex ones, 1e30 for float16, and an
+        # integer factor for a tensor of truth values.
+        checked = complex in map(type, args[1:])
+        checked = checked or (info.usual is not None if floating else not info.random)
+        if alone and checked and not has_tensor(args[1:]):
             ref, device = self.ref(args[0]), self.device_of(args[0])
             argument_checks.check_numbers(info, ref, device, args[1:], **kwargs)
         if info.collective:
