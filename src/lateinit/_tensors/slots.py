@@ -35,17 +35,27 @@ class Slot:
     ``real`` is the materialised memory, None before the first tensor on the storage becomes real.
     Tensors on the same storage that are materialised later share it. ``parameter`` says that one of
     them is a parameter or a shard: these wait for ``materialize``, all others realise themselves.
+    ``of_parameter`` says that it was made of such a one after the block, as by a cast: a parameter
+    made of it waits too.
     """
 
-    __slots__ = ("_shown", "name", "number", "parameter", "program", "real")
+    __slots__ = ("_of_parameter", "_shown", "name", "number", "parameter", "program", "real")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
         self.name: str | None = None  # fqn of the first tensor on the storage that has one
         self.real: Real | None = None
-        self.parameter = False
+        self.parameter = self._of_parameter = False
         self._shown: Callable[[], Tensor | None] = _nothing
+
+    @property
+    def of_parameter(self) -> bool:
+        return self.parameter or self._of_parameter
+
+    @of_parameter.setter
+    def of_parameter(self, value: bool) -> None:
+        self._of_parameter = value
 
     def resolve(self) -> tuple[Program, int]:
         """The program and the storage's number in it, after any merging of programs."""
@@ -85,12 +95,13 @@ class Slot:
                 "materialised already: materialise the rest first"
             )
         program, number = self.resolve()
-        named = {"name": self.name, "parameter": self.parameter}
+        named = {"name": self.name, "parameter": self.parameter, "of": self._of_parameter}
         return {"program": program, "number": number, **named}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["program"], state["number"])  # type: ignore[misc]
         self.name, self.parameter = state["name"], state["parameter"]
+        self._of_parameter = state["of"]
 
 
 def _nothing() -> None:
