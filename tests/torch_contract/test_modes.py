@@ -27,6 +27,7 @@ from lateinit._torch.modes import (
     is_any_autocast_enabled,
     is_deterministic,
     is_function_mode_in_force,
+    is_functorch_running,
     is_recording_alone,
     is_tracing,
     outside,
@@ -348,3 +349,16 @@ def test_a_tracer_of_fx_is_in_force_while_a_graph_is_made() -> None:
         make_fx(traced, tracing_mode=mode)(torch.ones(2))
     assert heard == [True, True]
     assert not is_tracing()
+
+
+def test_a_transform_of_torch_func_is_known_to_run_by_what_it_calls() -> None:
+    """torch/_functorch/pyfunctorch.py: the stack of interpreters, empty outside of transforms."""
+    seen: list[bool] = [is_functorch_running()]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(is_functorch_running())
+        return x.sum()
+
+    torch.vmap(f)(torch.ones(2, 3))
+    torch.func.grad(f)(torch.ones(3))
+    assert seen == [False, True, True]

@@ -154,22 +154,25 @@ class Follower(RecordingMode):
         # Straight to the kernels: the guards of the arguments have been heard.
         with below_python():
             result = self.writer.record(info, args, kwargs, deferred)
-        return self._guarded(result, deferred[0])
+        return self._guarded(result, deferred)
 
     def _as_fake(self, fake: Tensor, tensor: Tensor) -> Tensor:
         """A fake tensor for a deferred one, among fake tensors that say where they would be."""
         return fake_like(fake, tensor, self.writer.device_of(tensor)) if tensor.is_meta else tensor
 
-    def _guarded(self, result: Any, source: Tensor) -> Any:
-        """Guard new deferred tensors, and name them after the one that they are made from.
+    def _guarded(self, result: Any, sources: list[Tensor]) -> Any:
+        """Guard new deferred tensors, and name them after the first that they are made from.
 
         Below autograd, which then adds the graph to the guarded tensors.
         """
-        origin = slot_of(source)
+        origins = [slot for source in sources if (slot := slot_of(source)) is not None]
+        origin = origins[0] if origins else None
+        of_parameter = any(slot.of_parameter for slot in origins)
         for leaf in flat(result):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
+                slot.of_parameter = slot.of_parameter or of_parameter
                 self._guard(leaf)
         return result
 
