@@ -140,6 +140,9 @@ class CallSequences(RuleBasedStateMachine):
     def unknown(self) -> tuple[str, ...]:
         return UNKNOWN if self.pair.lazy else ()
 
+    def no_values(self) -> tuple[str, ...]:
+        return (*NO_VALUES, *self.unknown())
+
     @rule(number=NUMBERS, dtype=DTYPES)
     def materialize_cast(self, number: int, dtype: torch.dtype) -> None:
         """What is materialised with a cast has the values of the twin, cast, and the same ties.
@@ -345,19 +348,21 @@ class CallSequences(RuleBasedStateMachine):
             with torch.no_grad():
                 WRITES[write](tensor)
 
-        both(self.pair, lambda: written(late), lambda: written(twin), refusals=NO_VALUES)
+        both(self.pair, lambda: written(late), lambda: written(twin), refusals=self.no_values())
 
     @rule(number=NUMBERS)
     def read(self, number: int) -> None:
         _, twin, late = self.tensors(number)
-        done = both(self.pair, late.tolist, twin.tolist, refusals=NO_VALUES)
+        done = both(self.pair, late.tolist, twin.tolist, refusals=self.no_values())
         assert done is REFUSED or repr(done[0]) == repr(done[1])
 
     @rule(number=NUMBERS)
     def compute(self, number: int) -> None:
         _, twin, late = self.tensors(number)
         other = torch.ones(twin.shape, dtype=twin.dtype)
-        done = both(self.pair, lambda: late + other, lambda: twin + other, refusals=NO_VALUES)
+        done = both(
+            self.pair, lambda: late + other, lambda: twin + other, refusals=self.no_values()
+        )
         if done is REFUSED:
             return
         expected, found = done

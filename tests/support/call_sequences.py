@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributions import Uniform
 
 import lateinit
 from lateinit._tensors.walk import is_placeholder
@@ -23,11 +25,17 @@ if TYPE_CHECKING:
 
 
 class Helper:
-    """A plain object with tensors, where `materialize(model)` does not look."""
+    """A plain object with tensors, which `materialize(model)` neither casts nor moves."""
 
     def __init__(self) -> None:
         self.table = torch.linspace(-1, 3, 5) / 7
         self.noise = torch.randn(3)
+        # It would read what is drawn after a lazy layer.
+        self.bounds = Uniform(torch.randn(2) - 9, torch.full((2,), 9.0), validate_args=False)
+        self.recent = deque([torch.rand(4)])
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.table, self.noise, self.bounds.low, self.bounds.high, *self.recent]
 
 
 class Tied(nn.Module):
@@ -167,7 +175,8 @@ class Side:
         whole = nn.Module()
         whole.model = self.model
         whole.held = self.held
-        whole.helpers = [vars(h) for m in self.model.modules() if (h := vars(m).get("helper"))]
+        helpers = [h for m in self.model.modules() if (h := vars(m).get("helper"))]
+        whole.helpers = [helper.tensors() for helper in helpers]
         return whole
 
     def tensors(self) -> dict[str, torch.Tensor]:

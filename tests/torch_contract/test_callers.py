@@ -33,7 +33,9 @@ from lateinit._torch.callers import (
     class_of_new_parameter,
     close_contexts,
     innermost_foreign_line,
+    is_batching,
     is_dcp_writing,
+    is_differentiating,
     is_frame_of,
     is_in_torch_optim,
     is_library,
@@ -467,6 +469,38 @@ def test_a_context_manager_whose_exit_was_interrupted_is_run_to_its_end() -> Non
     assert ends == []
     close_contexts(caught.value.__traceback__)
     assert ends == ["end"]
+
+
+class Asking(torch.Tensor):
+    """Notes who asks for its number of dims, and who multiplies."""
+
+    asked: ClassVar[list[bool]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.dim:
+            cls.asked.append(is_batching())
+        if func is torch.Tensor.mul:
+            cls.asked.append(is_differentiating())
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_vmap_asks_for_the_dims_of_what_it_wraps() -> None:
+    """torch/_functorch/vmap.py: _process_batched_inputs, the only call before it is wrapped."""
+    Asking.asked = []
+    tensor = torch.ones(3, 4).as_subclass(Asking)
+    tensor.dim()
+    torch.vmap(torch.neg)(tensor)
+    assert (Asking.asked[0], Asking.asked[1]) == (False, True)
+
+
+def test_what_torch_func_differentiates_is_called_below_its_transforms() -> None:
+    """torch/_functorch/eager_transforms.py: grad_and_value_impl calls the function."""
+    Asking.asked = []
+    constant = torch.ones(4).as_subclass(Asking)
+    constant.mul(2)
+    torch.func.grad(lambda x: (x * constant.mul(2)).sum().as_subclass(torch.Tensor))(torch.ones(4))
+    assert Asking.asked[:2] == [False, True]
 
 
 def test_another_library_may_need_the_values_of_what_it_asks_the_device_of() -> None:

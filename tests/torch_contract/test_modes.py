@@ -29,6 +29,7 @@ from lateinit._torch.modes import (
     is_any_autocast_enabled,
     is_deterministic,
     is_function_mode_in_force,
+    is_functorch_running,
     is_recording_alone,
     is_tracing,
     outside,
@@ -391,3 +392,16 @@ def test_torch_compile_can_be_told_to_leave_a_call_alone() -> None:
         result = torch.compile(lambda x: called(x) * 2, backend="eager")(torch.ones(1))
     assert result == 4
     assert heard == [True]
+
+
+def test_a_transform_of_torch_func_is_known_to_run_by_what_it_calls() -> None:
+    """torch/_functorch/pyfunctorch.py: the stack of interpreters, empty outside of transforms."""
+    seen: list[bool] = [is_functorch_running()]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(is_functorch_running())
+        return x.sum()
+
+    torch.vmap(f)(torch.ones(2, 3))
+    torch.func.grad(f)(torch.ones(3))
+    assert seen == [False, True, True]

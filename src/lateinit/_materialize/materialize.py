@@ -157,6 +157,7 @@ def materialize(
             with Progress("materialise", total, shown=progress) as bar:
                 for group, plan_, session in planned:
                     _run(group, plan_, session, cast, threads, bar)
+                    group.program.seed = seed
             _put_back(held)
         except BaseException:
             _put_back(held)
@@ -320,7 +321,7 @@ def check_shared(group: Wanted, cast: Cast) -> None:
     """
     for shared in group.storages.values():
         real = shared.slot.real
-        if real is None and len(shared.tensors) == 1:
+        if shared.as_recorded or (real is None and len(shared.tensors) == 1):
             continue
         dtypes = {ref.dtype for ref in shared.refs}
         if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for ref in shared.refs}:

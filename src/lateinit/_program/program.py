@@ -333,6 +333,8 @@ class Program:
 
     ``holes`` has the stream that fills each hole, None while it is open. ``seed_bound`` says why no
     other seed can be honoured, ``final`` is the state of the default generator after the block.
+    ``seed`` is the last one that tensors were materialised under, None for the recorded state: the
+    tensors that realise themselves later are of the same construction.
     """
 
     def __init__(self) -> None:
@@ -344,6 +346,7 @@ class Program:
         self.reads: list[Read] = []
         self.holes: list[int | None] = []
         self.seed_bound: str | None = None
+        self.seed: int | None = None
         self.final: bytes | None = None
         self.merged_into: tuple[Program, Bases] | None = None
         self._reset()
@@ -361,6 +364,7 @@ class Program:
             "reads",
             "holes",
             "seed_bound",
+            "seed",
             "final",
         )
         return {name: getattr(self, name) for name in kept}

@@ -176,7 +176,7 @@ class Follower(RecordingMode):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
-                slot.parameter = slot.parameter or (waiting and not any(leaf is t for t in sources))
+                slot.waits = slot.waits or (waiting and not any(leaf is t for t in sources))
                 self._guard(leaf)
         return result
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,18 +68,24 @@ from lateinit._torch import (
     device_number,
     enable_functions,
     flat,
+    functions_state,
     graph_break,
     has_own_dispatch,
     inference_mode,
+    is_batching,
     is_dcp_writing,
+    is_differentiating,
     is_fake,
+    is_functorch_running,
     is_making_parameter,
     is_pointer_followed,
+    is_torch_saving,
     meant_by_device,
     mend,
     noted_modes,
     restoring,
     set_eval_frame,
+    set_functions_state,
     tensors_in,
     why_is_meta,
     without_subclass_functions,
@@ -118,6 +125,8 @@ class DeferredTensor(Guarded):
                     return device_to(meant_by_device(NEEDS_VALUES), args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 if func in _PLAIN:
+                    if func in _ASKED_BY_VMAP and is_batching() and realises_itself(args[0]):
+                        realize_now(args[0])  # what vmap wraps is out of reach
                     with below_python():  # some are ops, such as is_pinned
                         return func(*args, **(kwargs or {}))
                 answer = _ANSWERS.get(func)
@@ -157,9 +166,18 @@ class DeferredTensor(Guarded):
     def _is_param(self, value: bool) -> None:
         # torch/nn/parameter.py: Parameter.__new__ sets it on data.detach(), and would return that
         # as a tensor of the class of the data.
-        guarding = _guarding(class_of_new_parameter())
+        made = class_of_new_parameter()
+        if realises_itself(self):
+            # Made of a table: a deferred parameter would be none of a deferred model.
+            realize_now(self)
+            self.__class__ = made  # type: ignore[assignment]
+            return
+        guarding = _guarding(made)
         if guarding is not None:
             self.__class__ = guarding  # type: ignore[assignment]
+            slot = slot_of(self)
+            if slot is not None and current() is None:
+                slot.waits = True
 
     def __str__(self) -> str:
         if not waits(self):  # unlike repr, which debuggers call
@@ -172,9 +190,10 @@ class DeferredTensor(Guarded):
         _need_values(f"format {spec!r}", self)
         return format(self, spec)
 
-    def __array__(self, dtype: Any = None) -> Any:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         _need_values("numpy", self)
-        return self.__array__(dtype)
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def as_subclass(self, cls: Any) -> Any:
         """A deferred tensor of another class on the same memory."""
@@ -195,6 +214,10 @@ class DeferredTensor(Guarded):
 
     @restoring
     def __reduce_ex__(self, proto: Any) -> Any:
+        # A file must not need lateinit for a table that no module of a block holds.
+        if is_torch_saving(between=1) and _is_table(self):
+            realize_now(self)
+            return self.__reduce_ex__(proto)
         deferred = Deferred.of(self)
         cls = original_class(self)
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
@@ -205,6 +228,17 @@ def _need_values(what: str, tensor: Tensor) -> None:
     if waits(tensor):
         raise needs_values(what, tensor)
     realize_now(tensor)
+
+
+def realises_itself(tensor: Tensor) -> bool:
+    """Whether a deferred tensor gets its values here and now when they are needed."""
+    return current() is None and is_deferred_tensor(tensor) and not waits(tensor)
+
+
+def _is_table(tensor: Tensor) -> bool:
+    """Whether a deferred tensor is one that realises itself and that no module of a block holds."""
+    slot = slot_of(tensor)
+    return realises_itself(tensor) and slot is not None and slot.name is None
 
 
 def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +261,17 @@ def _get_device(func: Any, tensor: Tensor) -> int:
     device = device_to(Meant.RECORDED, tensor)
     known = not waits(tensor) and device.type != "cpu"
     return device_number(device) if known else func(tensor)
+
+
+def _requires_grad_(func: Any, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+    # A graph must begin at the real tensor, and torch.autograd.Function notes its inputs before
+    # any op is heard.
+    begins = requires_grad and not tensor.requires_grad and realises_itself(tensor)
+    if begins and not is_making_parameter(between=1):
+        realize_now(tensor)
+    with below_python():
+        func(tensor, requires_grad)
+    return tensor
 
 
 def _grad_fn(func: Any, tensor: Tensor) -> Any:
@@ -343,7 +388,7 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
 
 
 def follow(
-    func: Callable[..., Any], args: Args, kwargs: Kwargs, *, before_autograd: bool = True
+    func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispatch: bool = False
 ) -> Any:
     """Call a torch function on deferred tensors outside the block that recorded them.
 
@@ -356,31 +401,32 @@ def follow(
         func: the function.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        before_autograd: whether autograd has not seen the call yet. Later no tensor may realise
-            itself: the graph has its meta tensor already, and backward ends in an internal error.
+        at_dispatch: whether it is an op at the dispatcher. If it has a graph by now, no tensor may
+            realise itself: the graph has its meta tensor, and backward ends in an internal error.
     """
     if current() is not None:
         return func(*args, **kwargs)
     mend()
     before = noted_modes()
     try:
-        return _followed(func, args, kwargs, before_autograd=before_autograd)
+        return _followed(func, args, kwargs, at_dispatch=at_dispatch)
     except BaseException as error:
         before.restore(error.__traceback__)
         raise
 
 
-def _followed(
-    func: Callable[..., Any], args: Args, kwargs: Kwargs, *, before_autograd: bool
-) -> Any:
+def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispatch: bool) -> Any:
     tensors = tensors_in(args, kwargs)
     deferred = [t for t in tensors if is_deferred_tensor(t)]
     for tensor in deferred:
         # Its storage may be real by now through another tensor, and changed since.
         share_real_storage(tensor)
     deferred = [t for t in deferred if is_deferred_tensor(t)]
+    run = func if at_dispatch else partial(_heard_by_classes, func)
     if not deferred:
-        return func(*args, **kwargs)
+        return run(*args, **kwargs)
+    if not at_dispatch and _is_for_values(func, tensors, deferred):
+        return _on_real(deferred, run, args, kwargs)
     programs = {Deferred.of(tensor).program for tensor in deferred}
     program = Deferred.of(deferred[0]).program
     watch_new_shards(program)
@@ -393,11 +439,16 @@ def _followed(
     except Exception as error:
         if len(programs) == 1:
             program.forget(recorded)
-        if before_autograd and not follower.final and not any(map(waits, deferred)):
-            for tensor in deferred:
-                realize_now(tensor)
-            return func(*args, **kwargs)
         refused = _refusal(error, func, deferred[0], tensors)
+        refused_for_good = follower.final or any(map(waits, deferred))
+        if not refused_for_good and not (at_dispatch and _is_late(tensors, deferred)):
+            try:
+                return _on_real(deferred, run, args, kwargs)
+            except RuntimeError as again:
+                if not at_dispatch:
+                    raise
+                # The op was chosen for meta, as by torch.sparse_coo_tensor; its next call is right.
+                raise (refused or error) from again
         if refused is None:
             raise
         raise refused from error
@@ -405,6 +456,43 @@ def _followed(
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             guard(leaf)
     return result
+
+
+def _on_real(deferred: list[Tensor], func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    for tensor in deferred:
+        realize_now(tensor)
+    return func(*args, **kwargs)
+
+
+def _heard_by_classes(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function on real tensors, some of which may be of a class that hears of it."""
+    before = functions_state()
+    enable_functions()  # our caller does so too, if the call raises
+    result = func(*args, **kwargs)
+    set_functions_state(before)
+    return result
+
+
+def _is_late(tensors: list[Tensor], deferred: list[Tensor]) -> bool:
+    """Whether an op at the dispatcher has a graph by now, of autograd or ``torch.func``."""
+    followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return followed or any(map(waits, deferred)) or is_differentiating()
+
+
+def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> bool:
+    """Whether a call among real tensors, or one with a graph, needs values.
+
+    It is not tried without them: a graph or a wrapper of ``torch.func`` would keep tensors on meta,
+    and those that the failed call has saved are counted (torch/utils/checkpoint.py).
+    """
+    meta = [t for t in tensors if t.is_meta]
+    if func in _NO_VALUES or len(meta) > len(deferred) or any(map(waits, deferred)):
+        return False
+    real = [t for t in tensors if not t.is_meta]
+    if any(map(is_fake, real)):
+        return False
+    followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return followed or is_functorch_running() or any(t.dim() > 0 for t in real)
 
 
 def _called(
@@ -456,7 +544,7 @@ def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if func is copy_into and is_whole_load(*args[:2]):  # of a shard: its local part
         adopt(args[0], args[1])
         return args[0]
-    return follow(func, args, kwargs, before_autograd=False)
+    return follow(func, args, kwargs, at_dispatch=True)
 
 
 def guard(tensor: Tensor) -> None:
@@ -486,7 +574,7 @@ def _mark(tensor: Tensor) -> None:
     """Note that a storage belongs to a parameter, if ``tensor`` is one."""
     slot = slot_of(tensor)
     if slot is not None and is_parameter(tensor):
-        slot.parameter = True
+        slot.waits = True
 
 
 def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
@@ -558,6 +646,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
+    torch.Tensor.requires_grad_: _requires_grad_,
     torch.Tensor.is_cpu.__get__: _is_cpu,  # type: ignore[attr-defined]
     torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
     torch.Tensor.get_device: _get_device,
@@ -570,6 +659,11 @@ _VIEWS = frozenset(
 )
 """The attributes that are tensors on the same memory."""
 
+# Functions whose result has no graph and that are recorded among real tensors too.
+_NO_VALUES = frozenset(
+    {*CONVERSIONS, _deepcopied, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+)
+_ASKED_BY_VMAP = (torch.Tensor.dim, torch.Tensor.size)
 
 # Functions that answer from the meta tensor alone. Every other function is followed.
 _PLAIN = frozenset(
@@ -592,7 +686,6 @@ _PLAIN = frozenset(
         torch.Tensor.is_shared,
         torch.Tensor.is_pinned,
         torch.Tensor.untyped_storage,
-        torch.Tensor.requires_grad_,
         torch.Tensor.register_hook,
         torch.Tensor.register_post_accumulate_grad_hook,
         torch.Tensor.__hash__,

@@ -105,7 +105,7 @@ def guard_shard(tensor: Tensor) -> None:
         tensor.__class__ = _guarding(type(tensor))
         slot = slot_of(held(tensor))
         if slot is not None:
-            slot.parameter = True
+            slot.waits = True
 
 
 def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:

@@ -69,7 +69,7 @@ class Reach:
             if type(value) in _ATOMS or value in self._seen:
                 continue
             self._seen[value] = None
-            waiting += _parts(value)
+            waiting += parts_of(value)
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the graph."""
@@ -206,7 +206,7 @@ _EXCHANGES: tuple[tuple[Any, Callable[..., None]], ...] = (
 )
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def parts_of(value: Any) -> Iterable[Any]:
     """The objects that a value holds directly."""
     kind = type(value)
     if isinstance(value, (dict, *_ITEMS)):

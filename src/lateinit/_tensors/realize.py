@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lateinit._program import Read, Storage, TensorRef, is_random
-from lateinit._replay import Computed, one_thread
+from lateinit._replay import Computed, execution_of, one_thread
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import (
     PLAIN_CLASSES,
     Slot,
+    described,
     give_guard,
     held,
     is_deferred_tensor,
@@ -35,14 +36,20 @@ from lateinit._torch import (
     without_modes,
 )
 from lateinit._torch.swap import as_subclass, hears_ops, swap
+from lateinit.errors import DeferredTensorError
 
 
 @dataclass(slots=True)
 class SharedStorage:
-    """The deferred tensors on one storage, which become real together."""
+    """The deferred tensors on one storage, which become real together.
+
+    ``as_recorded`` says that they are neither cast nor moved: objects keep them, which ``to`` of a
+    module does not change, and others may share them.
+    """
 
     slot: Slot
     tensors: list[Deferred]
+    as_recorded: bool = False
 
     @property
     def record(self) -> Storage:
@@ -66,6 +73,7 @@ class SharedStorage:
             computed: the memory, which is moved and cast.
             cast: the device and dtype asked for.
         """
+        cast = AS_RECORDED if self.as_recorded else cast
         device = home(self.tensors[0].tensor, computed.storage.device, cast.device)
         if device is not cast.device:
             cast = replace(cast, device=device)
@@ -160,7 +168,8 @@ def share_real_storage(tensor: Tensor) -> None:
 def realize_now(tensor: Tensor) -> None:
     """Realise a deferred tensor with its recorded values; no generator moves.
 
-    If they are random, a later ``seed=`` for the program must give the same ones.
+    If they are random, they are those of the seed that ``materialize`` was last given, and a later
+    ``seed=`` for the program must give the same ones.
     """
     with one_thread, outside_functorch(), without_modes():
         share_real_storage(tensor)
@@ -168,12 +177,18 @@ def realize_now(tensor: Tensor) -> None:
             return
         deferred = Deferred.of(tensor)
         program, ref = deferred.program, deferred.ref
-        computed = deferred.values()
+        computed = deferred.values(execution_of(program, program.seed))
         if is_random(program, [ref.storage]):
             name = deferred.slot.name or f"a tensor {ref.size}"
             read = Read(ref, len(program.ops), digest(ref.on(computed.storage)), name)
             program.reads.append(read)
-        SharedStorage(deferred.slot, [deferred]).give(computed, AS_RECORDED)
+        try:
+            SharedStorage(deferred.slot, [deferred]).give(computed, AS_RECORDED)
+        except RuntimeError as error:  # torch/csrc/autograd/python_variable.cpp: it has weakrefs
+            raise DeferredTensorError(
+                f"{described(tensor)} cannot be given its values while torch holds its memory, as "
+                "torch.jit.trace does: call lateinit.materialize() on it before"
+            ) from error
 
 
 @restoring

@@ -13,7 +13,7 @@ from lateinit._program import Program
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, slot_of
-from lateinit._tensors.walk import Found, find_tensors
+from lateinit._tensors.walk import Found, find_with_kept
 from lateinit._torch import without_subclass_functions
 from lateinit.errors import (
     DeferredTensorError,
@@ -57,7 +57,7 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
         DeferredTensorError: a selected parameter has a gradient.
     """
-    found = select(find_tensors(target), only)
+    found = select(find_with_kept(target), only)
     lazy = [f.name for f in found if f.lazy]
     if lazy:
         raise UninitializedError(
@@ -89,7 +89,8 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
                 group = groups[program] = Wanted(program)
             shared = group.storages.get(number)
             if shared is None:
-                shared = group.storages[number] = SharedStorage(slot, [])
+                shared = group.storages[number] = SharedStorage(slot, [], as_recorded=True)
+            shared.as_recorded = shared.as_recorded and item.kind == "kept"
             shared.tensors.append(deferred)
     return list(groups.values())
 

@@ -33,18 +33,19 @@ class Slot:
     """The place of one storage in a program.
 
     ``real`` is the materialised memory, None before the first tensor on the storage becomes real.
-    Tensors on the same storage that are materialised later share it. ``parameter`` says that one of
-    them is a parameter or a shard: these wait for ``materialize``, all others realise themselves.
+    Tensors on the same storage that are materialised later share it. ``waits`` says that one of
+    them is a parameter or a shard, or was computed from such a one after the block: these wait for
+    ``materialize``, all others realise themselves.
     """
 
-    __slots__ = ("_shown", "name", "number", "parameter", "program", "real")
+    __slots__ = ("_shown", "name", "number", "program", "real", "waits")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
         self.name: str | None = None  # fqn of the first tensor on the storage that has one
         self.real: Real | None = None
-        self.parameter = False
+        self.waits = False
         self._shown: Callable[[], Tensor | None] = _nothing
 
     def resolve(self) -> tuple[Program, int]:
@@ -85,12 +86,12 @@ class Slot:
                 "materialised already: materialise the rest first"
             )
         program, number = self.resolve()
-        named = {"name": self.name, "parameter": self.parameter}
+        named = {"name": self.name, "waits": self.waits}
         return {"program": program, "number": number, **named}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["program"], state["number"])  # type: ignore[misc]
-        self.name, self.parameter = state["name"], state["parameter"]
+        self.name, self.waits = state["name"], state["waits"]
 
 
 def _nothing() -> None:
@@ -188,7 +189,7 @@ def waits(tensor: Tensor) -> bool:
     Any other one realises itself when its values are needed.
     """
     slot = slot_of(tensor)
-    return slot is not None and slot.parameter
+    return slot is not None and slot.waits
 
 
 def is_parameter(tensor: Tensor) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._identity import IdentityMap
-from lateinit._tensors.slots import is_deferred_tensor, is_ordinary, slot_of
+from lateinit._tensors.object_graph import parts_of
+from lateinit._tensors.slots import is_deferred_tensor, is_ordinary, slot_of, waits
 from lateinit._torch import (
     OWN_ATTRIBUTES,
     held_by_script,
@@ -22,10 +24,11 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 
-Kind = Literal["parameter", "buffer", "attribute"]
+Kind = Literal["parameter", "buffer", "attribute", "kept"]
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _HOLDERS = (*_CONTAINERS, Tensor)
 _ENTERED = (nn.Module, *_CONTAINERS)
+_NOT_ENTERED = (nn.Module, type, ModuleType)
 _ATOMS = frozenset({bool, int, float, str, type(None)})  # most attributes: skipped by type
 
 
@@ -79,6 +82,36 @@ def find_tensors(target: Any) -> list[Found]:
     return list(walk.found.values())
 
 
+def find_with_kept(target: Any) -> list[Found]:
+    """``find_tensors``, and the deferred tensors that objects on the modules keep.
+
+    Objects are those of any class, such as distributions, dataclasses, deques, and functions with
+    their closures. Other modules are not entered, nor classes, and no parameter is taken: what an
+    object knows of other parts of a model is not asked for.
+    """
+    walk = _Walk(set())
+    walk.enter(target, "", ())
+    seen: IdentityMap[Any, None] = IdentityMap()
+    kept: list[Found] = []
+    waiting = walk.objects
+    while waiting:
+        path, value = waiting.pop()
+        if type(value) in _ATOMS or isinstance(value, _NOT_ENTERED) or value in seen:
+            continue
+        seen[value] = None
+        if not isinstance(value, Tensor):
+            waiting += _named_parts(path, value)
+        elif is_deferred_tensor(value) and not waits(value) and value not in walk.found:
+            kept.append(Found(value, [path], "kept", persistent=False))
+    return [*walk.found.values(), *kept]
+
+
+def _named_parts(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(_join(path, key), part) for key, part in value.items()]
+    return [(path, part) for part in parts_of(value)]
+
+
 def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one module by name, without those of its registered children.
 
@@ -103,10 +136,11 @@ def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor
 class _Walk:
     """A walk over containers and modules. Everything but registered modules is entered once."""
 
-    __slots__ = ("found", "seen")
+    __slots__ = ("found", "objects", "seen")
 
     def __init__(self, seen: set[int]) -> None:
         self.found: IdentityMap[Tensor, Found] = IdentityMap()
+        self.objects: list[tuple[str, Any]] = []  # of other classes
         self.seen = seen
 
     def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
@@ -114,7 +148,10 @@ class _Walk:
         if issubclass(kind, Tensor):
             self._note(path or "tensor", value, "attribute", persistent=True)
             return
-        if not issubclass(kind, _ENTERED) or id(value) in self.seen:
+        if not issubclass(kind, _ENTERED):
+            self.objects.append((path, value))
+            return
+        if id(value) in self.seen:
             return
         if issubclass(kind, nn.Module):
             self._enter_module(value, path, above)

@@ -198,9 +198,13 @@ def attention_without_fused_kernel() -> nn.Module | None:
     return None
 
 
-def is_torch_saving() -> bool:
-    """Whether the object whose method asks is being pickled by ``torch.save``."""
-    frame = _frame(1)
+def is_torch_saving(between: int = 0) -> bool:
+    """Whether the object whose method asks is being pickled by ``torch.save``.
+
+    Args:
+        between: how many frames lie between the two.
+    """
+    frame = _frame(1 + between)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
 
@@ -233,9 +237,13 @@ def is_module_converting() -> bool:
     return any(frame.f_code is _CONVERT for frame in islice(_upwards(_frame(1)), 40))
 
 
-def is_making_parameter() -> bool:
-    """Whether ``nn.Parameter(data)`` calls the function that asks."""
-    return _frame(1).f_code is _NEW_PARAMETER
+def is_making_parameter(between: int = 0) -> bool:
+    """Whether ``nn.Parameter(data)`` calls the function that asks.
+
+    Args:
+        between: how many frames lie between the two.
+    """
+    return _frame(1 + between).f_code is _NEW_PARAMETER
 
 
 def class_of_new_parameter() -> type[nn.Parameter]:
@@ -243,6 +251,21 @@ def class_of_new_parameter() -> type[nn.Parameter]:
     asking = _frame(1)
     made: type[nn.Parameter] = nn.Parameter
     return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
+
+
+def is_batching() -> bool:
+    """Whether ``torch.vmap`` looks at a tensor that it will wrap, by the method that asks."""
+    return _frame(1).f_globals.get("__name__") == "torch._functorch.vmap"
+
+
+def is_differentiating() -> bool:
+    """Whether ``torch.func.grad``, ``jvp`` or their like run.
+
+    The stack of transforms does not tell: an op of theirs comes to the dispatcher when the last one
+    has been taken off.
+    """
+    transforms = "torch._functorch.eager_transforms"
+    return any(frame.f_globals.get("__name__") == transforms for frame in _upwards(_frame(0)))
 
 
 def is_typed_storage_indexed() -> bool:

@@ -201,10 +201,15 @@ None has the frames run as they are.
 """
 
 
+def is_functorch_running() -> bool:
+    """Whether ``vmap`` or another transform of ``torch.func`` runs, as Python code sees it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @contextlib.contextmanager
 def outside_functorch() -> Iterator[None]:
     """Run a block as if no ``vmap`` or ``torch.func.grad`` were running."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if not is_functorch_running():
         yield
         return
     # Slow to import, and whoever has such a transform running has done so.
