@@ -180,9 +180,9 @@ def _refuse(writer: ProgramWriter, result: Any, what: str) -> None:
 
 
 _IN_PYTHON: dict[str, Handler] = {
-    # On meta tensors it accumulates in another dtype.
+    # On meta tensors the first accumulates in another dtype; of the other see AFTER_BLOCK.
     name: getattr(functional, name)
-    for name in ("linear_cross_entropy",)
+    for name in ("linear_cross_entropy", "interpolate")
     if hasattr(functional, name)  # from torch 2.13 on
 }
 # Called with function modes off, by:
@@ -196,7 +196,11 @@ HANDLERS: dict[Any, Handler] = {
     functional.scaled_dot_product_attention: _whole("aten::scaled_dot_product_attention"),
     torch.max_pool1d: _whole("aten::max_pool1d"),
     # Its schema does not say that it draws nothing, so it counts as drawing.
-    **{function: _whole(name, dropout="same") for name, function in _IN_PYTHON.items()},
+    **{
+        _IN_PYTHON[name]: _whole(name, dropout="same")
+        for name in ("linear_cross_entropy",)
+        if name in _IN_PYTHON
+    },
     **{
         getattr(torch, name): _recurrent(f"aten::{name}")
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -206,6 +210,9 @@ HANDLERS: dict[Any, Handler] = {
         for name in ("svdvals", "eigvals", "eigvalsh", "cond", "norm", "matrix_norm", "matrix_rank")
     },
 }
+# torch/nn/functional.py: it asks ``is_cpu``, where there is no mode to answer as in a block, and
+# has another way for determinism elsewhere.
+AFTER_BLOCK = {**HANDLERS, functional.interpolate: _whole("interpolate")}
 PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
     (owner, name, original, _below(original, HANDLERS[original]))
     for owner, name in _UNHEARD

@@ -26,12 +26,15 @@ from lateinit._program import TensorRef
 from lateinit._recording import composite_ops
 from lateinit._recording.after_block import (
     Follower,
+    as_meant,
     device_to,
     is_meta_to,
     needs_values,
+    refusal,
+    refuse_lost,
 )
 from lateinit._recording.autocast import casts_of_autocast
-from lateinit._recording.conversions import CONVERSIONS
+from lateinit._recording.conversions import AFTER_BLOCK
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.writer import current
@@ -56,7 +59,6 @@ from lateinit._tensors import (
     waits,
 )
 from lateinit._torch import (
-    META,
     Args,
     Kwargs,
     Meant,
@@ -84,7 +86,7 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
-from lateinit.errors import DeferredTensorError, LateinitError
+from lateinit.errors import DeferredTensorError
 
 
 class DeferredTensor(Guarded):
@@ -208,7 +210,9 @@ def _need_values(what: str, tensor: Tensor) -> None:
 
 
 def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    _need_values(func.__name__, tensor)
+    for given in (tensor, *args):  # map_ takes other tensors
+        if isinstance(given, Tensor) and is_deferred_tensor(given):
+            _need_values(func.__name__, given)
     return func(tensor, *args, **kwargs)
 
 
@@ -265,6 +269,16 @@ def _shows_the_same(tensor: Tensor, other: Any) -> bool:
     return mine.slot is theirs.slot and mine.ref == theirs.ref
 
 
+def _backward(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not tensor.is_leaf:  # realised, it would have lost its graph
+        raise needs_values("backward", tensor)
+    return _read(func, tensor, *args, **kwargs)
+
+
+def _reduce(func: Any, tensor: Tensor, proto: Any) -> Any:
+    return tensor.__reduce_ex__(proto)
+
+
 def _deepcopy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Any:
     return tensor.__deepcopy__(memo)
 
@@ -275,9 +289,10 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
         func(tensor, data)
         _mark(tensor)
         return
-    if data.is_meta:
+    if data.is_meta or is_fake(data):
+        kind = "meta" if data.is_meta else "fake"
         raise DeferredTensorError(
-            f"setting .data of {described(tensor)} to a meta tensor, which has no values, would "
+            f"setting .data of {described(tensor)} to a {kind} tensor, which has no values, would "
             "lose its own: do this inside `with lateinit.deferred():`, or after "
             "lateinit.materialize()"
         )
@@ -285,9 +300,13 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
 
 
 def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
-    """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta."""
-    if isinstance(grad, Tensor) and not grad.is_meta:
-        _need_values("setting .grad", tensor)
+    """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta.
+
+    The gradient of a deferred tensor could not be kept when that becomes real.
+    """
+    for given in (tensor, grad):
+        if isinstance(grad, Tensor) and is_deferred_tensor(given):
+            _need_values("setting .grad", given)
     func(tensor, grad)
 
 
@@ -386,11 +405,12 @@ def _followed(
     except Exception as error:
         if len(programs) == 1:
             program.forget(recorded)
+        follower.undo_draws()
         if before_autograd and not follower.final and not any(map(waits, deferred)):
             for tensor in deferred:
                 realize_now(tensor)
             return func(*args, **kwargs)
-        refused = _refusal(error, func, deferred[0], tensors)
+        refused = refusal(error, func, deferred[0], tensors)
         if refused is None:
             raise
         raise refused from error
@@ -403,47 +423,25 @@ def _followed(
 def _called(
     follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
-    handler = CONVERSIONS.get(func)
+    handler = AFTER_BLOCK.get(func)
     if follower.meant is not None:  # with real tensors among them they are refused
-        handler = handler or composite_ops.HANDLERS.get(func)
+        handler = handler or composite_ops.AFTER_BLOCK.get(func)
     with in_force(follower), casts_of_autocast():
         if handler is None:
-            return func(*args, **kwargs)
-        # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
-        device = follower.writer.device_of(first)
-        args = tuple(_meant(value, device) for value in args)
-        kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
-        return handler(follower.writer, func, args, kwargs)
-
-
-def _meant(value: Any, device: torch.device) -> Any:
-    on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
-    return device if on_meta else value
-
-
-def _refusal(
-    error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
-) -> DeferredTensorError | None:
-    """The error in place of one of torch's own that a deferred tensor among real ones may explain.
-
-    aten/src/ATen/native/RNN.cpp: check_attributes compares the devices of input and weights before
-    it calls any op. Where all tensors are deferred or on meta, eager construction fails too.
-    """
-    # Argument checks raise other classes of error, eagerly too.
-    ours = isinstance(error, LateinitError) or not isinstance(error, RuntimeError)
-    if ours or all(t.is_meta or is_fake(t) for t in tensors):
-        return None
-    return DeferredTensorError(
-        f"{getattr(func, '__name__', func)} was given {described(first)} together with real "
-        f"tensors, and failed ({error}): it is deferred and has no values yet; call "
-        "lateinit.materialize(model) before the forward pass"
-    )
+            result = func(*args, **kwargs)
+        else:
+            device = follower.writer.device_of(first)
+            result = handler(follower.writer, func, *as_meant(args, kwargs, device))
+    if follower.meant is not None:
+        refuse_lost(func, result, follower.meant)
+    return result
 
 
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Call an op on deferred tensors that has come to the dispatcher."""
-    # A recorder has heard it already, and runs it on meta to learn the shape of its result.
-    if current() is not None:
+    # A recorder has heard it already, and runs it on meta to learn the shape of its result. A guard
+    # stays on a tensor that was set to other memory, which no block recorded.
+    if current() is not None or not any(map(is_deferred_tensor, tensors_in(args, kwargs))):
         with below_python():
             return func(*args, **kwargs)
     if func is copy_into and is_whole_load(*args[:2]):  # of a shard: its local part
@@ -535,7 +533,6 @@ _READERS = (
     torch.Tensor.__dlpack__,
     torch.Tensor.__dlpack_device__,
     torch.Tensor.share_memory_,
-    torch.Tensor.backward,
     torch.Tensor.apply_,
     torch.Tensor.map_,
     torch.Tensor.map2_,
@@ -545,8 +542,11 @@ _READERS = (
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__array__: _read,
     torch.Tensor.__deepcopy__: _deepcopy,
+    torch.Tensor.backward: _backward,
+    torch.Tensor.__reduce_ex__: _reduce,
     torch.Tensor.copy_: _copy,
     torch.Tensor.data_ptr: _address,
+    torch.Tensor.const_data_ptr: _address,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
