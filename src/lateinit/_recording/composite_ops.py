@@ -41,7 +41,7 @@ def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) ->
     """Replay a composite function.
 
     Args:
-        name: the op, or a function of ``_IN_PYTHON``.
+        name: the op, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
         graph: whether gradients were enabled when it was recorded.
         requiring: the ``requires_grad`` flag of each tensor among the arguments, in order.
         args: its positional arguments.
@@ -56,7 +56,7 @@ def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) ->
 
 
 def _callable(name: str) -> Handler:
-    return _IN_PYTHON.get(name) or by_name(name).func
+    return _IN_PYTHON.get(name) or _UNANSWERED.get(name) or by_name(name).func
 
 
 def _requiring(value: Any, flags: Iterator[bool]) -> Any:
@@ -72,7 +72,7 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
     """The handler of a composite function.
 
     Args:
-        name: an op of ATen, or a function of ``_IN_PYTHON``.
+        name: an op of ATen, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
         dropout: the policy if the call recorded a draw. "same": override the results as usual.
             "leave": keep the decomposition, which eager construction uses too when it drops out.
             "refuse": materialising raises, since eager construction uses a third way.
@@ -85,7 +85,8 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
         if not any(map(is_deferred_tensor, given)):
             return result
         if dropout == "same" or writer.program.draws() == drawn:
-            op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
+            python = name in _IN_PYTHON or name in _UNANSWERED
+            op = name if python else overload_for(name, args, kwargs).name
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
             called = (op, torch.is_grad_enabled(), requiring, args)
@@ -180,10 +181,17 @@ def _refuse(writer: ProgramWriter, result: Any, what: str) -> None:
 
 
 _IN_PYTHON: dict[str, Handler] = {
-    # On meta tensors the first accumulates in another dtype; of the other see AFTER_BLOCK.
+    # On meta tensors it accumulates in another dtype.
     name: getattr(functional, name)
-    for name in ("linear_cross_entropy", "interpolate")
+    for name in ("linear_cross_entropy",)
     if hasattr(functional, name)  # from torch 2.13 on
+}
+# Where no mode of a block answers: interpolate of torch/nn/functional.py asks ``is_cpu``, and has
+# another way for determinism elsewhere; norm of torch/functional.py calls ``linalg.matrix_norm``.
+_UNANSWERED: dict[str, Handler] = {
+    "interpolate": functional.interpolate,
+    "norm": torch.norm,
+    "Tensor.norm": torch.Tensor.norm,
 }
 # Called with function modes off, by:
 _UNHEARD = (
@@ -196,11 +204,7 @@ HANDLERS: dict[Any, Handler] = {
     functional.scaled_dot_product_attention: _whole("aten::scaled_dot_product_attention"),
     torch.max_pool1d: _whole("aten::max_pool1d"),
     # Its schema does not say that it draws nothing, so it counts as drawing.
-    **{
-        _IN_PYTHON[name]: _whole(name, dropout="same")
-        for name in ("linear_cross_entropy",)
-        if name in _IN_PYTHON
-    },
+    **{function: _whole(name, dropout="same") for name, function in _IN_PYTHON.items()},
     **{
         getattr(torch, name): _recurrent(f"aten::{name}")
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -210,9 +214,7 @@ HANDLERS: dict[Any, Handler] = {
         for name in ("svdvals", "eigvals", "eigvalsh", "cond", "norm", "matrix_norm", "matrix_rank")
     },
 }
-# torch/nn/functional.py: it asks ``is_cpu``, where there is no mode to answer as in a block, and
-# has another way for determinism elsewhere.
-AFTER_BLOCK = {**HANDLERS, functional.interpolate: _whole("interpolate")}
+AFTER_BLOCK = {**HANDLERS, **{func: _whole(name) for name, func in _UNANSWERED.items()}}
 PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
     (owner, name, original, _below(original, HANDLERS[original]))
     for owner, name in _UNHEARD

@@ -63,6 +63,7 @@ from lateinit._torch import (
     Kwargs,
     Meant,
     as_subclass,
+    base_of,
     below_python,
     class_of_new_parameter,
     copy_into,
@@ -253,7 +254,8 @@ def _address(func: Any, tensor: Tensor) -> int:
 def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
     """``tensor.copy_(source)``: a load if the source is real."""
     if is_whole_load(tensor, source):
-        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+        owner = base_of(tensor)
+        if torch.is_grad_enabled() and owner.requires_grad and owner.is_leaf:
             func(tensor, tensor)  # raises torch's error
         adopt(tensor, source)
         return tensor
@@ -397,7 +399,7 @@ def _followed(
     program = Deferred.of(deferred[0]).program
     watch_new_shards(program)
     follower = Follower(program, guard)
-    if len([t for t in tensors if t.is_meta]) == len(deferred):
+    if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
         follower.meant = deferred[0]
     recorded = len(program.ops)
     try:

@@ -145,6 +145,8 @@ def _honoured(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     handler = AFTER_BLOCK.get(func)
     if first is None:
         return func(*args, **kwargs)
+    if func == torch.Tensor.backward:  # the gradients on meta could not be kept
+        raise needs_values("backward", first)
     local = Deferred.of(held(first))
     writer = ProgramWriter(local.program, drawing=False)
     try:
@@ -158,7 +160,7 @@ def _honoured(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         if refused is None:
             raise
         raise refused from error
-    if all(map(is_deferred_tensor, tensors)):
+    if all(is_deferred_tensor(t) for t in tensors if t.is_meta):
         refuse_lost(func, result, first)
     return result
 
