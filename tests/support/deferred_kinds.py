@@ -31,6 +31,7 @@ class Call:
         make: makes the module that holds the tensors; ``run`` is given the module alone.
         kinds: the kinds of tensor that it is called on, by default all.
         mixes: whether it is also called among meta and fake tensors.
+        asks_device: whether it asks what a parameter answers with ``meta`` (DESIGN.md, law 10).
         names: of which a refusal says one; by default those of the deferred tensors.
     """
 
@@ -44,6 +45,7 @@ class Call:
     names: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     mixes: bool = True
+    asks_device: bool = False
 
 
 def copied(value: Tensor) -> Tensor:
@@ -109,6 +111,10 @@ KINDS: dict[str, tuple[Callable[..., None], Callable[[Tensor, Tensor], Tensor]]]
     "dtensor": (parameter, distributed),
     "shard": (parameter, local),
 }
+
+
+WAITING = ("parameter", "view", "dtensor", "shard")
+"""The kinds that wait for ``materialize``; the others realise themselves."""
 
 
 def build(call: Call, kind: str) -> nn.Module:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +20,17 @@ from lateinit._torch import is_fake
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError
 from tests.support.building import EAGER_POISON, LATE_POISON, poison
-from tests.support.deferred_kinds import Call, Given, build, can_be_late, given
+from tests.support.deferred_kinds import WAITING, Call, Given, build, can_be_late, given
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EQUAL, REFUSED, RAISES, EXEMPT = "equal", "refused", "eager raises too", "exempt"
-HOLDS = {EQUAL, REFUSED, RAISES, EXEMPT}
+LATER = "refused when it is materialised"
+HOLDS = {EQUAL, REFUSED, LATER, RAISES, EXEMPT}
 NEXT_STEP = re.compile(r"lateinit\.materialize|lateinit\.deferred|materialize\(|materialise the")
 STORAGES = (torch.UntypedStorage, torch.TypedStorage)
+WHERE, NOTHING = frozenset({"value"}), frozenset[str]()
 
 
 # -- what can be seen of tensors -------------------------------------------------------------------
@@ -143,6 +150,10 @@ class Ran:
     error: Exception | None
     state: Tensor
 
+    def kept(self, call: Call) -> list[Any]:
+        """What there was before the call, and is deferred in a deferred model."""
+        return [*(self.given[i] for i in call.late), *held_tensors(self.model)]
+
     def everything(self) -> list[Any]:
         tensors = [value for value in self.given if isinstance(value, Tensor)]
         return [*leaves(self.result), *tensors, *held_tensors(self.model)]
@@ -171,7 +182,7 @@ def realise(values: list[Any]) -> None:
 def outcome(call: Call, kind: str) -> str:
     """One of ``HOLDS``, or what is wrong with a call on deferred tensors among real ones."""
     found = ran(call, kind, late=True)
-    if isinstance(found.error, LateinitError):
+    if isinstance(found.error, LateinitError) or NEXT_STEP.search(str(found.error)):
         return refused(call, kind, found)
     expected = ran(call, kind, late=False)
     torch.set_rng_state(found.state)
@@ -184,11 +195,22 @@ def outcome(call: Call, kind: str) -> str:
     try:
         realise(found.everything())
     except Exception as error:  # noqa: BLE001
-        return f"not to be materialised: {said(error)}"
+        return refused_later(call, expected, found, error)
     if not (expected.state.equal(found.state) and found.state.equal(torch.get_rng_state())):
         return "wrong: random state"
-    wrong = difference(seen_of(expected.everything()), seen_of(found.everything()), call.unsaid)
+    unsaid = call.unsaid | (WHERE if call.asks_device and kind in WAITING else NOTHING)
+    wrong = difference(seen_of(expected.everything()), seen_of(found.everything()), unsaid)
     return EQUAL if wrong is None else f"wrong: {wrong}"
+
+
+def refused_later(call: Call, expected: Ran, found: Ran, error: Exception) -> str:
+    """A result may be refused when it is materialised, if nothing else is."""
+    if isinstance(error, LateinitError):
+        with contextlib.suppress(LateinitError):
+            realise(found.kept(call))
+            if same(expected.kept(call), found.kept(call)):
+                return LATER
+    return f"not to be materialised: {said(error)}"
 
 
 def said(error: Exception) -> str:
@@ -213,8 +235,8 @@ def fails_later(found: Ran) -> str:
 def refused(call: Call, kind: str, found: Ran) -> str:
     """A refusal names the tensor and the next step, and leaves all as it was."""
     words = str(found.error)
-    # A tensor that no module holds as a parameter or a buffer has no name, and its shape is said.
-    names = [f"held{i}" for i in call.late] if kind != "plain" else ["a deferred tensor ("]
+    # A tensor that no module holds as a parameter or a buffer has no name.
+    names = [f"held{i}" for i in call.late] if kind != "plain" else ["deferred tensor"]
     names = list(call.names or names)
     if not any(name in words for name in names):
         return f"refused without the name: {said(found.error)}"
@@ -243,33 +265,40 @@ def among(call: Call, made: Given, others: str) -> Given:
 
 def outcome_among(call: Call, kind: str, others: str) -> str:
     """Likewise, where the tensors that are not deferred are on meta, or fake."""
-    torch.manual_seed(0)
-    model = lateinit.deferred_init(build, call, kind)
-    arguments = among(call, given(call, kind, model), others)
-    words, result = EXEMPT, None
+    found = ran_among(call, kind, others, late=True)
+    words = EXEMPT
+    if isinstance(found.error, LateinitError):
+        named = kind == "plain" or any(f"held{i}" in str(found.error) for i in call.late)
+        words = REFUSED if named else f"refused without the name: {said(found.error)}"
+    elif found.error is not None:  # eager tensors do not mix with these either
+        raises = raises_among(call, kind, others)
+        words = RAISES if raises else f"foreign error: {said(found.error)}"
+    real = any(map(has_values, leaves(found.result)))
     try:
-        with torch.set_grad_enabled(call.grad):
-            result = call.run(arguments)
-    except LateinitError as error:
-        named = kind == "plain" or any(f"held{i}" in str(error) for i in call.late)
-        words = REFUSED if named else f"refused without the name: {said(error)}"
-    except Exception as error:  # noqa: BLE001 - eager tensors do not mix with these either
-        words = RAISES if raises_among(call, kind, others) else f"foreign error: {said(error)}"
-    late = [arguments[i] for i in call.late] + held_tensors(model)
-    real = any(map(has_values, leaves(result)))
-    try:
-        realise([*late, *leaves(result)])
+        realise([*found.kept(call), *leaves(found.result)])
     except Exception as error:  # noqa: BLE001
         return f"not to be materialised: {said(error)}"
-    eager = ran(call, kind, late=False)
-    if real and not same(leaves(eager.result), leaves(result)):
+    if real and not any(
+        same(leaves(twin.result), leaves(found.result)) for twin in twins_among(call, kind, others)
+    ):
         words = "result is real"
     untouched = ran(replace(call, run=lambda _: None), kind, late=False)
-    for expected in (untouched, eager):
-        kept = [expected.given[i] for i in call.late] + held_tensors(expected.model)
-        if same(kept, late):
+    for twin in itertools.chain([untouched], twins_among(call, kind, others)):
+        if same(twin.kept(call), found.kept(call)):
             return words
-    return f"wrong: {difference(seen_of(kept), seen_of(late), NO_FLAGS)}"
+    wrong = difference(seen_of(untouched.kept(call)), seen_of(found.kept(call)), NO_FLAGS)
+    return f"wrong: {wrong}"
+
+
+def twins_among(call: Call, kind: str, others: str) -> Iterator[Ran]:
+    """The eager twins, made when asked for: all real, and likewise among meta or fake tensors."""
+    yield ran(call, kind, late=False)
+    yield ran_among(call, kind, others, late=False)
+
+
+def ran_among(call: Call, kind: str, others: str, *, late: bool) -> Ran:
+    moved = replace(call, run=lambda made: call.run(among(call, made, others)))
+    return ran(moved, kind, late=late)
 
 
 NO_FLAGS = frozenset({"requires_grad"})
@@ -282,21 +311,17 @@ def same(ours: list[Any], theirs: list[Any]) -> bool:
 def has_values(value: Any) -> bool:
     if isinstance(value, DTensor):
         value = value._local_tensor
-    return isinstance(value, Tensor) and not value.is_meta and not is_fake(value)
+    late = isinstance(value, Tensor) and lateinit.is_deferred(value)
+    return isinstance(value, Tensor) and not (late or value.is_meta or is_fake(value))
 
 
 def raises_among(call: Call, kind: str, others: str) -> bool:
-    """Whether torch refuses the call on real tensors, or on meta or fake tensors alone."""
-    if ran(call, kind, late=False).error is not None:
-        return True
-    model = build(call, kind)
-    alone = replace(call, late=())
-    try:
-        with torch.set_grad_enabled(call.grad):
-            call.run(among(alone, given(call, kind, model), others))
-    except Exception:  # noqa: BLE001
-        return True
-    return False
+    """Whether torch refuses the call on real tensors, meta or fake ones alone, or both together."""
+    runs = itertools.chain(
+        twins_among(call, kind, others),
+        (ran_among(replace(call, late=()), kind, others, late=False) for _ in range(1)),
+    )
+    return any(run.error is not None for run in runs)
 
 
 def outcome_of(call: Call, kind: str, others: str) -> str:

@@ -43,6 +43,11 @@ def real_state() -> dict[str, Tensor]:
     return Small().state_dict()
 
 
+def real_module() -> Small:
+    with torch.random.fork_rng():
+        return Small()
+
+
 def partly_loaded(model: nn.Module, **options: Any) -> Any:
     return model.load_state_dict({"enc.bias": torch.full((5,), 3.0)}, strict=False, **options)
 
@@ -102,10 +107,12 @@ ACTS: dict[str, Callable[[Any], Any]] = {
     "load_state_dict of another shape": lambda m: m.load_state_dict({"enc.bias": torch.ones(4)}),
     "load_state_dict into double": lambda m: loaded(m.double()),
     "load_state_dict into a real module": lambda m: (
-        r := Small(),
+        r := real_module(),
         r.load_state_dict(m.state_dict()),
     ),
-    "assign into a real module": lambda m: Small().load_state_dict(m.state_dict(), assign=True),
+    "assign into a real module": lambda m: real_module().load_state_dict(
+        m.state_dict(), assign=True
+    ),
     "modules": lambda m: len(list(m.modules())),
     "mtia": lambda m: m.mtia(),
     "named_buffers": lambda m: dict(m.named_buffers()),

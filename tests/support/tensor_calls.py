@@ -20,19 +20,12 @@ if TYPE_CHECKING:
 
     Given = list[Any]
 
-SAYS_META = {
-    "device": "outside a block a deferred parameter says meta (DESIGN.md, laws 9 and 10)",
-    "is_meta": "likewise",
-    "is_cpu": "likewise",
-    "get_device": "likewise",
-    "__dlpack_device__": "likewise",
+ASKS_DEVICE = {
+    *("device", "is_meta", "is_cpu", "get_device", "__dlpack_device__", "type", "storage_type"),
+}
+UNLIKE = {
     "_cdata": "an address",
-    "__repr__": "a deferred tensor says that it is deferred",
-    "__format__": "likewise",
-    "__hash__": "an address",
     "_version": "counts writes, and a recorded write is counted once more where it is replayed",
-    "type": "the name of its type says its device",
-    "storage_type": "likewise",
     "_python_dispatch": "the guard hears ops",
     "__dir__": "lists the attributes that a guard adds",
     "data_ptr": "an address",
@@ -330,12 +323,13 @@ def method_calls() -> Iterator[Call]:
             continue
         kind, arguments = found
         given = (values()[kind],) * count(arguments)
-        unsaid = frozenset({"value"} if last in SAYS_META else ())
+        unsaid = frozenset({"value"} if last in UNLIKE else ())
         for late in subsets(tuple(range(len(given)))):
             words = f"{name} {shown(late, late)}"
             kinds = NOT_DISTRIBUTED if last in CRASHES_ON_DTENSOR else ()
             run = applied(function, arguments)
-            yield Call(words, given, run, late, False, unsaid, kinds=kinds)
+            asks = last in ASKS_DEVICE
+            yield Call(words, given, run, late, False, unsaid, kinds=kinds, asks_device=asks)
 
 
 LEFT_OUT = {
@@ -364,10 +358,11 @@ def getters() -> list[str]:
 
 def getter_calls() -> Iterator[Call]:
     for name in getters():
-        unsaid = frozenset({"value"} if name in SAYS_META else ())
+        unsaid = frozenset({"value"} if name in UNLIKE else ())
         for kind in ("matrix", "complex"):
-            get = functools.partial(get_attribute, name)
-            yield Call(f"Tensor.{name} of {kind}", (values()[kind],), get, (0,), True, unsaid)
+            words, get = f"Tensor.{name} of {kind}", functools.partial(get_attribute, name)
+            asks = name in ASKS_DEVICE
+            yield Call(words, (values()[kind],), get, unsaid=unsaid, asks_device=asks)
 
 
 def get_attribute(name: str, given: Given) -> Any:
