@@ -24,7 +24,7 @@ torch's meta kernels say other strides; the values are equal
 out= is not resized, as torch's meta kernel does not
     wrong | local | native_batch_norm 1 out= all
 a move to meta leaves what it moves deferred, which is on meta already
-    wrong | module | Module: to meta
+    sometimes wrong | module | Module: to meta
 storage_type says nothing of meta
     wrong | plain, buffer | torch.Tensor.storage_type *
 a shard that was given values keeps the class of its guard until it is asked something
