@@ -69,8 +69,8 @@ torch's parser takes no tensors with a hook for this out=
     foreign error | waiting | _native_batch_norm_legit ? out= all
 torch's decomposition for other devices mixes DTensors with tensors
     foreign error | dtensor |
-        nn.functional.interpolate.*linear ? function *; nn.functional.upsample_bilinear ?
-        function *
+        nn.functional.interpolate.bilinear *; nn.functional.interpolate.trilinear *;
+        nn.functional.upsample_bilinear *
 torch compares the devices of an out= on meta and of a fake tensor
     sometimes foreign error | waiting among fake | linalg.matrix_rank* 1 out= *
 a shard says meta to dlpack
