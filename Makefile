@@ -11,7 +11,7 @@ QUIET_CORES := OMP_NUM_THREADS=1
 MATRIX := 2.13.0 2.14.1 2.15.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick matrix lint format zoo shards bench clean
+.PHONY: help demo test quick matrix lint format zoo shards sweep bench clean
 
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
@@ -22,6 +22,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
+	@echo "make sweep   every operator on every kind of deferred tensor outside a block (long)"
 	@echo "make bench   construction time and memory against the alternatives"
 
 # An environment for each torch of the matrix, with everything else as it is pinned.
@@ -64,6 +65,10 @@ matrix: $(STAMP) $(MATRIX:%=.venv-torch-%/.installed)
 
 zoo: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.zoo --table docs/zoo.md
+
+# `make test` makes each call on one kind. In one process, which sees what all calls came to.
+sweep: $(STAMP)
+	LATEINIT_SWEEP=all $(QUIET_CORES) $(BIN)/python -m pytest tests/laws/test_after_block.py
 
 shards: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.sharding

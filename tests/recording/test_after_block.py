@@ -78,7 +78,7 @@ WRITES = {
 REFUSED_WRITES = {"init", "random", "out", "copy of another shape"}
 
 
-@pytest.mark.parametrize("write", WRITES.keys() - REFUSED_WRITES)
+@pytest.mark.parametrize("write", sorted(WRITES.keys() - REFUSED_WRITES))
 def test_write_after_the_block_is_recorded(write: str) -> None:
     eager, model = twins()
     state = torch.get_rng_state()
@@ -89,7 +89,7 @@ def test_write_after_the_block_is_recorded(write: str) -> None:
     assert_same(eager, lateinit.materialize(model))
 
 
-@pytest.mark.parametrize("write", REFUSED_WRITES)
+@pytest.mark.parametrize("write", sorted(REFUSED_WRITES))
 def test_write_of_draws_or_real_data_after_the_block_is_refused(write: str) -> None:
     eager, model = twins()
     state = torch.get_rng_state()

@@ -22,6 +22,7 @@ from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import (
     AS_RECORDED,
     Deferred,
+    DeferredStorage,
     described,
     is_deferred_tensor,
     share_real_storage,
@@ -35,7 +36,9 @@ from lateinit._torch import (
     Kwargs,
     Meant,
     OpInfo,
+    asks_for_values,
     below_python,
+    default_generator,
     fake_like,
     flat,
     is_fake,
@@ -45,7 +48,7 @@ from lateinit._torch import (
     spoken,
     tensors_in,
 )
-from lateinit.errors import DeferredTensorError
+from lateinit.errors import DeferredTensorError, LateinitError
 
 
 def needs_values(what: str, tensor: Tensor) -> DeferredTensorError:
@@ -62,6 +65,49 @@ def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
         f"{what} would change {described(tensor)} in place, which has no values yet: do it inside "
         "`with lateinit.deferred():` so that it is recorded, or after lateinit.materialize()"
     )
+
+
+def refusal(
+    error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
+) -> DeferredTensorError | None:
+    """The error in place of one of torch's own that a deferred tensor may explain.
+
+    aten/src/ATen/native/RNN.cpp: check_attributes compares the devices of input and weights before
+    it calls any op. Where all tensors are deferred or on meta, eager construction fails too, unless
+    the error says that a tensor is on meta.
+    """
+    # Argument checks raise other classes of error, eagerly too.
+    if isinstance(error, LateinitError) or not isinstance(error, RuntimeError):
+        return None
+    name = getattr(func, "__name__", str(func))
+    if all(t.is_meta or is_fake(t) for t in tensors):
+        alone = all(map(is_deferred_tensor, tensors))
+        return needs_values(name, first) if alone and asks_for_values(error) else None
+    return DeferredTensorError(
+        f"{name} was given {described(first)} together with real tensors, and failed ({error}): it "
+        "is deferred and has no values yet; call lateinit.materialize(model) before the forward "
+        "pass"
+    )
+
+
+def refuse_lost(func: Callable[..., Any], result: Any, first: Tensor) -> None:
+    """Refuse a result of deferred tensors alone that torch made of a tensor on ``meta`` of its own.
+
+    So does an index that is a list (torch/csrc/autograd/python_variable_indexing.cpp).
+    """
+    for leaf in flat(result):
+        if isinstance(leaf, Tensor) and leaf.is_meta and slot_of(leaf) is None:
+            raise needs_values(getattr(func, "__name__", str(func)), first)
+
+
+def as_meant(args: Args, kwargs: Kwargs, device: torch.device) -> tuple[Args, Kwargs]:
+    """Arguments of a conversion: outside blocks ``x.to(y.device)`` asks for ``meta``."""
+
+    def meant(value: Any) -> Any:
+        on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
+        return device if on_meta else value
+
+    return tuple(map(meant, args)), {key: meant(value) for key, value in kwargs.items()}
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -113,6 +159,21 @@ class Follower(RecordingMode):
         # Random ops are refused; replaying raises if a foreign op draws.
         super().__init__(ProgramWriter(program, drawing=False))
         self._guard = guard
+        self._before: dict[torch.Generator, Tensor] = {}
+
+    def undo_draws(self) -> None:
+        """Put back the generators that real tensors were drawn from, in a call that failed."""
+        for generator, state in self._before.items():
+            generator.set_state(state)
+        self._before.clear()
+
+    def _note_draw(self, args: Args, kwargs: Kwargs, tensors: list[Tensor]) -> None:
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+        device = kwargs.get("device") or next((t.device for t in tensors), torch.device("cpu"))
+        if given or device != META:
+            generator = given[0] if given else default_generator(torch.device(device))
+            if generator not in self._before:
+                self._before[generator] = generator.get_state()
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Have one op recorded, run it among tensors without values, or refuse it."""
@@ -125,6 +186,8 @@ class Follower(RecordingMode):
                 "leave memory without values: call lateinit.materialize(module, device=...) "
                 "instead, or pass param_init_fn=lateinit.materialize to FullyShardedDataParallel"
             )
+        if deferred and info.name.startswith("aten::set_") and not _is_recorded(*args[1:2]):
+            raise would_change("set_", deferred[0])
         own = bool(deferred) and kwargs.get("device") == META
         if own:
             # Outside blocks a deferred tensor reports meta, so y.to(x.device) asks for meta.
@@ -133,7 +196,11 @@ class Follower(RecordingMode):
             if info.random:
                 raise needs_values(spoken(info.name), self.meant)
             device = self.writer.device_of(self.meant)
-            return self.writer.record(info, args, kwargs | {"device": device}, [])
+            made = self.writer.record(info, args, kwargs | {"device": device}, [])
+            self._name(made, self.meant)
+            return made
+        if info.random and not deferred:
+            self._note_draw(args, kwargs, tensors)
         elsewhere = info.from_sizes and not own and kwargs.get("device") not in (None, META)
         if not deferred or info.metadata_only or info.layout_only or elsewhere:
             return info.func(*args, **kwargs)
@@ -171,14 +238,24 @@ class Follower(RecordingMode):
             reads: whether its values depend on theirs. What is computed from a parameter after the
                 block waits for ``materialize`` as the parameter does.
         """
-        origin, waiting = slot_of(sources[0]), reads and any(map(waits, sources))
+        named = self._name(result, sources[0])
+        waiting = reads and any(map(waits, sources))
+        for leaf in named:
+            slot = slot_of(leaf)
+            if slot is not None and waiting and not any(leaf is t for t in sources):
+                slot.waits = True
+            self._guard(leaf)
+        return result
+
+    def _name(self, result: Any, source: Tensor) -> list[Tensor]:
+        """Name new deferred tensors, and return them."""
+        origin, named = slot_of(source), []
         for leaf in flat(result):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
-                slot.waits = slot.waits or (waiting and not any(leaf is t for t in sources))
-                self._guard(leaf)
-        return result
+                named.append(leaf)
+        return named
 
     def _refuse_values(
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], *, among_meta: bool
@@ -216,3 +293,10 @@ class Follower(RecordingMode):
                 "deferred and has no values yet; call lateinit.materialize(model) before the "
                 "forward pass"
             )
+
+
+def _is_recorded(source: Any = None) -> bool:
+    """Whether the tensor or storage that another tensor is set to is deferred."""
+    if isinstance(source, torch.UntypedStorage):
+        return isinstance(source, DeferredStorage)
+    return isinstance(source, Tensor) and is_deferred_tensor(source)

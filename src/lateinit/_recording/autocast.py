@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._recording.writer import current
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
     Args,
@@ -32,14 +32,21 @@ from lateinit._torch import (
 )
 
 
-def casts_of_autocast() -> contextlib.AbstractContextManager[Any]:
-    """A block in which autocast, if it is on, casts deferred tensors too."""
-    return autocast_heard(_cast) if is_any_autocast_enabled() else contextlib.nullcontext()
+def casts_of_autocast(
+    writer: ProgramWriter | None = None,
+) -> contextlib.AbstractContextManager[Any]:
+    """A block in which autocast, if it is on, casts deferred tensors too.
+
+    Args:
+        writer: says the devices of the tensors, where no recording is in force.
+    """
+    on = is_any_autocast_enabled()
+    return autocast_heard(partial(_cast, writer)) if on else contextlib.nullcontext()
 
 
-def _cast(op: Any, args: Args, kwargs: Kwargs) -> Any:
+def _cast(writer: ProgramWriter | None, op: Any, args: Args, kwargs: Kwargs) -> Any:
     """Record what autocast makes of one op."""
-    writer, tensors = current(), tensors_in(args, kwargs)
+    writer, tensors = current() or writer, tensors_in(args, kwargs)
     first = next(filter(is_deferred_tensor, tensors), None)
     if writer is None or first is None:
         return NotImplemented

@@ -41,7 +41,7 @@ def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) ->
     """Replay a composite function.
 
     Args:
-        name: the op, or a function of ``_IN_PYTHON``.
+        name: the op, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
         graph: whether gradients were enabled when it was recorded.
         requiring: the ``requires_grad`` flag of each tensor among the arguments, in order.
         args: its positional arguments.
@@ -56,7 +56,7 @@ def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) ->
 
 
 def _callable(name: str) -> Handler:
-    return _IN_PYTHON.get(name) or by_name(name).func
+    return _IN_PYTHON.get(name) or _UNANSWERED.get(name) or by_name(name).func
 
 
 def _requiring(value: Any, flags: Iterator[bool]) -> Any:
@@ -72,7 +72,7 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
     """The handler of a composite function.
 
     Args:
-        name: an op of ATen, or a function of ``_IN_PYTHON``.
+        name: an op of ATen, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
         dropout: the policy if the call recorded a draw. "same": override the results as usual.
             "leave": keep the decomposition, which eager construction uses too when it drops out.
             "refuse": materialising raises, since eager construction uses a third way.
@@ -85,7 +85,8 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
         if not any(map(is_deferred_tensor, given)):
             return result
         if dropout == "same" or writer.program.draws() == drawn:
-            op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
+            python = name in _IN_PYTHON or name in _UNANSWERED
+            op = name if python else overload_for(name, args, kwargs).name
             results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
             called = (op, torch.is_grad_enabled(), requiring, args)
@@ -185,6 +186,13 @@ _IN_PYTHON: dict[str, Handler] = {
     for name in ("linear_cross_entropy",)
     if hasattr(functional, name)  # from torch 2.13 on
 }
+# Where no mode of a block answers: interpolate of torch/nn/functional.py asks ``is_cpu``, and has
+# another way for determinism elsewhere; norm of torch/functional.py calls ``linalg.matrix_norm``.
+_UNANSWERED: dict[str, Handler] = {
+    "interpolate": functional.interpolate,
+    "norm": torch.norm,
+    "Tensor.norm": torch.Tensor.norm,
+}
 # Called with function modes off, by:
 _UNHEARD = (
     (functional, "scaled_dot_product_attention"),  # multi_head_attention_forward
@@ -206,6 +214,7 @@ HANDLERS: dict[Any, Handler] = {
         for name in ("svdvals", "eigvals", "eigvalsh", "cond", "norm", "matrix_norm", "matrix_rank")
     },
 }
+AFTER_BLOCK = {**HANDLERS, **{func: _whole(name) for name, func in _UNANSWERED.items()}}
 PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
     (owner, name, original, _below(original, HANDLERS[original]))
     for owner, name in _UNHEARD

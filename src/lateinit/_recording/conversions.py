@@ -191,15 +191,19 @@ def _by_index(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> A
         return func(*args, **kwargs)
     if alone and not all(isinstance(place, Integral) for place in index):
         return func(*args, **kwargs)  # a list of slices or of lists may stand for a tuple
-    places = tuple([_places(item) if type(item) in _SEQUENCES else item for item in whole])
+    places = tuple([_places(writer, item) if type(item) in _SEQUENCES else item for item in whole])
     return func(tensor, places[0] if alone else places, *rest, **kwargs)
 
 
-def _places(item: Any) -> Any:
+def _places(writer: ProgramWriter, item: Any) -> Any:
     try:
-        return torch.tensor(item, dtype=None if len(item) else torch.int64)
+        made = torch.tensor(item, dtype=None if len(item) else torch.int64)
     except (TypeError, ValueError, RuntimeError):
         return item  # torch raises its own message
+    if is_deferred_tensor(made):
+        return made
+    with without_modes():  # after a block nothing has recorded it
+        return writer.lift(made)
 
 
 _tensor = torch.Tensor
@@ -210,14 +214,19 @@ CONVERSIONS: dict[Any, Handler] = {
     _tensor.type: of_deferred(_type),
     _tensor.type_as: _type_as,
 }
-"""The handlers of moves and casts, in a block and after it."""
+"""The handlers of moves and casts."""
 
-HANDLERS: dict[Any, Handler] = {
+AFTER_BLOCK: dict[Any, Handler] = {
     **CONVERSIONS,
-    _tensor.new_tensor: of_deferred(_new_tensor),
-    _tensor.new: of_deferred(_new),
     _tensor.__getitem__: of_deferred(_by_index),
     _tensor.__setitem__: of_deferred(_by_index),
+}
+"""The handlers of moves, casts and indices, in a block and after it."""
+
+HANDLERS: dict[Any, Handler] = {
+    **AFTER_BLOCK,
+    _tensor.new_tensor: of_deferred(_new_tensor),
+    _tensor.new: of_deferred(_new),
     torch.tensor: _from_data,
     torch.as_tensor: _from_data,
     torch.asarray: _from_data,

@@ -27,12 +27,15 @@ from lateinit._program import TensorRef
 from lateinit._recording import composite_ops
 from lateinit._recording.after_block import (
     Follower,
+    as_meant,
     device_to,
     is_meta_to,
     needs_values,
+    refusal,
+    refuse_lost,
 )
 from lateinit._recording.autocast import casts_of_autocast
-from lateinit._recording.conversions import CONVERSIONS
+from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.writer import current
@@ -57,11 +60,11 @@ from lateinit._tensors import (
     waits,
 )
 from lateinit._torch import (
-    META,
     Args,
     Kwargs,
     Meant,
     as_subclass,
+    base_of,
     below_python,
     class_of_new_parameter,
     copy_into,
@@ -91,7 +94,7 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
-from lateinit.errors import DeferredTensorError, LateinitError
+from lateinit.errors import DeferredTensorError
 
 
 class DeferredTensor(Guarded):
@@ -242,7 +245,9 @@ def _is_table(tensor: Tensor) -> bool:
 
 
 def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    _need_values(func.__name__, tensor)
+    for given in (tensor, *args):  # map_ takes other tensors
+        if isinstance(given, Tensor) and is_deferred_tensor(given):
+            _need_values(func.__name__, given)
     return func(tensor, *args, **kwargs)
 
 
@@ -294,7 +299,8 @@ def _address(func: Any, tensor: Tensor) -> int:
 def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
     """``tensor.copy_(source)``: a load if the source is real."""
     if is_whole_load(tensor, source):
-        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+        owner = base_of(tensor)
+        if torch.is_grad_enabled() and owner.requires_grad and owner.is_leaf:
             func(tensor, tensor)  # raises torch's error
         adopt(tensor, source)
         return tensor
@@ -317,6 +323,16 @@ def _shows_the_same(tensor: Tensor, other: Any) -> bool:
     return mine.slot is theirs.slot and mine.ref == theirs.ref
 
 
+def _backward(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not tensor.is_leaf:  # realised, it would have lost its graph
+        raise needs_values("backward", tensor)
+    return _read(func, tensor, *args, **kwargs)
+
+
+def _reduce(func: Any, tensor: Tensor, proto: Any) -> Any:
+    return tensor.__reduce_ex__(proto)
+
+
 def _deepcopy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Any:
     return tensor.__deepcopy__(memo)
 
@@ -327,9 +343,10 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
         func(tensor, data)
         _mark(tensor)
         return
-    if data.is_meta:
+    if data.is_meta or is_fake(data):
+        kind = "meta" if data.is_meta else "fake"
         raise DeferredTensorError(
-            f"setting .data of {described(tensor)} to a meta tensor, which has no values, would "
+            f"setting .data of {described(tensor)} to a {kind} tensor, which has no values, would "
             "lose its own: do this inside `with lateinit.deferred():`, or after "
             "lateinit.materialize()"
         )
@@ -337,9 +354,13 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
 
 
 def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
-    """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta."""
-    if isinstance(grad, Tensor) and not grad.is_meta:
-        _need_values("setting .grad", tensor)
+    """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta.
+
+    The gradient of a deferred tensor could not be kept when that becomes real.
+    """
+    for given in (tensor, grad):
+        if isinstance(grad, Tensor) and is_deferred_tensor(given):
+            _need_values("setting .grad", given)
     func(tensor, grad)
 
 
@@ -431,7 +452,7 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispat
     program = Deferred.of(deferred[0]).program
     watch_new_shards(program)
     follower = Follower(program, guard)
-    if len([t for t in tensors if t.is_meta]) == len(deferred):
+    if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
         follower.meant = deferred[0]
     recorded = len(program.ops)
     try:
@@ -439,7 +460,8 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispat
     except Exception as error:
         if len(programs) == 1:
             program.forget(recorded)
-        refused = _refusal(error, func, deferred[0], tensors)
+        follower.undo_draws()
+        refused = refusal(error, func, deferred[0], tensors)
         refused_for_good = follower.final or any(map(waits, deferred))
         if not refused_for_good and not (at_dispatch and _is_late(tensors, deferred)):
             try:
@@ -498,47 +520,25 @@ def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> 
 def _called(
     follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
-    handler = CONVERSIONS.get(func)
+    handler = AFTER_BLOCK.get(func)
     if handler is None and all(t.is_meta for t in tensors_in(args, kwargs)):
-        handler = composite_ops.HANDLERS.get(func)
+        handler = composite_ops.AFTER_BLOCK.get(func)
     with in_force(follower), casts_of_autocast():
         if handler is None:
-            return func(*args, **kwargs)
-        # Outside blocks a deferred tensor reports meta, so x.to(y.device) asks for meta.
-        device = follower.writer.device_of(first)
-        args = tuple(_meant(value, device) for value in args)
-        kwargs = {key: _meant(value, device) for key, value in kwargs.items()}
-        return handler(follower.writer, func, args, kwargs)
-
-
-def _meant(value: Any, device: torch.device) -> Any:
-    on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
-    return device if on_meta else value
-
-
-def _refusal(
-    error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
-) -> DeferredTensorError | None:
-    """The error in place of one of torch's own that a deferred tensor among real ones may explain.
-
-    aten/src/ATen/native/RNN.cpp: check_attributes compares the devices of input and weights before
-    it calls any op. Where all tensors are deferred or on meta, eager construction fails too.
-    """
-    # Argument checks raise other classes of error, eagerly too.
-    ours = isinstance(error, LateinitError) or not isinstance(error, RuntimeError)
-    if ours or all(t.is_meta or is_fake(t) for t in tensors):
-        return None
-    return DeferredTensorError(
-        f"{getattr(func, '__name__', func)} was given {described(first)} together with real "
-        f"tensors, and failed ({error}): it is deferred and has no values yet; call "
-        "lateinit.materialize(model) before the forward pass"
-    )
+            result = func(*args, **kwargs)
+        else:
+            device = follower.writer.device_of(first)
+            result = handler(follower.writer, func, *as_meant(args, kwargs, device))
+    if follower.meant is not None:
+        refuse_lost(func, result, follower.meant)
+    return result
 
 
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Call an op on deferred tensors that has come to the dispatcher."""
-    # A recorder has heard it already, and runs it on meta to learn the shape of its result.
-    if current() is not None:
+    # A recorder has heard it already, and runs it on meta to learn the shape of its result. A guard
+    # stays on a tensor that was set to other memory, which no block recorded.
+    if current() is not None or not any(map(is_deferred_tensor, tensors_in(args, kwargs))):
         with below_python():
             return func(*args, **kwargs)
     if func is copy_into and is_whole_load(*args[:2]):  # of a shard: its local part
@@ -630,7 +630,6 @@ _READERS = (
     torch.Tensor.__dlpack__,
     torch.Tensor.__dlpack_device__,
     torch.Tensor.share_memory_,
-    torch.Tensor.backward,
     torch.Tensor.apply_,
     torch.Tensor.map_,
     torch.Tensor.map2_,
@@ -640,9 +639,12 @@ _READERS = (
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__array__: _read,
     torch.Tensor.__deepcopy__: _deepcopy,
+    torch.Tensor.backward: _backward,
+    torch.Tensor.__reduce_ex__: _reduce,
     torch.Tensor.copy_: _copy,
     torch.Tensor.module_load: _module_load,
     torch.Tensor.data_ptr: _address,
+    torch.Tensor.const_data_ptr: _address,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]

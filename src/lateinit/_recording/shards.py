@@ -21,9 +21,19 @@ from torch import Tensor
 
 from lateinit._integrations import NEEDS_VALUES
 from lateinit._program import Program
-from lateinit._recording.after_block import device_to, is_meta_to, needs_values
-from lateinit._recording.writer import current
+from lateinit._recording.after_block import (
+    as_meant,
+    device_to,
+    is_meta_to,
+    needs_values,
+    refusal,
+    refuse_lost,
+)
+from lateinit._recording.autocast import casts_of_autocast
+from lateinit._recording.conversions import AFTER_BLOCK
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
+    Deferred,
     GuardedShard,
     held,
     is_deferred_tensor,
@@ -117,7 +127,7 @@ def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         unguard(shard)
     calling, _here.calling = _here.calling, True
     try:
-        result = func(*args, **kwargs)
+        result = _honoured(func, args, kwargs)
     finally:
         _here.calling = calling
         for shard in shards:
@@ -129,14 +139,40 @@ def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
+def _honoured(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    tensors = tensors_in(args, kwargs)
+    first = next(filter(is_deferred_tensor, tensors), None)
+    handler = AFTER_BLOCK.get(func)
+    if first is None:
+        return func(*args, **kwargs)
+    if func == torch.Tensor.backward:  # the gradients on meta could not be kept
+        raise needs_values("backward", first)
+    local = Deferred.of(held(first))
+    writer = ProgramWriter(local.program, drawing=False)
+    try:
+        with casts_of_autocast(writer):
+            if handler is None:
+                result = func(*args, **kwargs)
+            else:
+                result = handler(writer, func, *as_meant(args, kwargs, local.device))
+    except Exception as error:
+        refused = refusal(error, func, first, tensors)
+        if refused is None:
+            raise
+        raise refused from error
+    if all(is_deferred_tensor(t) for t in tensors if t.is_meta):
+        refuse_lost(func, result, first)
+    return result
+
+
 _SETTERS = (torch.Tensor.data.__set__, torch.Tensor.grad.__set__)  # type: ignore[attr-defined, union-attr]
 
 
 def _refuse_setting(func: Any, args: Args, shard: Tensor) -> None:
     # torch refuses these below Python if exactly one of the two is on meta.
-    if func not in _SETTERS or args[0] is not shard:
+    if func not in _SETTERS or args[0] is not shard or not isinstance(args[1], Tensor):
         return
-    if isinstance(args[1], Tensor) and not args[1].is_meta:
+    if not args[1].is_meta or func == _SETTERS[1]:
         raise needs_values(f"setting .{func.__self__.__name__}", shard)
 
 

@@ -39,6 +39,7 @@ from lateinit._tensors.slots import (
     unguard,
     waits,
 )
+from lateinit._tensors.storage import DeferredStorage
 from lateinit._tensors.values import own_copy
 from lateinit._tensors.walk import (
     Found,
@@ -56,6 +57,7 @@ __all__ = [
     "PLAIN_CLASSES",
     "Cast",
     "Deferred",
+    "DeferredStorage",
     "Found",
     "Guarded",
     "GuardedShard",

@@ -106,3 +106,8 @@ def negative_view(tensor: Tensor) -> Tensor:
 def sparse_parts(tensor: Tensor) -> list[Tensor]:
     """The indices and values of a sparse COO tensor, coalesced or not."""
     return [tensor._indices(), tensor._values()]
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor that a view shows, for autograd; a tensor that is no view itself."""
+    return tensor if tensor._base is None else tensor._base
