@@ -135,7 +135,7 @@ class AsksItsDevice(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.Tensor.device.__get__:
-            cls.heard.append(meant_by_device({}))
+            cls.heard.append(meant_by_device({}, ()))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -280,7 +280,7 @@ def test_an_inverse_asks_where_the_weight_is_and_may_lack_a_kernel_for_meta() ->
         def __torch_function__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func == torch.Tensor.device.__get__ and meant_by_device({}) is Meant.INVERSE:
+            if func == torch.Tensor.device.__get__ and meant_by_device({}, ()) is Meant.INVERSE:
                 raise LookupError
             return super().__torch_function__(func, types, args, kwargs)
 
@@ -505,17 +505,18 @@ def test_what_torch_func_differentiates_is_called_below_its_transforms() -> None
 
 def test_another_library_may_need_the_values_of_what_it_asks_the_device_of() -> None:
     """Told by the name of its module and its local variables."""
+    heard: list[Meant] = []
+    recorded: list[str] = []
 
     class Asked(Tensor):
         @classmethod
         def __torch_function__(
-            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            cls, func: Any, types: Any, args: Any = (), named: Any = None
         ) -> Any:
             if func == torch.Tensor.device.__get__:
-                heard.append(meant_by_device({__name__: lambda given: "moved" in given}))
-            return super().__torch_function__(func, types, args, kwargs or {})
-
-    heard: list[Meant] = []
+                values = {__name__: lambda given: "moved" in given}
+                heard.append(meant_by_device(values, tuple(recorded)))
+            return super().__torch_function__(func, types, args, named or {})
 
     def move(moved: Tensor) -> torch.device:
         return moved.device
@@ -527,5 +528,7 @@ def test_another_library_may_need_the_values_of_what_it_asks_the_device_of() -> 
     heard.clear()
     move(tensor)
     ask(tensor)
-    assert heard == [Meant.OTHERS, Meant.META]
+    recorded.append(__name__)
+    ask(tensor)
+    assert heard == [Meant.OTHERS, Meant.META, Meant.RECORDED]
     assert [meant for meant in Meant if not meant.needs_values] == [Meant.META, Meant.RECORDED]

@@ -7,7 +7,7 @@ The room may import only ``errors`` and the other leaves. A library is imported 
 specification asks for it. Start with ``model_specs.py``.
 """
 
-from lateinit._integrations.offloading import NEEDS_VALUES
+from lateinit._integrations.offloading import NEEDS_VALUES, SEES_RECORDED
 from lateinit._integrations.transformers_names import (
     Conversion,
     left_out,
@@ -18,6 +18,7 @@ from lateinit._integrations.transformers_names import (
 
 __all__ = [
     "NEEDS_VALUES",
+    "SEES_RECORDED",
     "Conversion",
     "left_out",
     "preferred_name",

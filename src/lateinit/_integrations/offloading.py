@@ -1,4 +1,4 @@
-"""Code of other libraries that reads the device of a tensor because it needs its values."""
+"""Code of other libraries that reads the device of a tensor and must not see ``meta``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ def _places_without_value(given: Mapping[str, Any]) -> bool:
     places = "tensor_name" in given and given.get("value") is None
     return places and str(given.get("device")) != "meta"
 
+
+SEES_RECORDED = (
+    "safetensors.torch",  # takes no two meta tensors for tied
+    "peft.",  # moves its own parameters, with their values, to where the weights are
+)
+"""The beginnings of the names of modules that are told the device that a tensor will have."""
 
 NEEDS_VALUES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "accelerate.utils.modeling": _places_without_value,

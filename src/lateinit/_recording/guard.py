@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._integrations import NEEDS_VALUES
+from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
 from lateinit._program import TensorRef
 from lateinit._recording import composite_ops
 from lateinit._recording.after_block import (
@@ -125,7 +125,7 @@ class DeferredTensor(Guarded):
                         _scatter(asked.given)
                     return is_meta_to(asked, args[0])
                 if func == torch.Tensor.device.__get__:
-                    return device_to(meant_by_device(NEEDS_VALUES), args[0])
+                    return device_to(meant_by_device(NEEDS_VALUES, SEES_RECORDED), args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 if func in _PLAIN:
                     if func in _ASKED_BY_VMAP and is_batching() and realises_itself(args[0]):

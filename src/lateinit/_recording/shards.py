@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lateinit._integrations import NEEDS_VALUES
+from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
 from lateinit._program import Program
 from lateinit._recording.after_block import (
     as_meant,
@@ -101,7 +101,7 @@ def _guarding(cls: type[Tensor]) -> type[Tensor]:
                 return is_meta_to(why_is_meta(args[0]), args[0])
         if func == torch.Tensor.device.__get__ and not _renewed(args[0]):
             with without_subclass_functions():
-                return device_to(meant_by_device(NEEDS_VALUES), args[0])
+                return device_to(meant_by_device(NEEDS_VALUES, SEES_RECORDED), args[0])
         return _called(func, args, kwargs or {})
 
     members = {"__torch_function__": classmethod(call), "__slots__": (), "original": cls}

@@ -129,10 +129,13 @@ _MEANT = {
 }
 
 
-def meant_by_device(others: Mapping[str, Callable[[Mapping[str, Any]], bool]]) -> Meant:
+def meant_by_device(
+    others: Mapping[str, Callable[[Mapping[str, Any]], bool]], recorded: tuple[str, ...]
+) -> Meant:
     """What the caller of the function that asks needs of a deferred tensor's ``device``.
 
     Args:
+        recorded: the beginnings of the names of modules that need the recorded device.
         others: by the name of a module, whether its function with these local variables needs the
             values.
     """
@@ -151,6 +154,8 @@ def meant_by_device(others: Mapping[str, Callable[[Mapping[str, Any]], bool]]) -
         for module, meant in _MEANT.items():
             if name.startswith(module):
                 return meant
+    if name.startswith(recorded):
+        return Meant.RECORDED
     if name in others and others[name](asking.f_locals):
         return Meant.OTHERS
     return Meant.META
