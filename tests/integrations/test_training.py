@@ -161,6 +161,7 @@ def test_save_pretrained_is_refused(tmp_path: Path) -> None:
         lateinit.deferred_init(llama).save_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_adapters_of_peft_have_their_values_before_the_weights_do() -> None:
     def adapted(model: nn.Module) -> Any:
         torch.manual_seed(1)
