@@ -75,7 +75,7 @@ WRITES = {
 }
 
 
-REFUSED_WRITES = {"init", "random", "out", "copy of another shape"}
+REFUSED_WRITES = {"init", "random", "out", "copy of another shape", "optimizer"}
 
 
 @pytest.mark.parametrize("write", sorted(WRITES.keys() - REFUSED_WRITES))
@@ -94,7 +94,7 @@ def test_write_of_draws_or_real_data_after_the_block_is_refused(write: str) -> N
     eager, model = twins()
     state = torch.get_rng_state()
     with pytest.raises(
-        DeferredTensorError, match=r"'enc\.weight'.* no values yet.*lateinit\.materialize"
+        DeferredTensorError, match=r"'enc\.weight'.* no(?: values|ne) yet.*lateinit\.materialize"
     ):
         WRITES[write](model)
     assert torch.equal(state, torch.get_rng_state())

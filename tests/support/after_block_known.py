@@ -62,7 +62,7 @@ torch asks nothing of a deferred tensor or storage that is given to a real one
 gloo asks first: a tensor in a list of lists is not heard
     foreign error | local | all_gather into it*0; scatter into real*0
 torch makes a tensor on the device that a parameter says, meta, and asks for its values
-    foreign error | waiting | Normal.sample*; distributions*
+    sometimes foreign error | waiting | Normal.sample*; distributions*
 on meta torch.masked.median is refused as not deterministic
     sometimes foreign error | waiting, dtensor | masked.median 1 *
 torch's parser takes no tensors with a hook for this out=
@@ -75,6 +75,14 @@ torch compares the devices of an out= on meta and of a fake tensor
     sometimes foreign error | waiting among fake | linalg.matrix_rank* 1 out= *
 a shard says meta to dlpack
     foreign error | dtensor among real, fake | dlpack*; torch.Tensor.__dlpack_device__ *
+a real tensor does not tell of the gradient that it is given
+    foreign error | plain, buffer | SGD* all; AdamW* all
+torch draws before it looks at the shard
+    refused half-way | dtensor | torch.nn.functional.gumbel_softmax 0
+torch/nn/utils/prune.py registers the parameter again, as the last one
+    sometimes refused half-way | module | Module: prune at random
+torch compares the devices of tensors on meta and of parameters
+    sometimes foreign error | waiting among meta, fake | nn.functional.linear_cross_entropy*
 the copy that module_load makes first has no name
     refused without the name | dtensor | torch.Tensor.module_load 0
 """

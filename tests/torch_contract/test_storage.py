@@ -17,6 +17,7 @@ from lateinit._torch.storage import (
     LARGE,
     allocate,
     as_bytes,
+    base_of,
     checksum,
     copied_with_strides,
     digest,
@@ -146,3 +147,11 @@ def test_the_parts_of_a_sparse_tensor_can_be_had_before_it_is_coalesced() -> Non
     with pytest.raises(RuntimeError, match="uncoalesced"):
         sparse.indices()
     assert [part.tolist() for part in sparse_parts(sparse)] == [[[0, 0]], [1.0, 2.0]]
+
+
+def test_a_view_knows_the_tensor_that_it_shows() -> None:
+    """torch/csrc/autograd/variable.h: ``_base`` is the first tensor, by whatever way of views."""
+    tensor = torch.ones(4, requires_grad=True)
+    assert base_of(tensor[1:][0]) is tensor
+    assert base_of(tensor) is tensor
+    assert base_of(tensor.detach()) is not tensor

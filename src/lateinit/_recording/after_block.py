@@ -239,10 +239,10 @@ class Follower(RecordingMode):
                 block waits for ``materialize`` as the parameter does.
         """
         named = self._name(result, sources[0])
-        waiting = reads and any(map(waits, sources))
+        waiting = [t for t in sources if waits(t)] if reads else []
         for leaf in named:
             slot = slot_of(leaf)
-            if slot is not None and waiting and not any(leaf is t for t in sources):
+            if slot is not None and any(t is not leaf for t in waiting):
                 slot.waits = True
             self._guard(leaf)
         return result
