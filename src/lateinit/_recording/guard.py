@@ -1,8 +1,8 @@
 """The class of deferred tensors outside the block that recorded them.
 
 Inside a block a deferred tensor is a plain tensor under the modes of the recorder. When the block
-ends, its class becomes ``DeferredTensor``. It still reports ``meta``, but no op can silently
-compute a wrong result from it, and it can be deep-copied and pickled. A guard hears at two levels:
+ends, its class becomes ``DeferredTensor``. No op can silently compute a wrong result from it, and
+it can be deep-copied and pickled. A guard hears at two levels:
 ``__torch_function__`` the calls of Python code, and ``__torch_dispatch__`` every op, also those of
 TorchScript, of ``vmap``, of collectives and of a ``DTensor`` on its local part.
 
@@ -30,9 +30,18 @@ from lateinit._recording.after_block import (
     as_meant,
     device_to,
     is_meta_to,
-    needs_values,
     refusal,
     refuse_lost,
+)
+from lateinit._recording.answers import (
+    ANSWERS,
+    PLAIN,
+    VIEWS,
+    is_table,
+    is_whole_load,
+    need_values_of,
+    realises_itself,
+    shows_the_same,
 )
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
@@ -44,7 +53,6 @@ from lateinit._tensors import (
     Deferred,
     Guarded,
     Slot,
-    address_of,
     adopt,
     attributes,
     copied_by_deepcopy,
@@ -62,13 +70,11 @@ from lateinit._tensors import (
 from lateinit._torch import (
     Args,
     Kwargs,
-    Meant,
     as_subclass,
     base_of,
     below_python,
     class_of_new_parameter,
     copy_into,
-    device_number,
     enable_functions,
     flat,
     functions_state,
@@ -76,12 +82,10 @@ from lateinit._torch import (
     has_own_dispatch,
     inference_mode,
     is_batching,
-    is_dcp_writing,
     is_differentiating,
     is_fake,
     is_functorch_running,
     is_making_parameter,
-    is_pointer_followed,
     is_torch_saving,
     meant_by_device,
     mend,
@@ -127,7 +131,7 @@ class DeferredTensor(Guarded):
                 if func == torch.Tensor.device.__get__:
                     return device_to(meant_by_device(NEEDS_VALUES, SEES_RECORDED), args[0])
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
-                if func in _PLAIN:
+                if func in PLAIN:
                     if func in _ASKED_BY_VMAP and is_batching() and realises_itself(args[0]):
                         realize_now(args[0])  # what vmap wraps is out of reach
                     with below_python():  # some are ops, such as is_pinned
@@ -137,7 +141,7 @@ class DeferredTensor(Guarded):
                     share_real_storage(args[0])
                     if is_deferred_tensor(args[0]):
                         return answer(func, *args, **(kwargs or {}))
-                if getattr(func, "__name__", "") == "__get__" and func not in _VIEWS:
+                if getattr(func, "__name__", "") == "__get__" and func not in VIEWS:
                     return func(*args, **(kwargs or {}))
                 result = follow(func, args, kwargs or {})
                 if func == torch.Tensor.detach and is_making_parameter():
@@ -190,11 +194,11 @@ class DeferredTensor(Guarded):
     def __format__(self, spec: str) -> str:
         if waits(self) and not spec:
             return repr(self)
-        _need_values(f"format {spec!r}", self)
+        need_values_of(f"format {spec!r}", self)
         return format(self, spec)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        _need_values("numpy", self)
+        need_values_of("numpy", self)
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -218,82 +222,12 @@ class DeferredTensor(Guarded):
     @restoring
     def __reduce_ex__(self, proto: Any) -> Any:
         # A file must not need lateinit for a table that no module of a block holds.
-        if is_torch_saving(between=1) and _is_table(self):
+        if is_torch_saving(between=1) and is_table(self):
             realize_now(self)
             return self.__reduce_ex__(proto)
         deferred = Deferred.of(self)
         cls = original_class(self)
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
-
-
-def _need_values(what: str, tensor: Tensor) -> None:
-    """Realise a deferred tensor, or refuse if it waits for ``materialize``."""
-    if waits(tensor):
-        raise needs_values(what, tensor)
-    realize_now(tensor)
-
-
-def realises_itself(tensor: Tensor) -> bool:
-    """Whether a deferred tensor gets its values here and now when they are needed."""
-    return current() is None and is_deferred_tensor(tensor) and not waits(tensor)
-
-
-def _is_table(tensor: Tensor) -> bool:
-    """Whether a deferred tensor is one that realises itself and that no module of a block holds."""
-    slot = slot_of(tensor)
-    return realises_itself(tensor) and slot is not None and slot.name is None
-
-
-def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    for given in (tensor, *args):  # map_ takes other tensors
-        if isinstance(given, Tensor) and is_deferred_tensor(given):
-            _need_values(func.__name__, given)
-    return func(tensor, *args, **kwargs)
-
-
-def _is_cpu(func: Any, tensor: Tensor) -> bool:
-    # torch/distributed/checkpoint/filesystem.py reads it of a tensor to be written.
-    if is_dcp_writing(between=1):
-        _need_values("saving a checkpoint", tensor)
-    return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == "cpu"
-
-
-def _is_cuda(func: Any, tensor: Tensor) -> bool:
-    return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == "cuda"
-
-
-def _get_device(func: Any, tensor: Tensor) -> int:
-    device = device_to(Meant.RECORDED, tensor)
-    known = not waits(tensor) and device.type != "cpu"
-    return device_number(device) if known else func(tensor)
-
-
-def _requires_grad_(func: Any, tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    # A graph must begin at the real tensor, and torch.autograd.Function notes its inputs before
-    # any op is heard.
-    begins = requires_grad and not tensor.requires_grad and realises_itself(tensor)
-    if begins and not is_making_parameter(between=1):
-        realize_now(tensor)
-    with below_python():
-        func(tensor, requires_grad)
-    return tensor
-
-
-def _grad_fn(func: Any, tensor: Tensor) -> Any:
-    if tensor.is_leaf:
-        return None
-    raise DeferredTensorError(
-        f"the autograd graph of {described(tensor)} is not kept when it gets its values, nor are "
-        "hooks in it: register them after lateinit.materialize(). What Tensor.register_hook and "
-        "register_post_accumulate_grad_hook register is kept"
-    )
-
-
-def _address(func: Any, tensor: Tensor) -> int:
-    if is_pointer_followed(between=1):
-        _need_values("reading the memory", tensor)
-        return tensor.data_ptr()
-    return address_of(tensor)
 
 
 def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -304,7 +238,7 @@ def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> 
             func(tensor, tensor)  # raises torch's error
         adopt(tensor, source)
         return tensor
-    if _shows_the_same(tensor, source):
+    if shows_the_same(tensor, source):
         return tensor
     return follow(func, (tensor, source, *args), kwargs)
 
@@ -314,27 +248,6 @@ def _module_load(func: Any, tensor: Tensor, other: Any, assign: bool = False) ->
     if assign or not is_whole_load(tensor, other):
         return follow(func, (tensor, other, assign), {})
     return _copy(torch.Tensor.copy_, tensor, other).detach()
-
-
-def _shows_the_same(tensor: Tensor, other: Any) -> bool:
-    if not isinstance(other, Tensor) or not is_deferred_tensor(other):
-        return False
-    mine, theirs = Deferred.of(tensor), Deferred.of(other)
-    return mine.slot is theirs.slot and mine.ref == theirs.ref
-
-
-def _backward(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not tensor.is_leaf:  # realised, it would have lost its graph
-        raise needs_values("backward", tensor)
-    return _read(func, tensor, *args, **kwargs)
-
-
-def _reduce(func: Any, tensor: Tensor, proto: Any) -> Any:
-    return tensor.__reduce_ex__(proto)
-
-
-def _deepcopy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Any:
-    return tensor.__deepcopy__(memo)
 
 
 def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
@@ -351,17 +264,6 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
             "lateinit.materialize()"
         )
     show(tensor, data.detach())
-
-
-def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
-    """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta.
-
-    The gradient of a deferred tensor could not be kept when that becomes real.
-    """
-    for given in (tensor, grad):
-        if isinstance(grad, Tensor) and is_deferred_tensor(given):
-            _need_values("setting .grad", given)
-    func(tensor, grad)
 
 
 def _same_class(made: Tensor, data: Tensor) -> None:
@@ -381,17 +283,6 @@ def _scatter(asked: Mapping[str, Any]) -> None:
     part = asked["scatter_list"][asked["mesh"].get_local_rank(asked["mesh_dim"])]
     with torch.no_grad():
         follow(torch.Tensor.copy_, (asked["output"], part), {})
-
-
-def is_whole_load(target: Any, source: Any = None) -> bool:
-    """Whether ``target.copy_(source)`` gives a deferred tensor all of its values."""
-    return (
-        isinstance(source, Tensor)
-        and is_deferred_tensor(target)
-        and not source.is_meta
-        and not is_fake(source)
-        and source.shape == target.shape
-    )
 
 
 @functools.cache
@@ -623,74 +514,15 @@ def _rebuild(
     return tensor
 
 
-# Functions that need the values, or the memory itself: no op that could be recorded gives these.
-_READERS = (
-    torch.Tensor.numpy,
-    torch.Tensor.tolist,
-    torch.Tensor.__dlpack__,
-    torch.Tensor.__dlpack_device__,
-    torch.Tensor.share_memory_,
-    torch.Tensor.apply_,
-    torch.Tensor.map_,
-    torch.Tensor.map2_,
-)
-
-# The functions that are answered here; every other is followed.
 _ANSWERS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.__array__: _read,
-    torch.Tensor.__deepcopy__: _deepcopy,
-    torch.Tensor.backward: _backward,
-    torch.Tensor.__reduce_ex__: _reduce,
+    **ANSWERS,
     torch.Tensor.copy_: _copy,
     torch.Tensor.module_load: _module_load,
-    torch.Tensor.data_ptr: _address,
-    torch.Tensor.const_data_ptr: _address,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
-    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
-    torch.Tensor.requires_grad_: _requires_grad_,
-    torch.Tensor.is_cpu.__get__: _is_cpu,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
-    torch.Tensor.get_device: _get_device,
-    **dict.fromkeys(_READERS, _read),
 }
-
-
-_VIEWS = frozenset(
-    getattr(torch.Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")
-)
-"""The attributes that are tensors on the same memory."""
 
 # Functions whose result has no graph and that are recorded among real tensors too.
 _NO_VALUES = frozenset(
     {*CONVERSIONS, _deepcopied, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 )
 _ASKED_BY_VMAP = (torch.Tensor.dim, torch.Tensor.size)
-
-# Functions that answer from the meta tensor alone. Every other function is followed.
-_PLAIN = frozenset(
-    {
-        torch.Tensor.size,
-        torch.Tensor.stride,
-        torch.Tensor.storage_offset,
-        torch.Tensor.dim,
-        torch.Tensor.ndimension,
-        torch.Tensor.numel,
-        torch.Tensor.nelement,
-        torch.Tensor.element_size,
-        torch.Tensor.is_contiguous,
-        torch.Tensor.is_floating_point,
-        torch.Tensor.is_complex,
-        torch.Tensor.is_conj,
-        torch.Tensor.is_neg,
-        torch.Tensor.is_inference,
-        torch.Tensor.is_signed,
-        torch.Tensor.is_shared,
-        torch.Tensor.is_pinned,
-        torch.Tensor.untyped_storage,
-        torch.Tensor.register_hook,
-        torch.Tensor.register_post_accumulate_grad_hook,
-        torch.Tensor.__hash__,
-        torch.Tensor.__len__,
-    }
-)
