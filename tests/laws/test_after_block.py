@@ -118,7 +118,7 @@ def test_what_is_known_to_fail_and_no_longer_does_fails_the_test(
 
 
 def test_every_public_method_of_a_module_is_called_or_has_a_reason() -> None:
-    assert public() - called() == set(NOT_CALLED)
+    assert public() - called() <= set(NOT_CALLED)
 
 
 def test_every_function_that_can_be_overridden_is_called_or_has_a_reason() -> None:

@@ -387,7 +387,7 @@ def test_what_was_made_of_deferred_tensors_can_be_written(
 
 
 def test_unrecorded_meta_tensor_is_not_written_to_a_deferred_one() -> None:
-    copied = lateinit.deferred_init(torch.ones, 3).clone()
+    copied = lateinit.deferred_init(lambda: nn.Parameter(torch.ones(3))).detach().clone()
     with pytest.raises(DeferredTensorError, match="write a meta tensor, which has no values"):
         copied.mul_(torch.zeros(3, device="meta"))
     assert lateinit.materialize(copied).tolist() == [1, 1, 1]

@@ -25,6 +25,7 @@ from lateinit._tensors import (
     DeferredStorage,
     described,
     is_deferred_tensor,
+    is_of_waiting,
     share_real_storage,
     slot_of,
     waits,
@@ -240,10 +241,12 @@ class Follower(RecordingMode):
         """
         named = self._name(result, sources[0])
         waiting = [t for t in sources if waits(t)] if reads else []
+        of_waiting = any(map(is_of_waiting, sources))
         for leaf in named:
             slot = slot_of(leaf)
-            if slot is not None and any(t is not leaf for t in waiting):
-                slot.waits = True
+            if slot is not None:
+                slot.waits = slot.waits or any(t is not leaf for t in waiting)
+                slot.of_waiting = slot.of_waiting or of_waiting
             self._guard(leaf)
         return result
 

@@ -19,6 +19,7 @@ from lateinit._tensors import (
     address_of,
     described,
     is_deferred_tensor,
+    is_of_waiting,
     realize_now,
     slot_of,
     waits,
@@ -81,7 +82,7 @@ def _requires_grad_(func: Any, tensor: Tensor, requires_grad: bool = True) -> Te
     # A graph must begin at the real tensor, and torch.autograd.Function notes its inputs before
     # any op is heard.
     begins = requires_grad and not tensor.requires_grad and realises_itself(tensor)
-    if begins and not is_making_parameter(between=1):
+    if begins and not is_of_waiting(tensor) and not is_making_parameter(between=1):
         realize_now(tensor)
     with below_python():
         func(tensor, requires_grad)

@@ -59,6 +59,7 @@ from lateinit._tensors import (
     described,
     give_guard,
     is_deferred_tensor,
+    is_of_waiting,
     is_parameter,
     original_class,
     realize_now,
@@ -174,7 +175,7 @@ class DeferredTensor(Guarded):
         # torch/nn/parameter.py: Parameter.__new__ sets it on data.detach(), and would return that
         # as a tensor of the class of the data.
         made = class_of_new_parameter()
-        if realises_itself(self):
+        if realises_itself(self) and not is_of_waiting(self):
             # Made of a table: a deferred parameter would be none of a deferred model.
             realize_now(self)
             self.__class__ = made  # type: ignore[assignment]
@@ -389,7 +390,7 @@ def _heard_by_classes(func: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 def _is_late(tensors: list[Tensor], deferred: list[Tensor]) -> bool:
     """Whether an op at the dispatcher has a graph by now, of autograd or ``torch.func``."""
     followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return followed or any(map(waits, deferred)) or is_differentiating()
+    return followed or any(map(is_of_waiting, deferred)) or is_differentiating()
 
 
 def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> bool:
@@ -399,7 +400,7 @@ def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> 
     and those that the failed call has saved are counted (torch/utils/checkpoint.py).
     """
     meta = [t for t in tensors if t.is_meta]
-    if func in _NO_VALUES or len(meta) > len(deferred) or any(map(waits, deferred)):
+    if func in _NO_VALUES or len(meta) > len(deferred) or any(map(is_of_waiting, deferred)):
         return False
     real = [t for t in tensors if not t.is_meta]
     if any(map(is_fake, real)):

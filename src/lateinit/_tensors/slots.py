@@ -35,17 +35,18 @@ class Slot:
     ``real`` is the materialised memory, None before the first tensor on the storage becomes real.
     Tensors on the same storage that are materialised later share it. ``waits`` says that one of
     them is a parameter or a shard, or was computed from such a one after the block: these wait for
-    ``materialize``, all others realise themselves.
+    ``materialize``, all others realise themselves. ``of_waiting`` says that it was made of one that
+    waits, if only of its shape (``zeros_like``): a parameter or a shard made of it waits too.
     """
 
-    __slots__ = ("_shown", "name", "number", "program", "real", "waits")
+    __slots__ = ("_shown", "name", "number", "of_waiting", "program", "real", "waits")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
         self.name: str | None = None  # fqn of the first tensor on the storage that has one
         self.real: Real | None = None
-        self.waits = False
+        self.waits = self.of_waiting = False
         self._shown: Callable[[], Tensor | None] = _nothing
 
     def resolve(self) -> tuple[Program, int]:
@@ -86,12 +87,13 @@ class Slot:
                 "materialised already: materialise the rest first"
             )
         program, number = self.resolve()
-        named = {"name": self.name, "waits": self.waits}
+        named = {"name": self.name, "waits": self.waits, "of_waiting": self.of_waiting}
         return {"program": program, "number": number, **named}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["program"], state["number"])  # type: ignore[misc]
         self.name, self.waits = state["name"], state["waits"]
+        self.of_waiting = state["of_waiting"]
 
 
 def _nothing() -> None:
@@ -190,6 +192,12 @@ def waits(tensor: Tensor) -> bool:
     """
     slot = slot_of(tensor)
     return slot is not None and slot.waits
+
+
+def is_of_waiting(tensor: Tensor) -> bool:
+    """Whether a deferred tensor waits, or was made of one that does."""
+    slot = slot_of(tensor)
+    return slot is not None and (slot.waits or slot.of_waiting)
 
 
 def is_parameter(tensor: Tensor) -> bool:
