@@ -78,7 +78,7 @@ a shard says meta to dlpack
 a real tensor does not tell of the gradient that it is given
     foreign error | plain, buffer | SGD* all; AdamW* all
 torch draws before it looks at the shard
-    refused half-way | dtensor | torch.nn.functional.gumbel_softmax 0
+    sometimes refused half-way | dtensor | torch.nn.functional.gumbel_softmax 0
 torch/nn/utils/prune.py registers the parameter again, as the last one
     sometimes refused half-way | module | Module: prune at random
 torch compares the devices of tensors on meta and of parameters
