@@ -48,6 +48,7 @@ from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.writer import current
+from lateinit._replay import one_thread
 from lateinit._tensors import (
     PLAIN_CLASSES,
     Deferred,
@@ -329,53 +330,61 @@ def follow(
 
 
 def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispatch: bool) -> Any:
-    tensors = tensors_in(args, kwargs)
-    deferred = [t for t in tensors if is_deferred_tensor(t)]
-    for tensor in deferred:
-        # Its storage may be real by now through another tensor, and changed since.
-        share_real_storage(tensor)
-    deferred = [t for t in deferred if is_deferred_tensor(t)]
     run = func if at_dispatch else partial(_heard_by_classes, func)
-    if not deferred:
+    failed: Exception | None = None
+    # No other thread may realise one of the tensors in between, or record while a call is undone.
+    with one_thread:
+        tensors = tensors_in(args, kwargs)
+        deferred = [t for t in tensors if is_deferred_tensor(t)]
+        for tensor in deferred:
+            # Its storage may be real by now through another tensor, and changed since.
+            share_real_storage(tensor)
+        deferred = [t for t in deferred if is_deferred_tensor(t)]
+        if deferred and (at_dispatch or not _is_for_values(func, tensors, deferred)):
+            program = Deferred.of(deferred[0]).program
+            watch_new_shards(program)
+            follower = Follower(program, guard)
+            if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
+                follower.meant = deferred[0]
+            try:
+                return _recorded(follower, deferred, func, args, kwargs)
+            except Exception as error:
+                refused = refusal(error, func, deferred[0], tensors)
+                for_good = follower.final or any(map(waits, deferred))
+                if for_good or (at_dispatch and _is_late(tensors, deferred)):
+                    if refused is None:
+                        raise
+                    raise refused from error
+                failed = refused or error
+        for tensor in deferred:
+            realize_now(tensor)
+    if failed is None or not at_dispatch:
         return run(*args, **kwargs)
-    if not at_dispatch and _is_for_values(func, tensors, deferred):
-        return _on_real(deferred, run, args, kwargs)
+    try:
+        return run(*args, **kwargs)
+    except RuntimeError as again:
+        # The op was chosen for meta, as by torch.sparse_coo_tensor; its next call is right.
+        raise failed from again
+
+
+def _recorded(
+    follower: Follower, deferred: list[Tensor], func: Callable[..., Any], args: Args, kwargs: Kwargs
+) -> Any:
+    """Call a function that is recorded, and guard its results; undo all if it fails."""
     programs = {Deferred.of(tensor).program for tensor in deferred}
-    program = Deferred.of(deferred[0]).program
-    watch_new_shards(program)
-    follower = Follower(program, guard)
-    if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
-        follower.meant = deferred[0]
-    recorded = len(program.ops)
+    program = follower.writer.program
+    before = len(program.ops)
     try:
         result = _called(follower, deferred[0], func, args, kwargs)
-    except Exception as error:
+    except Exception:
         if len(programs) == 1:
-            program.forget(recorded)
+            program.forget(before)
         follower.undo_draws()
-        refused = refusal(error, func, deferred[0], tensors)
-        refused_for_good = follower.final or any(map(waits, deferred))
-        if not refused_for_good and not (at_dispatch and _is_late(tensors, deferred)):
-            try:
-                return _on_real(deferred, run, args, kwargs)
-            except RuntimeError as again:
-                if not at_dispatch:
-                    raise
-                # The op was chosen for meta, as by torch.sparse_coo_tensor; its next call is right.
-                raise (refused or error) from again
-        if refused is None:
-            raise
-        raise refused from error
+        raise
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
             guard(leaf)
     return result
-
-
-def _on_real(deferred: list[Tensor], func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    for tensor in deferred:
-        realize_now(tensor)
-    return func(*args, **kwargs)
 
 
 def _heard_by_classes(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
