@@ -19,9 +19,9 @@ from lateinit._tensors.slots import (
     PLAIN_CLASSES,
     Slot,
     described,
-    give_guard,
     held,
     is_deferred_tensor,
+    original_class,
     slot_of,
     unguard,
 )
@@ -129,8 +129,6 @@ def give(
         return
     cls, inference = type(tensor), tensor.is_inference()
     try:
-        # First, so that the swap, which is one call, leaves nothing to do.
-        unguard(tensor)
         # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
         # one must be made inside inference mode exactly if the deferred one was.
         if window is not None and window.is_inference() == inference:
@@ -140,9 +138,11 @@ def give(
         else:
             with inference_mode(inference):
                 left = swap(tensor, _as_original(tensor, ref.on(storage)))
+        # Last: a thread that finds a plain tensor must find its values too.
+        unguard(tensor)
     except BaseException:
-        if is_deferred_tensor(tensor):
-            give_guard(tensor, cls)
+        if not is_deferred_tensor(tensor):
+            unguard(tensor)
         raise
     # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
     left.__class__ = cls
@@ -150,7 +150,7 @@ def give(
 
 def _as_original(tensor: Tensor, real: Tensor) -> Tensor:
     """A real tensor whose implementation is made for the class of ``tensor``, if that matters."""
-    cls = type(tensor)
+    cls = original_class(tensor)
     if cls in PLAIN_CLASSES or not hears_ops(cls):
         return real
     return as_subclass(cls, real, requires_grad=False)
