@@ -20,22 +20,7 @@ from torch import nn
 
 import lateinit
 from lateinit.errors import DeferredTensorError
-
-X = torch.ones(2, 3)
-
-
-class Net(nn.Module):
-    """A weight that is tied, and a table that is no parameter and not saved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(3, 3)
-        self.down = nn.Linear(3, 3)
-        self.down.weight = self.up.weight
-        self.register_buffer("table", torch.arange(3.0), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x)) + self.table
+from tests.support.tied import Net, X
 
 
 def trained() -> Net:

@@ -21,6 +21,7 @@ from lateinit._replay import execution_of
 from lateinit._tensors import Deferred, is_deferred_tensor
 from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError, MaterializeError
+from tests.support.deferred_kinds import can_be_late, copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,22 +60,14 @@ def named(operator: Any) -> str:
     return f"{operator.name}.{variant}" if variant else str(operator.name)
 
 
-def copied(value: Any) -> Any:
+def made_here(value: Any) -> Any:
     """A tensor that a block makes, with the values of one from outside; all else as it is."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
-    if not plain or value.is_quantized:
-        return value
-    steps = zip(value.size(), value.stride(), strict=True)
-    if any(n > 1 and step == 0 for n, step in steps):
-        made = torch.empty(value.size(), dtype=value.dtype)
-    else:
-        made = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
-    return made.copy_(value.detach())
+    return copied(value) if isinstance(value, Tensor) and can_be_late(value) else value
 
 
 def calling(function: Callable[..., Any], sample: Any) -> Callable[[], list[Tensor]]:
     def call() -> list[Tensor]:
-        given = pytree.tree_map(copied, ((sample.input, *sample.args), sample.kwargs))
+        given = pytree.tree_map(made_here, ((sample.input, *sample.args), sample.kwargs))
         result = function(*given[0], **given[1])
         return [leaf for leaf in pytree.tree_leaves((result, given)) if isinstance(leaf, Tensor)]
 

@@ -78,7 +78,7 @@ def _account(shards: dict[str, Any], program: Program, seed: int | None) -> _Acc
 
 def _in_block(op: Op, program: Program) -> bool:
     """Whether an op belongs to the construction; the ops of sharding differ between ranks."""
-    return all(program.storages[ref.storage].closed for ref in op.written())
+    return not any(program.storages[ref.storage].followed for ref in op.written())
 
 
 def _plain(value: Any, program: Program, names: dict[int, int]) -> Any:

@@ -229,7 +229,7 @@ def reads_nothing(program: Program, storage: int) -> bool:
         for ref in program.ops[number].read()
     }
     return any(
-        not program.storages[number].closed
+        program.storages[number].followed
         and all(by_name(program.ops[w].name).is_empty for w in program.writers(number))
         for number in {storage, *read}
     )

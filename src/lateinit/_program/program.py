@@ -236,14 +236,13 @@ def _show(value: Any) -> str:
 class Storage:
     """The size of one storage, and the device that the constructor asked for.
 
-    ``followed`` marks one that an op made after a block, such as a shard. ``closed`` marks any
-    other whose block has ended: no further op may write to it.
+    ``followed`` marks one that an op made after a block, such as a shard: it is no part of the
+    construction, and may differ between ranks.
     """
 
     nbytes: int
     device: torch.device
     followed: bool = False
-    closed: bool = False
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """Record ops on deferred tensors outside blocks, or refuse them.
 
-Views, copies, casts and arithmetic among deferred tensors are recorded in their program. Together
-with plain meta tensors the result is a plain meta tensor, which is what shape propagation needs.
-An op that needs values, or would change a tensor that a block recorded, raises
+Views, copies, casts, writes and arithmetic among deferred tensors are recorded in their program.
+Together with plain meta tensors the result is a plain meta tensor, which is what shape propagation
+needs. An op that draws, needs values, or exchanges them with other ranks raises
 ``DeferredTensorError``.
 """
 
@@ -23,6 +23,7 @@ from lateinit._tensors import (
     AS_RECORDED,
     Deferred,
     DeferredStorage,
+    Slot,
     described,
     is_deferred_tensor,
     is_of_waiting,
@@ -61,7 +62,7 @@ def needs_values(what: str, tensor: Tensor) -> DeferredTensorError:
 
 
 def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
-    """The error for something that writes to a deferred tensor whose block has ended."""
+    """The error for a write that cannot be recorded, to a deferred tensor whose block has ended."""
     return DeferredTensorError(
         f"{what} would change {described(tensor)} in place, which has no values yet: do it inside "
         "`with lateinit.deferred():` so that it is recorded, or after lateinit.materialize()"
@@ -145,8 +146,8 @@ class Follower(RecordingMode):
 
     ``meant`` is a tensor of a call, if all of the meta tensors of the call are deferred. A tensor
     that the call makes on meta, such as the number in ``mask[0] = 1``, is then recorded for the
-    device of that one. ``final`` is set if a call was refused for which no tensor may
-    realise itself.
+    device of that one. ``final`` is set if a call was refused, and no tensor may realise itself to
+    have it done.
 
     Args:
         program: the program of the deferred tensors.
@@ -239,25 +240,22 @@ class Follower(RecordingMode):
             reads: whether its values depend on theirs. What is computed from a parameter after the
                 block waits for ``materialize`` as the parameter does.
         """
-        named = self._name(result, sources[0])
         waiting = [t for t in sources if waits(t)] if reads else []
         of_waiting = any(map(is_of_waiting, sources))
-        for leaf in named:
-            slot = slot_of(leaf)
-            if slot is not None:
-                slot.waits = slot.waits or any(t is not leaf for t in waiting)
-                slot.of_waiting = slot.of_waiting or of_waiting
+        for leaf, slot in self._name(result, sources[0]):
+            slot.waits = slot.waits or any(t is not leaf for t in waiting)
+            slot.of_waiting = slot.of_waiting or of_waiting
             self._guard(leaf)
         return result
 
-    def _name(self, result: Any, source: Tensor) -> list[Tensor]:
-        """Name new deferred tensors, and return them."""
+    def _name(self, result: Any, source: Tensor) -> list[tuple[Tensor, Slot]]:
+        """Name new deferred tensors, and return them with their slots."""
         origin, named = slot_of(source), []
         for leaf in flat(result):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
-                named.append(leaf)
+                named.append((leaf, slot))
         return named
 
     def _refuse_values(

@@ -107,6 +107,7 @@ def _address(func: Any, tensor: Tensor) -> int:
 
 
 def shows_the_same(tensor: Tensor, other: Any) -> bool:
+    """Whether another tensor is the same window on the same deferred storage."""
     if not isinstance(other, Tensor) or not is_deferred_tensor(other):
         return False
     mine, theirs = Deferred.of(tensor), Deferred.of(other)
@@ -150,7 +151,7 @@ def is_whole_load(target: Any, source: Any = None) -> bool:
 
 
 # Functions that need the values, or the memory itself: no op that could be recorded gives these.
-READERS = (
+_READERS = (
     torch.Tensor.numpy,
     torch.Tensor.tolist,
     torch.Tensor.__dlpack__,
@@ -174,7 +175,7 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.is_cpu.__get__: _is_cpu,  # type: ignore[attr-defined]
     torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
     torch.Tensor.get_device: _get_device,
-    **dict.fromkeys(READERS, _read),
+    **dict.fromkeys(_READERS, _read),
 }
 """The functions that are answered without following them, by handlers ``(func, tensor, ...)``."""
 

@@ -58,7 +58,6 @@ from lateinit._tensors import (
     attributes,
     copied_by_deepcopy,
     described,
-    give_guard,
     is_deferred_tensor,
     is_of_waiting,
     is_parameter,
@@ -464,10 +463,10 @@ def guard(tensor: Tensor) -> None:
         else:
             with inference_mode(inference):
                 _exchange(tensor, guarding)
-        give_guard(tensor, guarding)
+        tensor.__class__ = guarding
     except BaseException:
         if has_own_dispatch(tensor):
-            give_guard(tensor, guarding)
+            tensor.__class__ = guarding
         raise
 
 

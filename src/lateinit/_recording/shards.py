@@ -75,6 +75,7 @@ class _Watched:
     _programs: ClassVar[set[int]] = set()
 
     def add(self, program: Program) -> None:
+        """Watch a program until it dies."""
         key = id(program)
         with self._lock:
             if key not in self._programs and tell_of_new_dtensors(guard_shard):
@@ -140,6 +141,7 @@ def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 
 
 def _honoured(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Call a function on DTensors; it is honoured, or refused by the name of a deferred one."""
     tensors = tensors_in(args, kwargs)
     first = next(filter(is_deferred_tensor, tensors), None)
     handler = AFTER_BLOCK.get(func)

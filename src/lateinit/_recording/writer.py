@@ -273,9 +273,7 @@ class ProgramWriter:
     # -- the end of a block --------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Close the storages of the block, and record the last writes to shared memory."""
-        for storage in self.program.storages:
-            storage.closed = not storage.followed
+        """Record the last writes to shared memory."""
         if self.shared:
             with without_modes():
                 self.shared.finish()

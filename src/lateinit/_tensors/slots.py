@@ -123,11 +123,6 @@ class GuardedShard:
     original: ClassVar[type[Tensor]]
 
 
-def give_guard(tensor: Tensor, guarding: type[Tensor]) -> None:
-    """Give a deferred tensor the guarding class that its implementation was made for."""
-    tensor.__class__ = guarding
-
-
 def unguard(tensor: Tensor) -> None:
     """Give a tensor its original class back, for it becomes real."""
     if isinstance(tensor, (Guarded, GuardedShard)):
