@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -359,6 +360,21 @@ def test_what_is_no_state_dict_is_said(tmp_path: Path) -> None:
     refused(path, "not unpickled")
     path.write_bytes(b"PK\x03\x04 nothing of that kind")
     refused(path, "is no whole file of torch.save")
+
+
+@pytest.mark.parametrize("change", [-4, 4, 64])
+def test_a_record_of_another_length_than_its_storage_is_refused(
+    change: int, tmp_path: Path
+) -> None:
+    whole = FORMATS["pt"](Net().state_dict(), tmp_path)
+    changed = tmp_path / "changed.pt"
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(changed, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            if record.filename.endswith("data/1"):
+                data = data[:change] if change < 0 else data + bytes(change)
+            new.writestr(record.filename, data)
+    refused(changed, r"its record 'data/1' has \d+ bytes in place of \d+")
 
 
 def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:

@@ -74,6 +74,33 @@ def test_conversion_of_a_parameter_is_of_autograd_what_it_is_eagerly() -> None:
     assert [(t.requires_grad, t.is_leaf) for t in found] == facts
 
 
+MOVES: dict[str, Callable[[torch.Tensor], nn.Module]] = {
+    "a module": lambda t: nn.Linear(3, 3).to(t),
+    "by name": lambda t: nn.Sequential(nn.Linear(3, 3)).to(tensor=t),
+    "of another dtype": lambda t: nn.BatchNorm1d(3).to(t.double(), True),
+    "a list": lambda t: nn.ParameterList([nn.Parameter(torch.ones(3))]).to(t),
+    "a real module": nn.Linear(3, 3).to,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=list(MOVES))
+@pytest.mark.parametrize("after", [False, True], ids=["in a block", "after it"])
+def test_module_moved_to_where_a_tensor_is_stays_or_is_converted(
+    move: Callable[[torch.Tensor], nn.Module], after: bool
+) -> None:
+    torch.manual_seed(0)
+    expected = move(torch.randn(3)).state_dict()
+    torch.manual_seed(0)
+    if after:
+        found = move(lateinit.deferred_init(torch.randn, 3)).state_dict()
+    else:
+        found = lateinit.materialize(lateinit.deferred_init(lambda: move(torch.randn(3))))
+        found = found.state_dict()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
 def test_name_of_the_type_is_that_of_the_finished_tensor() -> None:
     with lateinit.deferred():
         assert torch.ones(2).type() == "torch.FloatTensor"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.random import get_rng_state, manual_seed, set_rng_state  # before any block patches them
 
 import lateinit
+from lateinit.errors import SeedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DRAWS = (
     lambda n, g: torch.randn(n, generator=g),
@@ -17,6 +25,7 @@ DRAWS = (
     lambda n, g: torch.randperm(n, generator=g),
 )
 NAMES = ("draw", "draw", "copy", "copy settled", "seed", "clone", "keep", "rewind", "fork", "tell")
+NAMES += ("tell own", "seed by name", "forget")
 THREE = st.integers(0, 2)
 STEPS = st.tuples(st.sampled_from(NAMES), THREE, THREE, st.sampled_from((1, 15, 16, 40)))
 
@@ -26,7 +35,7 @@ def run(steps: list[tuple[str, int, int, int]]) -> list[Any]:
     generators = [torch.default_generator, torch.Generator().manual_seed(7)]
     generators.append(torch.Generator().manual_seed(0))  # stands where the default one does
     found: list[Any] = []
-    kept = [torch.get_rng_state()]
+    kept = [get_rng_state()]
     for name, first, second, number in steps:
         one, other = generators[first], generators[second]
         if name == "draw":
@@ -35,18 +44,25 @@ def run(steps: list[tuple[str, int, int, int]]) -> list[Any]:
             one.set_state(other.get_state())
         elif name == "copy settled":
             one.set_state(torch.get_rng_state())
-        elif name == "seed":
-            one.manual_seed(number)
+        elif name.startswith("seed"):
+            (manual_seed if name == "seed by name" else one.manual_seed)(number % 2)
         elif name == "clone":
             generators[2] = other.clone_state()
         elif name == "keep":
             kept.append(other.get_state())
         elif name == "rewind":
-            one.set_state(kept[number % len(kept)])
+            (set_rng_state if first == 0 else one.set_state)(kept[number % len(kept)])
         elif name == "fork":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(number)
                 found += [torch.randn(number), torch.initial_seed()]
+        elif name == "tell own":
+            own = generators[1 + first % 2]
+            found += [torch.rand(number, generator=own), own.get_state()]
+        elif name == "forget":  # the cached normals, which the end of a state holds
+            state = get_rng_state().clone()
+            state[-48:] = torch.Generator().get_state()[-48:]
+            set_rng_state(state)
         else:
             found += [torch.initial_seed(), torch.get_rng_state()]
     return found
@@ -65,6 +81,83 @@ def test_generators_are_followed_wherever_they_are_set(
     lateinit.materialize(found)
     for ours, theirs in zip(expected, found, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@settings(max_examples=200)
+@given(st.lists(STEPS, min_size=2, max_size=10))
+def test_another_seed_gives_its_draws_or_is_refused(steps: list[tuple[str, int, int, int]]) -> None:
+    def draws() -> list[torch.Tensor]:
+        # States would depend on the seed, and are real.
+        return [
+            found
+            for found in run(steps)
+            if isinstance(found, torch.Tensor) and found.dtype is not torch.uint8
+        ]
+
+    torch.manual_seed(0)
+    recorded = lateinit.deferred_init(draws)
+    torch.manual_seed(5)
+    expected = draws()
+    try:
+        lateinit.materialize(recorded, seed=5)
+    except SeedError:
+        return
+    assert all(map(torch.equal, recorded, expected))
+
+
+def _seeded_by_name() -> torch.Tensor:
+    manual_seed(0)
+    return torch.randn(3)
+
+
+def _seeded_directly() -> torch.Tensor:
+    torch.default_generator.manual_seed(0)
+    return torch.randn(3)
+
+
+def _set_to_the_start() -> torch.Tensor:
+    set_rng_state(torch.Generator().manual_seed(0).get_state())
+    return torch.randn(3)
+
+
+@pytest.mark.parametrize("draw", [_seeded_by_name, _seeded_directly, _set_to_the_start])
+def test_generator_seeded_to_be_where_it_was_draws_the_same_under_any_seed(
+    draw: Callable[[], torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    drawn = lateinit.deferred_init(draw)
+    assert torch.equal(lateinit.materialize(drawn, seed=5), draw())
+
+
+class _Holds(nn.Module):
+    """Holds one real tensor, and nothing that is deferred."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("made", make())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.from_numpy(np.zeros(3)).normal_(),
+        lambda: torch.from_numpy(np.zeros(3, np.float32)).copy_(torch.randn(3)),
+        torch.get_rng_state,
+        get_rng_state,
+        torch.default_generator.get_state,
+        lambda: [torch.randn(3), torch.default_generator.get_state()][1],
+    ],
+)
+def test_seed_of_a_model_whose_random_values_are_real_is_refused(
+    make: Callable[[], torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(_Holds, make)
+    torch.manual_seed(0)
+    assert torch.equal(model.made, make())
+    with pytest.raises(SeedError, match="seed=5 cannot be honoured"):
+        lateinit.materialize(model, seed=5)
+    lateinit.materialize(model)
 
 
 def test_two_generators_go_on_from_one_place_each_on_its_own() -> None:

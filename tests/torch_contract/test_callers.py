@@ -45,6 +45,7 @@ from lateinit._torch.callers import (
     is_optimizer_stepping,
     is_pointer_followed,
     is_running,
+    is_storage_pickled,
     is_torch_saving,
     is_typed_storage_indexed,
     meant_by_device,
@@ -390,6 +391,26 @@ def test_torch_s_save_pickles_from_a_function_of_its_own(zipped: bool) -> None:
     torch.save({"a": Saved()}, io.BytesIO(), _use_new_zipfile_serialization=zipped)
     pickle.dumps(Saved())
     assert found == [True, False]
+
+
+def test_tensor_that_is_pickled_asks_for_its_storage() -> None:
+    """torch/_tensor.py: _reduce_ex_internal asks for it by way of _typed_storage."""
+    found = []
+
+    class Storages(Functions):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is Tensor.untyped_storage:
+                found.append(is_storage_pickled())
+            return func(*args, **(kwargs or {}))
+
+    with Storages():
+        torch.ones(2).untyped_storage()
+        torch.ones(2)._typed_storage()
+        pickle.dumps(torch.ones(2))
+        torch.save([nn.Parameter(torch.ones(2))], io.BytesIO())
+    assert found == [False, False, True, True]
 
 
 @pytest.mark.parametrize("optimizer", [c for c in OPTIMIZERS if c is not torch.optim.Optimizer])

@@ -35,7 +35,7 @@ from lateinit._materialize import check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
-from lateinit._tensors import cast_to
+from lateinit._tensors import bound_in, cast_to
 from lateinit._torch import is_out_of_memory, outside, restoring
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
@@ -123,7 +123,7 @@ def save_checkpoint(
     check_target(target, force=force or was_interrupted(target))  # `staged` looks again
     items = collect(module, dtype)
     shards = divide(items, None if one_file else limit, target.name if one_file else None)
-    recorded, seed = _seeds(items, seed)
+    recorded, seed = _seeds(module, items, seed)
     metadata = _metadata(recorded if seed is None else seed)
     nbytes = sum(shard.nbytes for shard in shards)
     check_room(target, nbytes)
@@ -238,7 +238,9 @@ def load_checkpoint(
             ) from error
 
 
-def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | None]:
+def _seeds(
+    module: nn.Module, items: Iterable[Item], seed: int | None
+) -> tuple[int | None, int | None]:
     """The seed that all constructions started from, if known, and the seed to replace it, if any.
 
     The replacing seed is dropped if it is the recorded one: nothing would change.
@@ -248,7 +250,7 @@ def _seeds(items: Iterable[Item], seed: int | None) -> tuple[int | None, int | N
     known = recorded.pop() if len(recorded) == 1 else None
     if seed is not None and seed == known:
         return known, None
-    for program in programs:
+    for program in programs | bound_in(module):
         check_seed(program, seed)
     return known, seed
 

@@ -22,11 +22,13 @@ from lateinit._tensors import (
     Cast,
     Only,
     Wanted,
+    bound_in,
     cast_to,
     described,
     find_tensors,
     is_deferred_tensor,
     modules_in,
+    unbind,
     wanted_in,
 )
 from lateinit._torch import (
@@ -144,6 +146,8 @@ def materialize(
         # Outside the lock, since this may wait for other ranks.
         _check_shards(group, seed, ask=check)
     with one_thread:
+        for program in bound_in(target):
+            check_seed(program, seed)
         for group in wanted:
             _leave_real(group)
             check_seed(group.program, seed)
@@ -162,6 +166,8 @@ def materialize(
         except BaseException:
             _put_back(held)
             raise
+    if only is None:
+        unbind(target)
     return target
 
 

@@ -403,6 +403,10 @@ class Program:
         if self._writers[0] > number:
             self._reset()
 
+    def merged(self) -> Program:
+        """The program that this one was merged into, if it was, else this one."""
+        return self if self.merged_into is None else self.merged_into[0].merged()
+
     def draws(self) -> int:
         """The number of recorded draws, holes included."""
         return sum(len(stream.ops) for stream in self.streams)

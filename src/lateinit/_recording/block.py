@@ -22,7 +22,14 @@ from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import ON_META, Guarded, is_deferred_tensor, own_tensors, slot_of
+from lateinit._tensors import (
+    ON_META,
+    Guarded,
+    bind,
+    is_deferred_tensor,
+    own_tensors,
+    slot_of,
+)
 from lateinit._torch import (
     REGISTRATION_HOOKS,
     Caller,
@@ -131,7 +138,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             return
         recording.end()
         if error is None:
-            recording.writer.finish()
+            recording.finish()
         if error is None and self._advance:
             recording.writer.settle()
         else:
@@ -200,6 +207,11 @@ class Recording:
         here.writer = self._outer
         self.close()
 
+    def finish(self) -> None:
+        """Note what is known only when the block has ended without an error."""
+        self.writer.finish()
+        bind(self._modules.all(), self.writer.program)
+
     def abandon(self, trace: TracebackType | None) -> None:
         """End at any moment between the lines of ``begin`` and ``end``, or after an interrupt."""
         self._before.restore(trace)
@@ -225,7 +237,7 @@ def recording_block(writer: ProgramWriter) -> Iterator[None]:
     except BaseException as error:
         recording.abandon(error.__traceback__)
         raise
-    writer.finish()
+    recording.finish()
 
 
 @contextlib.contextmanager
@@ -340,7 +352,9 @@ def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
         path = None
         for name, tensor in own_tensors(module, seen):
             slot = slot_of(tensor)
-            if slot is not None and slot is not ON_META:
+            if slot is None and tensor.dtype is torch.uint8 and not tensor.is_meta:
+                writer.kept.append((name, tensor))
+            elif slot is not None and slot is not ON_META:
                 if isinstance(tensor, UninitializedTensorMixin):
                     _leave_meta(tensor, writer.device_of(tensor))
                 guard(tensor)

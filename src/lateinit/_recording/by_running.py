@@ -45,9 +45,7 @@ def record_by_running(
         device = writer.device_for(kwargs, deferred)
         made = [writer.mirror(leaf, device) for leaf in results]
     outs = tuple(writer.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in made)
-    writer.program.ops.append(op._replace(outs=outs))
-    if writer.shared:
-        writer.shared.show()
+    writer.append(op._replace(outs=outs))
     if is_random:
         # Python code now sees shapes that depend on random values. Under another seed= the replay
         # must find the same shapes; the empty digest says that values do not matter.

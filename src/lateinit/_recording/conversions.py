@@ -105,6 +105,13 @@ def _to_any(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any
     return func(*args, **kwargs)
 
 
+def _parse_to(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``module.to(tensor)``: to the device that a deferred tensor reports inside a block."""
+    parsed = func(*args, **kwargs)
+    other = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    return parsed if other is None else (_reported(writer, other), *parsed[1:])
+
+
 def _new_tensor(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Tensor:
     given = {"dtype": args[0].dtype, "device": writer.device_of(args[0])}
     given |= {key: value for key, value in kwargs.items() if key != "data"}
@@ -213,6 +220,7 @@ CONVERSIONS: dict[Any, Handler] = {
     _tensor.cuda: of_deferred(_cuda),
     _tensor.type: of_deferred(_type),
     _tensor.type_as: _type_as,
+    parse_to: _parse_to,
 }
 """The handlers of moves and casts."""
 

@@ -26,6 +26,7 @@ from lateinit._torch import (
     device_number,
     is_any_autocast_enabled,
     is_pointer_followed,
+    is_storage_pickled,
     set_grad_enabled,
     swap_implementation,
     without_modes,
@@ -92,6 +93,14 @@ def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> i
         with without_modes():
             return writer.expose(args[0]).data_ptr()
     return address_of(args[0])
+
+
+def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """The storage of a deferred tensor; one with its values if it is being pickled."""
+    if is_storage_pickled(between=2):
+        with without_modes():
+            return writer.read(args[0]).untyped_storage()
+    return func(*args, **kwargs)
 
 
 def _by_value(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -180,6 +189,7 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.get_device: of_deferred(_get_device),
     torch.get_device: of_deferred(_get_device),
     _tensor.data_ptr: of_deferred(_data_ptr),
+    _tensor.untyped_storage: of_deferred(_untyped_storage),
     _tensor.tolist: of_deferred(_read),
     _tensor.__repr__: of_deferred(_read),
     _tensor.__format__: of_deferred(_read),

@@ -4,6 +4,10 @@ Recording a draw does not advance the generator. Instead it writes a *token* int
 names the place of the next draw (stream and index). Code may save and set the generator's state
 meanwhile (``fork_rng``, ``set_state``, from Python or C++). At the next draw, a token says at which
 place of which stream the generator is, and any other state begins a new stream.
+
+The default generator of the CPU holds a token from the beginning of the block to its end, so that
+seeding it to the very state that it had is noticed. It has its eager state only while it is asked
+for (``settle``). A generator of the constructor's own has it after each draw (``reveal``).
 """
 
 from __future__ import annotations
@@ -13,12 +17,12 @@ import itertools
 import secrets
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lateinit._program import Draw, Program, Stream
-from lateinit._rng import set_state, state_of
+from lateinit._rng import seed_behind, set_state, state_of
 from lateinit._torch import generator_key
 from lateinit.errors import RecordingError
 
@@ -35,6 +39,7 @@ _NONCES = itertools.count(secrets.randbits(24))
 _CPU_KEY = (8, 48)
 _CPU_TOKEN = struct.Struct("=iiQQQQQ")
 _CPU_INDEX = 48
+_CPU_WORDS_END = 24 + 624 * 8  # cached normal samples follow
 _PHILOX_KEY = (0, 16)
 _PHILOX_INDEX = 8
 _PHILOX_TOKEN = struct.Struct("=QQ")
@@ -44,17 +49,28 @@ _INDEX = struct.Struct("=Q")
 _UNUSED = (624, 1, 0)
 
 
+class Settled(NamedTuple):
+    """A generator in its eager state, and the place and the token that it had before."""
+
+    generator: torch.Generator
+    place: Draw
+    token: bytes
+    true: bytes
+
+
 class Generators:
     """The generators that a recording uses, and the place of each in the program's streams.
 
-    A root stream begins at the state in which the block found the default generator.
+    A root stream begins at the state in which the block found the default generator. ``drawn`` is
+    a generator of the constructor's own that has just drawn, until ``reveal``.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._nonce = next(_NONCES) & 0xFFFFFFFF
         self._watched: dict[int, _Watch] = {}
-        self._settled: dict[bytes, Draw] = {}
+        self._settled: dict[bytes, Draw] = {}  # the places of the eager states that were told
+        self.drawn: _Watch | None = None  # a generator of the constructor's own that just drew
 
     def draw(self, generator: torch.Generator, op: int, root: bool) -> Draw:
         """Record that op number ``op`` draws from a generator, and return the draw's place.
@@ -68,8 +84,10 @@ class Generators:
         if watch is None:
             # Its state may be a token or settled state of another generator, copied to this one.
             watch = self._follow(generator)
+            self._check_source(watch)
             self._begin(watch, self._named(watch, watch.expected) or watch.first, root)
         elif watch.key() != watch.expected:
+            self._check_source(watch)
             self._moved(watch)
         ops = self.program.streams[watch.stream].ops
         # Another generator was set to this place and drew there: this one branches off.
@@ -79,6 +97,8 @@ class Generators:
         place = Draw(watch.stream, len(ops))
         ops.append(op)
         watch.leave_token(len(ops))
+        if watch.is_own:
+            self.drawn = watch
         return place
 
     def reserve(self, generator: torch.Generator) -> Draw:
@@ -88,63 +108,128 @@ class Generators:
 
     def watch_from(self, generator: torch.Generator, place: Draw) -> int:
         """Follow a generator as if it were at ``place``; returns the stream that begins there."""
-        watch = self._follow(generator)
+        watch = self._follow(generator, default=True)
         self._begin(watch, place)
+        watch.leave_token(0)
         return watch.stream
 
     def watch(self, generator: torch.Generator) -> None:
         """Follow the default generator from now on, even if nothing is drawn from it."""
-        watch = self._follow(generator)
+        watch = self._follow(generator, default=True)
         self._begin(watch, watch.first, root=True)
+        watch.leave_token(0)
 
     def reseeded(self, generator: torch.Generator) -> None:
-        """Record that a generator was seeded: its next draw begins a new stream."""
+        """Record that the default generator was seeded: its next draw begins a new stream."""
         watch = self._watched.get(generator_key(generator))
         if watch is not None:
-            watch.stand()
             self._begin(watch, state_of(generator))
+            watch.leave_token(0)
 
-    def settle(self, state: Callable[[Draw], bytes]) -> None:
-        """Put every generator into the state that eager construction would have left by now.
+    def restored(self, generator: torch.Generator) -> None:
+        """Record that the default generator was put into a state that was told before, or not."""
+        watch = self._watched.get(generator_key(generator))
+        if watch is not None and watch.key() != watch.expected:
+            self._check_source(watch, restored=True)
+            self._moved(watch)
+            watch.leave_token(watch.at)
 
-        Settled states are remembered, so that a draw after them continues its stream.
+    def reveal(self, state: Callable[[Draw], bytes]) -> None:
+        """Put the generator that just drew, one of the constructor's own, into its eager state.
 
         Args:
             state: gives the generator state before a draw.
         """
+        watch, self.drawn = self.drawn, None
+        assert watch is not None
+        place = Draw(watch.stream, watch.at)
+        true = state(place)
+        set_state(watch.generator, true)
+        watch.stand()
+        # Another generator that is set to this state goes on from here, under any seed.
+        if isinstance(self.program.streams[watch.stream].start, Draw):
+            self._settled[true] = place
+
+    def settle(self, state: Callable[[Draw], bytes]) -> list[Settled]:
+        """Put every generator into the state that eager construction would have left by now.
+
+        Args:
+            state: gives the generator state before a draw.
+
+        Returns:
+            What ``resume`` needs.
+        """
+        settled = []
         for watch in self._watched.values():
             place = self._place(watch)
-            # Not drawn from since its stream began: it has its eager state already, which may be
-            # saved now and restored later.
-            if place is None and watch.key() == watch.expected:
-                self._settled.setdefault(state_of(watch.generator), Draw(watch.stream, 0))
             if place is not None:
-                true = state(place)
+                token, true = state_of(watch.generator), state(place)
                 set_state(watch.generator, true)
-                self._settled[true] = place
+                settled.append(Settled(watch.generator, place, token, true))
                 if self.program.streams[watch.stream].root and place.stream == watch.stream:
                     self.program.final = true
+        return settled
+
+    def resume(self, settled: list[Settled], *, told: bool) -> None:
+        """Put the tokens back into the generators that are as ``settle`` has left them.
+
+        Args:
+            settled: the result of ``settle``.
+            told: the constructor has been told the states, and may put generators into them.
+        """
+        for generator, place, token, true in settled:
+            if state_of(generator) == true:
+                set_state(generator, token)
+                if told:
+                    self._settled[true] = place
+
+    def keeps_state(self, kept: torch.Tensor, state: Callable[[Draw], bytes]) -> bool:
+        """Whether a real tensor is a state that depends on the seed; turns a token into a state."""
+        held = bytes(kept.numpy().tobytes())
+        for watch in self._watched.values():
+            if watch.default and len(held) == len(watch.first):
+                place = watch.read_token(held)
+                if place is not None:
+                    kept.copy_(torch.frombuffer(bytearray(state(place)), dtype=torch.uint8))
+                return place is not None or held in self._settled
+        return False
 
     def restore(self) -> None:
         """Put every generator into the state in which the block found it."""
         for watch in self._watched.values():
             set_state(watch.generator, watch.first)
 
-    def _follow(self, generator: torch.Generator) -> _Watch:
-        watch = self._watched[generator_key(generator)] = _Watch(generator, self._nonce)
+    def _follow(self, generator: torch.Generator, *, default: bool = False) -> _Watch:
+        watch = self._watched[generator_key(generator)] = _Watch(generator, self._nonce, default)
         return watch
 
     def _begin(self, watch: _Watch, start: bytes | Draw, root: bool = False) -> None:
         watch.stream, watch.at = len(self.program.streams), 0
         self.program.streams.append(Stream(start, watch.device, root))
 
+    def _check_source(self, watch: _Watch, *, restored: bool = False) -> None:
+        """Note if nobody can tell where a generator has its state from: another seed would.
+
+        Args:
+            watch: the generator, whose state was set from outside.
+            restored: it was put into the state by ``torch.set_rng_state``, and not seeded.
+        """
+        state = state_of(watch.generator)
+        told = state in self._settled
+        # What was told may have been changed.
+        unknown = bool(self._settled) and not told and self._named(watch, state) is None
+        if (told and not restored) or (unknown and seed_behind(state) is None):
+            self.program.seed_bound = (
+                "a generator was set to a state that the default generator had or might have had "
+                "under another seed, without torch.set_rng_state"
+            )
+
     def _moved(self, watch: _Watch) -> None:
         """Find the place of a generator whose state was set from outside since its last draw."""
         place = self._place(watch)
         if place is None:
-            state = state_of(watch.generator)
             watch.stand()
-            self._begin(watch, self._settled.get(state, state))
+            self._begin(watch, state_of(watch.generator))
         # A token at the end of its stream continues the stream; one before the end, which draws
         # have passed already, starts a branch (as after fork_rng).
         elif place.number == len(self.program.streams[place.stream].ops):
@@ -171,34 +256,40 @@ class Generators:
 class _Watch:
     """One generator, its first state, and the key of the state that it is expected to be in."""
 
-    def __init__(self, generator: torch.Generator, nonce: int) -> None:
+    def __init__(self, generator: torch.Generator, nonce: int, default: bool) -> None:
         self.generator = generator
         self.device = generator.device
+        self.default = default
         self.first = state_of(generator)
         self.stream = -1
         self.at = 0  # the number of its next draw in the stream
         self.has_token = False
         self._cpu = self.device.type == "cpu"
+        self.is_own = self._cpu and not default
         self._nonce = nonce
         self._start, length = _CPU_KEY if self._cpu else _PHILOX_KEY
         self._end = self._start + length
-        self.expected = self.first[self._start : self._end]
+        self.expected = self.first  # a token's key, or a whole state that is none
         self._words = bytearray()
         self._token: Any = None  # a tensor on the memory of _words: the state to set
         self._named = -1  # the stream that the token names
         # The key is read from raw memory, and methods are looked up once: this runs at every draw.
         self._get_state, self._set_state = generator.get_state, generator.set_state
         self._key_at = (ctypes.c_char * length).from_address
+        self._state_at = (ctypes.c_char * len(self.first)).from_address
 
     def key(self) -> bytes:
+        """The key of the current state if a token is expected, else the whole state."""
         state = self._get_state()
-        found: bytes = self._key_at(state.data_ptr() + self._start).raw
-        return found
+        start = state.data_ptr()
+        found = self._key_at(start + self._start) if self.has_token else self._state_at(start)
+        key: bytes = found.raw
+        return key
 
     def stand(self) -> None:
         """Expect the generator in its current state."""
-        self.expected = self.key()
         self.has_token = False
+        self.expected = self.key()
 
     def leave_token(self, index: int) -> None:
         if self.stream != self._named:
@@ -217,6 +308,9 @@ class _Watch:
         """Write a token of the generator's stream; ``leave_token`` adds the index."""
         if not self._words:
             self._words[:] = self.first
+            if self._cpu:
+                # Without cached normals, which a kernel could use up unseen.
+                self._words[_CPU_WORDS_END:] = bytes(len(self.first) - _CPU_WORDS_END)
             self._token = torch.frombuffer(self._words, dtype=torch.uint8)
         if self._cpu:
             # The token keeps the seed of the current state: initial_seed() reports it.
@@ -229,11 +323,13 @@ class _Watch:
         self._named = self.stream
 
     def read_token(self, key: bytes) -> Draw | None:
-        """The place that a key names, or None if it is not the key of a token.
+        """The place that a key or a state names, or None if it is not that of a token.
 
         Raises:
             RecordingError: a kernel drew from the token unseen, or another recording wrote it.
         """
+        if len(key) == len(self.first):
+            key = key[self._start : self._end]
         if self._cpu:
             *unused, magic, nonce, stream, index = _CPU_TOKEN.unpack(key)
             intact = (*unused, nonce) == (*_UNUSED, self._nonce)

@@ -1,8 +1,8 @@
 """Replace the functions of torch that no mode intercepts, while a block runs.
 
-- ``torch.get_rng_state`` must return the state of eager construction, not a token.
-- ``torch.manual_seed`` may restore the very state that a stream began with, which comparing states
-  cannot detect.
+- ``torch.get_rng_state`` must return the state of eager construction, not a token, and
+  ``torch.manual_seed`` and ``torch.set_rng_state`` may give the generator the very state that it
+  had. All functions of torch.random, wherever they were imported, ask one global name.
 - ``Parameter.__new__`` makes tensors below the dispatcher.
 - Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
@@ -24,25 +24,35 @@ from lateinit._recording import composite_ops, trunc_normal
 from lateinit._recording.writer import current
 from lateinit._torch import RecursiveScriptModule, construct_script_module, turn, without_modes
 
-_get_rng_state = torch.random.get_rng_state
-_manual_seed = torch.random.manual_seed
+_default = torch.default_generator
 _new_parameter = nn.Parameter.__dict__["__new__"]
 
 
-def _settled_rng_state() -> Tensor:
-    writer = current()
-    if writer is not None:
-        writer.settle()
-    with without_modes():
-        return _get_rng_state()
+class _Heard:
+    """Stands for the default generator in ``torch.random``, and tells the writer what is asked."""
 
+    def get_state(self) -> Tensor:
+        writer = current()
+        if writer is None:
+            return _default.get_state()
+        with writer.settled(told=True), without_modes():
+            return _default.get_state()
 
-def _noted_seed(seed: Any) -> torch.Generator:
-    generator = _manual_seed(seed)
-    writer = current()
-    if writer is not None:
-        writer.generators.reseeded(torch.default_generator)
-    return generator
+    def set_state(self, state: Tensor) -> None:
+        _default.set_state(state)
+        writer = current()
+        if writer is not None:
+            writer.generators.restored(_default)
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        _default.manual_seed(seed)
+        writer = current()
+        if writer is not None:
+            writer.generators.reseeded(_default)
+        return _default
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_default, name)
 
 
 def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tensor:
@@ -61,10 +71,7 @@ def _noted_script(module: Any, *args: Any, **kwargs: Any) -> None:
 
 
 _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
-    (torch, "get_rng_state", _get_rng_state, _settled_rng_state),
-    (torch.random, "get_rng_state", _get_rng_state, _settled_rng_state),
-    (torch, "manual_seed", _manual_seed, _noted_seed),
-    (torch.random, "manual_seed", _manual_seed, _noted_seed),
+    (torch.random, "default_generator", _default, _Heard()),
     (nn.init, "_no_grad_trunc_normal_", trunc_normal.original, trunc_normal.recorded),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
     (RecursiveScriptModule, "__init__", construct_script_module, _noted_script),

@@ -66,9 +66,9 @@ class Recorder(RecordingMode):
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op by its kind."""
-        # Writes to exposed memory (numpy) since the last op come before this op in the program.
+        # What was written to exposed memory (numpy) comes before the op that uses it.
         if self.writer.shared:
-            self.writer.shared.take_back()
+            self.writer.take_back(tensors_in(args, kwargs))
         if kwargs.get("device") == META:
             kwargs = kwargs | {"device": self._meant_by_meta()}
         call = classify(info, args, kwargs)
@@ -139,8 +139,9 @@ class Recorder(RecordingMode):
         if twin is None:
             with without_modes():
                 real = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            twin = self.writer.lift(real)
-            shared.add_twin(twin, self.writer.ref(twin), real)
+                copy = real.clone()
+            twin = self.writer.keep(copy)
+            shared.add_twin(twin, self.writer.ref(twin).storage, real, copy)
         return info.func(target, twin.untyped_storage(), *rest, **kwargs)
 
     def _on_meta(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
@@ -176,19 +177,18 @@ class Recorder(RecordingMode):
             return writer.record(info, args, kwargs, [])
         for tensor in changed:
             writer.data.before_write(tensor)
-        if info.random:
-            # It draws into real memory now, so the generator must have its eager state.
-            writer.settle()
-        # The schema of an op that is not torch's does not say whether it draws: compare states.
-        before = torch.default_generator.get_state() if info.foreign else None
-        result = info.func(*args, **kwargs)
-        if info.random and (
-            before is None or not before.equal(torch.default_generator.get_state())
-        ):
-            writer.program.seed_bound = f"{info.name} drew into a real tensor"
+        # It may draw into real memory now, so the generator must have its eager state.
+        with writer.settled() if info.random else contextlib.nullcontext():
+            # The schema of an op that is not torch's does not say whether it draws: compare states.
+            before = torch.default_generator.get_state() if info.foreign else None
+            result = info.func(*args, **kwargs)
+            if info.random and (
+                before is None or not before.equal(torch.default_generator.get_state())
+            ):
+                writer.program.seed_bound = f"{info.name} drew into a real tensor"
         # The written tensor may be a view of exposed memory.
         if changed and writer.shared:
-            writer.shared.take_back(every=True)
+            writer.shared.take_back_real(changed)
         return result
 
     def _read(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
@@ -205,7 +205,10 @@ class Recorder(RecordingMode):
         """Run an op that writes deferred values into a real tensor: compute them now."""
         for tensor in call.real:
             self.writer.data.before_write(tensor)
-        return info.func(*self._evaluated(args), **self._evaluated(kwargs))
+        result = info.func(*self._evaluated(args), **self._evaluated(kwargs))
+        if self.writer.shared:
+            self.writer.shared.take_back_real(call.real)
+        return result
 
     def _record(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
         return self.writer.record(info, args, kwargs, call.deferred)

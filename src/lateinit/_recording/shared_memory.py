@@ -8,7 +8,7 @@ storage is shared as one real storage, so that all of its users see each other's
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,24 +18,20 @@ from torch import Tensor
 from lateinit._program import RealData, TensorRef
 from lateinit._recording.value_reads import ValueReads
 from lateinit._tensors import Real, slot_of
-from lateinit._torch import storage_key, without_modes
+from lateinit._torch import is_plain, storage_key, without_modes
 
 
 @dataclass(slots=True)
 class Exposure:
     """One shared storage: the deferred tensor, the real one, and its contents when last compared.
 
-    ``writes`` counts the recorded ops that the real memory shows. ``watched`` marks memory that can
-    be written without an op that a mode sees, such as that of an array. ``twin`` marks a real
-    storage that becomes the deferred tensor's own when the block ends.
+    ``twin`` marks a real storage that becomes the deferred tensor's own when the block ends.
     """
 
     tensor: Tensor
     ref: TensorRef
     real: Tensor
     seen: Tensor
-    writes: int
-    watched: bool
     twin: bool
 
 
@@ -44,6 +40,9 @@ class SharedMemory:
 
     ``write(tensor, data)`` records ``tensor.copy_(data)``. True in a boolean context if there is
     shared memory to compare. It is False while a write is recorded, which would compare again.
+
+    Other code can write without an op that a mode sees. So memory is compared when an op is about
+    to use it, or to write its real side.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class SharedMemory:
     def expose(self, tensor: Tensor, ref: TensorRef) -> Tensor:
         """A real tensor kept equal to a deferred one. Call without modes in force."""
         if self:
-            self.take_back()
+            self.take_back([ref.storage])
         value = self._values.read(ref)
         if value.device.type != "cpu":
             return value.clone()  # numpy() of another device raises torch's own error
@@ -70,39 +69,52 @@ class SharedMemory:
             # A tensor of the bytes of the storage, since the tensor may be set to another storage
             # later and the array still shows this one.
             whole = _bytes_on(tensor.untyped_storage())
-            all_of_it = TensorRef.of(whole, ref.storage)
-            known = self._add(whole, all_of_it, self._values.of(all_of_it).clone())
-        known.watched = True
+            real = self._values.of(TensorRef.of(whole, ref.storage)).clone()
+            known = self._add(whole, ref.storage, real, real.clone(), twin=False)
         return ref.on(known.real.untyped_storage())
 
     def twin_of(self, storage: torch.UntypedStorage) -> Tensor | None:
         """The deferred tensor that stands for a whole real storage, if there is one."""
-        for e in self._exposed.values():
-            if storage_key(e.real.untyped_storage()) == storage_key(storage):
-                return e.tensor
-        return None
+        found = self._on([storage])
+        return found[0].tensor if found else None
 
-    def add_twin(self, tensor: Tensor, ref: TensorRef, real: Tensor) -> None:
+    def add_twin(self, tensor: Tensor, number: int, real: Tensor, seen: Tensor) -> None:
         """Let a deferred tensor stand for a whole real storage.
 
-        Storages that are not resizable belong to other libraries, which may write to them.
+        Args:
+            tensor: the deferred tensor.
+            number: the number of its storage.
+            real: a tensor of the bytes of the real storage.
+            seen: a copy of it that no one writes to.
         """
-        known = self._add(tensor, ref, real)
-        known.watched, known.twin = not real.untyped_storage().resizable(), True
+        self._add(tensor, number, real, seen, twin=True)
 
-    def _add(self, tensor: Tensor, ref: TensorRef, real: Tensor) -> Exposure:
-        writes, seen = self._values.writes(ref), real.clone()
-        known = Exposure(tensor, ref, real, seen, writes, watched=False, twin=False)
-        self._exposed[ref.storage] = known
+    def _add(
+        self, tensor: Tensor, number: int, real: Tensor, seen: Tensor, *, twin: bool
+    ) -> Exposure:
+        known = Exposure(tensor, TensorRef.of(tensor, number), real, seen, twin)
+        self._exposed[number] = known
         return known
 
-    def take_back(self, *, every: bool = False) -> None:
-        """Record what other code wrote: to ``watched`` memory, or with ``every`` to any."""
+    def _on(self, storages: Iterable[torch.UntypedStorage]) -> list[Exposure]:
+        """The shared memory on some real storages."""
+        keys = set(map(storage_key, storages))
+        return [e for e in self._exposed.values() if storage_key(e.real.untyped_storage()) in keys]
+
+    def take_back(self, numbers: Iterable[int]) -> None:
+        """Record what other code wrote to the real sides of some storages."""
+        self._compare([self._exposed[n] for n in numbers if n in self._exposed])
+
+    def take_back_real(self, written: Iterable[Tensor]) -> None:
+        """Record what an op wrote to real tensors that may be on shared memory."""
+        self._compare(self._on(t.untyped_storage() for t in written if is_plain(t)))
+
+    def _compare(self, exposures: Iterable[Exposure]) -> None:
         self._writing = True
         try:
             with without_modes():
-                for e in self._exposed.values():
-                    if (every or e.watched) and not _same_bits(e.real, e.seen):
+                for e in exposures:
+                    if not _same_bits(e.real, e.seen):
                         self._note(e)
         finally:
             self._writing = False
@@ -115,23 +127,21 @@ class SharedMemory:
         self._values.read(e.ref)
         e.seen = e.real.clone()
         write(e.tensor, e.seen)
-        e.writes = self._values.writes(e.ref)
 
-    def show(self) -> None:
-        """Write the results of newly recorded ops into the shared memory."""
-        for e in self._exposed.values():
-            writes = self._values.writes(e.ref)
-            if writes != e.writes:
+    def show(self, written: Iterable[int]) -> None:
+        """Write the results of a recorded op into the shared memory of the storages it wrote."""
+        for number in written:
+            e = self._exposed.get(number)
+            if e is not None:
                 # Recorded ops may read this memory as a constant, in its state before the write.
                 self._data.before_write(e.real)
                 with without_modes():
                     e.real.copy_(self._values.read(e.ref))
                     e.seen = e.real.clone()
-                e.writes = writes
 
     def finish(self) -> None:
         """Record the last writes, and give twins the real storages that they stand for."""
-        self.take_back(every=True)
+        self.take_back(self._exposed)
         for e in self._exposed.values():
             slot = slot_of(e.tensor)
             if e.twin and slot is not None:

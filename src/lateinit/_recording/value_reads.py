@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -19,22 +20,29 @@ class ValueReads:
     """Replays the ops that a read needs, and keeps up to 64 MiB of results for later reads.
 
     A kept storage is valid for as long as no op writes to it, so the number of writes is its key.
+    What others keep alive is found again, whatever its size: so tensors on one storage are pickled
+    with one storage.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._known: dict[int, tuple[int, torch.UntypedStorage]] = {}
+        self._alive: weakref.WeakValueDictionary[tuple[int, int], torch.UntypedStorage] = (
+            weakref.WeakValueDictionary()
+        )
 
     def of(self, ref: TensorRef) -> Tensor:
         """The current values of a deferred tensor; not noted as a read."""
         writes = self.writes(ref)
         known = self._known.get(ref.storage)
-        if known is None or known[0] != writes:
-            computed = execution_of(self.program).values([ref.storage])[ref.storage]
-            known = (writes, computed.storage)
-            self._keep(ref.storage, known)
+        storage = known[1] if known is not None and known[0] == writes else None
+        storage = storage or self._alive.get((ref.storage, writes))
+        if storage is None:
+            storage = execution_of(self.program).values([ref.storage])[ref.storage].storage
+            self._alive[ref.storage, writes] = storage
+            self._keep(ref.storage, (writes, storage))
         with without_modes():
-            return ref.on(known[1])
+            return ref.on(storage)
 
     def read(self, ref: TensorRef) -> Tensor:
         """The current values of a deferred tensor; notes the read if they are random.

@@ -6,7 +6,9 @@ Ops that only make views are not written: tensors are recorded as windows on sto
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from lateinit._program import (
 )
 from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
-from lateinit._recording.generators import Generators
+from lateinit._recording.generators import Generators, Settled
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
@@ -70,6 +72,7 @@ class ProgramWriter:
         generators: follows the random generators.
         born: the tensors that were made, weakly.
         scripts: the modules of TorchScript that were made, weakly.
+        kept: the real tensors of bytes that modules hold, by name.
         busy: whether an op is being recorded: what torch's Python kernels call below it are no
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
@@ -86,6 +89,7 @@ class ProgramWriter:
         self.generators = Generators(program)
         self.born: list[weakref.ref[Tensor]] = []
         self.scripts: list[weakref.ref[nn.Module]] = []
+        self.kept: list[tuple[str, Tensor]] = []
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
         self.autocast: tuple[str, torch.dtype] | None = None
@@ -216,7 +220,7 @@ class ProgramWriter:
         if slot is None or slot is ON_META or not tensor.is_floating_point():
             return False
         if self.shared:
-            self.shared.take_back()
+            self.take_back([tensor])
         ref = self._ref(slot, tensor)  # first: it may absorb a program and so renumber the ops
         draw = None
         if info.random:
@@ -228,9 +232,7 @@ class ProgramWriter:
             draw = self.generators.draw(drawn, number, root=generator is None)
         label = label or initializer()
         op = Op(info.name, (ref, *values), {}, (), draw, self.ambient_number(), label)
-        self.program.ops.append(op)
-        if self.shared:
-            self.shared.show()
+        self.append(op)
         return True
 
     def override(self, info: OpInfo, args: Args, kwargs: Kwargs, results: list[Tensor]) -> None:
@@ -263,27 +265,46 @@ class ProgramWriter:
     def read(self, tensor: Tensor) -> Tensor:
         """The current values of a deferred tensor; notes that they were read if random."""
         if self.shared:
-            self.shared.take_back()
+            self.take_back([tensor])
         return self.values.read(self.ref(tensor))
 
     def expose(self, tensor: Tensor) -> Tensor:
         """A real tensor kept equal to a deferred one: writes to either show in the other."""
         return self.shared.expose(tensor, self.ref(tensor))
 
+    def take_back(self, used: Iterable[Tensor]) -> None:
+        """Record what other code wrote to the memory that it shares with some tensors."""
+        slots = [slot for slot in map(slot_of, used) if slot is not None and slot is not ON_META]
+        self.shared.take_back([number for _, number in map(Slot.resolve, slots)])
+
     # -- the end of a block --------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Record the last writes to shared memory."""
-        if self.shared:
-            with without_modes():
+        """Record the last writes to shared memory, and which states of generators were kept."""
+        with without_modes():
+            if self.shared:
                 self.shared.finish()
+            for name, kept in self.kept:
+                if self.generators.keeps_state(kept, execution_of(self.program).state):
+                    self.program.seed_bound = f"{name!r} kept the state of a random generator"
+            self.kept.clear()
 
-    def settle(self) -> None:
+    def settle(self) -> list[Settled]:
         """Put the generators into the states that eager construction would have left by now."""
         # An open hole is taken to draw nothing: how much it draws is not known yet.
         with without_modes():
             execution = execution_of(self.program, past_holes=None in self.program.holes)
-            self.generators.settle(execution.state)
+            return self.generators.settle(execution.state)
+
+    @contextlib.contextmanager
+    def settled(self, *, told: bool = False) -> Iterator[None]:
+        """A block in which the generators are in their eager states; ``told``: and are asked."""
+        settled = self.settle()
+        try:
+            yield
+        finally:
+            with without_modes():
+                self.generators.resume(settled, told=told)
 
     # -- how an op is written ------------------------------------------------------------------
 
@@ -341,11 +362,17 @@ class ProgramWriter:
             for leaf in results
         )
         label = initializer() if info.mutates or info.mutates_kw else None
-        self.program.ops.append(
-            Op(info.name, referred, written, outs, draw, self.ambient_number(), label)
-        )
+        self.append(Op(info.name, referred, written, outs, draw, self.ambient_number(), label))
+
+    def append(self, op: Op) -> None:
+        """Append an op, and show its results where memory or a generator is shared."""
+        self.program.ops.append(op)
         if self.shared:
-            self.shared.show()
+            self.shared.show(dict.fromkeys(ref.storage for ref in op.written()))
+        # Past an open hole no state is known.
+        if self.generators.drawn is not None and None not in self.program.holes:
+            with without_modes():
+                self.generators.reveal(execution_of(self.program).state)
 
     def draw(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Draw | None:
         """Note the place of an op in its random stream; None if it draws nothing."""

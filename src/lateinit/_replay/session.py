@@ -302,10 +302,10 @@ def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> An
 
 def _drawing_nothing(call: Callable[[], Any]) -> Any:
     """Run a foreign op that was recorded without a draw; raises if it draws."""
-    before = torch.get_rng_state()
+    before = torch.default_generator.get_state()
     result = call()
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
+    if not torch.equal(before, torch.default_generator.get_state()):
+        torch.default_generator.set_state(before)
         raise RuntimeError(
             "it drew random numbers after the block that recorded its arguments: call it in the "
             "block, or after materialising them"

@@ -15,7 +15,16 @@ from typing import Any, Protocol
 import torch
 
 from lateinit._program import Draw, Op, Program, TensorRef, tensor_refs
-from lateinit._rng import Cost, Run, Seeker, consumption, set_state, state_of, truncated_normal
+from lateinit._rng import (
+    Cost,
+    Run,
+    Seeker,
+    consumption,
+    seed_behind,
+    set_state,
+    state_of,
+    truncated_normal,
+)
 from lateinit._torch import NORMAL, TRUNCATED, by_name
 from lateinit.errors import RecordingError
 
@@ -209,8 +218,5 @@ def recorded_seed(program: Program) -> int | None:
     """The seed that was set just before recording began, or None."""
     for stream in program.streams:
         if stream.root and isinstance(stream.start, bytes) and stream.device.type == "cpu":
-            # A CPU state begins with its seed. It was *just* set if seeding again gives this state.
-            seed = int.from_bytes(stream.start[:8], "little")
-            fresh = state_of(torch.Generator().manual_seed(seed)) == stream.start
-            return seed if fresh else None
+            return seed_behind(stream.start)
     return None

@@ -103,6 +103,14 @@ def state_of(generator: torch.Generator) -> bytes:
     return bytes(generator.get_state().numpy().tobytes())
 
 
+def seed_behind(state: bytes) -> int | None:
+    """The seed that a CPU generator with this state was just given; None if it has drawn since."""
+    # A state begins with its seed. It was *just* set if seeding again gives this state.
+    seed = int.from_bytes(state[:8], "little")
+    fresh = state_of(torch.Generator().manual_seed(seed)) == state
+    return seed if fresh else None
+
+
 def has_normal(state: bytes) -> bool:
     """Whether the second sample of a pair of normals is cached in `state`."""
     return any(state[_NORMAL_VALID_AT : _NORMAL_VALID_AT + 4])

@@ -19,7 +19,7 @@ from lateinit._tensors.realize import (
     share_real_storage,
     show,
 )
-from lateinit._tensors.selection import Only, Wanted, select, wanted_in
+from lateinit._tensors.selection import Only, Wanted, bind, bound_in, select, unbind, wanted_in
 from lateinit._tensors.slots import (
     ON_META,
     PLAIN_CLASSES,
@@ -73,6 +73,8 @@ __all__ = [
     "adopt_uninitialized",
     "attach",
     "attributes",
+    "bind",
+    "bound_in",
     "cast_to",
     "copied_by_deepcopy",
     "described",
@@ -95,6 +97,7 @@ __all__ = [
     "share_real_storage",
     "show",
     "slot_of",
+    "unbind",
     "unguard",
     "waits",
     "wanted_in",

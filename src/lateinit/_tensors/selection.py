@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lateinit._program import Program
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, slot_of
-from lateinit._tensors.walk import Found, find_with_kept
+from lateinit._tensors.walk import Found, find_with_kept, modules_in
 from lateinit._torch import without_subclass_functions
 from lateinit.errors import (
     DeferredTensorError,
@@ -23,6 +24,10 @@ from lateinit.errors import (
     candidates,
     listing,
 )
+
+# Of modules constructed from random values that were read or are real already: their deferred
+# tensors, if there are any, do not tell that ``seed=`` cannot be honoured.
+_bound: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionary()
 
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
@@ -45,6 +50,24 @@ class Wanted:
     def names(self, storages: Iterable[int]) -> str:
         """The names of the tensors on some storages, for a message."""
         return listing(name for number in storages for name in self.storages[number].names)
+
+
+def bind(modules: Iterable[nn.Module], program: Program) -> None:
+    """Note that another seed may not be honoured for modules, whatever their tensors are."""
+    if program.seed_bound or program.reads:
+        _bound.update(dict.fromkeys(modules, program))
+
+
+def bound_in(target: Any) -> dict[Program, None]:
+    """The programs that the modules of a target are bound to."""
+    programs = map(_bound.get, modules_in(target)) if _bound else ()
+    return dict.fromkeys(program.merged() for program in programs if program is not None)
+
+
+def unbind(target: Any) -> None:
+    """Forget the programs of modules that have their values."""
+    for module in modules_in(target) if _bound else ():
+        _bound.pop(module, None)
 
 
 def wanted_in(target: Any, only: Only | None) -> list[Wanted]:

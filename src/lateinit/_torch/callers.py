@@ -32,6 +32,9 @@ _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent
 _NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _CONVERT = nn.Module._apply.__code__
+# torch/_tensor.py: what Tensor.__reduce_ex__ calls for tensors with a storage.
+_REDUCE = torch.Tensor._reduce_ex_internal.__code__
+_TYPED_STORAGE = torch.Tensor._typed_storage.__code__
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
 _ITEMS = {torch.TypedStorage._getitem.__code__, torch.TypedStorage._setitem.__code__}
@@ -212,6 +215,17 @@ def is_torch_saving(between: int = 0) -> bool:
     frame = _frame(1 + between)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
+
+
+def is_storage_pickled(between: int = 0) -> bool:
+    """Whether a tensor that is being pickled asks for its storage, to pickle that.
+
+    Args:
+        between: how many frames lie between the function that asks and the method of the tensor.
+    """
+    frame = _frame(1 + between)
+    reducing = frame.f_back is not None and frame.f_back.f_code is _REDUCE
+    return reducing and frame.f_code is _TYPED_STORAGE
 
 
 def is_dcp_writing(between: int = 0) -> bool:

@@ -121,13 +121,11 @@ def overload_for(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op
     return by_name(f"{name}.{overload}".removesuffix(".default"))
 
 
-def parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any, bool, Any]:
-    """The device, dtype, ``non_blocking`` and memory format among arguments of ``x.to(...)``.
+parse_to: Callable[..., tuple[Any, Any, bool, Any]] = torch._C._nn._parse_to
+"""The device, dtype, ``non_blocking`` and memory format among arguments of ``x.to(...)``.
 
-    torch's own parser, the one of ``nn.Module.to``; it does not take ``copy=``.
-    """
-    parsed: tuple[Any, Any, bool, Any] = torch._C._nn._parse_to(*args, **kwargs)
-    return parsed
+torch's own parser, a torch function that ``nn.Module.to`` calls; it does not take ``copy=``.
+"""
 
 
 to_copy = torch.ops.aten._to_copy.default

@@ -59,7 +59,7 @@ def _load(path: Path) -> Any:
     try:
         if is_zip:
             with path.open("rb") as file:
-                Records(file)
+                Records(file).check_lengths()
         # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
         # that a mapping relies on.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

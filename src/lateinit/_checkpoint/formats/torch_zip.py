@@ -6,14 +6,37 @@ each record's own header implies, so both are compared here.
 
 from __future__ import annotations
 
+import io
+import pickle
 import struct
 import zipfile
 import zlib
-from typing import IO
+from typing import IO, Any
+
+import torch
 
 # A local file header up to its name: signature, (skipped), the lengths of name and extra field.
 _HEADER = struct.Struct("<4s22xHH")
 _SIGNATURE = b"PK\x03\x04"
+
+STORAGES = {
+    ("torch", f"{name}Storage"): dtype
+    for name, dtype in {
+        "BFloat16": torch.bfloat16,
+        "Bool": torch.bool,
+        "Byte": torch.uint8,
+        "Char": torch.int8,
+        "ComplexDouble": torch.complex128,
+        "ComplexFloat": torch.complex64,
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "Int": torch.int32,
+        "Long": torch.int64,
+        "Short": torch.int16,
+    }.items()
+} | {("torch.storage", "UntypedStorage"): torch.uint8}
+"""The classes of storages that a pickle names, with their dtypes."""
 
 
 class Records:
@@ -73,3 +96,50 @@ class Records:
         start, length = self.place(name)
         self._file.seek(start)
         return self._file.read(length)
+
+    def check_lengths(self) -> None:
+        """Compare each record of tensor data with the storage that the pickle says it is.
+
+        ``torch.load`` does so too, unless it maps the file (torch/serialization.py, ``mmap=True``).
+
+        Raises:
+            ValueError: a record has another length.
+        """
+        storages = _Storages(io.BytesIO(self.read("data.pkl")))
+        storages.load()
+        for key, nbytes in storages.nbytes.items():
+            _, length = self.place(f"data/{key}")
+            if length != nbytes:
+                raise ValueError(f"its record 'data/{key}' has {length} bytes in place of {nbytes}")
+
+
+class _Storages(pickle.Unpickler):
+    """Notes the sizes of the storages in a pickle; makes nothing, and runs no code of the file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.nbytes: dict[str, int] = {}
+
+    def persistent_load(self, saved: Any) -> None:
+        _, dtype, key, _, numel = saved
+        if isinstance(dtype, torch.dtype):
+            self.nbytes[str(key)] = numel * dtype.itemsize
+
+    def find_class(self, module: str, name: str) -> Any:
+        return STORAGES.get((module, name), _Ignored)
+
+
+class _Ignored:
+    """Stands for every object in a pickle but containers, numbers and strings."""
+
+    def __init__(self, *_: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, item: Any) -> None:
+        """As of a list."""
+
+    def extend(self, items: Any) -> None:
+        """As of a list."""
+
+    def add(self, item: Any) -> None:
+        """As of a set."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lateinit._checkpoint.formats.torch_zip import Records
+from lateinit._checkpoint.formats.torch_zip import STORAGES, Records
 from lateinit._torch import REBUILD_PARAMETER, REBUILD_TENSOR, REBUILD_TENSOR_WITH_DTYPE
 
 
@@ -143,10 +143,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILDERS:
             return _REBUILDERS[module, name]
-        if module == "torch.storage" and name == "UntypedStorage":
-            return torch.uint8
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if (module, name) in STORAGES:
+            return STORAGES[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a tensor")
@@ -168,20 +166,6 @@ def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
     return data
 
 
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-}
 _REBUILDERS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
