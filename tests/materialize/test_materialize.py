@@ -738,3 +738,39 @@ def test_a_plan_leaves_out_what_is_real() -> None:
     lateinit.materialize(model, only="weight")
     assert lateinit.is_deferred(model.row)
     assert lateinit.plan(model).steps == ()
+
+
+def _fitted() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model.kept = torch.zeros(3, requires_grad=True)
+    model.optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = model(torch.randn(5, 3)).square().mean() + (model.kept * torch.randn(3)).sum()
+        model.optimizer.zero_grad()
+        loss.backward()
+        model.optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_gradients_of_the_constructor_are_carried_over(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(1)
+    expected = _fitted().to(dtype or torch.float32)
+    model = lateinit.deferred_init(_fitted)
+    lateinit.materialize(model, dtype=dtype, seed=1)
+    for ours, theirs in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.grad, theirs.grad)
+    if dtype is None:
+        expected.optimizer.step()
+        model.optimizer.step()
+        assert all(map(torch.equal, expected.parameters(), model.parameters()))
+
+
+def test_tensor_that_realises_itself_keeps_its_gradient() -> None:
+    torch.manual_seed(1)
+    expected = _fitted()
+    torch.manual_seed(1)
+    model = lateinit.deferred_init(_fitted)
+    assert torch.equal(model.kept + 1, expected.kept + 1)
+    assert torch.equal(model.kept.grad, expected.kept.grad)

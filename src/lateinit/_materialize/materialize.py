@@ -112,7 +112,7 @@ def materialize(
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
         DeferredTensorError: tensors that share a storage cannot all have the dtype or device asked
-            for, or a selected tensor has a gradient.
+            for, or a selected shard has a gradient.
         ShardingError: the ranks disagree on what they recorded, or a placement has no part of a
             tensor that could be computed alone.
         MaterializeError: a recorded op failed when it was replayed.
@@ -160,8 +160,8 @@ def materialize(
         try:
             with Progress("materialise", total, shown=progress) as bar:
                 for group, plan_, session in planned:
-                    _run(group, plan_, session, cast, threads, bar)
                     group.program.seed = seed
+                    _run(group, plan_, session, cast, threads, bar)
             _put_back(held)
         except BaseException:
             _put_back(held)

@@ -128,6 +128,7 @@ def give(
             raise
         return
     cls, inference = type(tensor), tensor.is_inference()
+    gradient = tensor.grad if tensor.is_leaf else None
     try:
         # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
         # one must be made inside inference mode exactly if the deferred one was.
@@ -146,6 +147,16 @@ def give(
         raise
     # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
     left.__class__ = cls
+    if gradient is not None:
+        _carry(gradient, tensor)
+
+
+def _carry(gradient: Tensor, tensor: Tensor) -> None:
+    """Give a tensor that has become real the gradient of its constructor, cast and moved as it."""
+    realize_now(gradient)
+    if (gradient.dtype, gradient.device) != (tensor.dtype, tensor.device):
+        gradient = gradient.to(tensor.device, tensor.dtype)
+    tensor.grad = gradient
 
 
 def _as_original(tensor: Tensor, real: Tensor) -> Tensor:

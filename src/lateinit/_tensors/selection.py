@@ -15,7 +15,7 @@ from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, slot_of
 from lateinit._tensors.walk import Found, find_with_kept, modules_in
-from lateinit._torch import without_subclass_functions
+from lateinit._torch import is_dtensor, without_subclass_functions
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,
@@ -78,7 +78,7 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
     Raises:
         UninitializedError: a selected tensor is lazy.
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
-        DeferredTensorError: a selected parameter has a gradient.
+        DeferredTensorError: a selected shard has a gradient.
     """
     found = select(find_with_kept(target), only)
     lazy = [f.name for f in found if f.lazy]
@@ -100,9 +100,9 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             if slot is None or slot is ON_META:
                 continue
             tensor = item.tensor
-            if tensor.is_leaf and tensor.grad is not None:
+            if is_dtensor(tensor) and tensor.grad is not None:
                 raise DeferredTensorError(
-                    f"{item.name!r} has a gradient that was computed in a deferred constructor, "
+                    f"{item.name!r} was sharded while it had the gradient of its constructor, "
                     "which cannot be carried over: call zero_grad() on the module first"
                 )
             deferred = Deferred(tensor, slot, item.name)
