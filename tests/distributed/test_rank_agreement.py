@@ -45,6 +45,13 @@ def test_ranks_that_differ_all_say_so(way: str, tmp_path: Path) -> None:
         assert "deferred still: True" in rank.output
 
 
+def test_ranks_may_drop_other_parts_of_one_construction(tmp_path: Path) -> None:
+    """A part that is gone takes its ops with it, and the other ranks still have them."""
+    ended = launch("tests.sharding.failing", 3, tmp_path, "dropped", seconds=120)
+    filled = {re.findall(r"filled: .*", rank.output)[0] for rank in ended}
+    assert len(filled) == 1, filled
+
+
 def test_a_rank_that_dies_is_missed_by_the_others(tmp_path: Path) -> None:
     ended = launch("tests.sharding.failing", 3, tmp_path, "death", seconds=120)
     assert ended[1].code == 3

@@ -18,7 +18,7 @@ from tests.support.building import deferred, eager, models
 from tests.support.keepers import PLACES, STYLES, Data, Keeping, Slotted, directions, forget
 from tests.support.keepers import X as KEPT
 from tests.support.snapshots import assert_same, bits, tensors_of
-from tests.support.uses import USES, seen
+from tests.support.uses import USES, Scaled, seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -290,6 +290,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     # torch holds the tensor, or a wrapper of it, before any op is heard.
     "grad at it": torch.func.grad(lambda y: (y * y * torch.ones(4)).sum()),
     "trace": lambda t: torch.jit.trace(lambda x: x * t, torch.ones(3, 4)),
+    "strict export": lambda t: torch.export.export(Scaled(t), (torch.ones(3, 4),), strict=True),
     # Of a storage.
     "element": lambda t: t.untyped_storage()[0],
 }

@@ -11,10 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lateinit
+from lateinit._tensors import waits
 from lateinit.errors import SeedError
 from tests.support.building import EAGER_POISON, LATE_POISON, poison
-from tests.support.programs import READS, Run, Step, run
-from tests.support.snapshots import assert_same
+from tests.support.keepers import HOLDING, PLACES
+from tests.support.programs import READS, Run, Step, carry_out, run
+from tests.support.snapshots import assert_same, bits
 from tests.support.test_programs import PROGRAMS, as_model
 
 # After these, what a program does may depend on what it drew.
@@ -103,3 +105,55 @@ def test_deep_copy_of_a_program_s_tensors_equals_eager(program: list[Step]) -> N
     copied = copy.deepcopy(model)
     assert_same(copy.deepcopy(expected), lateinit.materialize(copied))
     assert_same(expected, lateinit.materialize(model))
+
+
+# -- tensors kept in places that materialize does not see -----------------------------------------
+
+
+# Two give memory to a real tensor, of which torch tells nobody; and repr realises nothing.
+NOT_ALIKE = {"from_storage", "swap_data", "text"}
+
+
+def used(tensor: torch.Tensor) -> bytes:
+    """The bits of a tensor that is used with real data."""
+    with torch.no_grad():
+        plain = tensor.detach().resolve_conj().resolve_neg().flatten()
+        return bits("used", torch.cat([plain, torch.zeros(2, dtype=tensor.dtype)]))
+
+
+def go_on(done: Run, kept: list[int], places: list[str], later: list[Step], *, late: bool) -> list:
+    """Use kept tensors before, between and after materialising, among them by an eager program."""
+    held = [(PLACES[place], index) for place, index in zip(places, kept, strict=False)]
+    holders = [(get, keep(done.pool[index])) for (keep, get), index in held]
+    rest = as_model([t for index, t in enumerate(done.pool) if index not in kept])
+    pool = [get(holder) for get, holder in holders]
+    looked: list = [used(t) for t in pool[::3]]
+    if late:
+        lateinit.materialize(rest, only=lambda name, _: len(name) % 2 == 0)
+    shared = Run([*pool, torch.randn(4, 5), torch.zeros(17)])
+    for step in later:
+        if step.op not in NOT_ALIKE:
+            carry_out(step, shared)
+    looked += [repr(shared.seen), *map(used, shared.pool[1::2])]
+    if late:
+        lateinit.materialize(rest)
+    return [*looked, *map(used, shared.pool), torch.get_rng_state().tolist(), rest]
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["eager after", "block after"])
+@settings(max_examples=30)
+@given(PROGRAMS, PROGRAMS, st.lists(st.sampled_from(HOLDING), min_size=10, max_size=10))
+def test_tensors_in_any_place_are_shared_with_later_programs(
+    block: bool, program: list[Step], later: list[Step], places: list[str]
+) -> None:
+    late = recorded(program)
+    kept = [index for index, tensor in enumerate(late.pool) if not waits(tensor)]
+    found = go_on(late, kept, places, later, late=True)
+    if block:
+        with lateinit.deferred():
+            again = run(later)
+    expected = go_on(eagerly(program)[0], kept, places, later, late=False)
+    assert found[:-1] == expected[:-1]
+    assert_same(expected[-1], found[-1])
+    if block:
+        assert_same(as_model(run(later).pool), lateinit.materialize(as_model(again.pool)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -27,9 +28,14 @@ def main(rank: int, ranks: int, store: str, way: str) -> int:
     other = rank == CULPRIT
     torch.manual_seed(1 if other and way == "seed" else 0)
     with lateinit.deferred():
+        rest = [nn.Linear(3, 3) for _ in range(40)]
         model = Block(width=48 if other and way == "model" else 64)
+        model.head = nn.Linear(3, 1)  # on most ranks the shard of its bias is empty
         if other and way == "op":
             nn.init.zeros_(model.up.bias)
+    if other and way == "dropped":
+        rest.clear()
+        gc.collect()
     mesh = line(ranks)
     if way == "placement":
         weight = distribute_tensor(model.up.weight, mesh, [Shard(1 if other else 0)])
@@ -44,7 +50,8 @@ def main(rank: int, ranks: int, store: str, way: str) -> int:
         sys.stdout.write(f"refused: {error}; deferred still: {lateinit.is_deferred(model)}\n")
         sys.stdout.flush()
         os._exit(0)
-    sys.stdout.write("filled\n")
+    filled = [p.full_tensor().sum().item() for p in model.parameters()]
+    sys.stdout.write(f"filled: {filled}\n")
     return 1
 
 

@@ -65,7 +65,7 @@ class Trace:
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "call":
             # Whatever is raised in a __del__ is only printed.
-            if not is_ours(frame) or frame.f_code.co_name == "__del__":
+            if not is_ours(frame) or is_in_del(frame):
                 return None
             frame.f_trace_opcodes = bool(self._opcodes) and wants_opcodes(frame, self._opcodes)
         counted = "opcode" if frame.f_trace_opcodes else "line"
@@ -97,6 +97,14 @@ def wants_opcodes(frame: FrameType, names: str) -> bool:
 @functools.cache
 def is_lateinit(file: str) -> bool:
     return file.startswith(str(ROOT))
+
+
+def is_in_del(frame: FrameType | None) -> bool:
+    while frame is not None and str(ROOT) in frame.f_code.co_filename:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_ours(frame: FrameType | None) -> bool:

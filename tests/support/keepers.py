@@ -195,6 +195,20 @@ PLACES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 }
 
 
+def _holds(keep: Callable[[Tensor], Any], get: Callable[[Any], Tensor]) -> bool:
+    given = torch.tensor(1.0)
+    try:
+        kept = keep(given)
+    except (IndexError, ValueError, RuntimeError):  # it takes rows of the tensor
+        return False
+    # Distributions and transforms take numbers of one kind alone.
+    return not type(kept).__module__.startswith("torch") and get(kept) is given
+
+
+HOLDING = sorted(name for name, place in PLACES.items() if _holds(*place))
+"""The places that give back the tensor that they were given, of whatever shape and dtype."""
+
+
 class Keeping(nn.Module):
     """Two layers, between which a table is drawn and kept in some place."""
 

@@ -549,6 +549,7 @@ FUNCTIONS: dict[str, Any] = {
     ),
     "sorted": lambda t: (torch.isin(X, t), torch.bucketize(X, t[0].sort().values)),
     "foreach": lambda t: torch._foreach_mul([X, X], [t, t]),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8).dequantize(),
     "sparse": lambda t: (t.to_sparse() * 2).to_dense() * X,
 }
 DRAWS: dict[str, Any] = {

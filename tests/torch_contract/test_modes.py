@@ -387,9 +387,15 @@ def test_torch_compile_can_be_told_to_leave_a_call_alone() -> None:
         set_eval_frame(compiling)
         return x + 1
 
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        graph_break()
+        return x + 1
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = torch.compile(lambda x: called(x) * 2, backend="eager")(torch.ones(1))
+        with pytest.raises(RuntimeError, match=r"lateinit\.materialize\(\) on it first"):
+            torch.compile(broken, backend="eager", fullgraph=True)(torch.ones(1))
     assert result == 4
     assert heard == [True]
 

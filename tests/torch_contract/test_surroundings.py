@@ -10,8 +10,18 @@ import pytest
 import torch
 from torch.utils import _python_dispatch
 
+from lateinit._torch import surroundings
 from lateinit._torch.modes import dispatch_modes, function_modes, set_functions_state
-from lateinit._torch.surroundings import Noted, here, mend, noted, noted_modes, restoring, turn
+from lateinit._torch.surroundings import (
+    Noted,
+    here,
+    is_turn_taken,
+    mend,
+    noted,
+    noted_modes,
+    restoring,
+    turn,
+)
 from tests.torch_contract.listeners import Functions, Operators
 
 
@@ -142,3 +152,17 @@ def test_modes_are_put_back_alone_where_nothing_else_is_changed(leave: Any) -> N
     finally:
         torch.set_default_dtype(dtype)
     assert seen() == before
+
+
+def test_a_thread_knows_whether_it_has_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lib/threading.py: an RLock that a thread has is acquired again; ``_is_owned`` tells."""
+    # A thread that ended with a turn may have had the number of the thread below.
+    monkeypatch.setattr(surroundings, "_turns", [])
+    lock, seen = turn(), []
+    with lock:
+        thread = threading.Thread(target=lambda: seen.append(is_turn_taken()))
+        thread.start()
+        thread.join()
+        assert is_turn_taken()
+    assert not is_turn_taken()
+    assert seen == [False]

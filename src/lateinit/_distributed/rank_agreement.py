@@ -1,8 +1,9 @@
 """Whether the ranks of a mesh recorded one and the same construction.
 
 Each rank computes its shards alone. They are parts of one model only if all ranks recorded the same
-ops from the same random state. A digest of both is compared once, along every axis of the meshes
-that the shards are on. If the digests differ, all ranks exchange more, to say in what.
+ops for them, from the same random state and after the same draws. A digest of these
+is compared once, along every axis of the meshes that the shards are on. If the digests differ, all
+ranks exchange more, to say in what.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from lateinit._program import Const, Op, Program, TensorRef
-from lateinit._replay import recorded_seed
+from lateinit._replay import costs_of, needed_for, recorded_seed
+from lateinit._tensors import Deferred
 from lateinit._torch import digest
 from lateinit.errors import ShardingError, listing
 
@@ -46,6 +49,16 @@ def agree(shards: dict[str, Any], program: Program, seed: int | None) -> None:
         raise ShardingError(_difference(account, groups))
 
 
+class Draws(NamedTuple):
+    """What the draws of one stream cost."""
+
+    costs: list[Any]
+
+    def __str__(self) -> str:
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        return f"{len(self.costs)} draws (of the digest {digest})"
+
+
 @dataclass(frozen=True, slots=True)
 class _Account:
     """What one rank recorded.
@@ -53,13 +66,13 @@ class _Account:
     Attributes:
         start: the random state it started from, in words.
         placed: how each tensor is sharded.
-        ops: the recorded ops of the construction.
-        hashes: a short digest of each op, one after another.
+        ops: the ops of the construction that the shards depend on, and what draws cost.
+        hashes: a short digest of each of them, one after another.
     """
 
     start: str
     placed: dict[str, str]
-    ops: list[Op]
+    ops: list[Op | Draws]
     hashes: bytes
 
     @property
@@ -69,14 +82,24 @@ class _Account:
 
 
 def _account(shards: dict[str, Any], program: Program, seed: int | None) -> _Account:
-    ops = [op for op in program.ops if _in_block(op, program)]
+    # Only these are there on every rank: what no tensor of a rank needs is dropped (``keep``). A
+    # shard without elements is made of a parameter too, but does not depend on its ops.
+    whole = {program.origin(Deferred.of(tensor).ref.storage) for tensor in shards.values()}
+    needed = [program.ops[number] for number in sorted(needed_for(program, whole))]
+    # By what they write, and not by number: dead ops are not there, so that only the ops on one
+    # storage can be set against each other.
+    needed.sort(key=lambda op: [ref.storage for ref in op.written()])
+    ops: list[Op | Draws] = [
+        *filter(partial(_in_block, program), needed),
+        *map(Draws, costs_of(program)),
+    ]
     names: dict[int, int] = {}
     hashes = (hashlib.sha256(repr(_plain(op, program, names)).encode()).digest() for op in ops)
     placed = {name: _placed(tensor) for name, tensor in shards.items()}
     return _Account(_start(program, seed), placed, ops, b"".join(h[:_HASH] for h in hashes))
 
 
-def _in_block(op: Op, program: Program) -> bool:
+def _in_block(program: Program, op: Op) -> bool:
     """Whether an op belongs to the construction; the ops of sharding differ between ranks."""
     return not any(program.storages[ref.storage].followed for ref in op.written())
 

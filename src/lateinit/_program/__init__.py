@@ -10,6 +10,7 @@ from lateinit._program.constants import RealData
 from lateinit._program.labels import called, describe_initialisation, initializer
 from lateinit._program.plan import Plan, Step, is_random, needed_ops, plan_storages
 from lateinit._program.program import (
+    NEVER,
     NUMBERS,
     Ambient,
     Const,
@@ -24,6 +25,7 @@ from lateinit._program.program import (
 )
 
 __all__ = [
+    "NEVER",
     "NUMBERS",
     "Ambient",
     "Const",

@@ -9,7 +9,8 @@ always identifies itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -237,12 +238,20 @@ class Storage:
     """The size of one storage, and the device that the constructor asked for.
 
     ``followed`` marks one that an op made after a block, such as a shard: it is no part of the
-    construction, and may differ between ranks.
+    construction, and may differ between ranks. ``made_of`` is then the one in the construction that
+    it was made of, if only of its shape. ``gone`` marks one that no tensor shows any more.
     """
 
     nbytes: int
     device: torch.device
     followed: bool = False
+    made_of: int | None = None
+    gone: bool = False
+
+
+_DROPPED_STORAGE = Storage(0, torch.device("cpu"), gone=True)
+_DROPPED_OP = Op(operators.REFUSED, ("dropped",), {}, (), None, 0, None)
+"""In the place of an op that nobody needs: it reads and writes nothing."""
 
 
 @dataclass(slots=True)
@@ -327,13 +336,19 @@ class Read(NamedTuple):
     name: str = ""
 
 
+NEVER = sys.maxsize  # as a number of storages
+_FEW, _MANY, _MUCH = 16, 100, 1 << 20  # tensors; ops a tensor; bytes
+
+
 class Program:
     """A recorded construction. Anyone may read it; only recording extends it.
 
     ``holes`` has the stream that fills each hole, None while it is open. ``seed_bound`` says why no
     other seed can be honoured, ``final`` is the state of the default generator after the block.
     ``seed`` is the last one that tensors were materialised under, None for the recorded state: the
-    tensors that realise themselves later are of the same construction.
+    tensors that realise themselves later are of the same construction. ``gone`` counts the storages
+    that no tensor shows any more; when there are ``drop_at`` of them, what nobody needs is dropped,
+    unless something is ``recording``.
     """
 
     def __init__(self) -> None:
@@ -348,6 +363,8 @@ class Program:
         self.seed: int | None = None
         self.final: bytes | None = None
         self.merged_into: tuple[Program, Bases] | None = None
+        self.recording = False
+        self.gone, self.drop_at = 0, NEVER
         self._reset()
 
     def _reset(self) -> None:
@@ -371,6 +388,9 @@ class Program:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.merged_into = None
+        self.recording = False
+        self.gone = sum(storage.gone for storage in self.storages)
+        self.rest()
         self._reset()
 
     def writers(self, storage: int) -> list[int]:
@@ -407,6 +427,54 @@ class Program:
         """The program that this one was merged into, if it was, else this one."""
         return self if self.merged_into is None else self.merged_into[0].merged()
 
+    def rest(self) -> None:
+        """Have what nobody needs dropped when half of the tensors that there are now are gone."""
+        shown = len(self.storages) - self.gone
+        # Each time at most half as much is looked at as the last time, and at first no more than
+        # was recorded. A few tensors may need much: then it is done as soon as one of them is gone.
+        much = len(self.ops) > _MANY * shown or any(
+            c.tensor.numel() * c.tensor.element_size() > _MUCH for c in self.constants
+        )
+        self.drop_at = self.gone + (1 if much and shown < _FEW else (shown + 1) // 2)
+
+    def origin(self, storage: int) -> int:
+        """The storage of the construction that one made after a block was made of."""
+        made_of = self.storages[storage].made_of
+        return storage if made_of is None else made_of
+
+    def keep(self, needed: set[int], alike: Callable[[Op], Any]) -> None:
+        """Drop all ops but some, and the constants and storages that none of these needs.
+
+        All numbers stay. A dropped op may draw: its place in the stream goes to an op that is like
+        it, one of which is kept. Whatever is interrupted here has dropped nothing that is needed.
+
+        Args:
+            needed: the numbers of the ops to keep.
+            alike: gives equal values for ops that move a generator alike.
+        """
+        end, first = len(self.ops), dict[Any, int]()
+        for stream in self.streams:
+            for place, number in enumerate(stream.ops):
+                if number >= 0 and number not in needed:
+                    stream.ops[place] = first.setdefault(alike(self.ops[number]), number)
+        kept = needed.union(first.values())
+        storages = {s.made_of for s in self.storages if not s.gone}
+        constants = set[int]()
+        for number in kept:
+            op = self.ops[number]
+            storages.update(ref.storage for ref in (*op.written(), *op.read()))
+            constants |= op.constants()
+        for number in range(end):
+            if number not in kept:
+                self.ops[number] = _DROPPED_OP
+        for number, storage in enumerate(self.storages):
+            if storage.gone and number not in storages:
+                self.storages[number] = _DROPPED_STORAGE
+        for number, constant in enumerate(self.constants):
+            if number not in constants:  # in place: a program that was merged into this one has it
+                constant.tensor, constant.checksum = torch.empty(0), None
+        self._reset()
+
     def draws(self) -> int:
         """The number of recorded draws, holes included."""
         return sum(len(stream.ops) for stream in self.streams)
@@ -433,11 +501,15 @@ class Program:
             hole=len(self.holes),
         )
         self.ops += [bases.op_of(op) for op in other.ops]
+        for storage in other.storages:
+            if storage.made_of is not None:
+                storage.made_of += bases.storage
         self.storages += other.storages
         self.constants += other.constants
         self.ambients += other.ambients
         self.streams += [bases.stream_of(stream) for stream in other.streams]
         self.holes += [h if h is None else h + bases.stream for h in other.holes]
+        self.gone += other.gone
         self.reads += [
             r._replace(ref=bases.value_of(r.ref), before=r.before + bases.op) for r in other.reads
         ]

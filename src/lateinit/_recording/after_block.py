@@ -255,6 +255,7 @@ class Follower(RecordingMode):
             slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
             if slot is not None and origin is not None:
                 slot.name = slot.name or origin.name
+                _note_origin(slot, origin)
                 named.append((leaf, slot))
         return named
 
@@ -294,6 +295,13 @@ class Follower(RecordingMode):
                 "deferred and has no values yet; call lateinit.materialize(model) before the "
                 "forward pass"
             )
+
+
+def _note_origin(slot: Slot, source: Slot) -> None:
+    program, number = slot.resolve()
+    made, (_, origin) = program.storages[number], source.resolve()
+    if made.followed and made.made_of is None and origin != number:
+        made.made_of = program.origin(origin)
 
 
 def _is_recorded(source: Any = None) -> bool:

@@ -22,6 +22,7 @@ from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
 from lateinit._recording.writer import ProgramWriter, current
+from lateinit._replay import one_thread
 from lateinit._tensors import (
     ON_META,
     Guarded,
@@ -143,6 +144,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             recording.writer.settle()
         else:
             recording.writer.generators.restore()
+        recording.rest()
         _one_thread.release()
         self._release()
 
@@ -157,6 +159,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         if self._recording is not None:
             self._recording.close()
             self._recording.writer.generators.restore()
+            self._recording.rest()
         self._release()
 
     def _release(self) -> None:
@@ -195,6 +198,8 @@ class Recording:
         self._patches = Patches()
 
     def begin(self) -> None:
+        with one_thread:  # not while another thread drops ops
+            self.writer.program.recording = True
         self._patches.enter()
         self._modules.enter()
         here.writer = self.writer
@@ -225,6 +230,12 @@ class Recording:
         # After an error too: tensors that outlive a failed block must still refuse to be read.
         _guard_all(self.writer, self._modules)
 
+    def rest(self) -> None:
+        """Let what nobody needs be dropped, now that all is recorded."""
+        program = self.writer.program
+        program.recording = self._outer is not None and self._outer.program is program
+        program.rest()
+
 
 @contextlib.contextmanager
 def recording_block(writer: ProgramWriter) -> Iterator[None]:
@@ -236,8 +247,10 @@ def recording_block(writer: ProgramWriter) -> Iterator[None]:
         recording.end()
     except BaseException as error:
         recording.abandon(error.__traceback__)
+        recording.rest()
         raise
     recording.finish()
+    recording.rest()
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ from lateinit._torch import (
 from lateinit.errors import RecordingError
 
 _CPU = torch.device("cpu")
+# The meta kernels of torch/_meta_registrations.py give float32 in their place.
+_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
 def current() -> ProgramWriter | None:
@@ -173,6 +175,8 @@ class ProgramWriter:
                 f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
                 "after materialising"
             )
+        if any(type(v) is torch.dtype and v in _QUANTIZED for v in (*args, *kwargs.values())):
+            return record_by_running(self, info, args, kwargs, deferred)
         try:
             result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
         # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again

@@ -17,6 +17,7 @@ from lateinit._replay.chunks import (
     run_piece,
     words_of,
 )
+from lateinit._replay.dropping import costs_of, drop_later, needed_for
 from lateinit._replay.execution import Execution, execution_of, one_thread
 from lateinit._replay.session import Computed, Memory, Session, Storages
 from lateinit._replay.streams import recorded_seed
@@ -30,10 +31,13 @@ __all__ = [
     "Session",
     "Storages",
     "calls_of",
+    "costs_of",
+    "drop_later",
     "execution_of",
     "fill_of",
     "is_small",
     "late_of",
+    "needed_for",
     "one_thread",
     "pieces",
     "recorded_seed",

@@ -91,3 +91,8 @@ def execution_of(
             kept.pop(other, None)
     # setdefault is atomic: threads that come here at the same time get the same execution.
     return kept.get(key) or kept.setdefault(key, Execution(program, seed, past_holes))
+
+
+def forget_executions(program: Program) -> None:
+    """Forget what is known of running a program; it is found again when it is asked for."""
+    _known.pop(program, None)

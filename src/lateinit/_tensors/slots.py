@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._program import Program, TensorRef
+from lateinit._replay import drop_later
 from lateinit._tensors.cast import Real
 from lateinit._tensors.storage import SLOT, DeferredStorage
 from lateinit._torch import (
@@ -48,6 +49,16 @@ class Slot:
         self.real: Real | None = None
         self.waits = self.of_waiting = False
         self._shown: Callable[[], Tensor | None] = _nothing
+
+    def __del__(self) -> None:
+        if not hasattr(self, "number"):  # a pickle was not read to its end
+            return
+        program, number = self.resolve()
+        if number < len(program.storages):
+            program.storages[number].gone = True
+            program.gone += 1
+            if program.gone >= program.drop_at:
+                drop_later(program)
 
     def resolve(self) -> tuple[Program, int]:
         """The program and the storage's number in it, after any merging of programs."""

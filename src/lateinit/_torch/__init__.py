@@ -157,7 +157,16 @@ from lateinit._torch.storage import (
     sparse_parts,
     storage_key,
 )
-from lateinit._torch.surroundings import Noted, here, mend, noted, noted_modes, restoring, turn
+from lateinit._torch.surroundings import (
+    Noted,
+    here,
+    is_turn_taken,
+    mend,
+    noted,
+    noted_modes,
+    restoring,
+    turn,
+)
 from lateinit._torch.swap import (
     as_subclass,
     swap_implementation,
@@ -272,6 +281,7 @@ __all__ = [
     "is_storage_pickled",
     "is_torch_saving",
     "is_tracing",
+    "is_turn_taken",
     "is_typed_storage_indexed",
     "is_wrapper",
     "kwargs_to_meta",

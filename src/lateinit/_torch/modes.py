@@ -190,8 +190,14 @@ def outside() -> Iterator[None]:
 
 
 def graph_break() -> None:
-    """Have ``torch.compile`` run the call that it is tracing outside of its graph."""
-    torch._dynamo.graph_break()
+    """Have ``torch.compile`` run the call that it is tracing outside of its graph.
+
+    If the graph may not break, as in a strict ``torch.export``, torch raises with these words.
+    """
+    torch._dynamo.graph_break(
+        msg="a deferred tensor has no values yet that a graph could hold: call "
+        "lateinit.materialize() on it first"
+    )
 
 
 set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame

@@ -81,6 +81,11 @@ def turn() -> Any:
     return _turns[-1]
 
 
+def is_turn_taken() -> bool:
+    """Whether this thread is the one that has a turn, of whatever kind."""
+    return any(_turns_taken())
+
+
 def _turns_taken() -> list[bool]:
     return [lock._is_owned() for lock in _turns]
 

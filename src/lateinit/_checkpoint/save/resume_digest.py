@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lateinit._checkpoint.save.manifest import ShardFile
 from lateinit._program import Program
+from lateinit._replay import costs_of, needed_for
 from lateinit._torch import as_bytes
 
 
@@ -37,28 +38,32 @@ def fingerprint(shards: Iterable[ShardFile], metadata: dict[str, str], seed: int
 def _parts(
     shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None
 ) -> Iterator[bytes | memoryview]:
-    programs: dict[Program, None] = {}
+    programs: dict[Program, set[int]] = {}
     yield repr((sorted(metadata.items()), seed)).encode()
     for shard in shards:
         for item in shard.items:
             ref = item.deferred and item.deferred.ref
             yield repr((shard.file, item.entry, item.aliases, ref)).encode()
             if item.deferred is not None:
-                programs[item.deferred.program] = None
-    for program in programs:
-        yield from _program_parts(program, seed)
+                programs.setdefault(item.deferred.program, set()).add(item.deferred.ref.storage)
+    for program, storages in programs.items():
+        yield from _program_parts(program, storages, seed)
 
 
-def _program_parts(program: Program, seed: int | None) -> Iterator[bytes | memoryview]:
-    for op in program.ops:
+def _program_parts(
+    program: Program, storages: set[int], seed: int | None
+) -> Iterator[bytes | memoryview]:
+    # No other ops: those that no tensor needs may have been dropped (``Program.keep``).
+    needed = [program.ops[number] for number in sorted(needed_for(program, storages))]
+    for op in needed:
         yield repr((op, program.ambients[op.ambient])).encode()
-    for stream in program.streams:
+    for stream, costs in zip(program.streams, costs_of(program), strict=True):
         # The recorded state of a root stream does not matter where a seed replaces it.
         replaced = stream.root and seed is not None
-        yield repr((stream.device, stream.ops, None if replaced else stream.start)).encode()
+        yield repr((stream.device, costs, None if replaced else stream.start)).encode()
     yield repr(program.holes).encode()
-    for constant in program.constants:
-        yield from _data_parts(constant.tensor.detach())
+    for number in sorted(set().union(*(op.constants() for op in needed))):
+        yield from _data_parts(program.constants[number].tensor.detach())
 
 
 def _data_parts(tensor: Tensor) -> Iterator[bytes | memoryview]:
