@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from tests.zoo import catalog
+from tests.zoo import catalog, libraries
 from tests.zoo.check import DIFFERENT, REFUSED, Outcome
 from tests.zoo.pool import CRASH, TIMEOUT, check_all
 from tests.zoo.table import page, totals
@@ -31,12 +31,13 @@ BAD = (DIFFERENT, REFUSED, TIMEOUT, CRASH)
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     console = Console(stderr=True)
-    chosen = [t for t in catalog.model_types() if fnmatch.fnmatchcase(t, options.only)]
+    every = [*catalog.model_types(), *libraries.architectures()]
+    chosen = [t for t in every if fnmatch.fnmatchcase(t, options.only)]
     chosen = chosen[: options.limit]
     kept = {} if options.fresh else load(options.state)
     done = {t: kept[t] for t in chosen if t in kept}
     left = [t for t in chosen if t not in done]
-    console.print(f"{len(chosen)} model types, {len(done)} of them checked already")
+    console.print(f"{len(chosen)} architectures, {len(done)} of them checked already")
     started = time.perf_counter()
     for number, found in enumerate(
         check_all(left, options.jobs, options.seconds, options.threads), 1
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if number % 20 == 0 or number == len(left):
             save(options.state, kept | done)
     results = [outcome for t in chosen for outcome in done[t]]
-    write(options, results, complete=len(chosen) == len(catalog.model_types()))
+    write(options, results, complete=len(chosen) == len(every))
     console.print(totals(results))
     return int(any(outcome.status in BAD for outcome in results))
 

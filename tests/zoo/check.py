@@ -20,7 +20,7 @@ from lateinit._materialize import scheduler
 from lateinit._replay import chunks
 from tests.support.building import EAGER_POISON, LATE_POISON, SEED, poison
 from tests.support.snapshots import Snapshot, first_difference, snapshot, tensors_of
-from tests.zoo import catalog
+from tests.zoo import catalog, libraries
 from tests.zoo.hints import default_config
 from tests.zoo.shrink import RECIPES, Recipe, shrunk
 
@@ -65,7 +65,13 @@ class Built:
 
 
 def outcomes(model_type: str) -> Iterator[Outcome]:
-    """Check a model type: its bare model, and one with a head where there is one."""
+    """Check a model type: its bare model, and one with a head where there is one.
+
+    Or one architecture of another library, by a name such as ``timm/resnet18``.
+    """
+    if "/" in model_type:
+        yield of_library(model_type)
+        return
     try:
         bare, heads = catalog.classes(model_type)
         config = default_config(model_type)
@@ -107,6 +113,21 @@ def check(model_type: str, name: str, config: Any) -> Outcome:
         return dataclasses.replace(outcome, status=REFUSED, detail=one_line(error))
 
 
+def of_library(name: str) -> Outcome:
+    """The outcome of an architecture of another library, built as it is."""
+    outcome = Outcome(name, name.partition("/")[2], EQUAL)
+    try:
+        build = libraries.architectures()[name]
+        if not builds(build):
+            return dataclasses.replace(outcome, status=UNBUILT, detail="too big")
+    except Exception as error:  # noqa: BLE001 - an architecture may fail in any way
+        return dataclasses.replace(outcome, status=UNBUILT, detail=one_line(error))
+    try:
+        return compare(outcome, build)
+    except Exception as error:  # noqa: BLE001
+        return dataclasses.replace(outcome, status=REFUSED, detail=one_line(error))
+
+
 class UnbuildableError(Exception):
     """Eager construction fails too."""
 
@@ -119,7 +140,7 @@ def smallest(cls: Any, config: Any) -> tuple[Recipe, Any]:
         for part in (config,) if text is config else (config, text):
             try:
                 small = shrunk(part, recipe)
-                if builds(cls, small):
+                if builds(lambda: cls(copy.deepcopy(small))):  # noqa: B023 - called at once
                     return recipe, small
                 errors.append("too big")
             except ImportError as error:
@@ -131,13 +152,13 @@ def smallest(cls: Any, config: Any) -> tuple[Recipe, Any]:
     raise UnbuildableError(next((e for e in errors if e != "too big"), "too big"))
 
 
-def builds(cls: Any, config: Any) -> bool:
-    """Whether a class can be built, and is small; raises what its constructor raises."""
+def builds(build: Callable[[], nn.Module]) -> bool:
+    """Whether a model can be built, and is small; raises what its constructor raises."""
     with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
         # Where values are read, which meta does not have, the size is not known beforehand.
-        if elements(cls(copy.deepcopy(config))) > MOST_ELEMENTS:
+        if elements(build()) > MOST_ELEMENTS:
             return False
-    return elements(cls(copy.deepcopy(config))) <= MOST_ELEMENTS
+    return elements(build()) <= MOST_ELEMENTS
 
 
 def elements(model: nn.Module) -> int:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 INTRODUCTION = """# The zoo
 
-Every model type of `transformers`, its default configuration made small, built eagerly and
+Every model type of `transformers`, its default configuration made small, and what is installed of
+diffusers (every model whose arguments all have defaults), peft (every method, on a small GPT-2),
+timm (one model of each of its files) and torchvision (one of each family), built eagerly and
 deferred from one seed. *Equal* means: every parameter, every buffer (non-persistent ones too) and
 every tensor kept as a plain attribute has the same bits, dtype, shape, strides, `requires_grad`,
 ties and shared storages; every plain value on the modules is the same; torch's, NumPy's and
@@ -44,7 +46,7 @@ def totals(results: list[Outcome]) -> str:
     tensors, elements = sum(r.tensors for r in done), sum(r.elements for r in done)
     ops, draws, reads = (sum(getattr(r, k) for r in done) for k in ("ops", "draws", "reads"))
     seconds = {k: sum(getattr(r, k) for r in done) for k in ("eager", "record", "materialize")}
-    return f"""- {len(types)} model types: {len(equal)} are equal to their eager twin, \
+    return f"""- {len(types)} architectures: {len(equal)} are equal to their eager twin, \
 {len(wrong)} are not, {len(types - equal - wrong)} cannot be built eagerly either
 - {len(results)} classes: {described(Counter(r.status for r in results))}
 - {tensors:,} tensors, {elements:,} parameter elements, \

@@ -209,6 +209,6 @@ def test_the_page_lists_what_went_wrong_and_why():
         Outcome("absent", "", UNBUILT, "needs the package timm"),
     ]
     text = table.page(results)
-    assert "3 model types: 1 are equal to their eager twin, 1 are not, 1 cannot" in text
+    assert "3 architectures: 1 are equal to their eager twin, 1 are not, 1 cannot" in text
     assert "| `bad` | Bad | weight: bits |" in text
     assert "| `absent` |  | needs the package timm |" in text
