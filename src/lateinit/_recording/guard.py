@@ -45,6 +45,7 @@ from lateinit._recording.answers import (
 )
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
+from lateinit._recording.optimizers import watch_optimizers
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.writer import current
@@ -520,6 +521,7 @@ def _rebuild(
     tensor.__dict__.update(state)
     slot.show(tensor)
     guard(tensor)
+    watch_optimizers(slot.resolve()[0])
     return tensor
 
 
