@@ -17,9 +17,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import guard
+from lateinit._recording.guard import guard, watch
 from lateinit._recording.holes import Hole, reserve
-from lateinit._recording.optimizers import watch_optimizers
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
 from lateinit._recording.writer import ProgramWriter, current
@@ -212,7 +211,7 @@ class Recording:
         self._modules.leave()
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
-        watch_optimizers(self.writer.program)
+        watch(self.writer.program)
         _guard_all(self.writer, self._modules)
 
 

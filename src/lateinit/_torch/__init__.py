@@ -137,6 +137,7 @@ from lateinit._torch.script import (
     constants_of_script,
     construct_script_module,
     held_by_script,
+    tell_of_script_saves,
 )
 from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
@@ -315,6 +316,7 @@ __all__ = [
     "swap_implementation",
     "swap_with_hooks",
     "tell_of_new_dtensors",
+    "tell_of_script_saves",
     "tensors_in",
     "to_copy",
     "to_meta",
