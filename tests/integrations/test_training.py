@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import inspect
 import io
 import pickle
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -194,19 +192,6 @@ def test_the_state_of_weights_without_values_gets_none() -> None:
     waiting = [lateinit.is_deferred(steps.state[p]["sum"]) for p in model.parameters()]
     assert waiting == [lateinit.is_deferred(p) for p in model.parameters()]
     assert {False, True} == set(waiting)
-
-
-def test_nothing_is_heard_of_a_step_when_no_tensor_is_deferred() -> None:
-    gc.collect()
-    before = len(_global_optimizer_pre_hooks)
-    model = late()
-    assert len(_global_optimizer_pre_hooks) == before + 1
-    copied = pickle.loads(pickle.dumps(model))
-    del model
-    assert len(_global_optimizer_pre_hooks) == before + 1
-    lateinit.materialize(copied)
-    gc.collect()
-    assert len(_global_optimizer_pre_hooks) == before
 
 
 def test_an_average_of_weights_is_kept_of_a_deferred_model() -> None:

@@ -17,10 +17,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import guard, watch
+from lateinit._recording.guard import guard
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
+from lateinit._recording.unheard import watch
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import ON_META, Guarded, is_deferred_tensor, own_tensors, slot_of
 from lateinit._torch import (

@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
-from lateinit._program import Program, TensorRef
+from lateinit._program import TensorRef
 from lateinit._recording import composite_ops
 from lateinit._recording.after_block import (
     Follower,
@@ -45,10 +45,9 @@ from lateinit._recording.answers import (
 )
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
-from lateinit._recording.optimizers import watch_optimizers
 from lateinit._recording.recorder import in_force
-from lateinit._recording.scripts import watch_script_saves
 from lateinit._recording.shards import watch_new_shards
+from lateinit._recording.unheard import watch
 from lateinit._recording.writer import current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
@@ -470,12 +469,6 @@ def guard(tensor: Tensor) -> None:
         if has_own_dispatch(tensor):
             tensor.__class__ = guarding
         raise
-
-
-def watch(program: Program) -> None:
-    """Have torch tell us of what no guard hears, as long as tensors of a program are deferred."""
-    watch_optimizers(program)
-    watch_script_saves(program)
 
 
 def _mark(tensor: Tensor) -> None:

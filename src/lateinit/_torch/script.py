@@ -92,20 +92,19 @@ def constants_of_script(module: nn.Module) -> list[Tensor]:
     ]
 
 
-def tell_of_script_saves(listener: Callable[[nn.Module], None] | None) -> bool:
+def tell_of_script_saves(listener: Callable[..., None] | None) -> None:
     """Call ``listener`` with each scripted module before it is saved; None ends that."""
     for name, save in _SAVES.items():
         told = save if listener is None else _telling(listener, save)
         # The end of torch/jit/_script.py copies the methods, for traced modules and subclasses.
         setattr(RecursiveScriptModule, name, told)
         setattr(_ScriptModule, name, told)
-    return True
 
 
-def _telling(listener: Callable[[nn.Module], None], save: Callable[..., Any]) -> Callable[..., Any]:
+def _telling(listener: Callable[..., None], save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
-    def told(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        listener(module)
-        return save(module, *args, **kwargs)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        listener(*args, **kwargs)
+        return save(*args, **kwargs)
 
     return told
