@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lateinit
@@ -62,38 +66,145 @@ def test_data_parallel_training_needs_values() -> None:
     assert torch.equal(wrapped(X), eager()(X))
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.3),
-        torch.optim.AdamW,
-        lambda p: torch.optim.SGD(p, momentum=0.9),
-        torch.optim.Rprop,
-        torch.optim.ASGD,
-    ],
-)
-def test_an_optimizer_that_came_first_steps_as_eagerly(optimizer: Callable[..., Any]) -> None:
-    def trained(model: nn.Module) -> list[torch.Tensor]:
-        steps = optimizer(model.parameters())
-        lateinit.materialize(model)
+class Lookahead(torch.optim.SGD):
+    """Keeps the weights that it began with, and a list of tensors, from the start."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] |= {"slow": p.detach().clone(), "sums": [torch.zeros_like(p)]}
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for p, state in self.state.items():
+            torch._foreach_add_(state["sums"], [p.grad])
+            p.data = state["slow"].lerp_(p.detach(), 0.5).clone()
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "": {},
+    "amsgrad": {"amsgrad": True},
+    "capturable": {"capturable": True},
+    "differentiable": {"differentiable": True},
+    "for loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "foreach, lr a tensor": {"foreach": True, "lr": torch.tensor(0.03), "capturable": True},
+    "fused": {"fused": True},
+    "momentum": {"momentum": 0.9},
+}
+
+
+def optimizers() -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
+    """Each optimizer of torch, in each of its ways to step; but SparseAdam needs sparse grads."""
+    made: dict[str, Any] = {"Lookahead": lambda m: Lookahead(m.parameters())}
+    for name, cls in vars(torch.optim).items():
+        known = inspect.signature(cls).parameters if inspect.isclass(cls) else {}
+        if "lr" not in known or name == "SparseAdam":
+            continue
+        for flag, given in FLAGS.items():
+            if known.keys() >= given.keys():
+                made[f"{name} {flag}"] = functools.partial(built, cls, {"lr": 0.01} | given)
+    made["Adagrad from 0.3"] = functools.partial(built, torch.optim.Adagrad, FROM)
+    return dict(sorted(made.items()))
+
+
+FROM = {"initial_accumulator_value": 0.3, "foreach": True}
+
+
+def built(cls: Any, given: dict[str, Any], model: nn.Module) -> Any:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    return cls(matrices if cls.__name__ == "Muon" else model.parameters(), **given)
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What two steps leave of the weights and of the state, or that torch refuses the first."""
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = model(X).pow(2).sum()
+        value.backward()
+        return value
+
+    try:
         for _ in range(2):
-            steps.zero_grad()
-            model(X).pow(2).sum().backward()
-            steps.step()
-        return [p.detach() for p in model.parameters()]
+            loss()
+            optimizer.step(loss if isinstance(optimizer, torch.optim.LBFGS) else None)
+    except (AssertionError, RuntimeError) as error:
+        return [str(error)]
+    return [*model.parameters(), *pytree.tree_leaves(list(optimizer.state.values()))]
 
-    assert all(map(torch.equal, trained(eager()), trained(late())))
+
+def assert_equal(expected: list[Any], found: list[Any]) -> None:
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        assert type(a) is type(b)
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert same, (a, b)
 
 
-def test_an_average_of_weights_is_kept_or_says_what_to_materialize() -> None:
+@pytest.mark.parametrize("optimizer", optimizers())
+def test_an_optimizer_that_came_first_steps_as_eagerly(optimizer: str) -> None:
+    make, model, deferred = optimizers()[optimizer], eager(), late()
+    expected, found = make(model), make(deferred)
+    lateinit.materialize(deferred)
+    assert_equal(stepped(model, expected), stepped(deferred, found))
+
+
+@pytest.mark.parametrize("optimizer", ["Adagrad foreach", "Adam foreach", "Lookahead"])
+@pytest.mark.parametrize("way", ["in the block", "deepcopy", "pickle"])
+def test_an_optimizer_is_made_and_copied_with_a_deferred_model(optimizer: str, way: str) -> None:
+    def made() -> Any:
+        model = Net()
+        return model, optimizers()[optimizer](model)
+
+    copies = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+    torch.manual_seed(0)
+    expected = made()
+    torch.manual_seed(0)
+    found = lateinit.deferred_init(made)
+    if way != "in the block":
+        found = copies[way](found)
+    lateinit.materialize(found[0])
+    assert_equal(stepped(*expected), stepped(*found))
+
+
+@pytest.mark.parametrize("optimizer", ["Adagrad foreach", "Adam for loop", "Adam fused"])
+def test_the_state_of_an_optimizer_is_loaded_before_there_are_weights(optimizer: str) -> None:
+    make, model, deferred = optimizers()[optimizer], eager(), late()
+    trained = make(model)
+    stepped(model, trained)
+    state = copy.deepcopy(trained.state_dict())
+    loaded = make(deferred)
+    loaded.load_state_dict(copy.deepcopy(state))
+    lateinit.materialize(deferred)
+    again = eager()
+    expected = make(again)
+    expected.load_state_dict(state)
+    assert_equal(stepped(again, expected), stepped(deferred, loaded))
+
+
+def test_the_state_of_weights_without_values_gets_none() -> None:
     model = late()
-    average = AveragedModel(model)
-    lateinit.materialize(model)
-    with pytest.raises(DeferredTensorError, match="was moved to the device of that one: call"):
-        average.update_parameters(model)
-    lateinit.materialize(average)
-    average.update_parameters(model)
-    assert torch.equal(average(X), eager()(X))
+    steps = torch.optim.Adagrad(model.parameters(), foreach=True)
+    lateinit.materialize(model.down)
+    steps.step()
+    waiting = [lateinit.is_deferred(steps.state[p]["sum"]) for p in model.parameters()]
+    assert waiting == [lateinit.is_deferred(p) for p in model.parameters()]
+    assert {False, True} == set(waiting)
+
+
+def test_an_average_of_weights_is_kept_of_a_deferred_model() -> None:
+    def averaged(model: Net) -> torch.Tensor:
+        average = AveragedModel(model)
+        for _ in range(2):
+            lateinit.materialize(model)
+            average.update_parameters(model)
+            with torch.no_grad():
+                model.up.bias.add_(1)
+        return average(X)
+
+    assert torch.equal(averaged(late()), averaged(eager()))
 
 
 def test_a_target_network_takes_the_weights_of_another_while_both_are_deferred() -> None:

@@ -55,6 +55,23 @@ NO_MATCH = ("PatternError: .* matches no tensor",)
 ONE_PLACE = ("shares its memory with a tensor that was materialised", "in several dtypes")
 HALF_REAL = ("cannot pickle a deferred tensor whose storage is shared",)
 
+WRITES = {
+    "zero": lambda t: t.zero_(),
+    "mul": lambda t: t.mul_(2),
+    "data": lambda t: t.data.fill_(1),
+    "first": lambda t: t.__setitem__(0, 1) if t.dim() else t.fill_(1),
+    "normal": lambda t: nn.init.normal_(t) if t.is_floating_point() else t.zero_(),
+    "constant": lambda t: nn.init.constant_(t, 0.3) if t.is_floating_point() else t.fill_(1),
+    "kaiming": lambda t: nn.init.kaiming_uniform_(t) if t.dim() > 1 else t.zero_(),
+    "copy": lambda t: t.copy_(torch.arange(t.numel()).view(t.shape)),
+}
+OPTIMIZERS: dict[str, Any] = {
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, foreach=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+}
+
 
 class CallSequences(RuleBasedStateMachine):
     """One pair is called at a time; those that it was copied from stay, and must not change."""
@@ -153,7 +170,7 @@ class CallSequences(RuleBasedStateMachine):
         _, part = self.part(number)
         mine = {id(t) for t in _tensors_of(part)}
         taken = {p for p, t in self.pair.deferred().items() if id(t) in mine}
-        if shares_outside(self.pair, taken):
+        if shares_outside(self.pair, taken, self.pairs):
             return
         expected = [self.pair.twin.tensors()[path] for path in taken]
         both(
@@ -194,6 +211,26 @@ class CallSequences(RuleBasedStateMachine):
 
         twin, late = self.pair.sides
         both(self.pair, lambda: load(late), lambda: load(twin), refusals=self.unknown())
+
+    @precondition(lambda self: not self.pair.lazy and len(self.pairs) < 4)
+    @rule(assign=st.booleans(), real=st.booleans(), every=st.integers(1, 2))
+    def load_from_another(self, assign: bool, real: bool, every: int) -> None:
+        """The state dict of a model of the same class, which stays: what is assigned is shared."""
+        other = twins(type(self.pair.twin.model))
+        own = self.pair.late.model.state_dict().values()
+        # To copy a deferred tensor into a real one needs its values.
+        if other.lazy or not (assign or real or all(map(lateinit.is_deferred, own))):
+            return
+        if real:
+            lateinit.materialize(other.late.model)
+
+        def load(side: Side, source: Side) -> None:
+            state = dict(list(source.model.state_dict().items())[::every])
+            side.model.load_state_dict(state, strict=every == 1, assign=assign)
+
+        twin, late = self.pair.sides
+        both(self.pair, lambda: load(late, other.late), lambda: load(twin, other.twin))
+        self.pairs.insert(0, other)
 
     @rule(every=st.integers(1, 3), first=st.integers(0, 2), wide=st.booleans())
     def load_checkpoint(self, every: int, first: int, wide: bool) -> None:
@@ -278,12 +315,22 @@ class CallSequences(RuleBasedStateMachine):
 
     # -- training ----------------------------------------------------------------------------------
 
-    @rule()
-    def build_optimizer(self) -> None:
+    @rule(kind=st.sampled_from(sorted(OPTIMIZERS)))
+    def build_optimizer(self, kind: str) -> None:
+        if self.pair.lazy and kind == "Adagrad":  # whose state has the shape of the parameters
+            return
         for side in self.pair.sides:
             parameters = trainable(side.model)
             if parameters:
-                side.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+                side.optimizer = OPTIMIZERS[kind](parameters)
+
+    @rule()
+    def load_optimizer(self) -> None:
+        twin, late = self.pair.sides
+        if twin.optimizer is not None and late.optimizer is not None:
+            state = twin.optimizer.state_dict()
+            for side in (twin, late):
+                side.optimizer.load_state_dict(copy.deepcopy(state))
 
     @precondition(lambda self: not self.pair.lazy and not any(self.deferred_parameters()))
     @rule()
@@ -292,8 +339,15 @@ class CallSequences(RuleBasedStateMachine):
         if not trainable(pair.twin.model):
             return
         if pair.twin.optimizer is None:
-            self.build_optimizer()
+            self.build_optimizer("SGD")
         both(pair, *(lambda s=s: step(s.model, s.optimizer) for s in reversed(pair.sides)))
+
+    @rule()
+    def materialize_and_train(self) -> None:
+        """Soon after an optimizer was built on what is deferred."""
+        self.materialize_everything()
+        if not self.pair.lazy:
+            self.train()
 
     @precondition(lambda self: not self.pair.lazy and not self.pair.deferred())
     @rule()
@@ -340,7 +394,7 @@ class CallSequences(RuleBasedStateMachine):
             for side, made in zip(self.pair.sides, done, strict=True):
                 side.held.append(made)
 
-    @rule(number=NUMBERS, write=st.sampled_from(["zero", "mul", "data", "first", "normal", "copy"]))
+    @rule(number=NUMBERS, write=st.sampled_from(sorted(WRITES)))
     def write(self, number: int, write: str) -> None:
         _, twin, late = self.tensors(number)
 
@@ -349,6 +403,27 @@ class CallSequences(RuleBasedStateMachine):
                 WRITES[write](tensor)
 
         both(self.pair, lambda: written(late), lambda: written(twin), refusals=self.no_values())
+
+    @rule(number=NUMBERS, of_another=st.booleans())
+    def set_data(self, number: int, of_another: bool) -> None:
+        """`tensor.data = value`: what shares its memory keeps the values that it had."""
+        _, twin, late = self.tensors(number)
+        values = [twin.detach().mul(3).to(twin.dtype) for _ in range(2)]
+
+        def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
+            tensor.data = tensor.data.clone() if of_another else value
+
+        both(self.pair, lambda: put(late, values[1]), lambda: put(twin, values[0]))
+
+    @rule(number=NUMBERS)
+    def empty(self, number: int) -> None:
+        _, part = self.part(number)
+        tensors = [*part.parameters(), *part.buffers()]
+        # Real tensors that come before a deferred one are emptied before that is asked for.
+        if tensors and all(map(lateinit.is_deferred, tensors)):
+            refusals = ("Module.to_empty would lose",)
+            done = both(self.pair, lambda: part.to_empty(device="cpu"), refusals=refusals)
+            assert done is REFUSED
 
     @rule(number=NUMBERS)
     def read(self, number: int) -> None:
@@ -433,15 +508,6 @@ VIEWS = {
     "tail": lambda t: t[1:] if t.dim() else t[None],
     "twice": lambda t: t.detach().expand(2, *t.shape),
 }
-WRITES = {
-    "zero": lambda t: t.zero_(),
-    "mul": lambda t: t.mul_(2),
-    "data": lambda t: t.data.fill_(1),
-    "first": lambda t: t.__setitem__(0, 1) if t.dim() else t.fill_(1),
-    "normal": lambda t: nn.init.normal_(t) if t.is_floating_point() else t.zero_(),
-    "copy": lambda t: t.copy_(torch.arange(t.numel()).view(t.shape)),
-}
-
 TestCallSequences = CallSequences.TestCase
 TestCallSequences.settings = settings(
     max_examples=int(os.environ.get("LATEINIT_SEQUENCES", "60")),

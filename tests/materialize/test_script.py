@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lateinit
-from lateinit.errors import MaterializeError
+from lateinit.errors import DeferredTensorError, MaterializeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
@@ -69,6 +70,7 @@ BUILT: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
 }
 X = torch.ones(2, 4)
+NOT_SAVED = r"torch\.jit\.save needs the values of the deferred tensor .*lateinit\.materialize"
 
 
 def twins(name: str) -> tuple[nn.Module, nn.Module]:
@@ -130,6 +132,56 @@ def test_a_scripted_module_is_saved_and_copied_as_eagerly(tmp_path: Any) -> None
     torch.jit.save(late, tmp_path / "late.pt")
     assert torch.jit.load(tmp_path / "late.pt")(X).equal(eager(X))
     assert late.plain.equal(eager.plain)
+
+
+@pytest.mark.parametrize("name", sorted(BUILT.keys() - {"nested", "tied"}))
+def test_a_scripted_module_is_not_saved_without_its_parameters(name: str, tmp_path: Any) -> None:
+    eager, late = twins(name)
+    for save in (torch.jit.save, type(late).save):
+        with pytest.raises(DeferredTensorError, match=NOT_SAVED):
+            save(late, str(tmp_path / "late.pt"))
+    with pytest.raises(DeferredTensorError, match=NOT_SAVED):
+        torch.jit.save(late, io.BytesIO())
+    assert not list(tmp_path.iterdir())
+    lateinit.materialize(late)
+    torch.jit.save(late, str(tmp_path / "late.pt"))
+    assert torch.jit.load(tmp_path / "late.pt")(X).equal(eager(X))
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.randn(4))
+        self.plain = torch.randn(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.kept + self.plain
+
+
+def test_a_scripted_module_is_saved_if_it_has_no_parameters(tmp_path: Any) -> None:
+    torch.manual_seed(6)
+    eager = Tables()
+    torch.manual_seed(6)
+    late = lateinit.deferred_init(lambda: torch.jit.script(Tables()))
+    state = torch.get_rng_state()
+    torch.jit.save(late, tmp_path / "late.pt")
+    assert state.equal(torch.get_rng_state())
+    assert torch.jit.load(tmp_path / "late.pt")(X).equal(eager(X))
+    assert late(X).equal(eager(X))
+
+
+def test_a_module_that_is_scripted_after_the_block_is_not_saved_without_values() -> None:
+    late = torch.jit.script(lateinit.deferred_init(nn.Linear, 4, 4))
+    with pytest.raises(DeferredTensorError, match=NOT_SAVED):
+        torch.jit.save(late, io.BytesIO())
+
+
+def test_a_scripted_module_with_a_deferred_constant_is_not_saved() -> None:
+    late = lateinit.deferred_init(
+        lambda: torch.jit.freeze(torch.jit.script(nn.Linear(4, 4)).eval())
+    )
+    with pytest.raises(DeferredTensorError, match=NOT_SAVED):
+        torch.jit.save(late, io.BytesIO())
 
 
 @pytest.mark.parametrize("outer", [lambda m: m, nn.Sequential])

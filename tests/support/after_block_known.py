@@ -59,10 +59,6 @@ torch asks nothing of a deferred tensor or storage that is given to a real one
     foreign error | all | data of real = it*0
     foreign error | local | real set_ of its storage*0; tensor on its storage*
     foreign error | plain, buffer, parameter, shard | real storage copy_*0
-gloo asks first: a tensor in a list of lists is not heard
-    foreign error | local | all_gather into it*0; scatter into real*0
-torch makes a tensor on the device that a parameter says, meta, and asks for its values
-    sometimes foreign error | waiting | Normal.sample*; distributions*
 on meta torch.masked.median is refused as not deterministic
     sometimes foreign error | waiting, dtensor | masked.median 1 *
 torch's parser takes no tensors with a hook for this out=

@@ -363,11 +363,13 @@ def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
         tensor.data = cast.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def shares_outside(pair: Pair, taken: set[str]) -> bool:
-    """Whether a deferred tensor beside those that are taken has memory of theirs."""
+def shares_outside(pair: Pair, taken: set[str], pairs: list[Pair]) -> bool:
+    """Whether a deferred tensor beside those that are taken of one pair has memory of theirs."""
     storages: dict[int, set[bool]] = {}
-    for path, tensor in pair.deferred().items():
-        storages.setdefault(tensor.untyped_storage()._cdata, set()).add(path in taken)
+    for each in pairs:
+        for path, tensor in each.deferred().items():
+            mine = each is pair and path in taken
+            storages.setdefault(tensor.untyped_storage()._cdata, set()).add(mine)
     return any(len(found) > 1 for found in storages.values())
 
 

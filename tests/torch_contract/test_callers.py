@@ -32,6 +32,7 @@ from lateinit._torch.callers import (
     callers,
     class_of_new_parameter,
     close_contexts,
+    collective_that_compares,
     innermost_foreign_line,
     is_batching,
     is_dcp_writing,
@@ -167,6 +168,49 @@ def test_what_a_module_of_torch_needs_that_asks_for_a_device() -> None:
     with alone_as(0, 1):
         nn.parallel.DistributedDataParallel(layer)
     assert Meant.PARALLEL in AsksItsDevice.heard
+    AsksItsDevice.heard.clear()
+    torch.distributions.Normal(tensor, 1.0)
+    assert set(AsksItsDevice.heard) == {Meant.RECORDED}
+
+
+def test_an_optimizer_moves_the_state_that_it_loads_to_the_device_of_the_weight() -> None:
+    """torch/optim/optimizer.py: _process_value_according_to_param_policy."""
+    weight = nn.Parameter(torch.ones(2).as_subclass(AsksItsDevice))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    groups = optimizer.state_dict()["param_groups"]
+    AsksItsDevice.heard.clear()
+    optimizer.load_state_dict({"state": {0: {"sum": torch.ones(2)}}, "param_groups": groups})
+    assert set(AsksItsDevice.heard) == {Meant.RECORDED}
+
+
+class AsksItsDtype(torch.Tensor):
+    """Notes what compares its dtype."""
+
+    heard: ClassVar[list[str | None]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.dtype.__get__:
+            cls.heard.append(collective_that_compares())
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["all_gather", "gather", "scatter"])
+def test_a_collective_compares_the_dtypes_of_a_list_of_lists(name: str) -> None:
+    """torch/distributed/distributed_c10d.py: _ensure_all_tensors_same_dtype."""
+    tensor, listed = torch.ones(2), torch.ones(2).as_subclass(AsksItsDtype)
+    given: dict[str, tuple[Any, Any]] = {
+        "all_gather": ([listed], tensor),
+        "gather": (tensor, [listed]),
+        "scatter": (tensor, [listed]),
+    }
+    AsksItsDtype.heard.clear()
+    with alone_as(0, 1):
+        getattr(torch.distributed, name)(*given[name])
+    assert name in AsksItsDtype.heard
+    AsksItsDtype.heard.clear()
+    assert listed.dtype == torch.float32
+    assert AsksItsDtype.heard == [None]
 
 
 class Listening(Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lateinit._torch import (
     constants_of_script,
     construct_script_module,
     held_by_script,
+    tell_of_script_saves,
 )
 from lateinit._torch.swap import swap
 
@@ -71,3 +73,29 @@ def test_freezing_makes_constants_of_parameters() -> None:
     assert held_by_script([frozen]) == []
     assert {tuple(constant.shape) for constant in constants_of_script(frozen)} == {(2,)}
     assert constants_of_script(Holder()) == []
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2))])
+def test_saving_a_scripted_module_calls_a_method_of_it(make: Any, tmp_path: Any) -> None:
+    """torch/jit/_serialization.py: save calls ``m.save`` or ``m.save_to_buffer``."""
+    told: list[Any] = []
+    module = make(Holder())
+    tell_of_script_saves(lambda m, *_, **__: told.append(m))
+    try:
+        torch.jit.save(module, tmp_path / "a.pt")
+        torch.jit.save(module, io.BytesIO())
+        module.save(str(tmp_path / "b.pt"))
+    finally:
+        tell_of_script_saves(None)
+    assert told == [module] * 3
+    torch.jit.save(module, io.BytesIO())
+    assert len(told) == 3
+
+
+def test_saving_a_scripted_module_asks_no_tensor_on_meta_for_its_values() -> None:
+    """torch/csrc/jit/serialization/export_module.cpp: else the guard would hear it."""
+    module = torch.jit.script(Holder().to("meta"))
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    assert torch.jit.load(file).weight.is_meta

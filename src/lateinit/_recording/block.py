@@ -21,6 +21,7 @@ from lateinit._recording.guard import guard
 from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
+from lateinit._recording.unheard import watch
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
@@ -228,6 +229,7 @@ class Recording:
         self._modules.leave()
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
+        watch(self.writer.program)
         _guard_all(self.writer, self._modules)
 
     def rest(self) -> None:

@@ -47,6 +47,7 @@ from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
+from lateinit._recording.unheard import watch
 from lateinit._recording.writer import current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
@@ -520,6 +521,7 @@ def _rebuild(
     tensor.__dict__.update(state)
     slot.show(tensor)
     guard(tensor)
+    watch(slot.resolve()[0])
     return tensor
 
 

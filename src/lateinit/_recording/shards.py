@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
-from lateinit._program import Program
 from lateinit._recording.after_block import (
     as_meant,
     device_to,
@@ -31,6 +30,7 @@ from lateinit._recording.after_block import (
 )
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK
+from lateinit._recording.watched import Watched
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
     Deferred,
@@ -50,7 +50,6 @@ from lateinit._torch import (
     rewrap,
     tell_of_new_dtensors,
     tensors_in,
-    turn,
     why_is_meta,
     without_subclass_functions,
 )
@@ -63,34 +62,6 @@ class _Here(threading.local):
 
 
 _here = _Here()
-
-
-class _Watched:
-    """The programs whose shards are to be guarded, for as long as these live.
-
-    A ``DTensor`` has no hook for its making, so its constructor is replaced while there are any.
-    """
-
-    _lock = turn()
-    _programs: ClassVar[set[int]] = set()
-
-    def add(self, program: Program) -> None:
-        """Watch a program until it dies."""
-        key = id(program)
-        with self._lock:
-            if key not in self._programs and tell_of_new_dtensors(guard_shard):
-                self._programs.add(key)
-                weakref.finalize(program, self._remove, key).atexit = False
-
-    def _remove(self, key: int) -> None:
-        with self._lock:
-            self._programs.discard(key)
-            if not self._programs:
-                tell_of_new_dtensors(None)
-
-
-watch_new_shards = _Watched().add
-"""Guard each ``DTensor`` that is made of the tensors of a program from now on."""
 
 
 @functools.cache
@@ -117,6 +88,13 @@ def guard_shard(tensor: Tensor) -> None:
         slot = slot_of(held(tensor))
         if slot is not None:
             slot.waits = True
+
+
+# A ``DTensor`` has no hook for its making, so its constructor is replaced.
+watch_new_shards = Watched(
+    partial(tell_of_new_dtensors, guard_shard), partial(tell_of_new_dtensors, None)
+).add
+"""Guard each ``DTensor`` that is made of the tensors of a program from now on."""
 
 
 def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:

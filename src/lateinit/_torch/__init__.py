@@ -33,6 +33,7 @@ from lateinit._torch.callers import (
     attention_without_fused_kernel,
     caller,
     class_of_new_parameter,
+    collective_that_compares,
     innermost_foreign_line,
     is_batching,
     is_dcp_writing,
@@ -137,6 +138,7 @@ from lateinit._torch.script import (
     constants_of_script,
     construct_script_module,
     held_by_script,
+    tell_of_script_saves,
 )
 from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
@@ -231,6 +233,7 @@ __all__ = [
     "caller",
     "checksum",
     "class_of_new_parameter",
+    "collective_that_compares",
     "constants_of_script",
     "construct_script_module",
     "copied_with_strides",
@@ -325,6 +328,7 @@ __all__ = [
     "swap_implementation",
     "swap_with_hooks",
     "tell_of_new_dtensors",
+    "tell_of_script_saves",
     "tensors_in",
     "to_copy",
     "to_meta",

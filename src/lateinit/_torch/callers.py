@@ -37,6 +37,7 @@ _REDUCE = torch.Tensor._reduce_ex_internal.__code__
 _TYPED_STORAGE = torch.Tensor._typed_storage.__code__
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
+_COMPARING = "_ensure_all_tensors_same_dtype"  # of torch/distributed/distributed_c10d.py
 _ITEMS = {torch.TypedStorage._getitem.__code__, torch.TypedStorage._setitem.__code__}
 # torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
 # not called, and what they say in a block.
@@ -123,6 +124,10 @@ class Meant(enum.Enum):
 _MEANT = {
     # planner_helpers.py and state_dict.py replace meta tensors in place of loading into them.
     "torch.distributed.checkpoint": Meant.RECORDED,
+    # optimizer.py: load_state_dict moves the state to the device of the parameter.
+    "torch.optim": Meant.RECORDED,
+    # utils.py: broadcast_all makes a tensor of a number there, next to a tensor.
+    "torch.distributions": Meant.RECORDED,
     # Observers are made on the device of the weights.
     "torch.ao": Meant.RECORDED,
     # meta_utils.py: the device that a fake tensor says, as in torch.export.
@@ -236,6 +241,21 @@ def is_dcp_writing(between: int = 0) -> bool:
     """
     name: str = _frame(1 + between).f_globals.get("__name__", "")
     return name == "torch.distributed.checkpoint.filesystem"
+
+
+def collective_that_compares(between: int = 0) -> str | None:
+    """The function of ``torch.distributed`` that compares dtypes, if it reads the property asked.
+
+    Each that takes a list of tensors does so first. Of a list of lists nothing is heard later: the
+    dispatcher asks no tensor in it (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
+
+    Args:
+        between: how many frames lie between the two.
+    """
+    frame = _frame(1 + between)
+    if frame.f_code.co_name != _COMPARING or frame.f_back is None:
+        return None
+    return frame.f_back.f_code.co_name
 
 
 def is_pointer_followed(between: int = 0) -> bool:

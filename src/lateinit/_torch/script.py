@@ -6,7 +6,8 @@ tensor objects anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,17 @@ _ScriptModule: Any = torch.jit.ScriptModule
 RecursiveScriptModule: Any = torch.jit._script.RecursiveScriptModule
 construct_script_module = RecursiveScriptModule.__init__
 """What every scripted or traced module is made by (torch/jit/_script.py)."""
+
+# torch/jit/_script.py: torch.jit.save calls one of the first two, and C++ does the rest.
+_SAVES = {
+    name: vars(RecursiveScriptModule)[name]
+    for name in (
+        "save",
+        "save_to_buffer",
+        "_save_for_lite_interpreter",
+        "_save_to_buffer_for_lite_interpreter",
+    )
+}
 
 
 class Held(NamedTuple):
@@ -78,3 +90,21 @@ def constants_of_script(module: nn.Module) -> list[Tensor]:
         for node in cpp._get_method(name).graph.findAllNodes("prim::Constant", recurse=True)
         if node.hasAttribute("value") and node.kindOf("value") == "t"
     ]
+
+
+def tell_of_script_saves(listener: Callable[..., None] | None) -> None:
+    """Call ``listener`` with each scripted module before it is saved; None ends that."""
+    for name, save in _SAVES.items():
+        told = save if listener is None else _telling(listener, save)
+        # The end of torch/jit/_script.py copies the methods, for traced modules and subclasses.
+        setattr(RecursiveScriptModule, name, told)
+        setattr(_ScriptModule, name, told)
+
+
+def _telling(listener: Callable[..., None], save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        listener(*args, **kwargs)
+        return save(*args, **kwargs)
+
+    return told

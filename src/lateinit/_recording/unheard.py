@@ -1,0 +1,80 @@
+"""Hear of what torch does with deferred tensors and no guard is asked about.
+
+- A step of an optimizer: what it made of parameters when it was built, such as the sums of
+  ``Adagrad``, is deferred as they are. Most steps use it in ops. But torch/optim/optimizer.py may
+  group it by device in C++ first (``torch._C._group_tensors_by_device_and_dtype``).
+- Saving a scripted module: torch/csrc/jit/serialization/export_module.cpp writes the bytes of its
+  tensors, and of those on ``meta`` none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lateinit._recording.after_block import is_real, needs_values
+from lateinit._recording.watched import Watched
+from lateinit._tensors import is_deferred_tensor, realize_now, waits
+from lateinit._torch import (
+    constants_of_script,
+    held_by_script,
+    tell_of_script_saves,
+)
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Realise the state that belongs to real parameters: no other is stepped over."""
+    for parameter, state in optimizer.state.items():
+        if isinstance(parameter, Tensor) and is_real(parameter):
+            _realise(state)
+
+
+def _realise(state: Any) -> None:
+    if isinstance(state, Tensor):
+        if is_deferred_tensor(state):
+            realize_now(state)
+    elif isinstance(state, dict):
+        _realise(tuple(state.values()))
+    elif isinstance(state, (list, tuple)):
+        for part in state:
+            _realise(part)
+
+
+def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:
+    scripts = list(module.modules())
+    held = held_by_script(scripts)
+    late = [t for one in held for t in one.tensors() if is_deferred_tensor(t)]
+    constants = [t for script in scripts for t in constants_of_script(script)]
+    # Nothing can be given to a constant of a graph, as ``materialize`` says.
+    refused = [*filter(is_deferred_tensor, constants), *filter(waits, late)]
+    if refused:
+        raise needs_values("torch.jit.save", refused[0])
+    for tensor in late:
+        realize_now(tensor)
+    for one in held if late else ():
+        one.put_back()
+
+
+class _Listening:
+    """What has torch tell us; it can begin and end again and again."""
+
+    _hook: Any = None
+
+    def begin(self) -> bool:
+        if self._hook is None:
+            self._hook = register_optimizer_step_pre_hook(_before_step)
+        tell_of_script_saves(_before_save)
+        return True
+
+    def end(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        tell_of_script_saves(None)
+
+
+_listening = _Listening()
+watch = Watched(_listening.begin, _listening.end).add
+"""Hear of these for as long as tensors of a program may be deferred."""
