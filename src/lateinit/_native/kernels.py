@@ -86,7 +86,7 @@ def fill(op: str, target: Tensor, first: float, second: float, generator: torch.
 
 def normal_at(
     places: Tensor, values: Tensor, numel: int, mean: float, std: float, generator: torch.Generator
-) -> bool:
+) -> None:
     """Draw those elements of a ``normal_`` that are at some places.
 
     Args:
@@ -97,17 +97,12 @@ def normal_at(
         std: the standard deviation.
         generator: is moved as the whole ``normal_`` would move it.
 
-    Returns:
-        As ``fill``.
+    Only if there is a native ``normal_`` for the dtype, and it is ``in_range``; of 16 elements or
+    more.
     """
-    if numel < 16 or not _in_range(NORMAL, values.dtype, mean, std):
-        return False
-    verdict = _verdict(NORMAL, values.dtype)
-    if verdict.used:
-        state = generator.get_state()
-        calls.normal_at(places, values, numel, mean, std, state, fused=verdict.fused)
-        generator.set_state(state)
-    return verdict.used
+    state, fused = generator.get_state(), _verdict(NORMAL, values.dtype).fused
+    calls.normal_at(places, values, numel, mean, std, state, fused=fused)
+    generator.set_state(state)
 
 
 def can_jump() -> bool:
@@ -168,11 +163,12 @@ def _jump_verdict() -> Verdict:
 def _is_usual(op: str, target: Tensor, first: float, second: float) -> bool:
     if op == NORMAL and target.numel() < 16:
         return False
-    plain = target.device.type == "cpu" and target.is_contiguous() and target.numel() > 0
-    return plain and _in_range(op, target.dtype, first, second)
+    if target.device.type != "cpu" or not target.is_contiguous() or target.is_neg():
+        return False
+    return target.numel() > 0 and in_range(op, target.dtype, first, second)
 
 
-def _in_range(op: str, dtype: torch.dtype, first: float, second: float) -> bool:
+def in_range(op: str, dtype: torch.dtype, first: float, second: float) -> bool:
     """Whether torch accepts these numbers and no result is NaN: kernels.c handles no others."""
     try:
         finite = math.isfinite(first) and math.isfinite(second)
