@@ -145,6 +145,43 @@ def test_the_elements_at_some_places_are_those_of_the_whole(
 
 
 @built
+@settings(max_examples=200)
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from([NORMAL, UNIFORM]),
+    st.integers(1, 40),
+    st.one_of(st.sampled_from([1, 15, 16, 17, PART, PART + 1]), st.integers(1, 6000)),
+    st.integers(calls.APART, 3000),
+    st.integers(0, 15),
+    seeds,
+    drawn_before,
+)
+def test_rows_are_those_of_the_whole(
+    dtype: torch.dtype,
+    op: str,
+    count: int,
+    length: int,
+    gap: int,
+    begin: int,
+    seed: int,
+    before: int,
+) -> None:
+    if not kernels.is_native(op, dtype):
+        return
+    stride, numbers = length + gap, (-0.25, 0.7)
+    end = begin + (count - 1) * stride + length
+    generator, other = generator_after(seed, before), generator_after(seed, before)
+    theirs, ours = (
+        torch.zeros(-(-end // 16) * 16, dtype=dtype),
+        torch.zeros(count, length).to(dtype),
+    )
+    by_torch(op, theirs, numbers, generator)
+    assert kernels.fill_rows(op, ours, begin, stride, numbers, other)
+    assert same(ours, theirs.as_strided((count, length), (stride, 1), begin).contiguous())
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+@built
 @settings(max_examples=100)
 @given(seeds, drawn_before, st.one_of(st.integers(1, 3000), st.integers(1, 200_000)), st.booleans())
 def test_jumps_end_where_draws_end(seed: int, before: int, words: int, leap: bool) -> None:

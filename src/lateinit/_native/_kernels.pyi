@@ -14,7 +14,22 @@ def fill(
     second: float,
     /,
 ) -> None: ...
-def fill_at(
+def fill_rows(
+    state: int,
+    target: int,
+    count: int,
+    begin: int,
+    length: int,
+    stride: int,
+    is_normal: bool,
+    dtype: int,
+    fused: bool,
+    avx2: bool,
+    first: float,
+    second: float,
+    /,
+) -> None: ...
+def normal_at(
     state: int,
     places: int,
     chosen: int,

@@ -21,6 +21,8 @@ else:
 
 NORMAL, UNIFORM = "aten::normal_", "aten::uniform_"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as kernels.c numbers them
+APART = 32
+"""Elements between two rows from which on they never share a group of 16."""
 _BLOCK = 624  # words that a generator makes at once
 _NEXT = slice(16, 24)  # the bytes of a state that count the words drawn of its block
 
@@ -50,6 +52,34 @@ def fill(
     )
 
 
+def fill_rows(
+    op: str,
+    rows: Tensor,
+    begin: int,
+    stride: int,
+    numbers: tuple[float, float],
+    state: Tensor,
+    *,
+    fused: bool,
+    avx2: bool = True,
+) -> None:
+    """Draw some rows of a fill natively; changes ``state``."""
+    assert library is not None
+    assert rows.is_contiguous()
+    assert 0 <= begin < 16
+    assert len(rows) < 2 or stride - rows.shape[1] >= APART
+    library.fill_rows(
+        _address(state),
+        rows.data_ptr(),
+        *(len(rows), begin, rows.shape[1], stride),
+        op == NORMAL,
+        DTYPES.index(rows.dtype),
+        fused,
+        avx2,
+        *numbers,
+    )
+
+
 def normal_at(
     places: Tensor,
     values: Tensor,
@@ -68,7 +98,7 @@ def normal_at(
     assert values.is_contiguous()
     assert values.numel() == places.numel()
     assert not places.numel() or 0 <= int(places[0]) <= int(places[-1]) < numel
-    library.fill_at(
+    library.normal_at(
         _address(state),
         places.data_ptr(),
         places.numel(),

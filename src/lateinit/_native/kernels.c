@@ -530,35 +530,66 @@ KERNEL void leap(Twister *twister, const uint64_t *coefficients, Workspace *spac
 
 /* ---- Choice of a kernel ----------------------------------------------------------------------- */
 
-typedef enum { UNIFORM, NORMAL, NORMAL_AT, SKIP, POWER, LEAP } Job;
+typedef enum { FILL, ROWS, NORMAL_AT, SKIP, POWER, LEAP } Job;
 
 /* A call from Python. */
 typedef struct {
     Job job;
-    int dtype, fused, avx2;
+    int normal, dtype, fused, avx2;
     double first, second;
-    unsigned long long state, target, count, places, chosen;
+    unsigned long long state, target, count, places, chosen, begin, length, stride;
     uint64_t polynomial[LIMBS];
     Workspace *space;
 } Task;
 
 #define AT(address) ((void *)(uintptr_t)(address))
 
-/* In each copy the dtype and `fused` are constants. */
+/* In each copy of the functions below the dtype and `fused` are constants. */
+KERNEL void fill(Twister *twister, const Task *task, void *target, size_t count, int dtype,
+                 bool fused)
+{
+    float first = (float)task->first, second = (float)task->second;
+    if (dtype == FLOAT64)
+        uniform_64(twister, target, count, task->first, task->second, fused);
+    else if (task->normal)
+        normal(twister, target, count, dtype, first, second, fused);
+    else
+        uniform_32(twister, target, count, dtype, first, second, fused);
+}
+
+/* `count` ranges of a fill, of `length` elements each, `stride` apart, the first from element
+ * `begin` on; one after the other. Only the groups of 16 that hold them are computed. No two ranges
+ * share a group. */
+KERNEL void rows(Twister *twister, const Task *task, int dtype, bool fused)
+{
+    double drawn[PART]; /* of any dtype */
+    char *out = AT(task->target);
+    size_t done = 0, words = dtype == FLOAT64 ? 2 : 1;
+    for (size_t row = 0; row < task->count; row++) {
+        size_t begin = task->begin + row * task->stride, end = begin + task->length;
+        size_t at = begin / 16 * 16;
+        skip(twister, (at - done) * words);
+        for (; at < end; at = done) {
+            size_t width = (end - at + 15) / 16 * 16, from = at < begin ? begin - at : 0;
+            width = width < PART ? width : PART;
+            size_t to = width < end - at ? width : end - at;
+            fill(twister, task, drawn, width, dtype, fused);
+            memcpy(out, element(drawn, from, dtype), (size_t)(element(out, to - from, dtype) - out));
+            out = element(out, to - from, dtype);
+            done = at + width;
+        }
+    }
+}
+
 KERNEL void draw_as(Twister *twister, const Task *task, int dtype, bool fused)
 {
-    void *target = AT(task->target);
-    size_t count = (size_t)task->count;
-    float first = (float)task->first, second = (float)task->second;
-    if (task->job == UNIFORM && dtype == FLOAT64)
-        uniform_64(twister, target, count, task->first, task->second, fused);
-    else if (task->job == UNIFORM)
-        uniform_32(twister, target, count, dtype, first, second, fused);
-    else if (task->job == NORMAL && dtype != FLOAT64)
-        normal(twister, target, count, dtype, first, second, fused);
+    if (task->job == FILL)
+        fill(twister, task, AT(task->target), (size_t)task->count, dtype, fused);
+    else if (task->job == ROWS)
+        rows(twister, task, dtype, fused);
     else if (dtype != FLOAT64)
-        normal_at(twister, AT(task->places), (size_t)task->chosen, target, count, dtype, first,
-                  second, fused);
+        normal_at(twister, AT(task->places), (size_t)task->chosen, AT(task->target),
+                  (size_t)task->count, dtype, (float)task->first, (float)task->second, fused);
 }
 
 KERNEL void run(Twister *twister, Task *task)
@@ -620,19 +651,28 @@ static PyObject *perform(Task *task)
     Py_RETURN_NONE;
 }
 
-static PyObject *fill(PyObject *module, PyObject *args)
+static PyObject *py_fill(PyObject *module, PyObject *args)
 {
     (void)module;
-    int is_normal;
-    Task task = {.job = UNIFORM};
-    if (!PyArg_ParseTuple(args, "KKKpippdd", &task.state, &task.target, &task.count, &is_normal,
+    Task task = {.job = FILL};
+    if (!PyArg_ParseTuple(args, "KKKpippdd", &task.state, &task.target, &task.count, &task.normal,
                           &task.dtype, &task.fused, &task.avx2, &task.first, &task.second))
         return NULL;
-    task.job = is_normal ? NORMAL : UNIFORM;
     return perform(&task);
 }
 
-static PyObject *fill_at(PyObject *module, PyObject *args)
+static PyObject *py_fill_rows(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Task task = {.job = ROWS};
+    if (!PyArg_ParseTuple(args, "KKKKKKpippdd", &task.state, &task.target, &task.count,
+                          &task.begin, &task.length, &task.stride, &task.normal, &task.dtype,
+                          &task.fused, &task.avx2, &task.first, &task.second))
+        return NULL;
+    return perform(&task);
+}
+
+static PyObject *py_normal_at(PyObject *module, PyObject *args)
 {
     (void)module;
     Task task = {.job = NORMAL_AT};
@@ -643,7 +683,7 @@ static PyObject *fill_at(PyObject *module, PyObject *args)
     return perform(&task);
 }
 
-static PyObject *pass_over(PyObject *module, PyObject *args)
+static PyObject *py_pass_over(PyObject *module, PyObject *args)
 {
     (void)module;
     Task task = {.job = SKIP};
@@ -652,7 +692,7 @@ static PyObject *pass_over(PyObject *module, PyObject *args)
     return perform(&task);
 }
 
-static PyObject *polynomial(PyObject *module, PyObject *args)
+static PyObject *py_polynomial(PyObject *module, PyObject *args)
 {
     (void)module;
     Task task = {.job = POWER};
@@ -662,7 +702,7 @@ static PyObject *polynomial(PyObject *module, PyObject *args)
     return PyBytes_FromStringAndSize((const char *)task.polynomial, sizeof task.polynomial);
 }
 
-static PyObject *leap_by(PyObject *module, PyObject *args)
+static PyObject *py_leap_by(PyObject *module, PyObject *args)
 {
     (void)module;
     const char *bytes;
@@ -684,11 +724,12 @@ static PyObject *leap_by(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"fill", fill, METH_VARARGS, "Fill `count` elements by uniform_ or normal_."},
-    {"fill_at", fill_at, METH_VARARGS, "Draw the elements at some places of a normal_."},
-    {"pass_over", pass_over, METH_VARARGS, "Move a state over words."},
-    {"polynomial", polynomial, METH_VARARGS, "x**exponent modulo the characteristic polynomial."},
-    {"leap_by", leap_by, METH_VARARGS, "Move to the next block, and on by a polynomial."},
+    {"fill", py_fill, METH_VARARGS, "Fill `count` elements by uniform_ or normal_."},
+    {"fill_rows", py_fill_rows, METH_VARARGS, "Draw some rows of a uniform_ or normal_."},
+    {"normal_at", py_normal_at, METH_VARARGS, "Draw the elements at some places of a normal_."},
+    {"pass_over", py_pass_over, METH_VARARGS, "Move a state over words."},
+    {"polynomial", py_polynomial, METH_VARARGS, "x**n modulo the characteristic polynomial."},
+    {"leap_by", py_leap_by, METH_VARARGS, "Move to the next block, and on by a polynomial."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -84,6 +84,35 @@ def fill(op: str, target: Tensor, first: float, second: float, generator: torch.
     return verdict.used
 
 
+def fill_rows(
+    op: str,
+    rows: Tensor,
+    begin: int,
+    stride: int,
+    numbers: tuple[float, float],
+    generator: torch.Generator,
+) -> bool:
+    """Draw some rows of a fill of more elements than these.
+
+    Args:
+        op: as for ``fill``.
+        rows: of the shape (rows, elements to keep of each), contiguous, on the CPU.
+        begin: the element of the fill with which the first row begins, less than 16.
+        stride: the elements from one row to the next, ``APART`` more than are kept.
+        numbers: the first and the second number of ``fill``.
+        generator: is before the fill; moved past the last group of 16 that holds elements of a row.
+
+    Returns:
+        As ``fill``.
+    """
+    if not in_range(op, rows.dtype, *numbers) or not _verdict(op, rows.dtype).used:
+        return False
+    state, fused = generator.get_state(), _verdict(op, rows.dtype).fused
+    calls.fill_rows(op, rows, begin, stride, numbers, state, fused=fused)
+    generator.set_state(state)
+    return True
+
+
 def normal_at(
     places: Tensor, values: Tensor, numel: int, mean: float, std: float, generator: torch.Generator
 ) -> None:

@@ -33,6 +33,25 @@ def fill(op: str, target: Tensor, numbers: tuple[Any, ...], generator: torch.Gen
     return _native.fill(op, target, first, second, generator)
 
 
+def fill_rows(
+    op: str,
+    rows: Tensor,
+    begin: int,
+    stride: int,
+    numbers: tuple[Any, ...],
+    generator: torch.Generator,
+) -> bool:
+    """Draw only some rows of a fill natively; args and result: as those of ``_native.fill_rows``.
+
+    No row may reach into the last 16 elements of a fill that is no multiple of 16 long: torch draws
+    them anew.
+    """
+    if not is_native(op, rows.dtype):
+        return False
+    first, second = numbers + _DEFAULTS[len(numbers) :]
+    return _native.fill_rows(op, rows, begin, stride, (first, second), generator)
+
+
 @cache
 def is_native(op: str, dtype: torch.dtype) -> bool:
     """Whether a native kernel gives the bits of torch's for an op and a dtype."""
