@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # Where the laws are tested. All of the first that is not `slow` is part of `--quick`, and of the
 # others what is about a model or marked `quick`; of either, only the representative models.
 LAWS = {"laws", "torch_contract"}
-PARTLY = {"checkpoint", "lazy"}
+PARTLY = {"checkpoint", "lazy", "native"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
