@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The kernels in C; without a compiler they are left out, and so is this.
+NATIVE := $(VENV)/.native
 
 # No hub is asked for anything, and two test workers do not fight over the cores.
 export HF_HUB_OFFLINE := 1
@@ -36,6 +38,10 @@ help:
 $(STAMP): pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[dev]'
+	@touch $@ $(NATIVE)
+
+$(NATIVE): $(STAMP) src/lateinit/_native/kernels.c
+	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 
 demo: $(STAMP)
@@ -52,10 +58,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The second run uses the kernels of a CPU without vector extensions: tests must pass on any CPU.
-test: lint
+# The second run uses the kernels of a CPU without vector extensions: tests must pass on any CPU. The
+# others do without the native kernels, which must have been built for the first ones.
+test: lint $(NATIVE)
+	! command -v cc > /dev/null || $(BIN)/python -c 'import lateinit._native._kernels'
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2
 	$(QUIET_CORES) ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 -q --quick
+	$(QUIET_CORES) LATEINIT_NATIVE=0 $(BIN)/python -m pytest -n 2 -q --quick
+	$(QUIET_CORES) LATEINIT_NATIVE=0 $(BIN)/python -m pytest -n 2 -q tests/rng tests/replay
 
 quick: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2 -q --quick
@@ -77,4 +87,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist src/lateinit/_native/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

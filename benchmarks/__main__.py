@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks import loading, materialize
+from benchmarks import loading, materialize, native
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Goal, Row, Run, machine
 from benchmarks.lazy import inference
@@ -29,16 +29,21 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "construct-resnet-152": construction("resnet_152"),
     "infer-resnet-50": inference("resnet-50", None),
     "infer-gpt-1.6b": inference("gpt-1.6b", Goal(20, faster=True)),
-    "linears": against_eager("linears", 1.8),
-    "gpt2-medium": against_eager("gpt2_medium", 3.0),
+    "linears": against_eager("linears", 3.0),
+    "gpt2-medium": against_eager("gpt2_medium", 7.0),
     "llama-300m": against_eager("llama_300m", 3.0),
     "vit-erfinv": against_eager("vit_erfinv", 2.0),
     "vit-trunc-normal": against_eager("vit_wide", 2.5),
-    "vit-trunc-normal-redrawn": against_eager("vit_narrow", 1.5),
+    "vit-trunc-normal-redrawn": against_eager("vit_narrow", 4.0),
     "recording-trunc-normal": materialize.recording,
     "an-eighth": materialize.an_eighth,
     "threads": materialize.threads,
     "fill-rate": materialize.fill_rate,
+    "native-warm": native.warm,
+    "native-fresh": native.fresh,
+    "native-columns": native.columns,
+    "native-describing": native.describing,
+    "native-bfloat16": native.half,
     "peak-memory": materialize.peak_memory,
     "load": loading.loading,
     "write": loading.writing,

@@ -112,7 +112,7 @@ def an_eighth(run: Run) -> list[Row]:
             for index in range(0, count, 8):
                 assert_equal(expected[index], model[index])
     return [
-        Row("linears", "1/8 of it", seconds["part"], "all", seconds["all"], "s", Goal(0.16), True)
+        Row("linears", "1/8 of it", seconds["part"], "all", seconds["all"], "s", Goal(0.14), True)
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lateinit import _native
 from tests.support.cases import Case
 from tests.support.models import REPRESENTATIVE
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
+
+# Outside tests torch fills small tensors, being faster there. Here most models are small.
+_native.WORTH = 16
 
 # CI draws the same examples each time; a person's run looks for new ones.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -29,7 +33,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # Where the laws are tested. All of the first that is not `slow` is part of `--quick`, and of the
 # others what is about a model or marked `quick`; of either, only the representative models.
 LAWS = {"laws", "torch_contract"}
-PARTLY = {"checkpoint", "lazy"}
+PARTLY = {"checkpoint", "lazy", "native"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.metadata
 import itertools
 import json
 import os
@@ -48,7 +49,7 @@ def lateinit_command(*arguments: object) -> Result:
 def test_version_and_help() -> None:
     assert lateinit.__version__ in lateinit_command("--version").stdout
     shown = lateinit_command("--help").stdout
-    for name in ("inspect", "check", "init"):
+    for name in ("inspect", "check", "init", "info"):
         assert name in shown
 
 
@@ -248,6 +249,42 @@ def test_init_refuses_overwrites_and_resumes(
     assert "exists" in lateinit_command(*command).stderr
     assert lateinit_command(*command, "--resume", "--force").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# -- info ----------------------------------------------------------------------------------------
+
+
+def test_info_says_what_a_bug_report_needs() -> None:
+    done = lateinit_command("info")
+    assert done.exit_code == 0, done.stderr
+    shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert shown["torch"] == torch.__version__
+    assert shown["lateinit"] == lateinit.__version__
+    assert f"{torch.get_num_threads()} of " in shown["threads"]
+    assert torch.backends.cpu.get_cpu_capability() in done.stdout
+
+
+def test_info_says_which_native_kernels_are_used_and_why() -> None:
+    native = json.loads(lateinit_command("info", "--json").stdout)["native"]
+    assert native.keys() >= {"jump", "uniform_ float32", "normal_ bfloat16"}
+    for name, verdict in native.items():
+        assert verdict["why"], name
+        shown = f"native {name} ", f"{'used' if verdict['used'] else 'not used'}: {verdict['why']}"
+        assert [
+            line
+            for line in lateinit_command("info").stdout.splitlines()
+            if line.startswith(shown[0]) and line.endswith(shown[1])
+        ]
+
+
+def test_info_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    found = json.loads(lateinit_command("info", "--json").stdout)
+    assert found["optional"]["transformers"] is None
+    assert "not installed" in lateinit_command("info").stdout
 
 
 # -- failures ------------------------------------------------------------------------------------

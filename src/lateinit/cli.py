@@ -1,4 +1,4 @@
-"""The command ``lateinit``: ``inspect`` a model, ``check`` it, ``init`` a checkpoint.
+"""The command ``lateinit``: ``inspect`` a model, ``check`` it, ``init`` a checkpoint; ``info``.
 
 Each command finds the model (``model_specs``), calls the library, and prints text or JSON. Exit
 codes: 0, 1 for a difference, 2 for an expected error, 130 for an interrupt. The docstrings of
@@ -28,6 +28,7 @@ from lateinit._distributed import mesh_cost
 from lateinit._integrations import model_specs
 from lateinit._recording import deferred_init
 from lateinit._report import Verification, parity
+from lateinit._report.environment import environment
 from lateinit._report.summary import summary
 from lateinit._report.verify import verify
 from lateinit._rng import seed_all
@@ -205,6 +206,16 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
             )
         else:
             typer.echo(str(saved))
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Show versions, the processor and which native kernels are used: what a bug report needs."""
+    found = environment()
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
 
 
 def _is_terminal() -> bool:

@@ -15,6 +15,19 @@ AROUND_A_BLOCK = st.sampled_from([0, 1, 2, 396, 397, 398, 622, 623, 624, 625, 12
 seeds = st.integers(0, 2**64 - 1)
 
 
+@pytest.fixture(
+    autouse=True,
+    params=[
+        pytest.param(True, marks=pytest.mark.skipif(not mt19937._is_native(), reason="not built")),
+        False,
+    ],
+    ids=["native", "python"],
+)
+def native(request, monkeypatch):
+    """Jumps are made in C, and where that cannot be in Python."""
+    monkeypatch.setattr(mt19937, "_is_native", lambda: request.param)
+
+
 def seeded(seed, *, normal=False):
     generator = torch.Generator().manual_seed(seed)
     if normal:
@@ -145,6 +158,8 @@ def test_the_global_generator_is_not_used():
 
 
 def test_where_leaps_do_not_agree_with_torch_the_draws_are_made(monkeypatch):
+    monkeypatch.setattr(mt19937, "_is_native", lambda: False)
+
     def wrong(state, blocks):
         return seeded(0)
 

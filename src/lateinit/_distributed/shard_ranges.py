@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lateinit._native import APART
 from lateinit._program import Op, Program, Step, TensorRef, needed_ops
 from lateinit._replay import PIECE, ChunkedFill, calls_of, words_of
-from lateinit._rng import UNIT, mt19937
+from lateinit._rng import UNIT, fills, mt19937
 from lateinit._torch import ZERO, by_name
 
 # Elements that are drawn at a time, 2 MiB in float32. Bounds the memory beside the shard.
@@ -280,6 +281,21 @@ def leaves(shard: Shard) -> list[Leaf]:
     return found
 
 
+def _as_rows(leaf: Leaf) -> tuple[int, int, int] | None:
+    """How many rows a leaf is, how long, and how far apart; None for one row or rows too close."""
+    dims = [(n, stride) for n, stride in zip(leaf.size, leaf.stride, strict=True) if n > 1]
+    length, count = 1, 1
+    while dims and dims[-1][1] == length:
+        length *= dims.pop()[0]
+    apart = dims[-1][1] if dims else 0
+    while dims:
+        n, stride = dims.pop()
+        if stride != count * apart:
+            return None
+        count *= n
+    return (count, length, apart) if apart - length >= APART else None
+
+
 def groups(shard: Shard, threads: int) -> list[list[Leaf]]:
     """Divide the leaves of a shard among threads."""
     found = leaves(shard)
@@ -307,7 +323,9 @@ def run_leaves(
     with torch.no_grad():
         target, reader = whole[box], _Reader(shard.fill, part[0].start // UNIT * UNIT, state)
         for leaf in part:
-            drawn = reader.read(leaf.start, leaf.end).as_strided(leaf.size, leaf.stride)
+            drawn = reader.rows(leaf)
+            if drawn is None:
+                drawn = reader.read(leaf.start, leaf.end).as_strided(leaf.size, leaf.stride)
             # The last cast is made by the copy. Those before it are made too, since each one
             # rounds.
             for dtype in copied.casts[:-1]:
@@ -331,6 +349,24 @@ class _Reader:
         self._start = self._drawn
         self._values = torch.empty(0, dtype=fill.ref.dtype)
 
+    def rows(self, leaf: Leaf) -> Tensor | None:
+        """The elements of a leaf, with only their words drawn; None if that cannot be done."""
+        rows, first, op = _as_rows(leaf), leaf.start // UNIT * UNIT, self._fill.ops[0]
+        if rows is None or self._generator is None or op.kwargs or leaf.end > self._last:
+            return None
+        if first < self._drawn or not fills.is_native(op.name, self._values.dtype):
+            return None
+        self._reach(first)
+        *shape, apart = rows
+        values, begin = torch.empty(shape, dtype=self._values.dtype), leaf.start - first
+        if not fills.fill_rows(op.name, values, begin, apart, op.args[1:], self._generator):
+            return None
+        for call in self._calls[1:]:
+            call(values.view(-1))
+        self._drawn = self._start = -(-leaf.end // UNIT) * UNIT
+        self._values = values[:0, 0]
+        return values.view(leaf.size)
+
     def read(self, start: int, end: int) -> Tensor:
         """Elements ``start`` to ``end``; neither may be before that of the previous call."""
         first, last = start // UNIT * UNIT, -(-end // UNIT) * UNIT
@@ -347,9 +383,13 @@ class _Reader:
         return values[start - first : end - first]
 
     def _draw(self, values: Tensor, start: int) -> None:
-        if self._generator is not None and start > self._drawn:
-            words = words_of(self._fill, start - self._drawn)
-            mt19937.move(self._generator, words)
+        self._reach(start)
         for call in self._calls:
             call(values)
         self._drawn = start + len(values)
+
+    def _reach(self, start: int) -> None:
+        """Move the generator on to a group of 16."""
+        if self._generator is not None and start > self._drawn:
+            mt19937.move(self._generator, words_of(self._fill, start - self._drawn))
+            self._drawn = start

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lateinit._program import NUMBERS, Draw, Op, Program, Step, TensorRef
-from lateinit._rng import UNIT, consumption, cut, mt19937, truncated_normal
+from lateinit._rng import UNIT, consumption, cut, fills, mt19937, truncated_normal
 from lateinit._torch import NORMAL, TRUNCATED, by_name
 
 _SMALLEST = 1 << 18  # elements: a jump costs as much as 5e5 draws, more than all of these
@@ -187,14 +187,15 @@ def _call(
         normal = truncated_normal.Normal(*op.args[1:])
         return lambda part: truncated_normal.draw(part, normal, generator, period, late)
     func, args, kwargs = by_name(op.name).func, op.args[1:], dict(op.kwargs)
-    if op.draw is not None:
-        kwargs["generator"] = generator
-    if op.name != NORMAL:
+    if op.draw is None or generator is None:
         return lambda part: func(part, *args, **kwargs)
 
     def draw(part: Tensor) -> None:
-        for start, end in cut(len(part), _DRAWN):
-            func(part[start:end], *args, **kwargs)
+        if not kwargs and fills.fill(op.name, part, args, generator):
+            return
+        parts = cut(len(part), _DRAWN) if op.name == NORMAL else [(0, len(part))]
+        for start, end in parts:
+            func(part[start:end], *args, **kwargs, generator=generator)
 
     return draw
 

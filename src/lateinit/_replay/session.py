@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lateinit._program import NUMBERS, Const, Draw, Op, Step, TensorRef
 from lateinit._replay.streams import Streams
+from lateinit._rng import fills
 from lateinit._torch import (
     LARGE,
     allocate,
@@ -169,8 +170,10 @@ class Session:
                 return flat(_drawing_nothing(lambda: info.func(*args, **kwargs)))
             return flat(info.call(*args, **kwargs))
         generator = generator or self._generator(op.draw)
+        if not kwargs and info.fills and fills.fill(op.name, args[0], tuple(args[1:]), generator):
+            result = args[0]
         # An op without an argument for a generator, such as dropout, draws from the default one.
-        if info.takes_generator:
+        elif info.takes_generator:
             result = info.call(*args, **kwargs, generator=generator)
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))

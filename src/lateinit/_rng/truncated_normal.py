@@ -23,12 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lateinit._rng import consumption, mt19937
+from lateinit import _native
+from lateinit._rng import consumption, fills, mt19937
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._torch import NORMAL, TRUNCATED, by_name
 from lateinit._workers import Workers
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
+# Natively: in a larger cache, so that the calls from Python take little of the time.
+_NATIVE_PART = 1 << 17
 _FEW = 8  # outliers in a part up to which only the group of 16 around each is drawn again
 _APART = 1 << 21  # elements from which on several threads count rounds
 _AT_ONCE = 1 << 23  # elements per survey: bounds the memory for their outliers
@@ -105,13 +108,16 @@ class _Part:
 
     def __init__(self, dtype: torch.dtype, numel: int, normal: Normal, period: int) -> None:
         self.rounds = 0
-        self.outliers: list[tuple[int, int, Tensor]] = []  # start and end of a range, places in it
+        self.outliers: _Outliers = []  # start and end of a range, places in it
         self._dtype, self._numel, self._normal, self._period = dtype, numel, normal, period
         # torch too rounds the bounds to the dtype before it compares.
         bounds = (torch.tensor(bound, dtype=dtype, device="cpu").item() for bound in normal[2:])
         self._low, self._high = bounds
         self._unit = words_a_round(dtype, UNIT)
-        self._scratch = torch.empty(_PART + UNIT, dtype=dtype, device="cpu")
+        exact = fills.is_native(NORMAL, dtype) and _native.in_range(NORMAL, dtype, *normal[:2])
+        self._native = exact and numel >= UNIT
+        self._length = _NATIVE_PART if self._native else _PART
+        self._scratch = torch.empty(self._length + UNIT, dtype=dtype, device="cpu")
 
     def first(self, generator: torch.Generator, target: Tensor | None, look: bool) -> None:
         """Draw the first round.
@@ -124,9 +130,9 @@ class _Part:
         self._later = mt19937.generator_at(mt19937.state_of(generator))
         self._at = 0
         look = look and not surely_within(self._dtype, *self._normal)
-        for start, end in cut(self._numel, _PART):
+        for start, end in cut(self._numel, self._length):
             part = self._scratch[: end - start] if target is None else target[start:end]
-            part.normal_(*self._normal[:2], generator=generator)
+            _draw(part, self._normal, generator)
             if look:
                 self._note(start, end, part, None)
         self.rounds = 1
@@ -134,9 +140,10 @@ class _Part:
     def again(self, look: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Draw a round for the outliers: the start of a range, places in it, their new values."""
         outliers, self.outliers = self.outliers, []
+        if outliers and self._native:
+            outliers = [(0, self._numel, _places(outliers))]
         for start, end, places in outliers:
-            self._draw(start, end, places)
-            drawn = self._scratch[places]
+            drawn = self._drawn(start, end, places)
             yield start, places, drawn
             if look:
                 self._note(start, end, drawn, places)
@@ -144,12 +151,23 @@ class _Part:
 
     def places(self) -> Tensor:
         """The places of all outliers in the part, in order."""
-        return torch.cat([start + places for start, _, places in self.outliers])
+        return _places(self.outliers)
 
     def _note(self, start: int, end: int, drawn: Tensor, places: Tensor | None) -> None:
         found = _outside(drawn, self._low, self._high)
         if len(found):
             self.outliers.append((start, end, found if places is None else places[found]))
+
+    def _drawn(self, start: int, end: int, places: Tensor) -> Tensor:
+        """New values for some places of a range."""
+        if not self._native:
+            self._draw(start, end, places)
+            return self._scratch[places]
+        self._reach(start)
+        values = torch.empty(len(places), dtype=self._dtype, device="cpu")
+        _native.normal_at(places, values, end - start, *self._normal[:2], self._later)
+        self._at += words_a_round(self._dtype, end - start)
+        return values
 
     def _draw(self, start: int, end: int, places: Tensor) -> None:
         """Draw a range again; for few places only the groups of 16 that contain them."""
@@ -162,11 +180,28 @@ class _Part:
             self._normals(start, unit, unit + UNIT if unit < last else self._numel)
 
     def _normals(self, start: int, first: int, end: int) -> None:
+        self._reach(first)
+        part = self._scratch[first - start : end - start]
+        _draw(part, self._normal, self._later)
+        self._at += words_a_round(self._dtype, end - first)
+
+    def _reach(self, first: int) -> None:
+        """Move the generator on to an element of this round."""
         begin = self.rounds * self._period + first // UNIT * self._unit
         mt19937.move(self._later, begin - self._at)
-        part = self._scratch[first - start : end - start]
-        part.normal_(*self._normal[:2], generator=self._later)
-        self._at = begin + words_a_round(self._dtype, end - first)
+        self._at = begin
+
+
+_Outliers = list[tuple[int, int, Tensor]]
+
+
+def _places(outliers: _Outliers) -> Tensor:
+    return torch.cat([start + places for start, _, places in outliers])
+
+
+def _draw(part: Tensor, normal: Normal, generator: torch.Generator) -> None:
+    if not fills.fill(NORMAL, part, normal[:2], generator):
+        part.normal_(*normal[:2], generator=generator)
 
 
 def _outside(values: Tensor, low: float, high: float) -> Tensor:

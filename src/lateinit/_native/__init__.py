@@ -1,0 +1,40 @@
+"""Kernels in C that give the bits of torch's CPU kernels, several times as fast.
+
+Gives the rooms above ``fill`` (``uniform_`` and ``normal_`` on a flat tensor), ``fill_rows`` and
+``normal_at`` (parts of it), ``jump`` (a generator's state after some words) and ``verdicts`` (which
+kernels are used, and why). None is trusted: each is compared with torch's before its first use
+(``trial``), and each function says whether it did what was asked, so that the caller can ask torch
+instead. The extension is optional. May import the leaf modules only. Start with ``kernels``;
+docs/kernels.md explains the C code.
+"""
+
+from lateinit._native.calls import APART, DTYPES, NORMAL, UNIFORM
+from lateinit._native.kernels import (
+    WORTH,
+    Verdict,
+    can_jump,
+    fill,
+    fill_rows,
+    in_range,
+    is_native,
+    jump,
+    normal_at,
+    verdicts,
+)
+
+__all__ = [
+    "APART",
+    "DTYPES",
+    "NORMAL",
+    "UNIFORM",
+    "WORTH",
+    "Verdict",
+    "can_jump",
+    "fill",
+    "fill_rows",
+    "in_range",
+    "is_native",
+    "jump",
+    "normal_at",
+    "verdicts",
+]

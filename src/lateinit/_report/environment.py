@@ -1,0 +1,93 @@
+"""What a bug report needs to know of a machine and of what is installed on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lateinit import _native
+from lateinit._torch import without_modes
+from lateinit._version import __version__
+
+_REQUIRED = ("torch", "numpy", "rich", "typer")
+_OPTIONAL = (
+    *("accelerate", "peft", "pytorch-pfn-extras", "safetensors", "timm", "torchvision"),
+    "transformers",
+)
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Versions, the processor, and the native kernels with the result of their trials.
+
+    Attributes:
+        versions: of lateinit, Python and the packages that lateinit needs.
+        optional: of the packages that it can use; None for one that is not installed.
+        system: the operating system and the architecture.
+        capability: the vector extensions that torch's CPU kernels use.
+        threads: how many threads torch uses, and so ``materialize``.
+        cores: how many cores the machine has.
+        huge_pages: the kernel's setting for transparent huge pages; None where there is none.
+        native: each native kernel, whether it is used, and why.
+    """
+
+    versions: dict[str, str]
+    optional: dict[str, str | None]
+    system: str
+    capability: str
+    threads: int
+    cores: int | None
+    huge_pages: str | None
+    native: dict[str, _native.Verdict]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        native = {name: {"used": v.used, "why": v.why} for name, v in self.native.items()}
+        return {**asdict(self), "native": native}
+
+    def __str__(self) -> str:
+        rows = {
+            **self.versions,
+            **{name: version or "not installed" for name, version in self.optional.items()},
+            "system": self.system,
+            "CPU capability": self.capability,
+            "threads": f"{self.threads} of {self.cores} cores",
+            "huge pages": self.huge_pages or "unknown",
+            **{
+                f"native {name}": f"{'used' if v.used else 'not used'}: {v.why}"
+                for name, v in self.native.items()
+            },
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
+
+
+def environment() -> Environment:
+    """Look around; tries the native kernels that were not used before."""
+    with without_modes():
+        native = _native.verdicts()
+    versions = {name: _installed(name) or "unknown" for name in _REQUIRED}
+    return Environment(
+        versions={"lateinit": __version__, "python": platform.python_version(), **versions},
+        optional={name: _installed(name) for name in _OPTIONAL},
+        system=platform.platform(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        huge_pages=_HUGE_PAGES.read_text().strip() if _HUGE_PAGES.exists() else None,
+        native=native,
+    )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
