@@ -25,6 +25,7 @@ from lateinit._program import (
 from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators
+from lateinit._recording.kinds import fits
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
@@ -209,11 +210,11 @@ class ProgramWriter:
             label: the words for the initialiser, if the caller knows them.
 
         Returns:
-            False if nothing was recorded: the tensor is not deferred, or is not floating-point,
-            so that only the kernel knows whether it accepts the fill.
+            False if nothing was recorded: the tensor is not deferred, or only the kernel knows
+            whether its dtype accepts the fill.
         """
         slot = slot_of(tensor)
-        if slot is None or slot is ON_META or not tensor.is_floating_point():
+        if slot is None or slot is ON_META or not fits(info, tensor):
             return False
         if self.shared:
             self.shared.take_back()
