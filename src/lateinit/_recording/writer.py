@@ -27,6 +27,7 @@ from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators
 from lateinit._recording.kinds import fits
 from lateinit._recording.shared_memory import SharedMemory
+from lateinit._recording.small_results import layouts_of_small
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, Slot, attach, described, slot_of
@@ -170,8 +171,11 @@ class ProgramWriter:
                 f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
                 "after materialising"
             )
+        devices = {self.device_for(kwargs, deferred), *map(self.device_of, deferred)}
         try:
-            result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
+            result = layouts_of_small(info, args, kwargs) if devices == {_CPU} else None
+            if result is None:
+                result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
         # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
