@@ -22,7 +22,14 @@ from lateinit._recording.holes import Hole, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import ON_META, Guarded, is_deferred_tensor, own_tensors, slot_of
+from lateinit._tensors import (
+    ON_META,
+    PLAIN_CLASSES,
+    Guarded,
+    is_deferred_tensor,
+    own_tensors,
+    slot_of,
+)
 from lateinit._torch import (
     REGISTRATION_HOOKS,
     Caller,
@@ -273,6 +280,7 @@ class _Modules:
 
     def __init__(self) -> None:
         self._found: IdentityMap[nn.Module, None] = IdentityMap()
+        self._last: nn.Module | None = None
         self._parents: IdentityMap[nn.Module, tuple[nn.Module, str]] = IdentityMap()
         self._paths: IdentityMap[nn.Module, str] = IdentityMap()
 
@@ -283,8 +291,10 @@ class _Modules:
             registered[id(self)] = self._note
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        self._found[module] = None
-        if type(value) is nn.Parameter:
+        # Most calls follow one for the same module.
+        if module is not self._last:
+            self._found[module], self._last = None, module
+        if type(value) in PLAIN_CLASSES:
             return
         # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
         ppe = type(value).__name__ == "UninitializedParameter"

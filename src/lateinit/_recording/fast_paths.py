@@ -40,7 +40,8 @@ from lateinit._torch import (
 Handler = Callable[..., Any]
 _CPU = torch.device("cpu")
 _USUAL = frozenset({"dtype", "device", "requires_grad", "size"})
-_DTYPE = frozenset({"dtype"})
+_DTYPE = frozenset({"dtype", "device"})
+_HOST = (None, "cpu", _CPU)
 _GENERATOR = ("generator",)
 
 
@@ -66,7 +67,8 @@ def _making(name: str) -> Handler:
 def _from_number(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``torch.tensor(number)``: a constant, as every batch norm has one for its counter."""
     number = len(args) == 1 and type(args[0]) in NUMBERS
-    if not number or not _DTYPE.issuperset(kwargs) or not is_recording_alone():
+    usual = number and _DTYPE.issuperset(kwargs) and kwargs.get("device") in _HOST
+    if not usual or not is_recording_alone():
         return from_data(writer, func, args, kwargs)
     with below_python():
         return writer.keep(func(*args, **kwargs))
@@ -148,7 +150,8 @@ def _without_gradients(private: str, name: str, numbers: int) -> Handler:
 
     def fill(tensor: Tensor, *values: Any, **named: Any) -> Tensor:
         writer = current()
-        if writer is None or named or not is_recording_alone(functions=1):
+        usual = not named and numbers <= len(values) <= numbers + info.takes_generator
+        if writer is None or not usual or not is_recording_alone(functions=1):
             original(tensor, *values, **named)
             return tensor
         given = dict(zip(_GENERATOR, values[numbers:], strict=False))
