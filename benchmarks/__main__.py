@@ -18,6 +18,7 @@ from benchmarks.lazy import inference
 from benchmarks.materialize import against_eager
 from benchmarks.report import as_json, cells, table, write
 from benchmarks.sharding import sharding
+from benchmarks.small_modules import MODELS, growth, small_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "write": loading.writing,
     "tiny-model": materialize.tiny_model,
     "sharding": sharding,
+    **{f"small-modules-{name}": small_modules(name) for name in MODELS},
+    "small-modules-growth": growth,
 }
 
 

@@ -101,7 +101,10 @@ class Run:
 
 
 def alternate(
-    ways: dict[str, Callable[[], object]], rounds: int, most: dict[str, int] | None = None
+    ways: dict[str, Callable[[], object]],
+    rounds: int,
+    most: dict[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """The seconds that each way takes, one after the other, so many times.
 
@@ -109,20 +112,23 @@ def alternate(
         ways: what to call; what a call returns is freed before the next one, outside of the time.
         rounds: how often.
         most: fewer rounds for some of them.
+        clock: tells the seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name, way in ways.items():
             if number < (most or {}).get(name, rounds):
                 gc.collect()
-                seconds[name].append(timed(way)[0])
+                seconds[name].append(timed(way, clock)[0])
     return seconds
 
 
-def timed(way: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+def timed(
+    way: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Any]:
+    started = clock()
     result = way()
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def in_process(module: str, *arguments: str) -> dict[str, Any]:

@@ -45,6 +45,18 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "normal, the second by name": lambda: torch.empty(20).normal_(std=0.02),
     "normal, both the other way round": lambda: torch.empty(20).normal_(std=0.02, mean=3.0),
     "uniform, the second by name": lambda: torch.empty(20).uniform_(to=0.5),
+    "zeros by an initialiser": lambda: nn.init.zeros_(torch.empty(3)),
+    "ones by an initialiser": lambda: nn.init.ones_(torch.empty(3, dtype=torch.int16)),
+    "another generator": lambda: nn.init.xavier_normal_(
+        torch.empty(20, 3), generator=torch.Generator().manual_seed(3)
+    ),
+    "zero, integers": lambda: torch.ones(3, dtype=torch.int64).zero_(),
+    "zero, booleans": lambda: torch.ones(3, dtype=torch.bool)[1:].zero_() + 0,
+    "zero, complex": lambda: torch.ones(3, dtype=torch.complex64).zero_(),
+    "an integer": lambda: torch.tensor(7, dtype=torch.long, device=None),
+    "a float": lambda: torch.tensor(0.3, dtype=torch.float16, device="cpu"),
+    "a truth value": lambda: torch.tensor(True, dtype=None),
+    "a number with a gradient": lambda: torch.tensor(0.3, requires_grad=True),
     "uniform by name": lambda: nn.init.uniform_(tensor=torch.empty(4, 3), a=1.0, b=2.0),
 }
 
@@ -73,6 +85,8 @@ WRONG: dict[str, Callable[[], torch.Tensor]] = {
     "not a dtype": lambda: torch.zeros(3, dtype="float"),  # type: ignore[call-overload]
     "not a device": lambda: torch.zeros(3, device="nowhere"),
     "integers with a gradient": lambda: torch.ones(3, dtype=torch.int32, requires_grad=True),
+    "a number out of range": lambda: torch.tensor(300, dtype=torch.uint8),
+    "ones that need a number": lambda: nn.init._no_grad_fill_(torch.empty(3)),  # type: ignore[call-arg]
     "kaiming of a vector": lambda: nn.init.kaiming_uniform_(torch.empty(3)),
     "kaiming of integers": lambda: nn.init.kaiming_uniform_(torch.ones(3, 3, dtype=torch.int64)),
     "uniform, upside down": lambda: torch.empty(3).uniform_(2, 1),

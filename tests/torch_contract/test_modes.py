@@ -148,7 +148,7 @@ def test_outside_no_default_device_or_inference_mode_is_in_force() -> None:
 
 
 def test_below_python_ops_pass_dispatch_modes_by() -> None:
-    """torch/csrc/utils/python_dispatch.cpp: _ExcludeDispatchKeyGuard passes by excluded keys."""
+    """torch/csrc/utils/init.cpp: _DisableTorchDispatch excludes the keys of modes and classes."""
     with Operators() as mode:
         with below_python():
             torch.ones(2).neg()
@@ -159,6 +159,9 @@ def test_below_python_ops_pass_dispatch_modes_by() -> None:
 
 def test_a_recording_is_alone_with_one_dispatch_mode_and_no_other_function_mode() -> None:
     """torch/csrc/autograd/init.cpp: the mode that hears is not in _len_torch_function_stack."""
+    with Operators(), Functions(lambda: None):
+        assert is_recording_alone(functions=1)
+        assert not is_recording_alone()
     with Operators(), Functions(is_recording_alone) as mode:
         torch.ones(2)
         with Operators():

@@ -26,6 +26,7 @@ from lateinit._recording.writer import ProgramWriter, current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
     ON_META,
+    PLAIN_CLASSES,
     Guarded,
     bind,
     is_deferred_tensor,
@@ -300,6 +301,7 @@ class _Modules:
 
     def __init__(self) -> None:
         self._found: IdentityMap[nn.Module, None] = IdentityMap()
+        self._last: nn.Module | None = None
         self._parents: IdentityMap[nn.Module, tuple[nn.Module, str]] = IdentityMap()
         self._paths: IdentityMap[nn.Module, str] = IdentityMap()
 
@@ -310,8 +312,10 @@ class _Modules:
             registered[id(self)] = self._note
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        self._found[module] = None
-        if type(value) is nn.Parameter:
+        # Most calls follow one for the same module.
+        if module is not self._last:
+            self._found[module], self._last = None, module
+        if type(value) in PLAIN_CLASSES:
             return
         # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
         ppe = type(value).__name__ == "UninitializedParameter"

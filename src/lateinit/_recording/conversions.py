@@ -157,7 +157,7 @@ def _type_as(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> An
     return _to_any(writer, torch.Tensor.to, (*args, *kwargs.values()), {})
 
 
-def _from_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+def from_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``torch.tensor`` and its like, given a deferred tensor or lists that contain some."""
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     if isinstance(data, Tensor) and is_deferred_tensor(data):
@@ -235,8 +235,8 @@ HANDLERS: dict[Any, Handler] = {
     **AFTER_BLOCK,
     _tensor.new_tensor: of_deferred(_new_tensor),
     _tensor.new: of_deferred(_new),
-    torch.tensor: _from_data,
-    torch.as_tensor: _from_data,
-    torch.asarray: _from_data,
+    torch.tensor: from_data,
+    torch.as_tensor: from_data,
+    torch.asarray: from_data,
 }
 """The entries of this module in the table of ``Masquerade``."""

@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lateinit._program import called
-from lateinit._recording.writer import ProgramWriter
+from lateinit._program import NUMBERS, called
+from lateinit._recording.conversions import from_data
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
     FILL,
@@ -26,16 +27,22 @@ from lateinit._torch import (
     NORMAL,
     OP_TABLE,
     UNIFORM,
+    ZERO,
+    OpInfo,
     below_python,
     by_name,
     device_of_result,
     is_recording_alone,
     is_running,
+    without_functions,
 )
 
 Handler = Callable[..., Any]
 _CPU = torch.device("cpu")
 _USUAL = frozenset({"dtype", "device", "requires_grad", "size"})
+_DTYPE = frozenset({"dtype", "device"})
+_HOST = (None, "cpu", _CPU)
+_GENERATOR = ("generator",)
 
 
 def _making(name: str) -> Handler:
@@ -57,6 +64,16 @@ def _making(name: str) -> Handler:
     return make
 
 
+def _from_number(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``torch.tensor(number)``: a constant, as every batch norm has one for its counter."""
+    number = len(args) == 1 and type(args[0]) in NUMBERS
+    usual = number and _DTYPE.issuperset(kwargs) and kwargs.get("device") in _HOST
+    if not usual or not is_recording_alone():
+        return from_data(writer, func, args, kwargs)
+    with below_python():
+        return writer.keep(func(*args, **kwargs))
+
+
 def _data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``x.data``: a view, which needs no op; it is only remembered, to be guarded later."""
     if not is_deferred_tensor(args[0]) or not is_recording_alone():
@@ -69,16 +86,19 @@ def _data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
 
 def _overwriting(name: str) -> Handler:
     """The handler of an in-place fill, by the name of its op."""
-    keywords = by_name(name).arguments[1:]
+    info = by_name(name)
+    keywords = info.arguments[1:]
 
     def fill(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-        tensor, *values = args
-        values += [kwargs[key] for key in takewhile(kwargs.__contains__, keywords[len(values) :])]
+        tensor, values = args[0], args[1:]
+        if kwargs:
+            rest = takewhile(kwargs.__contains__, keywords[len(values) :])
+            values += tuple([kwargs[key] for key in rest])
         # Every argument is accounted for, or the call is left to torch, as is an in-place write
         # that autograd may have to refuse.
         usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
         grad = tensor.requires_grad and torch.is_grad_enabled()
-        if not usual or grad or not _filled(writer, name, tensor, values, kwargs):
+        if not usual or grad or not _filled(writer, info, tensor, values, kwargs):
             return func(*args, **kwargs)
         return tensor
 
@@ -91,13 +111,14 @@ def _initialising(name: str, *keywords: str) -> Handler:
     torch/nn/init.py passes every argument by name to ``handle_torch_function``. It fills under
     ``no_grad``, so autograd need not be asked.
     """
+    info = by_name(name)
 
     def fill(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         if args:
             kwargs = dict(zip(("tensor", *keywords), args, strict=False)) | kwargs
-        tensor, values = kwargs["tensor"], [kwargs[key] for key in keywords]
+        tensor, values = kwargs["tensor"], tuple([kwargs[key] for key in keywords])
         label = called(func.__name__, kwargs)
-        if not _filled(writer, name, tensor, values, kwargs, label):
+        if not _filled(writer, info, tensor, values, kwargs, label):
             return func(**kwargs)
         return tensor
 
@@ -106,9 +127,9 @@ def _initialising(name: str, *keywords: str) -> Handler:
 
 def _filled(
     writer: ProgramWriter,
-    name: str,
+    info: OpInfo,
     tensor: Any,
-    values: list[Any],
+    values: tuple[Any, ...],
     given: Any,
     label: str | None = None,
 ) -> bool:
@@ -116,7 +137,31 @@ def _filled(
     for value in values:
         if isinstance(value, Tensor):
             return False
-    return writer.overwrite(by_name(name), tensor, tuple(values), given.get("generator"), label)
+    return writer.overwrite(info, tensor, values, given.get("generator"), label)
+
+
+def _without_gradients(private: str, name: str, numbers: int) -> Handler:
+    """The replacement of a private function of torch/nn/init.py that is one fill under ``no_grad``.
+
+    It is recorded here, since ``no_grad`` alone makes two calls of the function mode.
+    """
+    original: Handler = getattr(nn.init, private)
+    info = by_name(name)
+
+    def fill(tensor: Tensor, *values: Any, **named: Any) -> Tensor:
+        writer = current()
+        usual = not named and numbers <= len(values) <= numbers + info.takes_generator
+        if writer is None or not usual or not is_recording_alone(functions=1):
+            original(tensor, *values, **named)
+            return tensor
+        given = dict(zip(_GENERATOR, values[numbers:], strict=False))
+        with without_functions():
+            recorded = _filled(writer, info, tensor, values[:numbers], given)
+        if not recorded:
+            original(tensor, *values)
+        return tensor
+
+    return fill
 
 
 class _StandIn:
@@ -161,6 +206,7 @@ HANDLERS: dict[Any, Handler] = {
     torch.empty: _making("aten::empty.memory_format"),
     torch.zeros: _making("aten::zeros"),
     torch.ones: _making("aten::ones"),
+    torch.tensor: _from_number,
     torch.Tensor.data.__get__: _data,  # type: ignore[attr-defined]
     **{by_name(n).call: _overwriting(n) for n, traits in OP_TABLE.items() if traits.method},
     nn.init.normal_: _initialising(NORMAL, "mean", "std"),
@@ -169,6 +215,17 @@ HANDLERS: dict[Any, Handler] = {
     nn.init.kaiming_uniform_: _scaled,
 }
 """The entries of this module in the table of ``Masquerade``."""
+
+PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
+    (nn.init, private, getattr(nn.init, private), _without_gradients(private, name, numbers))
+    for private, name, numbers in (
+        ("_no_grad_zero_", ZERO, 0),
+        ("_no_grad_fill_", FILL, 1),
+        ("_no_grad_normal_", NORMAL, 2),
+        ("_no_grad_uniform_", UNIFORM, 2),
+    )
+)
+"""What ``patches`` replaces for this module."""
 
 _INITIALISERS: dict[str, Any] = {
     name: value

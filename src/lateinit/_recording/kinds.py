@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lateinit._tensors import ON_META, slot_of
-from lateinit._torch import META, Args, Kwargs, OpInfo, has_tensor, tensors_in
+from lateinit._tensors import ON_META, is_deferred_tensor, slot_of
+from lateinit._torch import META, ZERO, Args, Kwargs, OpInfo, has_tensor, tensors_in
 
 
 class Kind(enum.Enum):
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 def classify(info: OpInfo, args: Args, kwargs: Kwargs) -> Call:
     """The kind of a call, by the op and by which of its tensors are deferred, real or on meta."""
     # Before the arguments are sorted: a fill needs only the tensor that it fills.
-    if info.fills and not has_tensor(args[1:]) and _is_floating(args[0]):
+    if info.fills and not has_tensor(args[1:]) and _takes_fill(info, args[0]):
         return Call(Kind.FILL, [], [])
     if info.random and info.filled_by is not None:
         return Call(Kind.DRAWN, [], [])
@@ -72,10 +72,16 @@ def _kind(
     return Kind.RECORD
 
 
-def _is_floating(tensor: Tensor) -> bool:
-    """Whether a tensor is deferred and floating-point: then no kernel is asked about a fill."""
-    slot = slot_of(tensor)
-    return slot is not None and slot is not ON_META and tensor.is_floating_point()
+def _takes_fill(info: OpInfo, tensor: Tensor) -> bool:
+    return fits(info, tensor) and is_deferred_tensor(tensor)
+
+
+def fits(info: OpInfo, tensor: Tensor) -> bool:
+    """Whether the usual numbers of a fill fit a tensor's dtype: then no kernel is asked about it.
+
+    Of integers only zero is sure to be in range.
+    """
+    return tensor.is_floating_point() or (info.name == ZERO and not tensor.is_quantized)
 
 
 def _sort(args: Args, kwargs: Kwargs) -> tuple[list[Tensor], list[Tensor], bool]:

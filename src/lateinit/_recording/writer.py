@@ -27,7 +27,9 @@ from lateinit._program import (
 from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators, Settled
+from lateinit._recording.kinds import fits
 from lateinit._recording.shared_memory import SharedMemory
+from lateinit._recording.small_results import layouts_of_small
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, Slot, attach, described, slot_of
@@ -177,8 +179,11 @@ class ProgramWriter:
             )
         if any(type(v) is torch.dtype and v in _QUANTIZED for v in (*args, *kwargs.values())):
             return record_by_running(self, info, args, kwargs, deferred)
+        devices = {self.device_for(kwargs, deferred), *map(self.device_of, deferred)}
         try:
-            result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
+            result = layouts_of_small(info, args, kwargs) if devices == {_CPU} else None
+            if result is None:
+                result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
         # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
@@ -217,11 +222,11 @@ class ProgramWriter:
             label: the words for the initialiser, if the caller knows them.
 
         Returns:
-            False if nothing was recorded: the tensor is not deferred, or is not floating-point,
-            so that only the kernel knows whether it accepts the fill.
+            False if nothing was recorded: the tensor is not deferred, or only the kernel knows
+            whether its dtype accepts the fill.
         """
         slot = slot_of(tensor)
-        if slot is None or slot is ON_META or not tensor.is_floating_point():
+        if slot is None or slot is ON_META or not fits(info, tensor):
             return False
         if self.shared:
             self.take_back([tensor])

@@ -50,7 +50,7 @@ class Memory(dict[int, torch.UntypedStorage]):
     __slots__ = ("strides", "windows")
 
     def __init__(self, storages: Mapping[int, torch.UntypedStorage] | None = None) -> None:
-        super().__init__(storages or {})
+        super().__init__(storages or ())
         self.strides: dict[TensorRef, tuple[int, ...]] = {}
         self.windows: dict[int, tuple[TensorRef, Tensor]] = {}
 
@@ -105,9 +105,11 @@ class Session:
             for done in last_use.get(place, ()):
                 memory.pop(done, None)
                 memory.windows.pop(done, None)
+        given: dict[int, Computed] = {}
         for number in step.gives:
             self._provide(number, memory)
-        return {number: memory.computed(number) for number in step.gives}
+            given[number] = memory.computed(number)
+        return given
 
     def _set_ambient(self, ambient: int) -> None:
         if ambient != self._ambient:
@@ -163,7 +165,9 @@ class Session:
             generator: to draw from; by default one at the place of the op's draw.
         """
         args = [a if type(a) in NUMBERS else self._real(a, memory) for a in op.args]
-        kwargs = {key: self._real(value, memory) for key, value in op.kwargs.items()}
+        kwargs: dict[str, Any] = {}
+        if op.kwargs:
+            kwargs = {key: self._real(value, memory) for key, value in op.kwargs.items()}
         info = operators.by_name(op.name)
         if op.draw is None:
             if info.foreign:

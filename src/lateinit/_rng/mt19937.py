@@ -10,6 +10,7 @@ generator and its polynomial; H. Haramoto et al., "Efficient Jump Ahead for F2-L
 Number Generators", INFORMS JoC 20(3), 2008, for jumping by a polynomial.
 """
 
+import ctypes
 import struct
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -107,7 +108,9 @@ def set_state(generator: torch.Generator, state: bytes) -> None:
 
 def state_of(generator: torch.Generator) -> bytes:
     """The state of a generator of any device, as bytes."""
-    return bytes(generator.get_state().numpy().tobytes())
+    state = generator.get_state()
+    # From raw memory, since in a block numpy() is heard by its modes.
+    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def seed_behind(state: bytes) -> int | None:

@@ -26,8 +26,9 @@ from torch import nn
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
-# The libraries whose frames lie between an initialiser and an op.
-_BETWEEN = frozenset({"lateinit", "torch"})
+# The modules whose frames lie between an initialiser and an op, and those that only call either.
+_BETWEEN = ("lateinit", "torch.")
+_ABOVE = "torch.nn.modules."
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
@@ -178,22 +179,25 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     Args:
         names: the initialisers to look for, by name.
     """
+    # A plain loop, since this is asked for every fill.
     found: FrameType | None = None
-    for frame in _upwards(_frame(0)):
-        if frame.f_globals is _INIT:
+    frame: FrameType | None = _frame(0)
+    while frame is not None:
+        module = frame.f_globals
+        if module is _INIT:
             if frame.f_code.co_name.removeprefix("_no_grad_") in names:
                 found = frame
-        elif found is not None or not _is_between(frame):
+        elif found is not None or not _is_between(module.get("__name__", "")):
             break
+        frame = frame.f_back
     if found is None:
         return None
     return found.f_code.co_name.removeprefix("_no_grad_"), found.f_locals
 
 
-def _is_between(frame: FrameType) -> bool:
-    """Whether a frame may lie between an op and the initialiser that runs it."""
-    library: str = frame.f_globals.get("__name__", "")
-    return library.partition(".")[0] in _BETWEEN
+def _is_between(module: str) -> bool:
+    """Whether a frame of a module may lie between an op and the initialiser that runs it."""
+    return module.startswith(_BETWEEN) and not module.startswith(_ABOVE)
 
 
 def is_running(code: CodeType, within: int) -> bool:

@@ -40,11 +40,6 @@ is_deterministic = torch._C._get_deterministic_algorithms
 set_grad_enabled = torch._C._set_grad_enabled
 """The function behind ``torch.no_grad`` and its like; function modes see each call of it."""
 
-# The dispatch keys of modes and of subclasses with ``__torch_dispatch__``.
-_PYTHON_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(
-    torch._C.DispatchKey.PythonTLSSnapshot
-)
-
 
 class DispatchMode(TorchDispatchMode):
     """A dispatch mode that does not import the compiler.
@@ -298,19 +293,20 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 )
 
 
-def below_python() -> Any:
-    """A block whose ops skip dispatch modes and ``__torch_dispatch__`` on the way to kernels."""
-    return torch._C._ExcludeDispatchKeyGuard(_PYTHON_KEYS)
+below_python: Callable[[], Any] = torch._C._DisableTorchDispatch
+"""A block whose ops skip dispatch modes and ``__torch_dispatch__`` on the way to kernels."""
 
 
-def is_recording_alone() -> bool:
+def is_recording_alone(functions: int = 0) -> bool:
     """Whether one recording is the only mode, with the usual default device and determinism.
 
-    To be called from the recording's function mode, which torch takes off its stack meanwhile.
+    Args:
+        functions: how many function modes are on the stack then. To the recording's function mode
+            there is none, since torch takes it off its stack meanwhile.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 1
-        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_function_stack() == functions
         and torch._C._get_default_device() == "cpu"
         and not torch._C._get_deterministic_algorithms()
     )

@@ -46,6 +46,9 @@ _TORCHS = frozenset(
 )
 
 
+# The layouts of the results of such ops depend on the values of their arguments.
+_BY_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
 FillOp = tuple[str, tuple[Any, ...]]
 """The name of an in-place fill and its numbers."""
 
@@ -74,6 +77,8 @@ class OpInfo(OpTraits):
         metadata_only: whether it changes the layout of ``self`` in place, such as ``t_``.
         foreign: whether it is neither torch's nor marked as random by its schema or tags.
         collective: whether it exchanges values with other ranks.
+        pointwise: whether each element of its result depends on those at the same place, broadcast.
+        layout_by_run: whether it makes new tensors alone, whose layouts do not depend on values.
     """
 
     func: Callable[..., Any]
@@ -94,6 +99,8 @@ class OpInfo(OpTraits):
     metadata_only: bool = False
     foreign: bool = False
     collective: bool = False
+    pointwise: bool = False
+    layout_by_run: bool = False
 
     def fill_for(self, args: tuple[Any, ...]) -> FillOp | None:
         """The fill that a factory's arguments call for; None for uninitialised memory."""
@@ -234,6 +241,16 @@ def _examine(func: OpOverload) -> OpInfo:
         metadata_only=inplace_view,
         foreign=foreign,
         collective=namespace in _COLLECTIVES,
+        pointwise=torch.Tag.pointwise in func.tags,
+        layout_by_run=(
+            namespace == "aten"
+            and not random
+            and traits.allocates != "size"
+            and all(a.alias_info is None for a in (*arguments, *schema.returns))
+            and bool(schema.returns)
+            and all(str(r.type) == "Tensor" for r in schema.returns)
+            and not _BY_VALUES.intersection(func.tags)
+        ),
     )
 
 
