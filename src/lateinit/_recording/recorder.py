@@ -176,16 +176,7 @@ class Recorder(RecordingMode):
             return writer.record(info, args, kwargs, [])
         for tensor in changed:
             writer.data.before_write(tensor)
-        if info.random:
-            # It draws into real memory now, so the generator must have its eager state.
-            writer.settle()
-        # The schema of an op that is not torch's does not say whether it draws: compare states.
-        before = torch.default_generator.get_state() if info.foreign else None
-        result = info.func(*args, **kwargs)
-        if info.random and (
-            before is None or not before.equal(torch.default_generator.get_state())
-        ):
-            writer.program.seed_bound = f"{info.name} drew into a real tensor"
+        result = self._run_now(info, args, kwargs)
         # The written tensor may be a view of exposed memory.
         if changed and writer.shared:
             writer.shared.take_back(every=True)
@@ -205,7 +196,19 @@ class Recorder(RecordingMode):
         """Run an op that writes deferred values into a real tensor: compute them now."""
         for tensor in call.real:
             self.writer.data.before_write(tensor)
-        return info.func(*self._evaluated(args), **self._evaluated(kwargs))
+        return self._run_now(info, self._evaluated(args), self._evaluated(kwargs))
+
+    def _run_now(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
+        """Run an op that writes to a real tensor; what it draws, it draws from its eager state."""
+        if not info.random:
+            return info.func(*args, **kwargs)
+        self.writer.settle()
+        # The schema of an op that is not torch's does not say whether it draws: compare states.
+        before = torch.default_generator.get_state() if info.foreign else None
+        result = info.func(*args, **kwargs)
+        if before is None or not before.equal(torch.default_generator.get_state()):
+            self.writer.program.seed_bound = f"{info.name} drew into a real tensor"
+        return result
 
     def _record(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
         return self.writer.record(info, args, kwargs, call.deferred)

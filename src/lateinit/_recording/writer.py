@@ -25,6 +25,7 @@ from lateinit._program import (
 from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators
+from lateinit._recording.layouts import as_kernel_lays_out
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
@@ -171,7 +172,10 @@ class ProgramWriter:
             )
         try:
             result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
-        # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again
+            if info.layout is not None:
+                where = self.device_for(kwargs, deferred)
+                result = as_kernel_lays_out(info, args, kwargs, result, where)
+        # No meta kernel, or a layout that depends on values. If the call is wrong, it raises again
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
             return record_by_running(self, info, args, kwargs, deferred)

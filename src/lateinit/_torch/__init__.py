@@ -52,6 +52,7 @@ from lateinit._torch.callers import (
     running_initialiser,
     why_is_meta,
 )
+from lateinit._torch.convolution import as_convolution_lays_out
 from lateinit._torch.devices import (
     default_generator,
     device_number,
@@ -208,6 +209,7 @@ __all__ = [
     "are_functions_disabled",
     "as_autocast_casts",
     "as_bytes",
+    "as_convolution_lays_out",
     "as_subclass",
     "asks_for_values",
     "attention_without_fused_kernel",
