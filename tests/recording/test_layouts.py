@@ -189,6 +189,9 @@ MADE: dict[str, Build] = {
     "padding": lambda: nn.functional.pad(
         torch.randn(2, 3, 19, 18).to(memory_format=torch.channels_last), (1, 1, 2, 2), "reflect"
     ),
+    "poisson": lambda: torch.poisson(permuted(5, 4).abs()),
+    "gamma": lambda: torch.distributions.Gamma(permuted(5, 4).abs() + 1, torch.ones(5, 4)).sample(),
+    "normal with a deviation for each": lambda: torch.normal(0.0, permuted(5, 4).abs()),
     "product with what is expanded": lambda: (
         torch.randn(1).half().expand(3, 50) * permuted(3, 50).half()
     ),

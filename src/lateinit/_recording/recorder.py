@@ -28,10 +28,12 @@ from lateinit._torch import (
     OpOverload,
     flat,
     here,
+    is_wrapper,
     map_tensors,
     op_info,
     operators,
     tensors_in,
+    unwrapped,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -84,7 +86,7 @@ class Recorder(RecordingMode):
         args, kwargs = self.writer.call
         asked = (kwargs or {}).get("device")
         if asked is None or torch.device(asked) != META:
-            for tensor in tensors_in(args, kwargs or {}):
+            for tensor in map(unwrapped, tensors_in(args, kwargs or {})):
                 if is_deferred_tensor(tensor):
                     return self.writer.device_of(tensor)
         return META
@@ -130,9 +132,13 @@ class Recorder(RecordingMode):
         return info.func(args[0], self.writer.expose(args[1]))
 
     def _set_storage(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
-        """``deferred.set_(real storage)``: set a deferred twin of the real storage instead."""
+        """``deferred.set_(real)``: set a deferred twin of the real storage instead."""
         del call
         target, storage, *rest = args
+        if isinstance(storage, Tensor):
+            info = operators.by_name("aten::set_.source_Storage_storage_offset")
+            rest = [storage.storage_offset(), storage.size(), storage.stride()]
+            storage = storage.untyped_storage()
         shared = self.writer.shared
         # One twin for each real storage, so that two tensors set to it share memory here too.
         twin = shared.twin_of(storage)
@@ -153,7 +159,17 @@ class Recorder(RecordingMode):
         return result
 
     def _mixed(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
-        del args, kwargs, call
+        if info.name.startswith("prims::"):
+            # Below a kernel that asks meta for a shape, as aten/src/ATen/native/BinaryOps.cpp:
+            # mul_zerotensor does. Python code that mixes devices comes by an op of aten.
+            return self._on_meta(info, args, kwargs, call)
+        wrapper = next(filter(is_wrapper, tensors_in(args, kwargs)), None)
+        if wrapper is not None:
+            raise RecordingError(
+                f"{info.name} takes a deferred tensor and a {type(wrapper).__name__}, which "
+                "consists of other tensors and cannot be recorded: make it after "
+                "lateinit.materialize()"
+            )
         raise RecordingError(
             f"{info.name} mixes a deferred tensor with one that the constructor put on meta: "
             "eager construction would fail here too"
