@@ -35,8 +35,6 @@ _UNINITIALISED = {
 }
 _REFUSED = {
     "addbmm": "in place, it resizes what it writes to",
-    "unravel_index": "asks for the device of a tensor below the level that is heard",
-    "tensor_split": "likewise",
 }
 
 
