@@ -144,17 +144,16 @@ REAL_PURE = {
     "rand_like": lambda t, u, n: torch.rand_like(t),
     "randn_like": lambda t, u, n: torch.randn_like(t),
     "bernoulli": lambda t, u, n: torch.bernoulli(t.sigmoid()),
-    # Contiguous: of a transposed tensor the kernel's result is in row-major order, and that of its
-    # meta twin is not, which is recorded.
-    "poisson": lambda t, u, n: torch.poisson(
-        t.double().abs().nan_to_num().clamp(max=40).contiguous()
-    ),
+    "poisson": lambda t, u, n: torch.poisson(t.double().abs().nan_to_num().clamp(max=40)),
     "dropout": lambda t, u, n: nn.functional.dropout(t, 0.3),
     "normal_around": lambda t, u, n: torch.normal(t, 0.1),
     "scaled": lambda t, u, n: t * (n / 5) + 1,
     "outer": lambda t, u, n: torch.outer(t.flatten()[:4], t.flatten()[:3]),
     "summed": lambda t, u, n: t.sum(dtype=torch.float64),
     "ordered": lambda t, u, n: t.flatten().sort().values,
+    "right_vectors": lambda t, u, n: torch.linalg.svd(square(t))[2],
+    "half_spectrum": lambda t, u, n: torch.fft.rfftn(square(t).expand(3, 4, 4)),
+    "hessian": lambda t, u, n: torch.func.hessian(lambda x: (x**3).sum())(square(t)[0]),
     "positive": lambda t, u, n: t[t > 0],
     "where": lambda t, u, n: torch.where(t > 0, t, -1),
 }
@@ -177,6 +176,13 @@ STREAM = {
     "rewound": lambda t, u, n: rewound(n),
 }
 REBINDS = {"swap_data": lambda t, u, n: swap_data(t, u)}
+
+
+def square(t: torch.Tensor) -> torch.Tensor:
+    """A matrix of some of the values."""
+    matrix, values = torch.eye(4), t.detach().float().flatten()[:4].nan_to_num().clamp(-9, 9)
+    matrix[0, : len(values)] += values
+    return matrix
 
 
 def forked(number: int) -> None:

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lateinit._torch.messages import asks_for_values, is_misfit, is_out_of_memory
+from lateinit._torch.messages import (
+    asks_for_values,
+    is_misfit,
+    is_out_of_memory,
+    reaches_for_memory,
+)
 from lateinit._torch.modes import DispatchMode
 
 if TYPE_CHECKING:
@@ -97,3 +102,12 @@ def test_load_state_dict_begins_with_the_name_of_what_does_not_fit() -> None:
         assert type(error) is RuntimeError
         assert is_misfit(error)
     assert not is_misfit(said_by(lambda: layer(torch.ones(3))))
+
+
+def test_a_kernel_for_real_tensors_says_that_meta_has_no_data() -> None:
+    """c10/core/TensorImpl.h: data_impl; such as that of _sobol_engine_initialize_state_."""
+    state = torch.empty(3, 30, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="not allocated") as caught:
+        torch._sobol_engine_initialize_state_(state, 3)
+    assert reaches_for_memory(caught.value)
+    assert not reaches_for_memory(RuntimeError("of any other kind"))

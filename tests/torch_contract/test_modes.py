@@ -44,6 +44,8 @@ from lateinit._torch.modes import (
     set_functions_state,
     set_grad_enabled,
     settings_kept,
+    takes_default_device,
+    unwrapped,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -414,3 +416,22 @@ def test_a_transform_of_torch_func_is_known_to_run_by_what_it_calls() -> None:
     torch.vmap(f)(torch.ones(2, 3))
     torch.func.grad(f)(torch.ones(3))
     assert seen == [False, True, True]
+
+
+def test_transforms_of_torch_func_wrap_tensors_one_in_the_other() -> None:
+    x, seen = torch.randn(2, 3), []
+
+    def noted(value: torch.Tensor) -> torch.Tensor:
+        seen.append(unwrapped(value))
+        return (value**2).sum()
+
+    torch.func.vmap(torch.func.grad(noted))(x)
+    assert seen[0] is not None
+    assert seen[0].data_ptr() == x.data_ptr()
+    assert unwrapped(x) is x
+
+
+def test_a_factory_is_given_the_device_of_the_block_around_it() -> None:
+    """torch/utils/_device.py: _device_constructors."""
+    assert takes_default_device(torch.randn)
+    assert not takes_default_device(torch.add)

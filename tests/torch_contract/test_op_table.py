@@ -62,7 +62,7 @@ def is_drawn(traits: OpTraits) -> bool:
 
 
 def is_tried(traits: OpTraits) -> bool:
-    return not (traits.writes_unsaid or traits.spoken or traits.layout_only)
+    return not (traits.writes_unsaid or traits.spoken or traits.layout_only or traits.layout)
 
 
 def tensor(dtype: torch.dtype = torch.float64) -> Tensor:

@@ -17,12 +17,14 @@ from lateinit._torch.operators import (
     OpOverload,
     by_name,
     copy_into,
+    op_behind,
     op_info,
     overload_for,
     parse_to,
     register,
     spoken,
     to_copy,
+    to_dlpack,
 )
 from tests.torch_contract.listeners import Operators
 
@@ -173,3 +175,21 @@ def test_item_is_an_operator_with_another_name() -> None:
         tensor.item()
     assert [spoken(name) for name in mode.heard] == ["item"]
     assert mode.heard == ["aten::_local_scalar_dense"]
+
+
+def test_the_op_behind_a_function_is_found_by_name_if_it_makes_no_view() -> None:
+    state = torch.zeros(3, 30, dtype=torch.int64)
+    found = op_behind(torch._sobol_engine_initialize_state_, (state, 3), {})
+    assert found is not None
+    assert found.name == "aten::_sobol_engine_initialize_state_"
+    assert found.mutates == (0,)
+    assert op_behind(torch.tensor_split, (torch.ones(4), torch.tensor([2])), {}) is None
+    assert op_behind(torch.nn.init.orthogonal_, (torch.ones(2, 2),), {}) is None
+
+
+def test_a_capsule_of_dlpack_shares_the_memory() -> None:
+    """torch/csrc/Module.cpp: DLPack_Module.to_dlpack, which asks no mode."""
+    tensor = torch.ones(3)
+    torch.utils.dlpack.from_dlpack(to_dlpack(tensor)).mul_(2)
+    assert tensor.tolist() == [2, 2, 2]
+    assert torch.utils.dlpack.to_dlpack is torch.to_dlpack is to_dlpack

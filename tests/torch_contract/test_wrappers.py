@@ -15,7 +15,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from lateinit._torch.swap import swap
 from lateinit._torch.wrappers import (
+    FakeMode,
     block_of_shard,
+    enter_fake_mode,
     fake_like,
     is_dtensor,
     is_fake,
@@ -134,3 +136,12 @@ def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.Monke
     assert DTensor.__init__ is constructor
     monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
     assert not tell_of_new_dtensors(made.append)
+
+
+def test_a_fake_mode_is_entered_by_its_method() -> None:
+    """torch/_subclasses/fake_tensor.py: FakeTensorMode.__enter__; torch.export enters it too."""
+    assert FakeMode is FakeTensorMode
+    mode = FakeMode()
+    assert enter_fake_mode(mode) is mode
+    assert is_fake(torch.ones(2))
+    mode.__exit__(None, None, None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lateinit._program import Op, Read
 from lateinit._replay import Memory, execution_of
-from lateinit._torch import Args, Kwargs, OpInfo, is_plain, restoring
+from lateinit._torch import META, Args, Kwargs, OpInfo, is_plain, restoring, tensors_in
 
 if TYPE_CHECKING:
     from lateinit._recording.writer import ProgramWriter
@@ -35,8 +36,11 @@ def record_by_running(
             writer.program.seed_bound = f"{info.name} made a tensor without a plain layout"
         return results[0] if len(results) == 1 else results
     outputs = {key: kwargs[key] for key in info.mutates_kw if kwargs.get(key) is not None}
-    if info.mutates:
-        made: list[Any] = [args[info.mutates[0]]]
+    made: list[Any]
+    if not info.returns_tensor:
+        made = []
+    elif info.mutates:
+        made = [args[info.mutates[0]]]
     elif outputs:
         made = [_resized(writer, *pair) for pair in zip(outputs.values(), results, strict=False)]
         shown = {key: writer.ref(out) for key, out in outputs.items()}
@@ -51,6 +55,8 @@ def record_by_running(
         # must find the same shapes; the empty digest says that values do not matter.
         before = len(writer.program.ops)
         writer.program.reads += [Read(ref, before, b"") for ref in outs if ref is not None]
+    if not made:
+        return None
     return made[0] if len(made) == 1 else tuple(made)
 
 
@@ -58,6 +64,9 @@ def _run(
     writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
 ) -> tuple[Op, tuple[Any, ...]]:
     """The op without results, and the real results."""
+    device = writer.device_for(kwargs, [t for t in tensors_in(args, {}) if t.is_meta])
+    # Composite kernels pass on the device of a deferred argument, which is meta to them.
+    args = tuple(device if _is_meta(value) else value for value in args)
     referred = tuple(writer.referred(value) for value in args)
     written = {k: writer.referred(v) for k, v in kwargs.items() if k != "generator"}
     ambient = writer.ambient_number()
@@ -68,6 +77,10 @@ def _run(
     given = {n: computed.storage for n, computed in execution.values(touched).items()}
     with execution.session() as session, writer.program.ambients[ambient].in_force():
         return op, session.call(op, Memory(given))
+
+
+def _is_meta(value: Any) -> bool:
+    return type(value) is torch.device and value == META
 
 
 def _resized(writer: ProgramWriter, out: Tensor, real: Tensor) -> Tensor:

@@ -18,17 +18,26 @@ from torch import Tensor
 
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.autocast import casts_of_autocast
+from lateinit._recording.by_running import record_by_running
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.writer import ProgramWriter
 from lateinit._tensors import address_of, copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch import (
+    META,
     FunctionMode,
+    asks_for_values,
+    default_device_in_force,
     device_number,
     is_any_autocast_enabled,
     is_pointer_followed,
     is_storage_pickled,
+    map_tensors,
+    op_behind,
+    reaches_for_memory,
     set_grad_enabled,
     swap_implementation,
+    takes_default_device,
+    tensors_in,
     without_modes,
 )
 
@@ -49,6 +58,8 @@ class Masquerade(FunctionMode):
         if handler is _asks or writer.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
         writer.call = args, kwargs
+        if kwargs and "out" in kwargs:
+            kwargs = _on_the_device_of_out(writer, func, kwargs)
         if handler is None:
             func = fast_paths.initialiser_behind(func) or func
             handler = _HANDLERS.get(func)
@@ -56,8 +67,68 @@ class Masquerade(FunctionMode):
             with casts_of_autocast():
                 return (handler or _asks)(writer, func, args, kwargs or {})
         if handler is None:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            recorded = len(writer.program.ops)
+            try:
+                return func(*args, **kwargs) if kwargs else func(*args)
+            except RuntimeError as error:
+                if reaches_for_memory(error):
+                    return _composite_by_running(writer, func, args, kwargs or {}, recorded, error)
+                if asks_for_values(error):
+                    return _with_real_indices(writer, func, args, kwargs or {}, error)
+                raise
         return handler(writer, func, args, kwargs or {})
+
+
+def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:
+    """The keywords of a factory, with ``meta`` for the device that a deferred ``out`` reports.
+
+    torch/csrc/utils/out_types.cpp: check_out_type_matches compares the two. The device may be that
+    of a ``with torch.device(...)`` around the call or the block.
+    """
+    out, device = kwargs["out"], kwargs.get("device")
+    if device is None and takes_default_device(func):
+        device = default_device_in_force()
+    if device is None or not isinstance(out, Tensor) or not is_deferred_tensor(out):
+        return kwargs
+    return kwargs | {"device": META} if torch.device(device) == writer.device_of(out) else kwargs
+
+
+def _composite_by_running(
+    writer: ProgramWriter, func: Any, args: Any, kwargs: Any, begun: int, error: RuntimeError
+) -> Any:
+    """Record an op whose kernel reads memory above the dispatcher, such as ``_sobol_engine_draw``.
+
+    It is run on the values, as an op without a meta kernel is. What it did before it failed, from
+    op number ``begun`` on, is dropped.
+    """
+    deferred = [t for t in tensors_in(args, kwargs) if is_deferred_tensor(t)]
+    info = op_behind(func, args, kwargs)
+    drawn = any(op.draw is not None for op in writer.program.ops[begun:])
+    if not deferred or info is None or drawn:
+        raise error
+    writer.program.forget(begun)
+    writer.busy = True
+    try:
+        with without_modes():
+            return record_by_running(writer, info, args, kwargs, deferred)
+    finally:
+        writer.busy = False
+
+
+def _with_real_indices(
+    writer: ProgramWriter, func: Any, args: Any, kwargs: Any, error: RuntimeError
+) -> Any:
+    """Call a function that reads indices above the dispatcher, such as ``tensor_split``."""
+
+    def real(value: Any) -> Any:
+        is_index = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+        return computed(writer, value) if is_index and is_deferred_tensor(value) else value
+
+    given = map_tensors(args, real), map_tensors(kwargs, real)
+    before, after = tensors_in(args, kwargs), tensors_in(*given)
+    if all(new is old for new, old in zip(after, before, strict=True)):
+        raise error
+    return func(*given[0], **given[1])
 
 
 def _asks(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:

@@ -57,7 +57,7 @@ def _kind(
     if deferred and info.name.startswith("aten::set_.source_"):
         if info.name.endswith("Tensor") and real and args[1].is_meta:
             return Kind.SHOW
-        if isinstance(args[1], torch.UntypedStorage) and args[1].device != META:
+        if isinstance(args[1], (torch.UntypedStorage, Tensor)) and args[1].device != META:
             return Kind.SET_STORAGE
     if kwargs.get("device") == META or (on_meta and not deferred):
         return Kind.ON_META

@@ -6,6 +6,8 @@
 - ``Parameter.__new__`` makes tensors below the dispatcher.
 - Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
+- ``FakeTensorMode`` and ``torch.export`` make tensors that no recording could hold.
+- ``to_dlpack`` reads memory, and comes to no mode.
 - Some functions of torch call others with function modes off (``composite_ops``).
 - Initialisers are fills under ``no_grad``, which are recorded at once (``fast_paths``).
 
@@ -23,7 +25,17 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, trunc_normal
 from lateinit._recording.writer import current
-from lateinit._torch import RecursiveScriptModule, construct_script_module, turn, without_modes
+from lateinit._tensors import is_deferred_tensor
+from lateinit._torch import (
+    FakeMode,
+    RecursiveScriptModule,
+    construct_script_module,
+    enter_fake_mode,
+    to_dlpack,
+    turn,
+    without_modes,
+)
+from lateinit.errors import RecordingError
 
 _default = torch.default_generator
 _new_parameter = nn.Parameter.__dict__["__new__"]
@@ -71,11 +83,34 @@ def _noted_script(module: Any, *args: Any, **kwargs: Any) -> None:
         writer.scripts.append(weakref.ref(module))
 
 
+def _refused_fake_mode(mode: Any) -> Any:
+    writer = current()
+    if writer is not None and not writer.busy:
+        # Later is too late: an error in an op that torch.export traces aborts the process.
+        raise RecordingError(
+            "FakeTensorMode was entered in a deferred constructor, perhaps by torch.export: fake "
+            "tensors have no values that could be recorded, and would stand for deferred tensors "
+            "that say another device; do it after lateinit.materialize()"
+        )
+    return enter_fake_mode(mode)
+
+
+def _shared_by_dlpack(tensor: Tensor) -> Any:
+    writer = current()
+    if writer is None or writer.busy or not is_deferred_tensor(tensor):
+        return to_dlpack(tensor)
+    with without_modes():
+        return to_dlpack(writer.expose(tensor))
+
+
 _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch.random, "default_generator", _default, _Heard()),
     (nn.init, "_no_grad_trunc_normal_", trunc_normal.original, trunc_normal.recorded),
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
     (RecursiveScriptModule, "__init__", construct_script_module, _noted_script),
+    (FakeMode, "__enter__", enter_fake_mode, _refused_fake_mode),
+    (torch, "to_dlpack", to_dlpack, _shared_by_dlpack),
+    (torch.utils.dlpack, "to_dlpack", to_dlpack, _shared_by_dlpack),
     *composite_ops.PATCHES,
     *fast_paths.PATCHES,
 )

@@ -28,10 +28,12 @@ from lateinit._torch import (
     OpOverload,
     flat,
     here,
+    is_wrapper,
     map_tensors,
     op_info,
     operators,
     tensors_in,
+    unwrapped,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -84,7 +86,7 @@ class Recorder(RecordingMode):
         args, kwargs = self.writer.call
         asked = (kwargs or {}).get("device")
         if asked is None or torch.device(asked) != META:
-            for tensor in tensors_in(args, kwargs or {}):
+            for tensor in map(unwrapped, tensors_in(args, kwargs or {})):
                 if is_deferred_tensor(tensor):
                     return self.writer.device_of(tensor)
         return META
@@ -130,9 +132,13 @@ class Recorder(RecordingMode):
         return info.func(args[0], self.writer.expose(args[1]))
 
     def _set_storage(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
-        """``deferred.set_(real storage)``: set a deferred twin of the real storage instead."""
+        """``deferred.set_(real)``: set a deferred twin of the real storage instead."""
         del call
         target, storage, *rest = args
+        if isinstance(storage, Tensor):
+            info = operators.by_name("aten::set_.source_Storage_storage_offset")
+            rest = [storage.storage_offset(), storage.size(), storage.stride()]
+            storage = storage.untyped_storage()
         shared = self.writer.shared
         # One twin for each real storage, so that two tensors set to it share memory here too.
         twin = shared.twin_of(storage)
@@ -154,7 +160,17 @@ class Recorder(RecordingMode):
         return result
 
     def _mixed(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
-        del args, kwargs, call
+        if info.name.startswith("prims::"):
+            # Below a kernel that asks meta for a shape, as aten/src/ATen/native/BinaryOps.cpp:
+            # mul_zerotensor does. Python code that mixes devices comes by an op of aten.
+            return self._on_meta(info, args, kwargs, call)
+        wrapper = next(filter(is_wrapper, tensors_in(args, kwargs)), None)
+        if wrapper is not None:
+            raise RecordingError(
+                f"{info.name} takes a deferred tensor and a {type(wrapper).__name__}, which "
+                "consists of other tensors and cannot be recorded: make it after "
+                "lateinit.materialize()"
+            )
         raise RecordingError(
             f"{info.name} mixes a deferred tensor with one that the constructor put on meta: "
             "eager construction would fail here too"
@@ -177,15 +193,7 @@ class Recorder(RecordingMode):
             return writer.record(info, args, kwargs, [])
         for tensor in changed:
             writer.data.before_write(tensor)
-        # It may draw into real memory now, so the generator must have its eager state.
-        with writer.settled() if info.random else contextlib.nullcontext():
-            # The schema of an op that is not torch's does not say whether it draws: compare states.
-            before = torch.default_generator.get_state() if info.foreign else None
-            result = info.func(*args, **kwargs)
-            if info.random and (
-                before is None or not before.equal(torch.default_generator.get_state())
-            ):
-                writer.program.seed_bound = f"{info.name} drew into a real tensor"
+        result = self._run_now(info, args, kwargs)
         # The written tensor may be a view of exposed memory.
         if changed and writer.shared:
             writer.shared.take_back_real(changed)
@@ -205,9 +213,21 @@ class Recorder(RecordingMode):
         """Run an op that writes deferred values into a real tensor: compute them now."""
         for tensor in call.real:
             self.writer.data.before_write(tensor)
-        result = info.func(*self._evaluated(args), **self._evaluated(kwargs))
+        result = self._run_now(info, self._evaluated(args), self._evaluated(kwargs))
         if self.writer.shared:
             self.writer.shared.take_back_real(call.real)
+        return result
+
+    def _run_now(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
+        """Run an op that writes to a real tensor; what it draws, it draws from its eager state."""
+        if not info.random:
+            return info.func(*args, **kwargs)
+        with self.writer.settled():
+            # The schema of an op that is not torch's does not say whether it draws: compare states.
+            before = torch.default_generator.get_state() if info.foreign else None
+            result = info.func(*args, **kwargs)
+            if before is None or not before.equal(torch.default_generator.get_state()):
+                self.writer.program.seed_bound = f"{info.name} drew into a real tensor"
         return result
 
     def _record(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:

@@ -28,6 +28,7 @@ from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators, Settled
 from lateinit._recording.kinds import fits
+from lateinit._recording.layouts import as_kernel_lays_out
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.small_results import layouts_of_small
 from lateinit._recording.value_reads import ValueReads
@@ -55,7 +56,6 @@ from lateinit.errors import RecordingError
 
 _CPU = torch.device("cpu")
 # The meta kernels of torch/_meta_registrations.py give float32 in their place.
-_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
 def current() -> ProgramWriter | None:
@@ -177,14 +177,15 @@ class ProgramWriter:
                 f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
                 "after materialising"
             )
-        if any(type(v) is torch.dtype and v in _QUANTIZED for v in (*args, *kwargs.values())):
-            return record_by_running(self, info, args, kwargs, deferred)
         devices = {self.device_for(kwargs, deferred), *map(self.device_of, deferred)}
         try:
             result = layouts_of_small(info, args, kwargs) if devices == {_CPU} else None
             if result is None:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
-        # No meta kernel, or a shape that depends on values. If the call is wrong, it raises again
+                if info.layout is not None:
+                    where = self.device_for(kwargs, deferred)
+                    result = as_kernel_lays_out(info, args, kwargs, result, where)
+        # No meta kernel, or a layout that depends on values. If the call is wrong, it raises again
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
             return record_by_running(self, info, args, kwargs, deferred)

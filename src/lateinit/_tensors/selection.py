@@ -15,7 +15,7 @@ from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, slot_of
 from lateinit._tensors.walk import Found, find_with_kept, modules_in
-from lateinit._torch import is_dtensor, without_subclass_functions
+from lateinit._torch import is_dtensor, is_wrapper, without_subclass_functions
 from lateinit.errors import (
     DeferredTensorError,
     NotRecordedError,
@@ -88,7 +88,14 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             "...) first, or materialise the rest with only="
         )
     pairs = [(f, slot_of(f.tensor)) for f in found]
-    unknown = [f.name for f, slot in pairs if slot is None and f.tensor.is_meta]
+    missing = [f for f, slot in pairs if slot is None and f.tensor.is_meta]
+    wrappers = [f.name for f in missing if is_wrapper(f.tensor)]
+    if wrappers:
+        raise NotRecordedError(
+            f"made of other tensors, by a class that says itself where it is: {listing(wrappers)}. "
+            "Wrap, or quantise, what lateinit.materialize() has given its values"
+        )
+    unknown = [f.name for f in missing]
     if unknown:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "

@@ -54,13 +54,19 @@ from lateinit._torch.callers import (
     running_initialiser,
     why_is_meta,
 )
+from lateinit._torch.convolution import as_convolution_lays_out
 from lateinit._torch.devices import (
     default_generator,
     device_number,
     device_of_result,
     generator_key,
 )
-from lateinit._torch.messages import asks_for_values, is_misfit, is_out_of_memory
+from lateinit._torch.messages import (
+    asks_for_values,
+    is_misfit,
+    is_out_of_memory,
+    reaches_for_memory,
+)
 from lateinit._torch.modes import (
     DispatchMode,
     FunctionMode,
@@ -89,6 +95,8 @@ from lateinit._torch.modes import (
     set_functions_state,
     set_grad_enabled,
     settings_kept,
+    takes_default_device,
+    unwrapped,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -125,12 +133,14 @@ from lateinit._torch.operators import (
     OpOverload,
     by_name,
     copy_into,
+    op_behind,
     op_info,
     overload_for,
     parse_to,
     register,
     spoken,
     to_copy,
+    to_dlpack,
 )
 from lateinit._torch.script import (
     Held,
@@ -175,7 +185,9 @@ from lateinit._torch.swap import (
     swap_with_hooks,
 )
 from lateinit._torch.wrappers import (
+    FakeMode,
     block_of_shard,
+    enter_fake_mode,
     fake_like,
     is_dtensor,
     is_fake,
@@ -206,6 +218,7 @@ __all__ = [
     "Asked",
     "Caller",
     "DispatchMode",
+    "FakeMode",
     "FillOp",
     "FunctionMode",
     "Held",
@@ -220,6 +233,7 @@ __all__ = [
     "are_functions_disabled",
     "as_autocast_casts",
     "as_bytes",
+    "as_convolution_lays_out",
     "as_subclass",
     "asks_for_values",
     "attention_without_fused_kernel",
@@ -245,6 +259,7 @@ __all__ = [
     "device_of_result",
     "digest",
     "enable_functions",
+    "enter_fake_mode",
     "fake_like",
     "flat",
     "functions_state",
@@ -300,6 +315,7 @@ __all__ = [
     "not_persistent",
     "noted",
     "noted_modes",
+    "op_behind",
     "op_info",
     "outside",
     "outside_functorch",
@@ -310,6 +326,7 @@ __all__ = [
     "parse_to",
     "put_autocast",
     "put_determinism",
+    "reaches_for_memory",
     "read_autocast",
     "read_determinism",
     "register",
@@ -327,12 +344,15 @@ __all__ = [
     "storage_key",
     "swap_implementation",
     "swap_with_hooks",
+    "takes_default_device",
     "tell_of_new_dtensors",
     "tell_of_script_saves",
     "tensors_in",
     "to_copy",
+    "to_dlpack",
     "to_meta",
     "turn",
+    "unwrapped",
     "why_is_meta",
     "without_functions",
     "without_modes",

@@ -11,6 +11,7 @@ _OUT_OF_MEMORY = (
     "out of memory",
 )
 _WITHOUT_MEMORY = ("meta", "unallocated storage")
+_NO_DATA = "its data is not allocated yet"  # c10/core/TensorImpl.h
 _MISFIT = "Error(s) in loading state_dict for "
 
 
@@ -29,6 +30,11 @@ def asks_for_values(error: BaseException) -> bool:
     """Whether an exception says that an op needs the memory of a meta tensor."""
     said = str(error).lower()
     return any(word in said for word in _WITHOUT_MEMORY)
+
+
+def reaches_for_memory(error: BaseException) -> bool:
+    """Whether an exception says that a kernel for real tensors looked for memory on meta."""
+    return _NO_DATA in str(error)
 
 
 def is_misfit(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -207,6 +208,13 @@ def is_functorch_running() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def unwrapped(tensor: Any) -> Any:
+    """The tensor that transforms of ``torch.func`` have wrapped, one in the other."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 @contextlib.contextmanager
 def outside_functorch() -> Iterator[None]:
     """Run a block as if no ``vmap`` or ``torch.func.grad`` were running."""
@@ -328,3 +336,8 @@ def default_device_in_force() -> torch.device | None:
         if isinstance(device, torch.device):
             return device
     return None
+
+
+def takes_default_device(func: Any) -> bool:
+    """Whether a function is a factory that ``with torch.device(...)`` gives its device to."""
+    return func in _device_constructors()

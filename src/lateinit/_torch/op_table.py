@@ -54,6 +54,10 @@ class OpTraits:
         layout_only: whether it answers from layouts alone, without values.
         spoken: its name in messages, if users call it by another one.
         writes_unsaid: the positions of arguments that it writes, and that its schema does not mark.
+        layout: how to know the layout of its results if not by its meta kernel: the kernel is
+            "asked", or only if an argument is not contiguous ("asked if permuted"), by a run on
+            small tensors (``_recording.layouts``); of a "convolution", torch tells; only a run on
+            the "values" gives results that are no windows on a storage.
     """
 
     fills: bool = False
@@ -68,6 +72,7 @@ class OpTraits:
     layout_only: bool = False
     spoken: str | None = None
     writes_unsaid: tuple[int, ...] = ()
+    layout: Literal["asked", "asked if permuted", "convolution", "values"] | None = None
 
 
 # uniform_ checks its bounds and their difference, and other ops each number, against the dtype's
@@ -94,6 +99,9 @@ _size = partial(OpTraits, allocates="size")
 _like = partial(OpTraits, allocates="like")
 _new = partial(OpTraits, allocates="new")
 _arithmetic = partial(OpTraits, elementwise=True, usual=_near)
+_asked = OpTraits(layout="asked")
+_permuted = OpTraits(layout="asked if permuted")
+_by_values = OpTraits(layout="values")
 _ZEROS: FilledBy = (ZERO, ())
 _ONES: FilledBy = (FILL, (1,))
 _FULL: FilledBy = (FILL, ("fill_value",))
@@ -166,10 +174,29 @@ _ROWS: dict[str, OpTraits] = {
     "clamp clamp_min clamp_max": OpTraits(elementwise=True, numbers=(0.3,)),
     "pow.Tensor_Scalar": OpTraits(elementwise=True, numbers=(2,)),
     # These update running statistics (aten/src/ATen/native/native_functions.yaml).
-    "native_batch_norm cudnn_batch_norm miopen_batch_norm": OpTraits(writes_unsaid=(3, 4)),
+    "native_batch_norm": OpTraits(writes_unsaid=(3, 4), layout="asked"),
+    "cudnn_batch_norm miopen_batch_norm": OpTraits(writes_unsaid=(3, 4)),
     "batch_norm_gather_stats": OpTraits(writes_unsaid=(3, 4)),
     "batch_norm_gather_stats_with_counts": OpTraits(writes_unsaid=(3, 4)),
     "batch_norm_update_stats": OpTraits(writes_unsaid=(1, 2)),
+    # Their meta kernels give other layouts than those of the CPU, or other auxiliary results.
+    "_linalg_svd linalg_eig _fft_c2r _fft_r2c nonzero_static": _asked,
+    "_native_batch_norm_legit _native_batch_norm_legit.no_stats _batch_norm_with_update": _asked,
+    "native_layer_norm _embedding_bag _embedding_bag_forward_only": _asked,
+    "mul.Tensor pow.Scalar copysign.Tensor div.Tensor_mode floor_divide heaviside": _permuted,
+    "ldexp.Tensor logaddexp logical_and logical_or logical_xor xlogy.Tensor": _permuted,
+    "special_xlog1py angle log_sigmoid_forward": _permuted,
+    "poisson _standard_gamma rrelu_with_noise normal.Tensor_Tensor normal.float_Tensor": _permuted,
+    "channel_shuffle pixel_shuffle max_unpool2d nll_loss2d_forward": _permuted,
+    "reflection_pad2d reflection_pad3d replication_pad2d replication_pad3d": _permuted,
+    "native_dropout_backward _log_softmax_backward_data": _permuted,
+    "hardswish_backward hardtanh_backward leaky_relu_backward threshold_backward": _permuted,
+    "logit_backward mse_loss_backward huber_loss_backward smooth_l1_loss_backward": _permuted,
+    "native_layer_norm_backward replication_pad2d_backward": _permuted,
+    "convolution convolution_backward": OpTraits(layout="convolution"),
+    # Quantised and nested tensors have no meta kernel, or one that gives a plain tensor.
+    "quantize_per_tensor quantize_per_channel quantize_per_tensor_dynamic": _by_values,
+    "quantize_per_tensor.tensor_qparams quantize_per_tensor.tensors": _by_values,
     "_local_scalar_dense": OpTraits(spoken="item"),
     "is_pinned is_same_size": OpTraits(layout_only=True),
 }

@@ -128,6 +128,16 @@ def overload_for(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op
     return by_name(f"{name}.{overload}".removesuffix(".default"))
 
 
+def op_behind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpInfo | None:
+    """The facts about the op of ATen that a function of torch calls; None if it has views."""
+    try:
+        info = overload_for(f"aten::{func.__name__}", args, kwargs)
+    except (AttributeError, RuntimeError):  # there is none, or the call is wrong
+        return None
+    returned = [r.alias_info for r in info.func._schema.returns]  # type: ignore[attr-defined]
+    return None if any(a is not None and not a.is_write for a in returned) else info
+
+
 parse_to: Callable[..., tuple[Any, Any, bool, Any]] = torch._C._nn._parse_to
 """The device, dtype, ``non_blocking`` and memory format among arguments of ``x.to(...)``.
 
@@ -137,6 +147,9 @@ torch's own parser, a torch function that ``nn.Module.to`` calls; it does not ta
 
 to_copy = torch.ops.aten._to_copy.default
 """The op that ``x.to(...)`` dispatches if it copies."""
+
+to_dlpack = torch._C._to_dlpack
+"""The function of ``torch.utils.dlpack``, from before there was ``Tensor.__dlpack__``."""
 
 copy_into = torch.ops.aten.copy_.default
 """The op that ``x.copy_(y)`` dispatches."""

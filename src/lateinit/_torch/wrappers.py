@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from lateinit._torch.swap import swap
 
@@ -56,6 +57,13 @@ def tell_of_new_dtensors(listener: Callable[[Any], None] | None) -> bool:
     told._lateinit_original = initialise  # type: ignore[attr-defined]
     cls.__init__ = told
     return True
+
+
+FakeMode = FakeTensorMode
+"""The dispatch mode that makes fake tensors."""
+
+enter_fake_mode = FakeTensorMode.__enter__
+"""What ``with FakeTensorMode():`` calls, be it of ``torch.export`` or of the user."""
 
 
 def is_fake(tensor: Any) -> bool:

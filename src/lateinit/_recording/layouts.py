@@ -1,0 +1,234 @@
+"""The layout of an op's results, where the meta kernel gives another one than the real kernel.
+
+Rows of ``op_table`` say of which ops. The kernel is asked: it is run on a twin of the arguments,
+small tensors of ones that are laid out alike. What it gives says the order of the dims in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit._program import TensorRef
+from lateinit._torch import (
+    META,
+    Args,
+    Kwargs,
+    OpInfo,
+    as_convolution_lays_out,
+    by_name,
+    flat,
+    kwargs_to_meta,
+    tensors_in,
+    without_modes,
+)
+
+# Sizes up to this one, and numbers that may stand in a relation to a size, are the same in a twin.
+_KEPT = 16
+_COMPLEX_TO_REAL = "aten::_fft_c2r"
+
+
+class LayoutUnknownError(Exception):
+    """Only a run on the values themselves tells how the results lie in memory."""
+
+
+def as_kernel_lays_out(
+    info: OpInfo, args: Args, kwargs: Kwargs, result: Any, device: torch.device
+) -> Any:
+    """The results of a meta kernel, laid out as the kernel of a device lays them out.
+
+    Args:
+        info: the op, whose row has a ``layout``.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        result: what the meta kernel gave.
+        device: where the op is to be computed.
+
+    Raises:
+        LayoutUnknownError: the kernel cannot be asked.
+    """
+    if info.layout == "values":
+        raise LayoutUnknownError
+    given = tensors_in(args, kwargs)
+    permuted = any(not t.is_contiguous() for t in given)
+    if (info.layout == "asked if permuted" and not permuted) or not _is_there(device):
+        return result
+    with without_modes():
+        if info.layout == "convolution":
+            return as_convolution_lays_out(args, result, device)
+        sizes = _sizes_of_twin(info, args, kwargs, given)
+        twin = _described(_halved(info, args, sizes), sizes), _described(kwargs, sizes)
+        found = _answered(info.name, *twin, device)
+        leaves = flat(result)
+        if found is None or len(found) != len(leaves):
+            raise LayoutUnknownError
+        laid = [_laid_out(*pair, sizes) for pair in zip(leaves, found, strict=True)]
+    return laid[0] if isinstance(result, Tensor) else type(result)(laid)
+
+
+def _is_there(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.get_device_module(device.type).is_available()
+
+
+# -- the twin --------------------------------------------------------------------------------------
+
+
+def _sizes_of_twin(info: OpInfo, args: Args, kwargs: Kwargs, given: list[Tensor]) -> dict[int, int]:
+    """The size in the twin of each size that is not kept: small, and in the same order."""
+    numbers = args[:3] if info.name == _COMPLEX_TO_REAL and _is_half(args) else args
+    if any(n > _KEPT for n in _integers((*numbers, *kwargs.values()))):
+        return {}  # it may have to do with a size
+    if any(_overlaps(tensor) for tensor in given):
+        return {}
+    large = sorted({n for tensor in given for n in tensor.size() if n > _KEPT})
+    return {n: _KEPT + 1 + rank for rank, n in enumerate(large)}
+
+
+def _integers(value: Any) -> Iterable[int]:
+    if isinstance(value, (list, tuple)):
+        return [n for item in value for n in _integers(item)]
+    return [value] if type(value) is int else []
+
+
+def _is_half(args: Args) -> bool:
+    """Whether a real FFT's last size is the one that the complex tensor's size stands for."""
+    data, dims, _, last = args
+    return bool(data.size(dims[-1]) == last // 2 + 1)
+
+
+def _halved(info: OpInfo, args: Args, sizes: dict[int, int]) -> Args:
+    """The arguments with the last size of a real FFT as it is in the twin."""
+    if info.name != _COMPLEX_TO_REAL or not sizes:
+        return args
+    data, dims, normalisation, last = args
+    half = data.size(dims[-1])
+    return data, dims, normalisation, 2 * (sizes.get(half, half) - 1) + last % 2
+
+
+def _in_memory(size: Iterable[int], stride: Iterable[int]) -> list[int]:
+    """The dims in the order in which they lie in memory, the innermost first."""
+    # Of dims with one stride, those of length one lie within the other.
+    order = sorted((s, n, d) for d, (n, s) in enumerate(zip(size, stride, strict=True)))
+    return [d for _, _, d in order]
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory, apart from dims that are expanded."""
+    span = 1
+    for d in _in_memory(tensor.size(), tensor.stride()):
+        if tensor.stride(d):
+            if tensor.stride(d) < span:
+                return True
+            span = tensor.stride(d) * max(tensor.size(d), 1)
+    return False
+
+
+def _described(value: Any, sizes: dict[int, int]) -> Any:
+    """An argument in the twin, hashable."""
+    if isinstance(value, Tensor):
+        return _scaled(value, sizes)
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(item, sizes) for item in value)
+    if isinstance(value, dict):
+        named = ((k, _described(v, sizes)) for k, v in value.items() if k != "generator")
+        return tuple(named)
+    return None if isinstance(value, torch.Generator) else value
+
+
+def _window(tensor: Tensor) -> TensorRef:
+    return TensorRef.of(tensor, 0)._replace(offset=0)
+
+
+def _scaled(tensor: Tensor, sizes: dict[int, int]) -> TensorRef:
+    if not sizes:
+        return _window(tensor)
+    size = tuple(sizes.get(n, n) for n in tensor.size())
+    stride = [0] * len(size)
+    span, scaled = 1, 1  # how much memory the inner dims take, there and here
+    for d in _in_memory(tensor.size(), tensor.stride()):
+        if tensor.stride(d):
+            stride[d] = scaled * (2 if tensor.stride(d) > span else 1)  # a gap stays a gap
+            span = tensor.stride(d) * max(tensor.size(d), 1)
+            scaled = stride[d] * max(size[d], 1)
+    return _window(tensor)._replace(size=size, stride=tuple(stride))
+
+
+# -- the answer ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _answered(
+    name: str, args: Any, kwargs: Any, device: torch.device
+) -> list[tuple[TensorRef, TensorRef] | None] | None:
+    """The layouts of an op's results for a twin: the kernel's, and the meta kernel's."""
+    info = by_name(name)
+    state = torch.default_generator.get_state()
+    try:
+        # Ones suit nearly all kernels; as indices, zeros are sure to lie within.
+        for value in (1, 0):
+            with contextlib.suppress(Exception):  # of any kind, as the kernel sees fit
+                on_meta = flat(_called(info, args, kwargs, META, value))
+                real = flat(_called(info, args, kwargs, device, value))
+                pairs = zip(real, on_meta, strict=True)
+                return [
+                    (_window(r), _window(m)) if isinstance(r, Tensor) else None for r, m in pairs
+                ]
+    finally:
+        torch.default_generator.set_state(state)
+    return None
+
+
+def _filled(ref: TensorRef, device: torch.device, value: int) -> Tensor:
+    """A tensor of this layout whose elements are all the same."""
+    pairs = zip(ref.size, ref.stride, strict=True)
+    span = 1 + sum((n - 1) * s for n, s in pairs) if ref.numel else 0
+    return ref.on(torch.full((span,), value, dtype=ref.dtype, device=device).untyped_storage())
+
+
+def _called(info: OpInfo, args: Any, kwargs: Any, device: torch.device, value: int) -> Any:
+    """Call an op with the tensors of a twin."""
+
+    def made(item: Any) -> Any:
+        if type(item) is TensorRef:
+            return _filled(item, device, value)
+        return [made(part) for part in item] if type(item) is tuple else item
+
+    given = {key: made(item) for key, item in kwargs}
+    if device == META:
+        given = kwargs_to_meta(info, given)
+    return info.func(*map(made, args), **given)
+
+
+def _laid_out(leaf: Any, found: tuple[TensorRef, TensorRef] | None, sizes: dict[int, int]) -> Any:
+    """A result of the meta kernel, laid out as the kernel's result in the twin."""
+    if found is None or not isinstance(leaf, Tensor):
+        return leaf
+    real, on_meta = found
+    if real == on_meta:
+        return leaf
+    size, stride = real.size, real.stride
+    if sizes:
+        size = tuple(leaf.size()) if size == on_meta.size else _unscaled(size, sizes)
+        if not real.is_dense():
+            raise LayoutUnknownError
+        stride = _dense(size, _in_memory(real.size, stride))
+    return torch.empty_strided(size, stride, dtype=real.dtype, device=META)
+
+
+def _unscaled(size: tuple[int, ...], sizes: dict[int, int]) -> tuple[int, ...]:
+    large = {scaled: n for n, scaled in sizes.items()}
+    if any(n > _KEPT and n not in large for n in size):
+        raise LayoutUnknownError
+    return tuple(large.get(n, n) for n in size)
+
+
+def _dense(size: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
+    stride, span = [1] * len(size), 1
+    for d in order:
+        stride[d], span = span, span * max(size[d], 1)
+    return tuple(stride)
