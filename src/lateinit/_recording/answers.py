@@ -27,7 +27,6 @@ from lateinit._tensors import (
 from lateinit._torch import (
     Meant,
     below_python,
-    collective_that_compares,
     device_number,
     is_dcp_writing,
     is_fake,
@@ -77,13 +76,6 @@ def _get_device(func: Any, tensor: Tensor) -> int:
     device = device_to(Meant.RECORDED, tensor)
     known = not waits(tensor) and device.type != "cpu"
     return device_number(device) if known else func(tensor)
-
-
-def _dtype(func: Any, tensor: Tensor) -> torch.dtype:
-    collective = collective_that_compares(between=1)
-    if collective is not None:
-        need_values_of(collective, tensor)
-    return func(tensor)  # type: ignore[no-any-return]
 
 
 def _requires_grad_(func: Any, tensor: Tensor, requires_grad: bool = True) -> Tensor:
@@ -177,7 +169,6 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__reduce_ex__: _reduce,
     torch.Tensor.data_ptr: _address,
     torch.Tensor.const_data_ptr: _address,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__: _dtype,  # type: ignore[attr-defined]
     torch.Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     torch.Tensor.requires_grad_: _requires_grad_,

@@ -30,6 +30,7 @@ from lateinit._recording.after_block import (
     as_meant,
     device_to,
     is_meta_to,
+    is_real,
     refusal,
     refuse_lost,
 )
@@ -76,6 +77,7 @@ from lateinit._torch import (
     base_of,
     below_python,
     class_of_new_parameter,
+    collective_that_compares,
     copy_into,
     enable_functions,
     flat,
@@ -144,7 +146,7 @@ class DeferredTensor(Guarded):
                     if is_deferred_tensor(args[0]):
                         return answer(func, *args, **(kwargs or {}))
                 if getattr(func, "__name__", "") == "__get__" and func not in VIEWS:
-                    return func(*args, **(kwargs or {}))
+                    return _got(func, args, kwargs or {}, collective_that_compares())
                 result = follow(func, args, kwargs or {})
                 if func == torch.Tensor.detach and is_making_parameter():
                     _same_class(result, args[0])
@@ -230,6 +232,13 @@ class DeferredTensor(Guarded):
         deferred = Deferred.of(self)
         cls = original_class(self)
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
+
+
+def _got(func: Any, args: Args, kwargs: Kwargs, collective: str | None) -> Any:
+    """A property of the meta tensor; a collective that compares it is about to need the values."""
+    if collective is not None and not is_real(args[0]):
+        need_values_of(collective, args[0])
+    return func(*args, **kwargs)
 
 
 def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:

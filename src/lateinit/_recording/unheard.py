@@ -16,30 +16,33 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lateinit._recording.after_block import is_real, needs_values
 from lateinit._recording.watched import Watched
-from lateinit._tensors import is_deferred_tensor, realize_now, waits
+from lateinit._tensors import Guarded, GuardedShard, is_deferred_tensor, realize_now, waits
 from lateinit._torch import (
     constants_of_script,
     held_by_script,
     tell_of_script_saves,
 )
 
+_GUARDED: Any = (Guarded, GuardedShard)
+
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Realise the state that belongs to real parameters: no other is stepped over."""
     for parameter, state in optimizer.state.items():
-        if isinstance(parameter, Tensor) and is_real(parameter):
-            _realise(state)
+        late = _deferred(state)
+        if late and isinstance(parameter, Tensor) and is_real(parameter):
+            for tensor in late:
+                realize_now(tensor)
 
 
-def _realise(state: Any) -> None:
-    if isinstance(state, Tensor):
-        if is_deferred_tensor(state):
-            realize_now(state)
-    elif isinstance(state, dict):
-        _realise(tuple(state.values()))
-    elif isinstance(state, (list, tuple)):
-        for part in state:
-            _realise(part)
+def _deferred(state: Any) -> list[Tensor]:
+    if isinstance(state, _GUARDED):
+        return [state]
+    if not isinstance(state, (dict, list, tuple)):
+        return []
+    parts = state.values() if isinstance(state, dict) else state
+    # Asked before each step, mostly of real tensors: these are told by their type alone.
+    return [t for part in parts if type(part) is not Tensor for t in _deferred(part)]
 
 
 def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:

@@ -247,16 +247,13 @@ def is_dcp_writing(between: int = 0) -> bool:
     return name == "torch.distributed.checkpoint.filesystem"
 
 
-def collective_that_compares(between: int = 0) -> str | None:
+def collective_that_compares() -> str | None:
     """The function of ``torch.distributed`` that compares dtypes, if it reads the property asked.
 
     Each that takes a list of tensors does so first. Of a list of lists nothing is heard later: the
     dispatcher asks no tensor in it (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
-
-    Args:
-        between: how many frames lie between the two.
     """
-    frame = _frame(1 + between)
+    frame = _frame(1)
     if frame.f_code.co_name != _COMPARING or frame.f_back is None:
         return None
     return frame.f_back.f_code.co_name
