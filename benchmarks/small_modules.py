@@ -168,6 +168,10 @@ def heard(make: Callable[[], nn.Module]) -> nn.Module:
         return eager(make)
 
 
+def seeded_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    return eager(lambda: meta(make))  # seeded as the others, which takes as long as a small layer
+
+
 def maker(name: str, run: Run, times: int = 1) -> Callable[[], nn.Module]:
     size = 3 if run.tiny else times * SIZES.get(name, 1)
     return lambda: MODELS[name](size)
@@ -183,7 +187,7 @@ def small_modules(name: str) -> Callable[[Run], list[Row]]:
         found = materialized(make)
         assert torch.equal(after, torch.get_rng_state()), "the random state ends elsewhere"
         assert_equal(expected, found)
-        ways = {"eager": eager, "heard": heard, "meta": meta, "describe": deferred}
+        ways = {"eager": eager, "heard": heard, "meta": seeded_meta, "describe": deferred}
         seconds = on_one_thread(name, run, {**ways, "build": materialized}, make)
         described, built = seconds["describe"], seconds["build"]
         goal = BUILD_SMALLEST if name == "linear" else BUILD
