@@ -39,6 +39,7 @@ def long_strides(tensor: Tensor) -> list[int]:
 def test_results_lie_in_memory_as_it_tells(
     batch: int, dims: int, transposed: bool, which: str
 ) -> None:
+    """aten/src/ATen/native/Convolution.cpp: the backend of a convolution says its memory format."""
     data, weight = torch.randn(batch, 4, *(7,) * dims), torch.randn(4, 4, *(3,) * dims)
     if which == "data":
         data = last(data)

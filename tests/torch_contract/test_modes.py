@@ -419,6 +419,7 @@ def test_a_transform_of_torch_func_is_known_to_run_by_what_it_calls() -> None:
 
 
 def test_transforms_of_torch_func_wrap_tensors_one_in_the_other() -> None:
+    """aten/src/ATen/functorch/TensorWrapper.h, BatchedTensorImpl.h: ``value`` of a wrapper."""
     x, seen = torch.randn(2, 3), []
 
     def noted(value: torch.Tensor) -> torch.Tensor:

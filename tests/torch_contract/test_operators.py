@@ -178,6 +178,7 @@ def test_item_is_an_operator_with_another_name() -> None:
 
 
 def test_the_op_behind_a_function_is_found_by_name_if_it_makes_no_view() -> None:
+    """tools/autograd/templates/python_torch_functions.cpp: functions are named as their ops are."""
     state = torch.zeros(3, 30, dtype=torch.int64)
     found = op_behind(torch._sobol_engine_initialize_state_, (state, 3), {})
     assert found is not None

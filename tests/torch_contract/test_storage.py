@@ -23,6 +23,7 @@ from lateinit._torch.storage import (
     digest,
     in_a_row,
     is_plain,
+    is_zero_tensor,
     negative_view,
     sparse_parts,
     storage_key,
@@ -155,3 +156,9 @@ def test_a_view_knows_the_tensor_that_it_shows() -> None:
     assert base_of(tensor[1:][0]) is tensor
     assert base_of(tensor) is tensor
     assert base_of(tensor.detach()) is not tensor
+
+
+def test_zeros_of_autograd_say_that_they_have_no_memory() -> None:
+    """aten/src/ATen/native/TensorFactories.cpp: _efficientzerotensor, of forward-mode gradients."""
+    assert is_zero_tensor(torch.ops.aten._efficientzerotensor([2]))
+    assert not is_zero_tensor(torch.zeros(2))

@@ -20,6 +20,7 @@ from lateinit._torch import (
     Kwargs,
     OpInfo,
     is_any_autocast_enabled,
+    is_zero_tensor,
     map_tensors,
     tensors_in,
 )
@@ -58,7 +59,8 @@ def layouts_of_small(info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
 def _is_usual(tensor: Tensor, info: OpInfo) -> bool:
     """Whether the layout of a result cannot depend on a tensor's values, as on those of a mask."""
     fixed = info.pointwise or info.from_sizes or tensor.is_floating_point()
-    return fixed and type(tensor) in _PLAIN and not (tensor.is_conj() or tensor.is_neg())
+    marked = tensor.is_conj() or tensor.is_neg() or is_zero_tensor(tensor)
+    return fixed and type(tensor) in _PLAIN and not marked
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -95,6 +97,8 @@ def _is_new(result: Any, places: set[int]) -> bool:
     (``_unsafe_view``, ``conj_physical``).
     """
     if type(result) is not Tensor or result.layout != torch.strided or result.device.type != "cpu":
+        return False
+    if is_zero_tensor(result):
         return False
     storage = result.untyped_storage()
     whole = storage.nbytes() == result.numel() * result.element_size()

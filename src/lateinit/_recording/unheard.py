@@ -2,7 +2,7 @@
 
 - A step of an optimizer: what it made of parameters when it was built, such as the sums of
   ``Adagrad``, is deferred as they are. Most steps use it in ops. But torch/optim/optimizer.py may
-  group it by device in C++ first (``torch._C._group_tensors_by_device_and_dtype``).
+  group it by device in C++ first (``_group_tensors_by_device_and_dtype``).
 - Saving a scripted module: torch/csrc/jit/serialization/export_module.cpp writes the bytes of its
   tensors, and of those on ``meta`` none.
 """

@@ -92,6 +92,12 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is one of autograd's zeros, which have no memory (ATen: ZeroTensor)."""
+    zero: bool = tensor._is_zerotensor()
+    return zero
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """A key that all Python objects of one storage share, valid while the storage lives."""
     key: int = storage._cdata
