@@ -291,3 +291,38 @@ def test_what_an_initialiser_in_torchs_place_does_besides_is_done_once(
     torch.manual_seed(0)
     found = lateinit.deferred_init(initialised)
     assert torch.equal(lateinit.materialize(found), expected)
+
+
+NUMBERS = [0, 1, -1, 2.5, 300, 70000, 1e30, 1e300, 2**40, True, 1j, float("nan"), float("inf")]
+DTYPES = [torch.half, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+DTYPES += [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_number_that_a_dtype_cannot_hold_is_refused_where_it_is_eagerly(
+    number: Any, dtype: torch.dtype
+) -> None:
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "fill_": lambda: torch.empty(2, dtype=dtype).fill_(number),
+        "constant_": lambda: nn.init.constant_(torch.empty(2, dtype=dtype), number),
+        "full": lambda: torch.full((2,), number, dtype=dtype),
+        "full_like": lambda: torch.full_like(torch.zeros(2, dtype=dtype), number),
+        "new_full": lambda: torch.zeros(1, dtype=dtype).new_full((2,), number),
+        "add_": lambda: torch.zeros(2, dtype=dtype).add_(number),
+        "an item": lambda: _with_item(torch.zeros(2, dtype=dtype), number),
+    }
+    for name, make in makers.items():
+        try:
+            expected = make()
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            with pytest.raises(type(error)):
+                lateinit.deferred_init(make)
+            continue
+        found = lateinit.materialize(lateinit.deferred_init(make))
+        assert torch.equal(expected.view(torch.uint8), found.view(torch.uint8)), name
+
+
+def _with_item(tensor: torch.Tensor, number: Any) -> torch.Tensor:
+    tensor[0] = number
+    return tensor

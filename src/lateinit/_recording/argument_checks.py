@@ -21,6 +21,22 @@ def are_usual(info: OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return info.usual is not None and info.usual(*numbers, *kwargs.values())
 
 
+def check_fill(
+    info: OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...]
+) -> None:
+    """Raise what a fill raises for its numbers, such as 1e30 for float16 or 300 for uint8."""
+    if not numbers:
+        return
+    floating = ref.dtype.is_floating_point or ref.dtype.is_complex
+    usual = info.usual if floating else _is_byte
+    if usual is None or not usual(*numbers):
+        check_numbers(info, ref, device, numbers)
+
+
+def _is_byte(*numbers: Any) -> bool:
+    return all(type(n) is int and 0 <= n <= 127 for n in numbers)
+
+
 def check_numbers(
     info: OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...], **kwargs: Any
 ) -> None:

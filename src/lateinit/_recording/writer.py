@@ -233,10 +233,9 @@ class ProgramWriter:
             self.take_back([tensor])
         ref = self._ref(slot, tensor)  # first: it may absorb a program and so renumber the ops
         draw = None
+        device = self.program.storages[ref.storage].device
+        argument_checks.check_fill(info, ref, device, values)
         if info.random:
-            device = self.program.storages[ref.storage].device
-            if info.usual is None or not info.usual(*values):
-                argument_checks.check_numbers(info, ref, device, values)
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
@@ -322,10 +321,15 @@ class ProgramWriter:
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], result: Any
     ) -> None:
         device = self.device_for(kwargs, deferred)
-        # A factory whose memory and layout are known needs no op of its own, only its fill.
-        if info.is_factory and _is_usual(args, kwargs):
-            self.made(result, device, info.fill_for(args))
-            return
+        if info.is_factory:
+            fill = info.fill_for(args)
+            if fill is not None:
+                shown = TensorRef.of(result, 0)
+                argument_checks.check_fill(operators.by_name(fill[0]), shown, device, fill[1])
+            # If memory and layout are known, it needs no op of its own, only its fill.
+            if _is_usual(args, kwargs):
+                self.made(result, device, fill)
+                return
         results = flat(result)
         new = [self.adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
         # An op that makes no new storage and writes nothing is a view: the windows of its results

@@ -112,7 +112,7 @@ _LOW_HIGH: FilledBy = (INTEGERS, ("low", "high"))
 _ROWS: dict[str, OpTraits] = {
     # In-place fills.
     "zero_": _fill(elementwise=True, method=True),
-    "fill_.Scalar": _fill(elementwise=True, method=True, numbers=(0.3,)),
+    "fill_.Scalar": _fill(elementwise=True, method=True, numbers=(0.3,), usual=_near),
     "fill_.Tensor": _fill(),
     "copy_": _fill(copies=1),
     "uniform_": _fill(draws="fixed", elementwise=True, method=True, usual=_bounds),
