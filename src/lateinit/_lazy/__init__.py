@@ -8,7 +8,7 @@ module is declared and initialised, and with ``infer.py`` for a forward pass on 
 """
 
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
-from lateinit._lazy.checkpoint_sizes import sizes_in
+from lateinit._lazy.checkpoint_sizes import NOT_ADOPTED, sizes_in
 from lateinit._lazy.infer import infer_shapes
 from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
@@ -53,6 +53,7 @@ from lateinit._lazy.placeholders import (
 from lateinit._lazy.rules import size
 
 __all__ = [
+    "NOT_ADOPTED",
     "LazyAdaptiveLogSoftmaxWithLoss",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",

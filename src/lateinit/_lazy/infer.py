@@ -19,15 +19,21 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lateinit._identity import IdentityMap
 from lateinit._lazy.borrowed_model import Lending, counting_stand_in, on_meta
+from lateinit._lazy.first_call import UpToEnd, mark_unknown
 from lateinit._lazy.layers import LAYERS
 from lateinit._lazy.mixin import trying
-from lateinit._lazy.protocols import initialise, is_lazy_module
+from lateinit._lazy.protocols import (
+    end_of_initialisation,
+    initialise,
+    is_lazy_module,
+)
 from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, needs_values
 from lateinit._rng import RandomStates
 from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_parameter, own_copy
 from lateinit._torch import (
     asks_for_values,
+    before_call,
     map_leaves,
     outside,
     replace_forward_pre_hook,
@@ -99,7 +105,7 @@ def infer_shapes(
     run = _Run(names, real)
     if waiting:
         run.forward(module, args, kwargs)
-    left = [names[part] or "the module itself" for part in waiting if part not in run.met]
+    left = [names[part] or "the module itself" for part in waiting if part not in run.done]
     if left and strict:
         raise UnreachedError(
             f"the forward pass did not reach {listing(left)}: the shapes there are not known and "
@@ -117,16 +123,19 @@ class _Run:
         names: the name of each module.
         real: whether the pass runs with values.
         met: the lazy modules that the pass called, in order, with the shapes of their inputs.
+        done: the modules that these initialise: themselves, and parts of them.
         lending: makes the stand-ins.
     """
 
     def __init__(self, names: IdentityMap[nn.Module, str], real: bool) -> None:
         self.names = names
         self.real = real
-        self.met: IdentityMap[nn.Module, tuple[Any, Any]] = IdentityMap()
+        self.met: IdentityMap[nn.Module, tuple[Any, Any, UpToEnd | None]] = IdentityMap()
+        self.done: IdentityMap[nn.Module, None] = IdentityMap()
         self.lending = Lending(self._with_values if real else counting_stand_in)
         self._memo: dict[Any, Any] = {}
         self._sizes: IdentityMap[nn.Module, dict[str, Any]] = IdentityMap()
+        self._meeting: IdentityMap[nn.Module, None] = IdentityMap()
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the pass on stand-ins, and put the model back as it was."""
@@ -174,8 +183,8 @@ class _Run:
 
     def initialise(self) -> None:
         """Initialise the modules that the pass called, for good, in the order of their calls."""
-        for module, (args, kwargs) in self.met.items():
-            initialise(module, args, kwargs)
+        for module, (args, kwargs, end) in self.met.items():
+            initialise(module, args, kwargs, end)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
         return own_copy(tensor, self._memo, past_holes=True)
@@ -205,28 +214,48 @@ class _Run:
             # after it as they always do.
             if isinstance(part, LazyModuleMixin) and handle is not None:
                 replace_forward_pre_hook(part, handle.id, self._meet)
-            else:
+            elif hasattr(part, "lazy_parmeters_determined"):
                 part.register_forward_pre_hook(self._meet, with_kwargs=True)
+            else:  # its own hooks belong to its initialisation
+                before_call(part, self._meet)
 
     def _meet(self, module: Any, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of a lazy module: note its inputs, and initialise it by way of trial."""
-        if module in self.met or not is_lazy_module(module):
+        if module in self.met or module in self._meeting or not is_lazy_module(module):
             return
+        self._meeting[module] = None
+        lazy = [part for part in module.modules() if is_lazy_module(part)]
         rules = _rules_of(module)  # a class of the user's forgets them when it is initialised
         shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
+        end = self._end(module, *((args, kwargs) if self.real else shapes))
         try:
-            initialise(module, *shapes)
+            initialise(module, shapes[0], shapes[1], end)
         except ShapeError as error:
             raise ShapeError(f"{self.names.get(module, '') or 'the module'}: {error}") from error
         # The trial left tensors of a recording that nobody keeps. The pass goes on with stand-ins
         # for them, like those of all other tensors.
         with outside():
             exchange_held(module, self._trial)
-        self.met[module] = shapes
+        self.met[module] = *shapes, end
+        self.done.update((part, None) for part in lazy if not is_lazy_module(part))
+        del self._meeting[module]
         rules = rules or _rules_of(module)
         if rules is not None:
             module.register_forward_pre_hook(self._check(rules), with_kwargs=True)
             self._check(rules)(module, args, kwargs)
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any) -> UpToEnd | None:
+        """Where the initialisation of a module ends in its first call; None if it has its own."""
+        if isinstance(module, LazyModuleMixin):
+            return None
+        met, done, reach = [*self.met.items()], [*self.done], Reach((module, args, kwargs))
+        reach.keep()
+        try:
+            exchange_held(module, Lending(_another).of)
+            return end_of_initialisation(module, args, kwargs, real=self.real)
+        finally:
+            self.met, self.done = IdentityMap(met), IdentityMap((part, None) for part in done)
+            reach.restore()
 
     def _check(self, rules: Any) -> Any:
         """A hook for later calls of a module: they must give it the sizes of the first call."""
@@ -248,6 +277,10 @@ def _put_values(left: list[tuple[Tensor, Tensor]]) -> None:
         if not torch.equal(tensor, values):
             with torch.no_grad():
                 tensor.copy_(values)
+
+
+def _another(tensor: Tensor) -> Tensor:
+    return on_meta(tensor) if tensor.is_meta else tensor.detach().clone()
 
 
 def _real_input(tensor: Tensor) -> Tensor:
@@ -284,7 +317,7 @@ def _with_tensors(leaf: Any, make: Any) -> Any:
 
 def _shape_only(tensor: Tensor) -> Tensor:
     with without_modes():
-        return on_meta(tensor)
+        return mark_unknown(on_meta(tensor))
 
 
 @contextlib.contextmanager

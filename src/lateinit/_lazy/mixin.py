@@ -102,18 +102,7 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
             return
         with module._initialising():
             module.initialize_parameters(*args, **(kwargs or {}))
-        self._finish(module)
-
-    def _finish(self: Any, module: Any) -> None:
-        """Check that every tensor has its shape, and make the module an ordinary one."""
-        if module.has_uninitialized_params():
-            left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
-            left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
-            raise UninitializedError(
-                f"module {name_of_class(module)} has not been fully initialized: "
-                f"initialize_parameters left {', '.join(left) or 'something'} without a shape"
-            )
-        finish(module)
+        finish_whole(module)
 
     def _initialising(self: Any) -> contextlib.AbstractContextManager[None]:
         return initialising(self)
@@ -139,6 +128,18 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
             f"{self._get_name()} has uninitialized parameters and can't be used with "
             "`DataParallel`: call lateinit.infer_shapes(model, ...) or run a forward pass first"
         )
+
+
+def finish_whole(module: Any) -> None:
+    """``finish`` a module; raises if a tensor of it has no shape."""
+    if module.has_uninitialized_params():
+        left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
+        left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
+        raise UninitializedError(
+            f"module {name_of_class(module)} has not been fully initialized: "
+            f"initialize_parameters left {', '.join(left) or 'something'} without a shape"
+        )
+    finish(module)
 
 
 def finish(module: Any) -> None:

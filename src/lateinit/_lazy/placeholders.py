@@ -7,7 +7,7 @@ itself becomes the tensor (``become``), so that whoever holds it holds the tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -129,11 +129,8 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         if wrong:
             raise ShapeError(f"{self.describe()}: {wrong}")
         me = cast(Tensor, self)
-        asked, origin = self.__dict__.get("_origin", (None, None))[:2]
-        # In a block the placeholder's own empty data is on the CPU (`_empty`), and the device that
-        # was asked for is in `_origin`. It counts unless the placeholder was moved since.
         if device is None:
-            device = asked if asked is not None and me.data.device == origin else me.data.device
+            device = device_of([me])
         new = torch.empty(tuple(shape), device=device, dtype=dtype or me.data.dtype)
         kind = self.cls_to_become
         become(me, kind(new, me.requires_grad) if kind is nn.Parameter else new)
@@ -354,6 +351,18 @@ def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dty
         return None, casts
     now = placeholder.data.device
     return (now if now != origin[1] else None), casts
+
+
+def device_of(tensors: Iterable[Any]) -> torch.device:
+    """The device that the first placeholder is meant for; if there is none, the default device."""
+    for tensor in tensors:
+        if tensor is not None and is_placeholder(tensor):
+            # In a block a placeholder's own empty data is on the CPU (`_empty`), and the device
+            # that was asked for is in `_origin`. It counts unless the placeholder was moved since.
+            asked, origin = tensor.__dict__.get("_origin", (None, None))[:2]
+            now: torch.device = tensor.data.device
+            return asked if asked is not None and now == origin else now
+    return torch.get_default_device()
 
 
 def become(placeholder: Tensor, tensor: Tensor) -> None:

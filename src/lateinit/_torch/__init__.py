@@ -29,8 +29,10 @@ from lateinit._torch.autocast import (
 from lateinit._torch.callers import (
     Asked,
     Caller,
+    CallPath,
     Meant,
     attention_without_fused_kernel,
+    call_path,
     caller,
     class_of_new_parameter,
     innermost_foreign_line,
@@ -51,6 +53,7 @@ from lateinit._torch.callers import (
     is_typed_storage_indexed,
     meant_by_device,
     running_initialiser,
+    stack_depth,
     why_is_meta,
 )
 from lateinit._torch.devices import (
@@ -59,7 +62,7 @@ from lateinit._torch.devices import (
     device_of_result,
     generator_key,
 )
-from lateinit._torch.messages import asks_for_values, is_misfit, is_out_of_memory
+from lateinit._torch.messages import asks_for_values, is_lazy_misuse, is_misfit, is_out_of_memory
 from lateinit._torch.modes import (
     DispatchMode,
     FunctionMode,
@@ -96,7 +99,9 @@ from lateinit._torch.modules import (
     ALLOWED_OF_PLACEHOLDERS,
     OWN_ATTRIBUTES,
     REGISTRATION_HOOKS,
+    before_call,
     copy_into_state_dict,
+    has_load_hook,
     load_state_dict_first,
     load_with_counter,
     name_of_class,
@@ -193,6 +198,7 @@ __all__ = [
     "ZERO",
     "Args",
     "Asked",
+    "CallPath",
     "Caller",
     "DispatchMode",
     "FillOp",
@@ -215,10 +221,12 @@ __all__ = [
     "autocast_heard",
     "autocast_of",
     "base_of",
+    "before_call",
     "below_autocast",
     "below_python",
     "block_of_shard",
     "by_name",
+    "call_path",
     "caller",
     "checksum",
     "class_of_new_parameter",
@@ -239,6 +247,7 @@ __all__ = [
     "generation_of_cache",
     "generator_key",
     "graph_break",
+    "has_load_hook",
     "has_own_dispatch",
     "has_tensor",
     "held_by_script",
@@ -258,6 +267,7 @@ __all__ = [
     "is_function_mode_in_force",
     "is_functorch_running",
     "is_in_torch_optim",
+    "is_lazy_misuse",
     "is_library",
     "is_making_parameter",
     "is_misfit",
@@ -311,6 +321,7 @@ __all__ = [
     "settings_kept",
     "sparse_parts",
     "spoken",
+    "stack_depth",
     "storage_key",
     "swap_implementation",
     "swap_with_hooks",

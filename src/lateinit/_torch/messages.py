@@ -11,6 +11,7 @@ _OUT_OF_MEMORY = (
     "out of memory",
 )
 _WITHOUT_MEMORY = ("meta", "unallocated storage")
+_LAZY = "Attempted to use an uninitialized parameter"  # torch/nn/parameter.py
 _MISFIT = "Error(s) in loading state_dict for "
 
 
@@ -34,3 +35,8 @@ def asks_for_values(error: BaseException) -> bool:
 def is_misfit(error: BaseException) -> bool:
     """Whether an exception is that of ``load_state_dict`` for keys and shapes that do not fit."""
     return str(error).startswith(_MISFIT)
+
+
+def is_lazy_misuse(error: BaseException) -> bool:
+    """Whether an exception is that of torch's placeholders, used before they have a shape."""
+    return str(error).startswith(_LAZY)
