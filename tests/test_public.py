@@ -135,6 +135,10 @@ def test_errors_are_one_tree_and_builtins_too() -> None:
         assert found[name].__doc__, name
 
 
+def test_what_a_strict_load_of_torch_raises_is_raised_too() -> None:
+    assert issubclass(lateinit.errors.MismatchError, RuntimeError)
+
+
 def test_tree_of_errors_is_drawn_as_it_is() -> None:
     drawn = re.findall(r"\+-- (\w+) +\((\w+)[\w, ]*\)", lateinit.errors.__doc__ or "")
     assert dict(drawn) == {name: builtin.__name__ for name, builtin in ERRORS.items()}

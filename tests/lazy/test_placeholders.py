@@ -81,6 +81,16 @@ def test_its_shape_cannot_be_asked_for() -> None:
         UninitializedError, match=r"shape of LazyLinear\.weight \(3, \?\) is not known"
     ):
         _ = lazy_linear().weight.shape
+    # As torch says it, for those who look for its words.
+    with pytest.raises(RuntimeError, match="Can't access the shape of an uninitialized"):
+        _ = lazy_linear().weight.shape
+
+
+@BOTH
+def test_a_shape_may_be_an_int_as_for_torch_empty(cls: Any) -> None:
+    made = cls(known_shape=(None,))
+    made.materialize(10)
+    assert made.shape == (10,)
 
 
 def test_computing_with_it_is_refused() -> None:
@@ -108,7 +118,10 @@ def test_torch_save_is_refused(tmp_path: Any) -> None:
 
 
 def test_sharing_its_memory_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"can't share memory of LazyLinear\.weight"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"Can't share memory on an uninitialized parameter or buffer, LazyLinear\.weight",
+    ):
         lazy_linear().share_memory()
 
 

@@ -32,8 +32,20 @@ def declare(module: nn.Module, spec: LazySpec) -> None:
         holes.close(part)
     holes.reserve(module)
     _place(module, layout, asked)
+    for part in module.modules():
+        if part is not module and _holds_lazy(part) and hasattr(part, "reset_parameters"):
+            part.__dict__["reset_parameters"] = reset_nothing
     _forget_sizes(module, layout)
     module.__dict__["_spec"] = spec
+
+
+def reset_nothing() -> None:
+    """The ``reset_parameters`` of a part whose sizes are not known, as of lazy layers."""
+
+
+def _holds_lazy(part: nn.Module) -> bool:
+    held = (*own_parameters(part).values(), *own_buffers(part).values())
+    return not hasattr(part, "_initialize_hook") and any(is_lazy(tensor) for tensor in held)
 
 
 AskedFor = tuple[int, torch.dtype, torch.device, bool]

@@ -228,7 +228,8 @@ def lazy_class(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
 
 
 def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
-    body = {
+    body: dict[str, Any] = {
+        **without_reset(cls),
         "_plain": cls,
         "_rules": dict(rules),
         "_by_value": by_value,
@@ -237,7 +238,21 @@ def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
         "__doc__": _document(cls, dict(rules)),
         "__module__": __name__,
     }
-    return type(f"Lazy{cls.__name__}", (Lazy, cls), body)
+    # A layer is also an instance of torch's lazy layer, which libraries test for. `Lazy` comes
+    # before it, so that nothing of it is in force.
+    twin = None if by_value else getattr(nn, f"Lazy{cls.__name__}", None)
+    return type(f"Lazy{cls.__name__}", (Lazy, cls) if twin is None else (Lazy, twin, cls), body)
+
+
+def without_reset(cls: type[nn.Module]) -> dict[str, Any]:
+    """The ``reset_parameters`` of a lazy version, if the plain class has one."""
+    return {"reset_parameters": _reset} if hasattr(cls, "reset_parameters") else {}
+
+
+def _reset(self: Any) -> None:
+    """Nothing before the sizes are known, as in the lazy layers of torch and pytorch-pfn-extras."""
+    if self.is_initialized:
+        self._plain.reset_parameters(self)
 
 
 def _document(cls: type[nn.Module], rules: Mapping[str, Rule]) -> str:

@@ -112,7 +112,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         the tensor is deferred instead.
 
         Args:
-            shape: the whole shape.
+            shape: the whole shape; an int is that of a vector.
             device: where to allocate, by default the device of the placeholder.
             dtype: the dtype, by default that of the placeholder.
 
@@ -125,13 +125,14 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
             >>> p.shape
             torch.Size([10, 3])
         """
-        wrong = mismatch(self.known_shape, tuple(shape))
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        wrong = mismatch(self.known_shape, shape)
         if wrong:
             raise ShapeError(f"{self.describe()}: {wrong}")
         me = cast(Tensor, self)
         if device is None:
             device = device_of([me])
-        new = torch.empty(tuple(shape), device=device, dtype=dtype or me.data.dtype)
+        new = torch.empty(shape, device=device, dtype=dtype or me.data.dtype)
         kind = self.cls_to_become
         become(me, kind(new, me.requires_grad) if kind is nn.Parameter else new)
 
@@ -143,14 +144,15 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         lazy state for an initialised module.
         """
         raise UninitializedError(
-            f"the shape of {self.describe()} is not known yet (if this is load_state_dict: an "
+            f"Can't access the shape of an uninitialized parameter or buffer: the shape of "
+            f"{self.describe()} is not known yet (if this is load_state_dict: an "
             f"uninitialised state cannot be loaded into an initialised module); {_ADVICE}"
         )
 
     def share_memory_(self) -> Any:
         """Raises ``UninitializedError``: there is no memory to share."""
         raise UninitializedError(
-            f"can't share memory of {self.describe()}, an uninitialized parameter or buffer: "
+            f"Can't share memory on an uninitialized parameter or buffer, {self.describe()}: "
             f"{_ADVICE}"
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._identity import IdentityMap
+from lateinit._lazy.declare import reset_nothing
 from lateinit._lazy.placeholders import become, converted, show
 from lateinit._lazy.trials import Name
 from lateinit._torch import OWN_ATTRIBUTES, not_persistent, own_buffers, own_modules, own_parameters
@@ -49,6 +50,8 @@ class Transplant:
 
     def _module(self, path: str, target: nn.Module, plain: nn.Module) -> None:
         self._modules[target], self._targets[plain] = plain, target
+        if target.__dict__.get("reset_parameters") is reset_nothing:
+            del target.__dict__["reset_parameters"]
         self._tensors(path, own_parameters(target), own_parameters(plain))
         self._tensors(path, own_buffers(target), own_buffers(plain))
         not_persistent(target).update(not_persistent(plain))

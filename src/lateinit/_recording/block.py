@@ -25,6 +25,7 @@ from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
     ON_META,
     Guarded,
+    attach,
     bind,
     is_deferred_tensor,
     own_tensors,
@@ -354,6 +355,9 @@ def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
             slot = slot_of(tensor)
             if slot is None and tensor.dtype is torch.uint8 and not tensor.is_meta:
                 writer.kept.append((name, tensor))
+            elif slot is None and tensor.is_meta:
+                # The caller made it there and handed it over: eager construction leaves it so.
+                attach(tensor.untyped_storage(), ON_META)
             elif slot is not None and slot is not ON_META:
                 if isinstance(tensor, UninitializedTensorMixin):
                     _leave_meta(tensor, writer.device_of(tensor))
