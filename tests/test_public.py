@@ -18,6 +18,7 @@ import lateinit
 PUBLIC = [
     "deferred",
     "deferred_init",
+    "discard",
     "errors",
     "infer_shapes",
     "is_deferred",

@@ -192,3 +192,18 @@ def test_each_cast_of_what_is_lazy_rounds(casts: Any, block: bool) -> None:
     torch.manual_seed(0)
     lateinit.infer_shapes(model, torch.empty(2, 7, device="meta", dtype=twin[0].weight.dtype))
     assert_same(twin, lateinit.materialize(model))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lazy_linear,
+        lambda: nn.Sequential(lazy_linear()),
+        lambda: lateinit.deferred_init(lazy_linear),
+        lambda: lateinit.pfn_extras.LazyLinear(None, 3),
+        lambda: nn.Sequential(lateinit.lazy(nn.Linear, in_features=lateinit.size(-1))(2)),
+    ],
+)
+def test_tracing_it_with_fx_says_to_infer_its_shapes_first(make: Any) -> None:
+    with pytest.raises(UninitializedError, match=r"traced.*lateinit\.infer_shapes"):
+        torch.fx.symbolic_trace(make())

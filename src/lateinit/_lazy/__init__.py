@@ -9,6 +9,7 @@ module is declared and initialised, and with ``infer.py`` for a forward pass on 
 
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
 from lateinit._lazy.checkpoint_sizes import NOT_ADOPTED, sizes_in
+from lateinit._lazy.discard import discard
 from lateinit._lazy.infer import infer_shapes
 from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
@@ -88,6 +89,7 @@ __all__ = [
     "Lending",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "discard",
     "dressed",
     "infer_shapes",
     "known_shape",

@@ -9,7 +9,7 @@ put back as it was, and only if the whole pass succeeded are the lazy modules in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ from lateinit._lazy.protocols import (
     is_lazy_module,
 )
 from lateinit._lazy.rules import evaluate_rules
-from lateinit._lazy.shape_mode import ShapeMode, needs_values
+from lateinit._lazy.shape_mode import ShapeMode, is_readable, needs_values, readable
 from lateinit._rng import RandomStates
 from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_parameter, own_copy
 from lateinit._torch import (
     asks_for_values,
     before_call,
+    is_wrapper,
     map_leaves,
     outside,
     replace_forward_pre_hook,
@@ -198,11 +199,7 @@ class _Run:
 
     def _inputs(self, inputs: Any) -> Any:
         make = _real_input if self.real else _meta_input
-        return map_leaves(
-            lambda leaf: _with_tensors(leaf, lambda tensor: self.lending.know(make(tensor))),
-            inputs,
-            is_leaf=lambda leaf: isinstance(leaf, PackedSequence),
-        )
+        return _map_inputs(lambda tensor: self.lending.know(make(tensor)), inputs)
 
     def _prepare(self, module: nn.Module) -> None:
         """Let every lazy module report its first call instead of initialising itself."""
@@ -226,7 +223,7 @@ class _Run:
         self._meeting[module] = None
         lazy = [part for part in module.modules() if is_lazy_module(part)]
         rules = _rules_of(module)  # a class of the user's forgets them when it is initialised
-        shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
+        shapes = _map_inputs(_shape_only, (args, kwargs))
         end = self._end(module, *((args, kwargs) if self.real else shapes))
         try:
             initialise(module, shapes[0], shapes[1], end)
@@ -293,6 +290,9 @@ def _real_input(tensor: Tensor) -> Tensor:
 
 
 def _meta_input(tensor: Tensor) -> Tensor:
+    plain = tensor.layout is torch.strided and not is_wrapper(tensor)
+    if plain and not is_deferred_tensor(tensor) and is_readable(tensor):
+        return readable(_real_input(tensor))
     made = on_meta(tensor).requires_grad_(tensor.requires_grad)
     return nn.Parameter(made, tensor.requires_grad) if is_parameter(tensor) else made
 
@@ -309,10 +309,15 @@ def _said(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in sizes.items())
 
 
-def _with_tensors(leaf: Any, make: Any) -> Any:
-    if isinstance(leaf, PackedSequence):
-        return leaf._replace(data=make(leaf.data))
-    return make(leaf) if isinstance(leaf, Tensor) else leaf
+def _map_inputs(make: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Inputs in any containers, with ``make(tensor)`` in place of each tensor."""
+
+    def made(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):  # its other tensors say how it is packed
+            return leaf._replace(data=make(leaf.data))
+        return make(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(made, inputs, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
 def _shape_only(tensor: Tensor) -> Tensor:

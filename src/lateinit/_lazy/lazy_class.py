@@ -8,6 +8,7 @@ moved into the instance (``transplant``), which changes its class.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
 from lateinit._rng import RandomStates
 from lateinit._torch import own_buffers, own_modules, own_parameters, restoring
-from lateinit.errors import ShapeError
+from lateinit.errors import ShapeError, UninitializedError
 
 # What a constructor raises for sizes that it cannot take, such as a width that its heads do not
 # divide.
@@ -229,7 +230,7 @@ def lazy_class(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
 
 def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
     body: dict[str, Any] = {
-        **without_reset(cls),
+        **of_plain(cls),
         "_plain": cls,
         "_rules": dict(rules),
         "_by_value": by_value,
@@ -244,9 +245,26 @@ def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
     return type(f"Lazy{cls.__name__}", (Lazy, cls) if twin is None else (Lazy, twin, cls), body)
 
 
-def without_reset(cls: type[nn.Module]) -> dict[str, Any]:
-    """The ``reset_parameters`` of a lazy version, if the plain class has one."""
-    return {"reset_parameters": _reset} if hasattr(cls, "reset_parameters") else {}
+def of_plain(cls: type[nn.Module]) -> dict[str, Any]:
+    """The methods of a plain class that its lazy version has in another form."""
+    methods: dict[str, Any] = {"forward": _forward_of(cls)}
+    if hasattr(cls, "reset_parameters"):
+        methods["reset_parameters"] = _reset
+    return methods
+
+
+def _forward_of(cls: type[nn.Module]) -> Any:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Without the hook that comes before it, as when `torch.fx` traces it.
+        if "_spec" in self.__dict__:
+            raise UninitializedError(
+                f"forward of {self._get_name()}, whose sizes are not known yet, was called "
+                "directly or is being traced: call lateinit.infer_shapes(model, ...) first"
+            )
+        return cls.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _reset(self: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy import placeholders
-from lateinit._lazy.lazy_class import Lazy, without_reset
+from lateinit._lazy.lazy_class import Lazy, of_plain
 from lateinit._lazy.placeholders import become
 from lateinit._lazy.rules import size
 from lateinit._torch import copy_into_state_dict, is_in_torch_optim
@@ -192,7 +192,7 @@ def _layer(cls: type[nn.Module], name: str, rule: size) -> type[Any]:
     lazy = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     others = list(inspect.signature(cls).parameters.values())[1:]
     body: dict[str, Any] = {
-        **without_reset(cls),
+        **of_plain(cls),
         "_plain": cls,
         "_rules": {name: rule},
         "cls_to_become": None,
