@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.checkpoint_sizes import load_sizes
-from lateinit._lazy.declare import declare, layout_of
+from lateinit._lazy.declare import declare, layout_of, reset
 from lateinit._lazy.mixin import LazyModuleMixin, finish, initialising
 from lateinit._lazy.placeholders import UninitializedParameter
 from lateinit._lazy.rules import Rule, check_rules, evaluate_rules
@@ -24,6 +24,8 @@ from lateinit._lazy.scratch_recording import Settings
 from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
+from lateinit._recording import current, hole_of
+from lateinit._recording.postponed import postpone
 from lateinit._rng import RandomStates
 from lateinit._torch import own_buffers, own_modules, own_parameters, restoring
 from lateinit.errors import ShapeError, UninitializedError
@@ -268,9 +270,14 @@ def _forward_of(cls: type[nn.Module]) -> Any:
 
 
 def _reset(self: Any) -> None:
-    """Nothing before the sizes are known, as in the lazy layers of torch and pytorch-pfn-extras."""
+    """Nothing before the sizes are known, as in the lazy layers of torch and pytorch-pfn-extras.
+
+    In a block it is run at its place once they are known: the eager twin draws there.
+    """
     if self.is_initialized:
         self._plain.reset_parameters(self)
+    elif current() is not None and hole_of(self) is not None:
+        postpone(self, reset)
 
 
 def _document(cls: type[nn.Module], rules: Mapping[str, Rule]) -> str:

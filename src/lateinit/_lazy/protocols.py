@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lateinit._lazy.becoming import become, device_of
 from lateinit._lazy.first_call import Noted, UpToEnd, is_unknown, known_by_shape
 from lateinit._lazy.mixin import LazyModuleMixin as OurMixin
-from lateinit._lazy.mixin import finish, finish_whole, initialising
-from lateinit._lazy.placeholders import become, device_of
+from lateinit._lazy.mixin import finish, finish_whole, initialising, is_loaded
 from lateinit._lazy.scratch_recording import aside
+from lateinit._lazy.settle import settle
 from lateinit._recording import holes
 from lateinit._tensors import is_placeholder
 from lateinit._torch import is_lazy_misuse, name_of_class, own_buffers, own_parameters
@@ -73,12 +74,13 @@ def _by_method(module: Any, args: Any, kwargs: Any) -> None:
     """Call ``initialize_parameters``, and let the module be an ordinary one."""
     ours = isinstance(module, OurMixin)
     held = [*own_parameters(module).values(), *own_buffers(module).values()]
+    loaded = is_loaded(module)
     with (
         module._initialising() if ours else initialising(module),
         known_by_shape(module, device_of(held), lambda: True),
     ):
         module.initialize_parameters(*args, **kwargs)
-    (finish_whole if ours else finish)(module)
+    (finish_whole if ours else finish)(module, loaded=loaded)
 
 
 def _by_call(module: Any, args: Any, kwargs: Any, end: UpToEnd) -> None:
@@ -98,6 +100,7 @@ def _by_call(module: Any, args: Any, kwargs: Any, end: UpToEnd) -> None:
             become(placeholder, made)
             own_parameters(module)[name] = placeholder
     holes.close(module)
+    settle(module)
 
 
 def end_of_initialisation(module: nn.Module, args: Any, kwargs: Any, *, real: bool) -> UpToEnd:

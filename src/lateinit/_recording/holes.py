@@ -74,11 +74,16 @@ def hole_of(module: nn.Module) -> Hole | None:
 
 def reserve(module: nn.Module) -> None:
     """Reserve the hole of a lazy module that is being constructed in a block, once."""
+    if current() is not None and hole_of(module) is None:
+        module.__dict__[_ATTRIBUTE] = new_hole()
+
+
+def new_hole() -> Hole:
+    """A hole at the current place of the default stream of the block that is running."""
     writer = current()
-    if writer is not None and hole_of(module) is None:
-        place = writer.generators.reserve(torch.default_generator)
-        hole = Hole(writer.program, len(writer.program.holes) - 1, place)
-        module.__dict__[_ATTRIBUTE] = hole
+    assert writer is not None
+    place = writer.generators.reserve(torch.default_generator)
+    return Hole(writer.program, len(writer.program.holes) - 1, place)
 
 
 def close(module: nn.Module) -> None:

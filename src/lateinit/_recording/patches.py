@@ -7,6 +7,7 @@
 - Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
 - Some functions of torch call others with function modes off (``composite_ops``).
+- What initialises tensors without a shape is remembered for later (``postponed``).
 
 The replacements are process-wide while any thread is in a block. Each asks ``current()`` and acts
 only in a thread that is recording.
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lateinit._recording import composite_ops, trunc_normal
+from lateinit._recording import composite_ops, postponed, trunc_normal
 from lateinit._recording.writer import current
 from lateinit._torch import RecursiveScriptModule, construct_script_module, turn, without_modes
 
@@ -76,6 +77,7 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
     (RecursiveScriptModule, "__init__", construct_script_module, _noted_script),
     *composite_ops.PATCHES,
+    *postponed.PATCHES,
 )
 
 
