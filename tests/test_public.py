@@ -29,6 +29,7 @@ PUBLIC = [
     "pfn_extras",
     "plan",
     "save_checkpoint",
+    "settle_rng",
     "size",
     "skip_init",
     "summary",

@@ -197,3 +197,42 @@ def test_a_lazy_module_is_given_up_alone(make: Any) -> None:
     assert_same(twin[2], model[3])
     with pytest.raises(TypeError, match="takes a module"):
         lateinit.discard(torch.ones(2))
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+@KINDS
+def test_the_random_state_of_the_eager_twin_can_be_had_once_shapes_are_known(
+    make: Any, copied: bool, seeded: bool
+) -> None:
+    def build(lazy: bool) -> nn.Module:
+        first = make() if lazy else nn.Linear(2, 3)
+        if seeded:
+            torch.manual_seed(5)
+        return nn.Sequential(first, make() if lazy else nn.Linear(3, 3), nn.Linear(3, 2))
+
+    torch.manual_seed(0)
+    build(lazy=False)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build, True)
+    if copied:
+        model = pickle.loads(pickle.dumps(model))
+    with pytest.raises(RecordingError, match=r"call lateinit\.infer_shapes"):
+        lateinit.settle_rng(model)
+    lateinit.infer_shapes(model, torch.randn(1, 2))
+    lateinit.settle_rng(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+    lateinit.materialize(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+    with pytest.raises(RecordingError, match="before materialize"):
+        lateinit.settle_rng(model)
+
+
+def test_the_state_of_a_block_that_does_not_advance_it_is_not_to_be_had() -> None:
+    with lateinit.deferred(advance_rng=False):
+        model = nn.Linear(2, 2)
+    with pytest.raises(RecordingError, match="advances the random state"):
+        lateinit.settle_rng(model)
+    with pytest.raises(TypeError, match="takes a module"):
+        lateinit.settle_rng(torch.ones(2))

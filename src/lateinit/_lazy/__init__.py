@@ -7,9 +7,9 @@ below that, but not ``_materialize``, its neighbour. Start with ``lazy_class.py`
 module is declared and initialised, and with ``infer.py`` for a forward pass on shapes.
 """
 
+from lateinit._lazy.after_block import discard, settle_rng
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
 from lateinit._lazy.checkpoint_sizes import NOT_ADOPTED, sizes_in
-from lateinit._lazy.discard import discard
 from lateinit._lazy.infer import infer_shapes
 from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
@@ -96,6 +96,7 @@ __all__ = [
     "lazy",
     "named_tensors",
     "on_meta",
+    "settle_rng",
     "show",
     "size",
     "sizes_in",
