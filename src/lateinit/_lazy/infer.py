@@ -67,12 +67,13 @@ def infer_shapes(
     thread count and of cudnn's flags. Iterators, ``functools.lru_cache`` and objects that are held
     only by weak references are not restored. If anything raises, no module has been initialised.
 
-    Lazy modules may be those of lateinit, torch and pytorch-pfn-extras, mixed.
+    Lazy modules may be those of lateinit, torch, pytorch-pfn-extras and other libraries, mixed.
 
     Args:
         module: the model.
         *args: example inputs for its ``forward``, real or on ``meta``; tensors may be inside
-            containers. Only shapes and dtypes are read.
+            containers. Shapes and dtypes are read, and the values of small real masks, lengths and
+            indices.
         strict: raise if the pass does not reach some lazy module.
         real: run the pass with values, for a model whose control flow depends on them. The inputs
             must be real. The model's tensors are copied for the pass, and its deferred tensors are
