@@ -58,6 +58,9 @@ def initialise(module: Any, args: Any, kwargs: Any, end: UpToEnd | None = None) 
     """
     if not is_lazy_module(module):
         return
+    if "_spec" in module.__dict__:  # its rules look at shapes alone
+        module._infer_parameters(module, args, kwargs)
+        return
     before = {**own_parameters(module), **own_buffers(module)}
     lazy = {name for name, tensor in before.items() if _is_waiting(tensor)}
     try:

@@ -72,7 +72,8 @@ def settle(module: nn.Module, *, loaded: bool = False) -> None:
         loaded: it has its shape and its values from a checkpoint, which come last.
     """
     due: list[tuple[Postponed, Any]] = []
-    for owner in _owners(module):
+    owners = [owner for owner in _owners(module) if postponed(owner) or _DUE in owner.__dict__]
+    for owner in owners:
         lazy = waits_for_shape(owner) if isinstance(owner, nn.Module) else is_placeholder(owner)
         if not lazy and postponed(owner):
             due += [(each, owner) for each in postponed(owner)]
@@ -84,9 +85,9 @@ def settle(module: nn.Module, *, loaded: bool = False) -> None:
         with recorded_in(None if real and not loaded else each.hole, held):
             if not loaded:
                 each.run(owner)
-    for tensor in (*module.parameters(), *module.buffers()):
-        for device, casts in filter(None, [tensor.__dict__.pop(_DUE, None)]):
-            tensor.data = cast_as(tensor, device, casts)
+    for owner in owners:
+        if _DUE in owner.__dict__ and not is_placeholder(owner):
+            owner.data = cast_as(owner, *owner.__dict__.pop(_DUE))
 
 
 def cast_as(tensor: Tensor, device: torch.device | None, casts: tuple[torch.dtype, ...]) -> Tensor:
