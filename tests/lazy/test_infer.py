@@ -359,11 +359,13 @@ def test_it_works_inside_the_block_too() -> None:
     assert_same(eager(lambda: make(False)), lateinit.materialize(deferred(lambda: make(True))))
 
 
-def test_a_constructor_that_runs_its_lazy_part_is_recorded() -> None:
+@pytest.mark.parametrize("source", [lateinit.nn, nn], ids=["ours", "torch"])
+def test_a_constructor_that_runs_its_lazy_part_is_recorded(source: Any) -> None:
     class SelfSized(nn.Module):
         def __init__(self, lazy: bool) -> None:
             super().__init__()
-            self.body = nn.Sequential(lateinit.nn.LazyConv2d(4, 3) if lazy else nn.Conv2d(3, 4, 3))
+            self.body = nn.Sequential(source.LazyConv2d(4, 3) if lazy else nn.Conv2d(3, 4, 3))
+            self.between = nn.Linear(2, 2)
             width = self.body(torch.zeros(1, 3, 8, 8)).numel()
             self.head = nn.Linear(width, 2)
 

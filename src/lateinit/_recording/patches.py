@@ -91,17 +91,20 @@ class Patches:
     _lock = turn()
     _users: ClassVar[set[int]] = set()
 
+    def __init__(self, more: tuple[tuple[Any, str, Any, Any], ...] = ()) -> None:
+        self._all = (*_PATCHES, *more)
+
     def enter(self) -> None:
         with self._lock:
             first = not self._users
             self._users.add(id(self))
             if first:
-                for owner, name, _, replacement in _PATCHES:
+                for owner, name, _, replacement in self._all:
                     setattr(owner, name, replacement)
 
     def leave(self) -> None:
         with self._lock:
             if self._users <= {id(self)}:
-                for owner, name, original, _ in _PATCHES:
+                for owner, name, original, _ in self._all:
                     setattr(owner, name, original)
             self._users.discard(id(self))
