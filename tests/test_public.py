@@ -18,6 +18,7 @@ import lateinit
 PUBLIC = [
     "deferred",
     "deferred_init",
+    "discard",
     "errors",
     "infer_shapes",
     "is_deferred",
@@ -28,6 +29,7 @@ PUBLIC = [
     "pfn_extras",
     "plan",
     "save_checkpoint",
+    "settle_rng",
     "size",
     "skip_init",
     "summary",
@@ -133,6 +135,10 @@ def test_errors_are_one_tree_and_builtins_too() -> None:
     for name, builtin in ERRORS.items():
         assert issubclass(found[name], builtin), name
         assert found[name].__doc__, name
+
+
+def test_what_a_strict_load_of_torch_raises_is_raised_too() -> None:
+    assert issubclass(lateinit.errors.MismatchError, RuntimeError)
 
 
 def test_tree_of_errors_is_drawn_as_it_is() -> None:

@@ -8,7 +8,7 @@ is not.
 
 from lateinit import errors, nn, pfn_extras
 from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
-from lateinit._lazy import infer_shapes, lazy, size
+from lateinit._lazy import discard, infer_shapes, lazy, settle_rng, size
 from lateinit._materialize import is_deferred, plan
 from lateinit._materialize.materialize import materialize
 from lateinit._recording import deferred, deferred_init
@@ -19,6 +19,7 @@ from lateinit._version import __version__ as __version__
 __all__ = [
     "deferred",
     "deferred_init",
+    "discard",
     "errors",
     "infer_shapes",
     "is_deferred",
@@ -29,6 +30,7 @@ __all__ = [
     "pfn_extras",
     "plan",
     "save_checkpoint",
+    "settle_rng",
     "size",
     "skip_init",
     "summary",

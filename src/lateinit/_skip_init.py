@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Container
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +33,8 @@ def skip_init(
     Args:
         module_cls: a subclass of ``torch.nn.Module``.
         *args: arguments of its constructor.
-        device: the device to allocate on; by default the one that the constructor asks for.
+        device: the device to allocate on; by default the one that the constructor asks for. A
+            class that takes an argument ``device`` is given it too. On ``meta`` nothing has values.
         **kwargs: keyword arguments of its constructor.
 
     Returns:
@@ -47,9 +51,15 @@ def skip_init(
     cls: object = module_cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise RuntimeError(f"Expected a Module; got {module_cls}")  # noqa: TRY004 - as torch's
-    where = cast_to(device, None).device
-    with deferred(advance_rng=False):
+    where = None if device is None else torch.device(device)
+    if where is not None and "device" in _arguments(cls):
+        kwargs["device"] = device
+    places = {place.type for place in (where, torch.get_default_device()) if place is not None}
+    # What is constructed on meta stays there, so the device that is asked for must be in force.
+    inside = where if where is not None and "meta" in places else contextlib.nullcontext()
+    with deferred(advance_rng=False), inside:
         module = module_cls(*args, **kwargs)
+    where = None if where is not None and where.type == "meta" else cast_to(device, None).device
     found = [f for f in find_tensors(module) if f.deferred]
     parameters = IdentityMap((parameter, None) for parameter in module.parameters())
     others = {slot_of(f.tensor) for f in found if f.tensor not in parameters}
@@ -58,3 +68,10 @@ def skip_init(
         if slot_of(item.tensor) not in others:
             adopt_uninitialized(item.tensor, where)
     return materialize(module, device=where)
+
+
+def _arguments(cls: type) -> Container[str]:
+    try:
+        return inspect.signature(cls).parameters
+    except ValueError:  # a constructor written in C
+        return ()

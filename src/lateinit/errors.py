@@ -16,7 +16,7 @@ LateinitError
  +-- OutputExistsError     (FileExistsError)          an output would be overwritten
  +-- OutputError           (OSError)                  an output cannot be written
  +-- CheckpointError       (ValueError)               a model cannot be saved, or cannot load
- |    +-- MismatchError         (ValueError)          a checkpoint does not fit the model
+ |    +-- MismatchError         (ValueError, RuntimeError) a checkpoint does not fit the model
  |    +-- CorruptCheckpointError (ValueError)         a file is no complete, safe checkpoint
  +-- ShapeError            (ValueError, RuntimeError) a shape disagrees with a known one
  +-- RuleError             (TypeError)                a rule does not fit its class
@@ -91,7 +91,7 @@ class CheckpointError(LateinitError, ValueError):
     """A model that a checkpoint cannot hold, or that fails while it loads one."""
 
 
-class MismatchError(CheckpointError):
+class MismatchError(CheckpointError, RuntimeError):
     """A checkpoint whose names, shapes or dtypes are not those of the model."""
 
 

@@ -359,11 +359,13 @@ def test_it_works_inside_the_block_too() -> None:
     assert_same(eager(lambda: make(False)), lateinit.materialize(deferred(lambda: make(True))))
 
 
-def test_a_constructor_that_runs_its_lazy_part_is_recorded() -> None:
+@pytest.mark.parametrize("source", [lateinit.nn, nn], ids=["ours", "torch"])
+def test_a_constructor_that_runs_its_lazy_part_is_recorded(source: Any) -> None:
     class SelfSized(nn.Module):
         def __init__(self, lazy: bool) -> None:
             super().__init__()
-            self.body = nn.Sequential(lateinit.nn.LazyConv2d(4, 3) if lazy else nn.Conv2d(3, 4, 3))
+            self.body = nn.Sequential(source.LazyConv2d(4, 3) if lazy else nn.Conv2d(3, 4, 3))
+            self.between = nn.Linear(2, 2)
             width = self.body(torch.zeros(1, 3, 8, 8)).numel()
             self.head = nn.Linear(width, 2)
 
@@ -500,3 +502,64 @@ def test_a_counter_that_was_written_from_the_input_is_not_read() -> None:
 
     with pytest.raises(NeedsValuesError, match="needs the values"):
         lateinit.infer_shapes(Counts(), torch.ones(2, 9))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = lateinit.nn.LazyLinear(8)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 1)
+
+    def forward(self, x: torch.Tensor, mask: Any = None, pad: Any = None) -> torch.Tensor:
+        y = self.layers(self.first(x), mask=mask, src_key_padding_mask=pad)
+        return self.decoder(y, y, tgt_mask=mask)
+
+
+FLOAT_MASK = nn.Transformer.generate_square_subsequent_mask(5)
+X = torch.ones(5, 3, 6)
+MASKED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "attention": (lambda: lateinit.nn.LazyMultiheadAttention(2), (X, X, X),
+                  {"attn_mask": FLOAT_MASK.isinf()}),
+    "decoder layer": (lambda: lateinit.nn.LazyTransformerDecoderLayer(2, 4), (X, X),
+                      {"tgt_mask": FLOAT_MASK, "memory_mask": FLOAT_MASK.isinf()}),
+    "encoder": (Encoder, (X, FLOAT_MASK, torch.zeros(3, 5, dtype=torch.bool)), {}),
+    "encoder in eval mode": (lambda: Encoder().eval(), (X, FLOAT_MASK.isinf()),
+                             {"pad": torch.zeros(3, 5, dtype=torch.bool)}),
+    "encoder layer": (lambda: lateinit.nn.LazyTransformerEncoderLayer(2, 4), (X,),
+                      {"src_mask": FLOAT_MASK, "is_causal": True}),
+    "transformer": (lambda: lateinit.nn.LazyTransformer(2, 1, 1, 4), (X, X),
+                    {"src_mask": FLOAT_MASK, "tgt_mask": FLOAT_MASK}),
+    "wide": (Encoder, (torch.ones(300, 1, 6),),
+             {"mask": nn.Transformer.generate_square_subsequent_mask(300)}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but:UserWarning")
+@pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
+@pytest.mark.parametrize("name", sorted(MASKED))
+def test_a_real_mask_keeps_its_values_without_being_asked_to(name: str) -> None:
+    make, args, kwargs = MASKED[name]
+    assert lateinit.infer_shapes(make(), *args, **kwargs) == []
+
+
+def test_lengths_and_indices_keep_their_values_and_are_not_written_to() -> None:
+    class Packs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = lateinit.nn.LazyLSTM(3), lateinit.nn.LazyLinear(2)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            y, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])
+            y = self.head(y[: int(lengths.max())])
+            lengths += 1
+            return y
+
+    model, lengths = Packs(), torch.tensor([2, 5, 1])
+    lateinit.infer_shapes(model, torch.empty(5, 3, 6, device=META), lengths)
+    assert (model.rnn.input_size, model.head.in_features) == (6, 3)
+    assert lengths.tolist() == [2, 5, 1]
+    packed = nn.utils.rnn.pack_padded_sequence(torch.ones(5, 3, 6), lengths, enforce_sorted=False)
+    lateinit.infer_shapes(rnn := lateinit.nn.LazyGRU(2), packed)
+    assert rnn.input_size == 6

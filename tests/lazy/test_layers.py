@@ -261,3 +261,62 @@ def test_a_cast_reaches_complex_buffers_as_it_does_eagerly() -> None:
     model.to(torch.float16)
     lateinit.infer_shapes(model, torch.empty(2, 5, dtype=torch.float16, device="meta"))
     assert_same(twin, lateinit.materialize(model))
+
+
+@pytest.mark.parametrize("name", sorted(n for n in dir(nn) if n.startswith("Lazy")), ids=str)
+def test_a_lazy_layer_is_an_instance_of_torchs_until_it_is_a_plain_one(name: str) -> None:
+    case = next(case for case in CASES if f"Lazy{case.layer}" == name)
+    layer = case.lazy
+    assert isinstance(layer, getattr(nn, name))
+    assert isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    layer(*case.inputs("cpu"))
+    assert type(layer) is type(case.eager)
+
+
+@BY_CASE
+def test_resetting_a_lazy_layer_does_nothing_as_with_torchs(case: LazyCase) -> None:
+    torch.manual_seed(7)
+    layer = case.lazy
+    before = torch.get_rng_state()
+
+    def reset(module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    nn.Sequential(copy.deepcopy(layer), layer).apply(reset)
+    assert torch.equal(before, torch.get_rng_state())
+    layer(*case.inputs("cpu"))
+    torch.manual_seed(7)
+    eager = case.eager
+    eager(*case.inputs("cpu"))
+    assert_same(eager, layer)
+    layer.apply(reset)
+    eager.apply(reset)
+    assert hasattr(layer, "reset_parameters") == hasattr(eager, "reset_parameters")
+
+
+class Resets(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.inner.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_lazy_version_of_a_class_is_reset_once_it_has_its_size() -> None:
+    block = lateinit.lazy(Resets, width=lateinit.size(-1))()
+    block.reset_parameters()
+    block.inner.reset_parameters()
+    block = pickle.loads(pickle.dumps(copy.deepcopy(block)))
+    block(torch.ones(1, 3))
+    assert torch.equal(block.inner.weight, torch.ones(2, 3))
+    assert "reset_parameters" not in vars(block.inner)
+    block.inner.reset_parameters()
+    assert not torch.equal(block.inner.weight, torch.ones(2, 3))
+    block.reset_parameters()
+    assert torch.equal(block.inner.weight, torch.ones(2, 3))

@@ -147,3 +147,92 @@ def test_a_lazy_model_is_not_deferred_and_its_summary_says_lazy(make: Any) -> No
     assert rows["weight"].state == "lazy"
     if make is not pfn_extras_itself:  # its bias is real from the start
         assert not lateinit.is_deferred(model)
+
+
+def removed(model: nn.Module) -> None:
+    model[1] = nn.Identity()
+
+
+def deleted(model: nn.Module) -> None:
+    del model[1]
+
+
+@pytest.mark.parametrize("remove", [deleted, removed])
+@KINDS
+def test_a_lazy_module_that_was_removed_is_done_without_once_one_says_so(
+    make: Any, remove: Any
+) -> None:
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 2))
+    torch.manual_seed(0)
+    with lateinit.deferred():
+        model = nn.Sequential(nn.Linear(2, 2), make(), nn.Linear(3, 2))
+    remove(model)
+    with pytest.raises(RecordingError, match=r"lateinit\.discard\(model\) if that module was rem"):
+        lateinit.materialize(model)
+    lateinit.discard(model)
+    lateinit.materialize(model)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@KINDS
+def test_a_lazy_module_is_given_up_alone(make: Any) -> None:
+    torch.manual_seed(0)
+    with lateinit.deferred():
+        model = nn.ModuleList([make(), nn.Linear(3, 2), make(), nn.Linear(3, 2)])
+    lateinit.discard(model)  # nothing is gone
+    with pytest.raises(RecordingError, match="lazy module"):
+        lateinit.materialize(model[1])
+    lateinit.discard(model[0])
+    lateinit.materialize(model[1])
+    torch.manual_seed(0)
+    assert_same(nn.Linear(3, 2), model[1])
+    with pytest.raises(RecordingError, match="lazy module"):
+        lateinit.materialize(model[3])
+    lateinit.infer_shapes(model[2], torch.empty(1, 2, device="meta"))
+    lateinit.materialize(model[3])
+    torch.manual_seed(0)
+    twin = [nn.Linear(3, 2), nn.Linear(2, 3), nn.Linear(3, 2)]
+    assert_same(twin[2], model[3])
+    with pytest.raises(TypeError, match="takes a module"):
+        lateinit.discard(torch.ones(2))
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+@KINDS
+def test_the_random_state_of_the_eager_twin_can_be_had_once_shapes_are_known(
+    make: Any, copied: bool, seeded: bool
+) -> None:
+    def build(lazy: bool) -> nn.Module:
+        first = make() if lazy else nn.Linear(2, 3)
+        if seeded:
+            torch.manual_seed(5)
+        return nn.Sequential(first, make() if lazy else nn.Linear(3, 3), nn.Linear(3, 2))
+
+    torch.manual_seed(0)
+    build(lazy=False)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build, True)
+    if copied:
+        model = pickle.loads(pickle.dumps(model))
+    with pytest.raises(RecordingError, match=r"call lateinit\.infer_shapes"):
+        lateinit.settle_rng(model)
+    lateinit.infer_shapes(model, torch.randn(1, 2))
+    lateinit.settle_rng(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+    lateinit.materialize(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+    with pytest.raises(RecordingError, match="before materialize"):
+        lateinit.settle_rng(model)
+
+
+def test_the_state_of_a_block_that_does_not_advance_it_is_not_to_be_had() -> None:
+    with lateinit.deferred(advance_rng=False):
+        model = nn.Linear(2, 2)
+    with pytest.raises(RecordingError, match="advances the random state"):
+        lateinit.settle_rng(model)
+    with pytest.raises(TypeError, match="takes a module"):
+        lateinit.settle_rng(torch.ones(2))

@@ -221,3 +221,15 @@ def test_layers_of_the_original_draw_at_their_place_in_a_block() -> None:
     twin = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 2))
     for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+@BY_LAYER
+def test_resetting_an_uninitialised_layer_does_nothing(name: str) -> None:
+    layer = lazy(name)
+    before = torch.get_rng_state()
+    layer.reset_parameters()
+    assert torch.equal(before, torch.get_rng_state())
+    layer(torch.ones(LAYERS[name][2]))
+    nn.init.constant_(layer.weight, 9)
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, torch.full_like(layer.weight, 9))

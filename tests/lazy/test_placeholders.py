@@ -81,6 +81,16 @@ def test_its_shape_cannot_be_asked_for() -> None:
         UninitializedError, match=r"shape of LazyLinear\.weight \(3, \?\) is not known"
     ):
         _ = lazy_linear().weight.shape
+    # As torch says it, for those who look for its words.
+    with pytest.raises(RuntimeError, match="Can't access the shape of an uninitialized"):
+        _ = lazy_linear().weight.shape
+
+
+@BOTH
+def test_a_shape_may_be_an_int_as_for_torch_empty(cls: Any) -> None:
+    made = cls(known_shape=(None,))
+    made.materialize(10)
+    assert made.shape == (10,)
 
 
 def test_computing_with_it_is_refused() -> None:
@@ -108,7 +118,10 @@ def test_torch_save_is_refused(tmp_path: Any) -> None:
 
 
 def test_sharing_its_memory_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"can't share memory of LazyLinear\.weight"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"Can't share memory on an uninitialized parameter or buffer, LazyLinear\.weight",
+    ):
         lazy_linear().share_memory()
 
 
@@ -179,3 +192,18 @@ def test_each_cast_of_what_is_lazy_rounds(casts: Any, block: bool) -> None:
     torch.manual_seed(0)
     lateinit.infer_shapes(model, torch.empty(2, 7, device="meta", dtype=twin[0].weight.dtype))
     assert_same(twin, lateinit.materialize(model))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lazy_linear,
+        lambda: nn.Sequential(lazy_linear()),
+        lambda: lateinit.deferred_init(lazy_linear),
+        lambda: lateinit.pfn_extras.LazyLinear(None, 3),
+        lambda: nn.Sequential(lateinit.lazy(nn.Linear, in_features=lateinit.size(-1))(2)),
+    ],
+)
+def test_tracing_it_with_fx_says_to_infer_its_shapes_first(make: Any) -> None:
+    with pytest.raises(UninitializedError, match=r"traced.*lateinit\.infer_shapes"):
+        torch.fx.symbolic_trace(make())

@@ -258,16 +258,17 @@ def zeroed(module: nn.Module) -> None:
         nn.init.zeros_(module.weight)
 
 
-def test_an_initialiser_that_meets_a_placeholder_in_a_block_names_it() -> None:
+def test_an_initialiser_that_meets_an_older_placeholder_in_a_block_names_it() -> None:
     def drawn(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight)
 
+    model = nn.Sequential(lateinit.nn.LazyLinear(3))
     with (
         lateinit.deferred(),
         pytest.raises(UninitializedError, match=r"normal_ was given LazyLinear\.weight \(3, \?\)"),
     ):
-        nn.Sequential(lateinit.nn.LazyLinear(3)).apply(drawn)
+        model.apply(drawn)
 
 
 def test_initialisers_applied_in_a_second_block_are_those_of_the_twin() -> None:

@@ -499,3 +499,21 @@ def test_any_of_nothing_is_false(sizes: tuple[int, ...]) -> None:
     with lateinit.deferred():
         assert not bool((torch.empty(sizes).normal_() < 100).any())
         assert bool((torch.empty(3).normal_() < 100).any())
+
+
+def test_what_the_caller_made_on_meta_stays_there_and_is_not_asked_for() -> None:
+    class Takes(nn.Module):
+        def __init__(self, table: torch.Tensor, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight, self.next = weight, table + 1
+            self.register_buffer("table", table)
+            self.layer = nn.Linear(2, 2)
+
+    table, weight = (torch.empty(3, device="meta") for _ in range(2))
+    model = lateinit.deferred_init(Takes, table, nn.Parameter(weight))
+    assert model.table is table
+    lateinit.materialize(model)
+    assert all(t.is_meta for t in (model.weight, model.table, model.next))
+    assert not model.layer.weight.is_meta
+    with pytest.raises(lateinit.errors.NotRecordedError, match="never recorded: weight, bias"):
+        lateinit.materialize(nn.Linear(2, 2, device="meta"))

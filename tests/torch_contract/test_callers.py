@@ -28,6 +28,7 @@ from lateinit._torch.callers import (
     Caller,
     Meant,
     attention_without_fused_kernel,
+    call_path,
     caller,
     callers,
     class_of_new_parameter,
@@ -51,6 +52,7 @@ from lateinit._torch.callers import (
     is_typed_storage_indexed,
     meant_by_device,
     running_initialiser,
+    stack_depth,
     why_is_meta,
 )
 from tests.sharding.alone import alone_as
@@ -597,3 +599,24 @@ def test_another_library_may_need_the_values_of_what_it_asks_the_device_of() -> 
     ask(tensor)
     assert heard == [Meant.OTHERS, Meant.META, Meant.RECORDED]
     assert [meant for meant in Meant if not meant.needs_values] == [Meant.META, Meant.RECORDED]
+
+
+def test_a_call_path_tells_places_in_one_line_apart_and_leaves_torch_out() -> None:
+    """torch/nn/modules/module.py: ``__call__`` and ``_call_impl`` lie between two frames."""
+
+    def path() -> Any:
+        return call_path(base)
+
+    class Asking(nn.Module):
+        def forward(self) -> Any:
+            return path(), path()
+
+    base = stack_depth()
+    once, twice = path(), [path() for _ in range(2)]
+    assert once != twice[0]
+    assert twice[0] == twice[1]
+    # Through nn.Module.__call__, whose frames are torch's.
+    first, second = Asking()()
+    assert first != second
+    assert [code.co_name for code, _ in first][:2] == ["path", "forward"]
+    assert not any(is_library(code.co_filename) for code, _ in first)

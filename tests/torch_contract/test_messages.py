@@ -10,6 +10,7 @@ from torch import nn
 
 from lateinit._torch.messages import (
     asks_for_values,
+    is_lazy_misuse,
     is_misfit,
     is_out_of_memory,
     reaches_for_memory,
@@ -102,6 +103,12 @@ def test_load_state_dict_begins_with_the_name_of_what_does_not_fit() -> None:
         assert type(error) is RuntimeError
         assert is_misfit(error)
     assert not is_misfit(said_by(lambda: layer(torch.ones(3))))
+
+
+def test_torchs_placeholders_say_that_they_have_no_shape() -> None:
+    """torch/nn/parameter.py: ``UninitializedTensorMixin.__torch_function__``."""
+    assert is_lazy_misuse(said_by(lambda: torch.add(nn.UninitializedParameter(), 1)))
+    assert not is_lazy_misuse(said_by(lambda: torch.add(torch.ones(2), torch.ones(3))))
 
 
 def test_a_kernel_for_real_tensors_says_that_meta_has_no_data() -> None:

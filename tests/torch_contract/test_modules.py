@@ -18,7 +18,9 @@ from lateinit._torch.modules import (
     ALLOWED_OF_PLACEHOLDERS,
     OWN_ATTRIBUTES,
     REGISTRATION_HOOKS,
+    before_call,
     copy_into_state_dict,
+    has_load_hook,
     load_state_dict_first,
     load_with_counter,
     name_of_class,
@@ -182,3 +184,20 @@ def test_hooks_can_be_removed_while_torch_goes_through_them() -> None:
         layer(torch.ones(1))
     assert order == ["once", "always", "once", "always", "always"]
     assert not layer._forward_pre_hooks_with_kwargs
+
+
+def test_what_comes_before_a_call_comes_before_its_hooks() -> None:
+    """torch/nn/modules/module.py: ``_wrapped_call_impl`` looks ``_call_impl`` up on the module."""
+    layer, order = nn.Identity(), []
+    layer.register_forward_pre_hook(lambda *_: order.append("hook"))
+    before_call(layer, lambda module, args, kwargs: order.append((module, args, kwargs)))
+    assert nn.Sequential(layer)(3) == 3
+    assert order == [(layer, (3,), {}), "hook"]
+
+
+def test_a_module_says_whether_it_has_a_hook_of_loading() -> None:
+    """torch/nn/modules/module.py: ``_load_state_dict_pre_hooks``."""
+    assert not has_load_hook(nn.Linear(1, 1))
+    with_hook = nn.Linear(1, 1)
+    with_hook.register_load_state_dict_pre_hook(lambda *_: None)
+    assert has_load_hook(with_hook)

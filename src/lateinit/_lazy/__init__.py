@@ -7,8 +7,9 @@ below that, but not ``_materialize``, its neighbour. Start with ``lazy_class.py`
 module is declared and initialised, and with ``infer.py`` for a forward pass on shapes.
 """
 
+from lateinit._lazy.after_block import discard, settle_rng
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
-from lateinit._lazy.checkpoint_sizes import sizes_in
+from lateinit._lazy.checkpoint_sizes import NOT_ADOPTED, sizes_in
 from lateinit._lazy.infer import infer_shapes
 from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
@@ -53,6 +54,7 @@ from lateinit._lazy.placeholders import (
 from lateinit._lazy.rules import size
 
 __all__ = [
+    "NOT_ADOPTED",
     "LazyAdaptiveLogSoftmaxWithLoss",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
@@ -87,12 +89,14 @@ __all__ = [
     "Lending",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "discard",
     "dressed",
     "infer_shapes",
     "known_shape",
     "lazy",
     "named_tensors",
     "on_meta",
+    "settle_rng",
     "show",
     "size",
     "sizes_in",

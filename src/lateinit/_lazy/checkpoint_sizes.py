@@ -11,11 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lateinit._identity import IdentityMap
 from lateinit._lazy.declare import layout_of
 from lateinit._lazy.mixin import check_known, named_tensors
 from lateinit._lazy.placeholders import show
 from lateinit._lazy.trials import ModuleLayout, Name, solve
+from lateinit._torch import has_load_hook, own_buffers, own_parameters
 from lateinit.errors import listing
+
+NOT_ADOPTED = (
+    "has no shape yet, and its module does not take that of a checkpoint: call "
+    "lateinit.infer_shapes(model, ...) first"
+)
 
 
 def load_sizes(
@@ -71,6 +78,24 @@ def _shape(state_dict: dict[str, Any], prefix: str, name: Name) -> tuple[int, ..
     return tuple(value.shape) if _is_value(value) and isinstance(value, Tensor) else None
 
 
+def _without_hook(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, str]:
+    """The placeholders that have a value in a checkpoint, and a module that cannot take a shape.
+
+    A lazy module adopts the shapes of a checkpoint in a hook. Modules that hold torch's
+    placeholders and initialise themselves in a way of their own may have none.
+    """
+    adopting = [part for part in module.modules() if has_load_hook(part)]
+    able = IdentityMap((part, None) for whole in adopting for part in whole.modules())
+    found = {}
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        held = {**own_parameters(part), **own_buffers(part)}
+        for key in (prefix + name for name, tensor in held.items() if is_lazy(tensor)):
+            if part not in able and _is_value(state_dict.get(key)):
+                found[key] = f"{key} {NOT_ADOPTED}"
+    return found
+
+
 def sizes_in(
     module: nn.Module, state_dict: dict[str, Any]
 ) -> tuple[list[str], dict[str, nn.Module]]:
@@ -89,4 +114,5 @@ def sizes_in(
             sizes = load_sizes(part, layout_of(spec), dict(state_dict), prefix, messages)
             if sizes is not None:
                 sized[path] = part
+    wrong |= _without_hook(module, state_dict)
     return [*wrong.values(), *messages], sized

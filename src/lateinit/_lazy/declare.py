@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from lateinit._lazy.placeholders import UninitializedBuffer
 from lateinit._lazy.scratch_recording import aside
 from lateinit._lazy.trials import LazySpec, ModuleLayout, Name, measure
-from lateinit._recording import holes
+from lateinit._recording import current, holes
+from lateinit._recording.postponed import postpone
 from lateinit._torch import own_buffers, own_parameters, restoring
 
 
@@ -32,8 +33,31 @@ def declare(module: nn.Module, spec: LazySpec) -> None:
         holes.close(part)
     holes.reserve(module)
     _place(module, layout, asked)
+    for part in module.modules():
+        if part is not module and _holds_lazy(part) and hasattr(part, "reset_parameters"):
+            part.__dict__["reset_parameters"] = functools.partial(reset_part, part)
     _forget_sizes(module, layout)
     module.__dict__["_spec"] = spec
+
+
+def reset_part(part: nn.Module) -> None:
+    """The ``reset_parameters`` of a part whose sizes are not known, as of lazy layers.
+
+    In a block it is run at its place once they are known: the eager twin draws there.
+    """
+    held = (*own_parameters(part).values(), *own_buffers(part).values())
+    if current() is not None and any(is_lazy(t) and t.__dict__.get("_in_block") for t in held):
+        postpone(part, reset)
+
+
+def reset(module: Any) -> None:
+    """Reset a module that has its sizes."""
+    module.reset_parameters()
+
+
+def _holds_lazy(part: nn.Module) -> bool:
+    held = (*own_parameters(part).values(), *own_buffers(part).values())
+    return not hasattr(part, "_initialize_hook") and any(is_lazy(tensor) for tensor in held)
 
 
 AskedFor = tuple[int, torch.dtype, torch.device, bool]

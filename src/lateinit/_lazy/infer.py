@@ -9,7 +9,7 @@ put back as it was, and only if the whole pass succeeded are the lazy modules in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,15 +19,22 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lateinit._identity import IdentityMap
 from lateinit._lazy.borrowed_model import Lending, counting_stand_in, on_meta
+from lateinit._lazy.first_call import UpToEnd, mark_unknown
 from lateinit._lazy.layers import LAYERS
 from lateinit._lazy.mixin import trying
-from lateinit._lazy.protocols import initialise, is_lazy_module
+from lateinit._lazy.protocols import (
+    end_of_initialisation,
+    initialise,
+    is_lazy_module,
+)
 from lateinit._lazy.rules import evaluate_rules
-from lateinit._lazy.shape_mode import ShapeMode, needs_values
+from lateinit._lazy.shape_mode import ShapeMode, is_readable, needs_values, readable
 from lateinit._rng import RandomStates
 from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_parameter, own_copy
 from lateinit._torch import (
     asks_for_values,
+    before_call,
+    is_wrapper,
     map_leaves,
     outside,
     replace_forward_pre_hook,
@@ -60,12 +67,13 @@ def infer_shapes(
     thread count and of cudnn's flags. Iterators, ``functools.lru_cache`` and objects that are held
     only by weak references are not restored. If anything raises, no module has been initialised.
 
-    Lazy modules may be those of lateinit, torch and pytorch-pfn-extras, mixed.
+    Lazy modules may be those of lateinit, torch, pytorch-pfn-extras and other libraries, mixed.
 
     Args:
         module: the model.
         *args: example inputs for its ``forward``, real or on ``meta``; tensors may be inside
-            containers. Only shapes and dtypes are read.
+            containers. Shapes and dtypes are read, and the values of small real masks, lengths and
+            indices.
         strict: raise if the pass does not reach some lazy module.
         real: run the pass with values, for a model whose control flow depends on them. The inputs
             must be real. The model's tensors are copied for the pass, and its deferred tensors are
@@ -99,7 +107,7 @@ def infer_shapes(
     run = _Run(names, real)
     if waiting:
         run.forward(module, args, kwargs)
-    left = [names[part] or "the module itself" for part in waiting if part not in run.met]
+    left = [names[part] or "the module itself" for part in waiting if part not in run.done]
     if left and strict:
         raise UnreachedError(
             f"the forward pass did not reach {listing(left)}: the shapes there are not known and "
@@ -117,16 +125,19 @@ class _Run:
         names: the name of each module.
         real: whether the pass runs with values.
         met: the lazy modules that the pass called, in order, with the shapes of their inputs.
+        done: the modules that these initialise: themselves, and parts of them.
         lending: makes the stand-ins.
     """
 
     def __init__(self, names: IdentityMap[nn.Module, str], real: bool) -> None:
         self.names = names
         self.real = real
-        self.met: IdentityMap[nn.Module, tuple[Any, Any]] = IdentityMap()
+        self.met: IdentityMap[nn.Module, tuple[Any, Any, UpToEnd | None]] = IdentityMap()
+        self.done: IdentityMap[nn.Module, None] = IdentityMap()
         self.lending = Lending(self._with_values if real else counting_stand_in)
         self._memo: dict[Any, Any] = {}
         self._sizes: IdentityMap[nn.Module, dict[str, Any]] = IdentityMap()
+        self._meeting: IdentityMap[nn.Module, None] = IdentityMap()
 
     def forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the pass on stand-ins, and put the model back as it was."""
@@ -174,8 +185,8 @@ class _Run:
 
     def initialise(self) -> None:
         """Initialise the modules that the pass called, for good, in the order of their calls."""
-        for module, (args, kwargs) in self.met.items():
-            initialise(module, args, kwargs)
+        for module, (args, kwargs, end) in self.met.items():
+            initialise(module, args, kwargs, end)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
         return own_copy(tensor, self._memo, past_holes=True)
@@ -189,11 +200,7 @@ class _Run:
 
     def _inputs(self, inputs: Any) -> Any:
         make = _real_input if self.real else _meta_input
-        return map_leaves(
-            lambda leaf: _with_tensors(leaf, lambda tensor: self.lending.know(make(tensor))),
-            inputs,
-            is_leaf=lambda leaf: isinstance(leaf, PackedSequence),
-        )
+        return _map_inputs(lambda tensor: self.lending.know(make(tensor)), inputs)
 
     def _prepare(self, module: nn.Module) -> None:
         """Let every lazy module report its first call instead of initialising itself."""
@@ -205,28 +212,48 @@ class _Run:
             # after it as they always do.
             if isinstance(part, LazyModuleMixin) and handle is not None:
                 replace_forward_pre_hook(part, handle.id, self._meet)
-            else:
+            elif hasattr(part, "lazy_parmeters_determined"):
                 part.register_forward_pre_hook(self._meet, with_kwargs=True)
+            else:  # its own hooks belong to its initialisation
+                before_call(part, self._meet)
 
     def _meet(self, module: Any, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of a lazy module: note its inputs, and initialise it by way of trial."""
-        if module in self.met or not is_lazy_module(module):
+        if module in self.met or module in self._meeting or not is_lazy_module(module):
             return
+        self._meeting[module] = None
+        lazy = [part for part in module.modules() if is_lazy_module(part)]
         rules = _rules_of(module)  # a class of the user's forgets them when it is initialised
-        shapes = map_leaves(lambda leaf: _with_tensors(leaf, _shape_only), (args, kwargs))
+        shapes = _map_inputs(_shape_only, (args, kwargs))
+        end = self._end(module, *((args, kwargs) if self.real else shapes))
         try:
-            initialise(module, *shapes)
+            initialise(module, shapes[0], shapes[1], end)
         except ShapeError as error:
             raise ShapeError(f"{self.names.get(module, '') or 'the module'}: {error}") from error
         # The trial left tensors of a recording that nobody keeps. The pass goes on with stand-ins
         # for them, like those of all other tensors.
         with outside():
             exchange_held(module, self._trial)
-        self.met[module] = shapes
+        self.met[module] = *shapes, end
+        self.done.update((part, None) for part in lazy if not is_lazy_module(part))
+        del self._meeting[module]
         rules = rules or _rules_of(module)
         if rules is not None:
             module.register_forward_pre_hook(self._check(rules), with_kwargs=True)
             self._check(rules)(module, args, kwargs)
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any) -> UpToEnd | None:
+        """Where the initialisation of a module ends in its first call; None if it has its own."""
+        if isinstance(module, LazyModuleMixin):
+            return None
+        met, done, reach = [*self.met.items()], [*self.done], Reach((module, args, kwargs))
+        reach.keep()
+        try:
+            exchange_held(module, Lending(_another).of)
+            return end_of_initialisation(module, args, kwargs, real=self.real)
+        finally:
+            self.met, self.done = IdentityMap(met), IdentityMap((part, None) for part in done)
+            reach.restore()
 
     def _check(self, rules: Any) -> Any:
         """A hook for later calls of a module: they must give it the sizes of the first call."""
@@ -250,6 +277,10 @@ def _put_values(left: list[tuple[Tensor, Tensor]]) -> None:
                 tensor.copy_(values)
 
 
+def _another(tensor: Tensor) -> Tensor:
+    return on_meta(tensor) if tensor.is_meta else tensor.detach().clone()
+
+
 def _real_input(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise NeedsValuesError(
@@ -260,6 +291,9 @@ def _real_input(tensor: Tensor) -> Tensor:
 
 
 def _meta_input(tensor: Tensor) -> Tensor:
+    plain = tensor.layout is torch.strided and not is_wrapper(tensor)
+    if plain and not is_deferred_tensor(tensor) and is_readable(tensor):
+        return readable(_real_input(tensor))
     made = on_meta(tensor).requires_grad_(tensor.requires_grad)
     return nn.Parameter(made, tensor.requires_grad) if is_parameter(tensor) else made
 
@@ -276,15 +310,20 @@ def _said(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in sizes.items())
 
 
-def _with_tensors(leaf: Any, make: Any) -> Any:
-    if isinstance(leaf, PackedSequence):
-        return leaf._replace(data=make(leaf.data))
-    return make(leaf) if isinstance(leaf, Tensor) else leaf
+def _map_inputs(make: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Inputs in any containers, with ``make(tensor)`` in place of each tensor."""
+
+    def made(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):  # its other tensors say how it is packed
+            return leaf._replace(data=make(leaf.data))
+        return make(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(made, inputs, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
     with without_modes():
-        return on_meta(tensor)
+        return mark_unknown(on_meta(tensor))
 
 
 @contextlib.contextmanager

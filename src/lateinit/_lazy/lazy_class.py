@@ -8,6 +8,7 @@ moved into the instance (``transplant``), which changes its class.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.checkpoint_sizes import load_sizes
-from lateinit._lazy.declare import declare, layout_of
+from lateinit._lazy.declare import declare, layout_of, reset
 from lateinit._lazy.mixin import LazyModuleMixin, finish, initialising
 from lateinit._lazy.placeholders import UninitializedParameter
 from lateinit._lazy.rules import Rule, check_rules, evaluate_rules
@@ -23,9 +24,11 @@ from lateinit._lazy.scratch_recording import Settings
 from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
+from lateinit._recording import current, hole_of
+from lateinit._recording.postponed import postpone
 from lateinit._rng import RandomStates
 from lateinit._torch import own_buffers, own_modules, own_parameters, restoring
-from lateinit.errors import ShapeError
+from lateinit.errors import ShapeError, UninitializedError
 
 # What a constructor raises for sizes that it cannot take, such as a width that its heads do not
 # divide.
@@ -228,7 +231,8 @@ def lazy_class(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
 
 
 def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
-    body = {
+    body: dict[str, Any] = {
+        **of_plain(cls),
         "_plain": cls,
         "_rules": dict(rules),
         "_by_value": by_value,
@@ -237,7 +241,43 @@ def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
         "__doc__": _document(cls, dict(rules)),
         "__module__": __name__,
     }
-    return type(f"Lazy{cls.__name__}", (Lazy, cls), body)
+    # A layer is also an instance of torch's lazy layer, which libraries test for. `Lazy` comes
+    # before it, so that nothing of it is in force.
+    twin = None if by_value else getattr(nn, f"Lazy{cls.__name__}", None)
+    return type(f"Lazy{cls.__name__}", (Lazy, cls) if twin is None else (Lazy, twin, cls), body)
+
+
+def of_plain(cls: type[nn.Module]) -> dict[str, Any]:
+    """The methods of a plain class that its lazy version has in another form."""
+    methods: dict[str, Any] = {"forward": _forward_of(cls)}
+    if hasattr(cls, "reset_parameters"):
+        methods["reset_parameters"] = _reset
+    return methods
+
+
+def _forward_of(cls: type[nn.Module]) -> Any:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Without the hook that comes before it, as when `torch.fx` traces it.
+        if "_spec" in self.__dict__:
+            raise UninitializedError(
+                f"forward of {self._get_name()}, whose sizes are not known yet, was called "
+                "directly or is being traced: call lateinit.infer_shapes(model, ...) first"
+            )
+        return cls.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _reset(self: Any) -> None:
+    """Nothing before the sizes are known, as in the lazy layers of torch and pytorch-pfn-extras.
+
+    In a block it is run at its place once they are known: the eager twin draws there.
+    """
+    if self.is_initialized:
+        self._plain.reset_parameters(self)
+    elif current() is not None and hole_of(self) is not None:
+        postpone(self, reset)
 
 
 def _document(cls: type[nn.Module], rules: Mapping[str, Rule]) -> str:

@@ -18,14 +18,11 @@ from torch.nn.modules import lazy as torch_lazy
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.placeholders import mismatch, show
-from lateinit._lazy.scratch_recording import aside
-from lateinit._recording import fill, holes
-from lateinit._recording.guard import guard
-from lateinit._tensors import is_deferred_tensor
+from lateinit._lazy.settle import recorded_in, settle
+from lateinit._recording import holes
 from lateinit._torch import (
     here,
     name_of_class,
-    outside,
     own_buffers,
     own_parameters,
     remove_hook,
@@ -56,18 +53,9 @@ def initialising(module: nn.Module) -> Iterator[None]:
     If the module was declared in a ``deferred()`` block, it records into the hole that was reserved
     there. Otherwise it runs eagerly, or as ``trying`` says.
     """
-    hole = None if here.trial else holes.hole_of(module)
-    with aside() if here.trial == "aside" else outside():
-        if hole is None:
-            yield
-        else:
-            with fill(hole):
-                yield
-    # A placeholder that became deferred in the block is neither new nor registered anew: the end of
-    # the block, which guards such tensors, may not see it.
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if is_deferred_tensor(tensor):
-            guard(tensor)
+    held = itertools.chain(module.parameters(), module.buffers())
+    with recorded_in(holes.hole_of(module), held):
+        yield
 
 
 class LazyModuleMixin(torch_lazy.LazyModuleMixin):
@@ -100,20 +88,10 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
         """The forward pre-hook: initialise the module from the arguments of its first call."""
         if not hasattr(module, "_initialize_hook"):
             return
+        loaded = is_loaded(module)
         with module._initialising():
             module.initialize_parameters(*args, **(kwargs or {}))
-        self._finish(module)
-
-    def _finish(self: Any, module: Any) -> None:
-        """Check that every tensor has its shape, and make the module an ordinary one."""
-        if module.has_uninitialized_params():
-            left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
-            left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
-            raise UninitializedError(
-                f"module {name_of_class(module)} has not been fully initialized: "
-                f"initialize_parameters left {', '.join(left) or 'something'} without a shape"
-            )
-        finish(module)
+        finish_whole(module, loaded=loaded)
 
     def _initialising(self: Any) -> contextlib.AbstractContextManager[None]:
         return initialising(self)
@@ -141,14 +119,37 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
         )
 
 
-def finish(module: Any) -> None:
-    """Take the hooks and the hole off an initialised module, and give it its final class."""
+def is_loaded(module: Any) -> bool:
+    """Whether a lazy module has its shape already, as a load hook of torch's mixin gives it."""
+    return "_spec" not in module.__dict__ and not module.has_uninitialized_params()
+
+
+def finish_whole(module: Any, *, loaded: bool) -> None:
+    """``finish`` a module; raises if a tensor of it has no shape."""
+    if module.has_uninitialized_params():
+        left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
+        left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
+        raise UninitializedError(
+            f"module {name_of_class(module)} has not been fully initialized: "
+            f"initialize_parameters left {', '.join(left) or 'something'} without a shape"
+        )
+    finish(module, loaded=loaded)
+
+
+def finish(module: Any, *, loaded: bool = False) -> None:
+    """Take the hooks and the hole off an initialised module, and give it its final class.
+
+    Args:
+        module: the module.
+        loaded: whether it has its values from a checkpoint, so that what was postponed is not run.
+    """
     final = _class_to_become(type(module)) or type(module)
     try:
         _finish(module, final)
     except BaseException:
         _finish(module, final)  # interrupted: half finished it would be neither lazy nor ordinary
         raise
+    settle(module, loaded=loaded)
 
 
 def _finish(module: Any, final: type[nn.Module]) -> None:

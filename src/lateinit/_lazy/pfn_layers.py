@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy import placeholders
-from lateinit._lazy.lazy_class import Lazy
-from lateinit._lazy.placeholders import become
+from lateinit._lazy.becoming import become
+from lateinit._lazy.lazy_class import Lazy, of_plain
 from lateinit._lazy.rules import size
 from lateinit._torch import copy_into_state_dict, is_in_torch_optim
 from lateinit.errors import UninitializedError
@@ -85,7 +85,10 @@ class LazyInitializationMixin:
         for name in self.lazy_buffer_names:
             self.register_buffer(name, torch.Tensor([]))
         for name in self.lazy_parameter_names:
-            self.register_parameter(name, UninitializedParameter())
+            parameter = UninitializedParameter()
+            # Nobody hears of it when ``forward`` gives it a shape: nothing can wait for that.
+            parameter.__dict__["_in_block"] = False
+            self.register_parameter(name, parameter)
         self._register_load_state_dict_pre_hook(self._lazy_load_hook)
         self._lazy_ready = True
 
@@ -191,7 +194,8 @@ def _layer(cls: type[nn.Module], name: str, rule: size) -> type[Any]:
     """PPE's lazy version of a ``torch.nn`` class, whose argument ``name`` may be None."""
     lazy = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     others = list(inspect.signature(cls).parameters.values())[1:]
-    body = {
+    body: dict[str, Any] = {
+        **of_plain(cls),
         "_plain": cls,
         "_rules": {name: rule},
         "cls_to_become": None,

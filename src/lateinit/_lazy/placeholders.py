@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torch.nn import parameter as torch_placeholders
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from lateinit._lazy.becoming import become, device_of
+from lateinit._lazy.initialisers import initialised_by
 from lateinit._recording import current
-from lateinit._recording.guard import guard
-from lateinit._tensors import is_deferred_tensor, is_placeholder
+from lateinit._recording.postponed import postpone
+from lateinit._tensors import is_placeholder
 from lateinit._torch import (
     ALLOWED_OF_PLACEHOLDERS,
     as_subclass,
     is_optimizer_stepping,
     is_torch_saving,
-    storage_key,
-    swap_with_hooks,
-    without_functions,
     without_modes,
     without_subclass_functions,
 )
@@ -33,8 +32,6 @@ from lateinit.errors import ShapeError, UninitializedError
 
 Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
-# The attributes of a placeholder that the tensor it becomes does not keep.
-_OWN = ("_casts", "_known", "_label", "_origin", "persistent", "_is_buffer")
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # What `Module.to` and its like call on each parameter: a placeholder notes the cast and stays a
@@ -112,7 +109,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         the tensor is deferred instead.
 
         Args:
-            shape: the whole shape.
+            shape: the whole shape; an int is that of a vector.
             device: where to allocate, by default the device of the placeholder.
             dtype: the dtype, by default that of the placeholder.
 
@@ -125,16 +122,14 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
             >>> p.shape
             torch.Size([10, 3])
         """
-        wrong = mismatch(self.known_shape, tuple(shape))
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        wrong = mismatch(self.known_shape, shape)
         if wrong:
             raise ShapeError(f"{self.describe()}: {wrong}")
         me = cast(Tensor, self)
-        asked, origin = self.__dict__.get("_origin", (None, None))[:2]
-        # In a block the placeholder's own empty data is on the CPU (`_empty`), and the device that
-        # was asked for is in `_origin`. It counts unless the placeholder was moved since.
         if device is None:
-            device = asked if asked is not None and me.data.device == origin else me.data.device
-        new = torch.empty(tuple(shape), device=device, dtype=dtype or me.data.dtype)
+            device = device_of([me])
+        new = torch.empty(shape, device=device, dtype=dtype or me.data.dtype)
         kind = self.cls_to_become
         become(me, kind(new, me.requires_grad) if kind is nn.Parameter else new)
 
@@ -146,14 +141,15 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         lazy state for an initialised module.
         """
         raise UninitializedError(
-            f"the shape of {self.describe()} is not known yet (if this is load_state_dict: an "
+            f"Can't access the shape of an uninitialized parameter or buffer: the shape of "
+            f"{self.describe()} is not known yet (if this is load_state_dict: an "
             f"uninitialised state cannot be loaded into an initialised module); {_ADVICE}"
         )
 
     def share_memory_(self) -> Any:
         """Raises ``UninitializedError``: there is no memory to share."""
         raise UninitializedError(
-            f"can't share memory of {self.describe()}, an uninitialized parameter or buffer: "
+            f"Can't share memory on an uninitialized parameter or buffer, {self.describe()}: "
             f"{_ADVICE}"
         )
 
@@ -197,16 +193,23 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Attributes arrive as method wrappers, which torch's own mixin allows in the same way.
-        if func in cls._allowed_methods or type(func).__name__ == "method-wrapper":
+        allowed = func in cls._allowed_methods or type(func).__name__ == "method-wrapper"
+        if allowed and not _is_lost(func, args):
             with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))
-            if func == _GET_DATA:  # which may be cast and moved, and not written to either
-                return _alike(args[0], result)
+            if func == _GET_DATA:  # which may be cast and moved, and initialised like the whole
+                made = _alike(args[0], result)
+                made.__dict__["_root"] = _root(args[0])
+                return made
             if func == _SET_DATA and isinstance(args[1], Placeholder):
                 # `Module._apply` writes `param.data = converted`: the casts of the converted
                 # placeholder belong to the one that stays.
                 args[0].__dict__["_casts"] = args[1].__dict__.get("_casts", ())
             return _converted(args[0], result) if func in _CONVERSIONS else result
+        initialised = initialised_by(func, args, kwargs or {})
+        if initialised is not None and _remembers(initialised[0]):
+            postpone(_root(initialised[0]), initialised[1])
+            return initialised[0]
         given = (*args, *(kwargs or {}).values())
         found = next((a for a in given if isinstance(a, Placeholder)), None)
         named = found.describe() if found is not None else cls.__name__
@@ -309,6 +312,7 @@ def _empty(
         data = torch.empty(0, device=place, dtype=dtype)
         made = as_subclass(cls, data, requires_grad)
         made.__dict__.update(_known=known, _label=None, _origin=(asked, data.device, dtype))
+        made.__dict__["_in_block"] = current() is not None
     return made
 
 
@@ -317,9 +321,32 @@ def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
     if isinstance(result, Placeholder):
         return result
     made = _alike(placeholder, result)
+    made.__dict__.pop("_root", None)
     if made.dtype != placeholder.dtype:
         made.__dict__["_casts"] = (*placeholder.__dict__.get("_casts", ()), result.dtype)
     return made
+
+
+def _root(placeholder: Tensor) -> Tensor:
+    """The placeholder that an alias (``.data``) of it stands for."""
+    root: Tensor = placeholder.__dict__.get("_root", placeholder)
+    return root
+
+
+def _remembers(placeholder: Any) -> bool:
+    """Whether a placeholder can remember an initialisation: it is in a block, and was made in one.
+
+    One that was cast before would be initialised in the dtype that it has now.
+    """
+    state = _root(placeholder).__dict__ if isinstance(placeholder, Placeholder) else {}
+    return current() is not None and bool(state.get("_in_block")) and not state.get("_casts")
+
+
+def _is_lost(func: Any, args: Any) -> bool:
+    """Whether a call that torch's placeholders allow writes values, or asks for the shape."""
+    if func in (_SET_DATA, Tensor.copy_):
+        return not isinstance(args[1], Placeholder)
+    return bool(func == Tensor.size)
 
 
 def _alike(placeholder: Tensor, data: Tensor) -> Tensor:
@@ -342,50 +369,6 @@ def _rebuild(
         made = as_subclass(cls, data, requires_grad)
         made.__dict__.update(state)
     return made
-
-
-def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dtype, ...]]:
-    """The device that a placeholder was moved to since it was made, and the casts it went through.
-
-    Every cast counts: values that went by way of bfloat16 have lost their low bits for good.
-    """
-    origin, casts = placeholder.__dict__.get("_origin"), placeholder.__dict__.get("_casts", ())
-    if origin is None:
-        return None, casts
-    now = placeholder.data.device
-    return (now if now != origin[1] else None), casts
-
-
-def become(placeholder: Tensor, tensor: Tensor) -> None:
-    """Make a placeholder object the given tensor; hooks and references to the object stay."""
-    with without_subclass_functions():
-        with torch.no_grad():
-            shown = tensor.detach()
-        shown.requires_grad_(placeholder.requires_grad)
-        memory = _memory(shown)
-        try:
-            swap_with_hooks(placeholder, shown)
-            _dress(placeholder, tensor)
-        except BaseException:
-            if _memory(placeholder) == memory:
-                _dress(placeholder, tensor)  # interrupted: half of it would be no tensor at all
-            raise
-
-
-def _memory(tensor: Tensor) -> int:
-    with without_functions():  # a mode that hears this would give a stand-in its values
-        return storage_key(tensor.untyped_storage())
-
-
-def _dress(placeholder: Tensor, tensor: Tensor) -> None:
-    """Give a placeholder that shows the memory of a tensor its attributes and its class."""
-    for name in _OWN:
-        placeholder.__dict__.pop(name, None)
-    placeholder.__dict__.update(tensor.__dict__)
-    placeholder.__class__ = type(tensor)
-    # Inside a block deferred tensors are guarded only when the block ends.
-    if is_deferred_tensor(placeholder) and current() is None:
-        guard(placeholder)
 
 
 def _refuse_step(placeholder: Placeholder) -> None:

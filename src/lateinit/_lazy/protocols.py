@@ -1,68 +1,100 @@
-"""The three protocols of lazy modules: lateinit's, torch's, and pytorch-pfn-extras' (PPE's).
+"""The protocols of lazy modules: lateinit's, torch's, pytorch-pfn-extras' (PPE's), and others'.
 
 lateinit's and torch's modules initialise themselves in ``initialize_parameters``, called by a
-forward pre-hook. PPE's create their parameters in ``forward`` itself. ``infer_shapes`` uses all of
+forward pre-hook. PPE's create their parameters in ``forward`` itself, and others, which hold
+torch's placeholders without torch's mixin, in a hook of their own. ``infer_shapes`` uses all of
 them through ``is_lazy_module`` and ``initialise``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lateinit._lazy.mixin import finish, initialising
-from lateinit._lazy.placeholders import become
+from lateinit._lazy.becoming import become, device_of
+from lateinit._lazy.first_call import Noted, UpToEnd, is_unknown, known_by_shape
+from lateinit._lazy.mixin import LazyModuleMixin as OurMixin
+from lateinit._lazy.mixin import finish, finish_whole, initialising, is_loaded
+from lateinit._lazy.scratch_recording import aside
+from lateinit._lazy.settle import settle
 from lateinit._recording import holes
-from lateinit._tensors import is_deferred_tensor
-from lateinit._torch import FunctionMode, own_parameters, tensors_in
+from lateinit._tensors import is_placeholder
+from lateinit._torch import is_lazy_misuse, name_of_class, own_buffers, own_parameters
+from lateinit.errors import NeedsValuesError, UninitializedError
 
 
 def is_lazy_module(module: nn.Module) -> bool:
     """Whether a module waits for its first input, by any of the protocols."""
     if isinstance(module, LazyModuleMixin):
         return hasattr(module, "_initialize_hook")
-    return waits_for_forward(module)
+    return waits_for_call(module)
 
 
-def waits_for_forward(module: nn.Module) -> bool:
-    """Whether a module follows PPE's protocol and is not initialised."""
+def waits_for_call(module: nn.Module) -> bool:
+    """Whether a module initialises itself somewhere in its first call, and has not done so."""
     # Spelt so in pytorch_pfn_extras/nn/modules/lazy.py.
-    return getattr(module, "lazy_parmeters_determined", True) is False
+    determined = getattr(module, "lazy_parmeters_determined", None)
+    if determined is None:
+        held = itertools.chain(own_parameters(module).values(), own_buffers(module).values())
+        return any(tensor is not None and is_placeholder(tensor) for tensor in held)
+    return determined is False
 
 
-def initialise(module: Any, args: Any, kwargs: Any) -> None:
-    """Initialise a lazy module as its first forward call would.
+def initialise(module: Any, args: Any, kwargs: Any, end: UpToEnd | None = None) -> None:
+    """Initialise a lazy module as its first call would.
 
     Args:
         module: any module; one that is not lazy is left alone.
-        args: the arguments of the call, which may be on ``meta``.
+        args: the arguments of the call, on ``meta`` and marked as unknown.
         kwargs: its keyword arguments.
+        end: where the initialisation ends in the call, for a module that ``waits_for_call``.
+
+    Raises:
+        NeedsValuesError: it initialises a tensor with values of its input.
     """
     if not is_lazy_module(module):
         return
-    if not issubclass(type(module), LazyModuleMixin):
-        _by_forward(module, args, kwargs)
-    elif hasattr(module, "_finish"):
+    if "_spec" in module.__dict__:  # its rules look at shapes alone
         module._infer_parameters(module, args, kwargs)
-    else:
-        with initialising(module):
-            module.initialize_parameters(*args, **kwargs)
-        finish(module)
-
-
-def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
-    """Let ``forward`` create the parameters, and stop it before it computes with them."""
-    before = dict(own_parameters(module))
-    training = module.training
+        return
+    before = {**own_parameters(module), **own_buffers(module)}
+    lazy = {name for name, tensor in before.items() if _is_waiting(tensor)}
     try:
-        module.__dict__["training"] = False  # a batch norm would count this batch
-        with initialising(module), contextlib.suppress(_KnownError), _StopBeforeUse(module):
-            module.forward(*args, **kwargs)
-    finally:
-        module.__dict__["training"] = training
+        if end is not None:
+            _by_call(module, args, kwargs, end)
+        else:
+            _by_method(module, args, kwargs)
+    except NeedsValuesError as error:
+        raise _needs_values(module, str(error)) from error
+    _check_known(module, before, lazy)
+
+
+def _by_method(module: Any, args: Any, kwargs: Any) -> None:
+    """Call ``initialize_parameters``, and let the module be an ordinary one."""
+    ours = isinstance(module, OurMixin)
+    held = [*own_parameters(module).values(), *own_buffers(module).values()]
+    loaded = is_loaded(module)
+    with (
+        module._initialising() if ours else initialising(module),
+        known_by_shape(module, device_of(held), lambda: True),
+    ):
+        module.initialize_parameters(*args, **kwargs)
+    (finish_whole if ours else finish)(module, loaded=loaded)
+
+
+def _by_call(module: Any, args: Any, kwargs: Any, end: UpToEnd) -> None:
+    """Run a call up to the end of the initialisation."""
+    before = dict(own_parameters(module))
+    with (
+        _evaluating(module),
+        initialising(module),
+        known_by_shape(module, device_of(before.values()), lambda: end.initialising),
+    ):
+        end.run(lambda: called(module)(*args, **kwargs))
     # PPE's modules replace their placeholders by new parameters. The placeholder objects become
     # those, since an optimizer may hold them.
     for name, placeholder in before.items():
@@ -71,32 +103,76 @@ def _by_forward(module: Any, args: Any, kwargs: Any) -> None:
             become(placeholder, made)
             own_parameters(module)[name] = placeholder
     holes.close(module)
+    settle(module)
 
 
-class _KnownError(Exception):
-    """Ends ``forward``: every parameter has its shape."""
+def end_of_initialisation(module: nn.Module, args: Any, kwargs: Any, *, real: bool) -> UpToEnd:
+    """Find out, by two calls, where the initialisation ends in the first call of a module.
+
+    Whoever asks undoes what the calls do.
+
+    Args:
+        module: a module that ``waits_for_call``.
+        args: the arguments of the call; marked as unknown, unless ``real``.
+        kwargs: its keyword arguments.
+        real: whether to run the calls with values.
+    """
+    first, second = Noted(), Noted()
+    for noted in (first, second):
+        with (
+            _evaluating(module),
+            contextlib.nullcontext() if real else aside(),
+            known_by_shape(module, device_of(own_parameters(module).values()), lambda: False),
+        ):
+            try:
+                noted.run(lambda: called(module)(*args, **kwargs))
+            except Exception as error:
+                # What follows the initialisation may need values, and has to say so itself.
+                if not waits_for_call(module):
+                    continue
+                if not is_lazy_misuse(error):
+                    raise
+                raise UninitializedError(
+                    f"{name_of_class(module)} holds tensors without a shape, and neither its "
+                    f"forward nor a hook of its own gives them one: {error}"
+                ) from error
+    return UpToEnd(first.paths, second.paths)
 
 
-class _StopBeforeUse(FunctionMode):
-    """Function mode: ends a forward pass once its parameters are known and it uses its input."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = module
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        ready = not _asks_only(func) and not waits_for_forward(self._module)
-        if ready and any(_is_activation(tensor) for tensor in tensors_in(args, kwargs)):
-            raise _KnownError
-        return func(*args, **kwargs)
+def called(module: Any) -> Any:
+    """What runs the first call of a module: its ``forward``, or all that comes with a call."""
+    return module.forward if hasattr(module, "lazy_parmeters_determined") else module
 
 
-def _is_activation(tensor: Tensor) -> bool:
-    """Whether a tensor comes from the input: on ``meta``, and not recorded."""
-    return tensor.is_meta and not is_deferred_tensor(tensor)
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Any:
+    """A block in which a module does not train: a batch norm would count this batch."""
+    training = {part: part.training for part in module.modules()}
+    try:
+        for part in training:
+            part.__dict__["training"] = False
+        yield
+    finally:
+        for part, flag in training.items():
+            part.__dict__["training"] = flag
 
 
-def _asks_only(func: Any) -> bool:
-    """Whether a function reads the shape or another property, as ``forward`` does to initialise."""
-    return type(func).__name__ == "method-wrapper" or func in (Tensor.size, Tensor.dim)
+def _is_waiting(tensor: Any) -> bool:
+    """Whether a first call may be to initialise a tensor; PPE's buffers are ``Tensor([])``."""
+    return tensor is None or is_placeholder(tensor) or tuple(tensor.shape) == (0,)
+
+
+def _check_known(module: nn.Module, before: dict[str, Any], lazy: set[str]) -> None:
+    """Put back tensors that the call replaced by ones without values; raise if they were lazy."""
+    for held in (own_parameters(module), own_buffers(module)):
+        for name in [name for name, tensor in held.items() if is_unknown(tensor)]:
+            if name in lazy or name not in before:
+                raise _needs_values(module, name)
+            held[name] = before[name]
+
+
+def _needs_values(module: nn.Module, what: str) -> NeedsValuesError:
+    return NeedsValuesError(
+        f"{name_of_class(module)} initialises itself with values of its input, and infer_shapes "
+        f"knows only the shape: run a forward pass with real inputs instead ({what})"
+    )

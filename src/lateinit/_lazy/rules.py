@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from lateinit.errors import RuleError, ShapeError, candidates
+from lateinit.errors import RuleError, ShapeError, UninitializedError, candidates
 
 Size = int | tuple[int, ...]
 
@@ -89,6 +90,11 @@ class size:  # noqa: N801 - reads as a function in a rule
 
     def _read(self, name: str, value: Any) -> Size:
         value = value.data if isinstance(value, PackedSequence) else value
+        if isinstance(value, Proxy):
+            raise UninitializedError(
+                "its forward is being traced by torch.fx, which knows no sizes: call "
+                "lateinit.infer_shapes(model, ...) first"
+            )
         if not isinstance(value, Tensor):
             raise ShapeError(f"its input {name!r} must be a tensor, not {type(value).__name__}")
         shape = tuple(value.shape)

@@ -1,8 +1,8 @@
 """Run torch code on shapes alone, for ``infer_shapes``.
 
 ``ShapeMode`` sends what a forward pass computes to ``meta``. Tensors that the pass makes from
-nothing, such as positions or sizes, are small and often read by Python, so they are computed. A
-mark on their storage says that their values can be trusted, or no longer can.
+nothing, such as positions or sizes, and inputs such as masks are small and often read by Python, so
+they are computed. A mark on their storage says that their values can be trusted, or no longer can.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lateinit._torch import (
     innermost_foreign_line,
     is_library,
     kwargs_to_meta,
+    map_tensors,
     op_info,
     tensors_in,
     to_meta,
@@ -31,9 +32,21 @@ from lateinit._torch import (
 from lateinit.errors import NeedsValuesError
 
 # Elements up to which a tensor that the pass makes from nothing is computed, so that its values can
-# be read. Bounds the memory and the arithmetic of a pass on shapes.
-_SMALL = 4096
+# be read, and of an input that keeps its values: a mask of 512 x 512. Bounds the memory and the
+# arithmetic of a pass on shapes.
+_SMALL = 1 << 18
+# Elements up to which what an op makes of them is not asked for first: an outer product of them all
+# is bearable.
+_TINY = 4096
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Ops whose results' shapes, or whose answer, follow from the values of one argument, by its
+# position. nn.TransformerEncoder.forward (torch/nn/modules/transformer.py) asks the first one of a
+# padding mask; torch/nn/utils/rnn.py packs by lengths. They have no meta kernels.
+_VALUES_OF = {
+    "aten::_nested_tensor_from_mask_left_aligned": 1,
+    "aten::_pack_padded_sequence": 1,
+    "aten::_pad_packed_sequence": 1,
+}
 # On real storages of the pass: "small" (values can be read) or "spoilt" (values of a meta tensor
 # were written there, or computed with, so that nobody knows them).
 _MARK = "_lateinit_small"
@@ -55,6 +68,9 @@ class ShapeMode(DispatchMode):
         real = [tensor for tensor in tensors if not tensor.is_meta]
         if len(real) == len(tensors):
             return self._without_meta(info, args, kwargs, real)
+        at = _VALUES_OF.get(info.name)
+        if at is not None and _is_small(args[at]) and not _is_spoilt(args[at]):
+            return _by_values_of(args[at], func, args)
         if real:
             for position in info.mutates:
                 _spoil(args[position])
@@ -71,8 +87,11 @@ class ShapeMode(DispatchMode):
         foreign = any(not _is_small(t) for t in tensors_in(tuple(written), {}))
         if any(_is_spoilt(t) for t in real) and not info.returns_tensor:
             raise needs_values(info.name)
-        if foreign or sum(t.numel() for t in real) > _SMALL:
-            return on_shapes(info, to_meta(args), kwargs_to_meta(info, kwargs))
+        count = sum(t.numel() for t in real)
+        if foreign or count > _TINY:
+            made = on_shapes(info, to_meta(args), kwargs_to_meta(info, kwargs))
+            if foreign or max(count, *(t.numel() for t in tensors_in((made,), {}))) > _SMALL:
+                return made
         made = info.func(*args, **kwargs)
         return made if written else _marked(made, any(_is_spoilt(t) for t in real))
 
@@ -120,6 +139,17 @@ def _marked(made: Any, spoilt: bool = False) -> Any:
     return made
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the values of a real input may be read in the pass: those of masks, lengths, indices.
+
+    An input of floating point is an activation, unless it holds an infinity: no activation does,
+    and masks that are added to scores do.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() > _SMALL or tensor.requires_grad:
+        return False
+    return not tensor.is_floating_point() or bool(tensor.isinf().any())
+
+
 def readable(tensor: Tensor) -> Tensor:
     """Mark a real tensor as one that the pass may compute with and read."""
     made: Tensor = _marked(tensor)
@@ -130,6 +160,18 @@ def _mark_of(tensor: Any) -> str | None:
     if not isinstance(tensor, Tensor) or tensor.is_meta:
         return None
     return getattr(tensor.untyped_storage(), _MARK, None)
+
+
+def _by_values_of(values: Tensor, func: OpOverload, args: Any) -> Any:
+    """Run an op that needs the values of one argument alone; activations come out on ``meta``."""
+
+    def known(value: Any) -> Any:
+        if value is values or not isinstance(value, Tensor):
+            return value
+        return torch.zeros((), dtype=value.dtype).expand(value.shape)
+
+    made = func(*map(known, args))
+    return map_tensors(made, lambda t: to_meta(t) if t.is_floating_point() else readable(t))
 
 
 def _is_small(tensor: Any) -> bool:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._identity import IdentityMap
-from lateinit._lazy.placeholders import become, converted, show
+from lateinit._lazy.becoming import become, converted
+from lateinit._lazy.declare import reset_part
+from lateinit._lazy.placeholders import show
+from lateinit._lazy.settle import cast_as, cast_later, has_postponed
 from lateinit._lazy.trials import Name
 from lateinit._torch import OWN_ATTRIBUTES, not_persistent, own_buffers, own_modules, own_parameters
 from lateinit.errors import ShapeError
@@ -38,17 +41,21 @@ class Transplant:
         self.varying = varying
         self.owned = owned
         self.moved: IdentityMap[Tensor, Tensor] = IdentityMap()
+        self._later = False  # casts come after what was postponed
         self._modules: IdentityMap[nn.Module, nn.Module] = IdentityMap()
         self._targets: IdentityMap[nn.Module, nn.Module] = IdentityMap()
 
     def run(self, target: nn.Module, plain: nn.Module) -> None:
         """Move everything from ``plain`` into ``target``."""
+        self._later = has_postponed(target)
         self._module("", target, plain)
         for path, part in target.named_modules(remove_duplicate=False):
             self._attributes(path, part, self._modules.get(part))
 
     def _module(self, path: str, target: nn.Module, plain: nn.Module) -> None:
         self._modules[target], self._targets[plain] = plain, target
+        if getattr(target.__dict__.get("reset_parameters"), "func", None) is reset_part:
+            del target.__dict__["reset_parameters"]
         self._tensors(path, own_parameters(target), own_parameters(plain))
         self._tensors(path, own_buffers(target), own_buffers(plain))
         not_persistent(target).update(not_persistent(plain))
@@ -88,7 +95,12 @@ class Transplant:
         if old is None:
             return new
         if is_lazy(old):
-            become(old, _cast(new, old))
+            device, casts = converted(old)
+            if self._later:
+                become(old, new)
+                cast_later(old, device, casts)
+            else:
+                become(old, _cast(new, device, casts))
         elif tuple(old.shape) != tuple(new.shape):
             raise ShapeError(
                 f"{fqn}: a tensor of shape {show(tuple(old.shape))} was put in place of a "
@@ -122,15 +134,11 @@ class Transplant:
         return value
 
 
-def _cast(new: Tensor, old: Tensor) -> Tensor:
+def _cast(new: Tensor, device: torch.device | None, casts: tuple[torch.dtype, ...]) -> Tensor:
     """Move and cast a new tensor as its placeholder was moved and cast since it was declared."""
-    device, casts = converted(old)
     if device is None and not casts:
         return new
-    with torch.no_grad():
-        moved = new.to(device=device)
-        for dtype in casts:
-            moved = moved.to(dtype)
+    moved = cast_as(new, device, casts)
     return nn.Parameter(moved, new.requires_grad) if isinstance(new, nn.Parameter) else moved
 
 

@@ -344,7 +344,8 @@ class Program:
     """A recorded construction. Anyone may read it; only recording extends it.
 
     ``holes`` has the stream that fills each hole, None while it is open. ``seed_bound`` says why no
-    other seed can be honoured, ``final`` is the state of the default generator after the block.
+    other seed can be honoured, ``final`` is the state of the default generator after the block, and
+    ``end`` the place in the streams that has this state once all holes are filled.
     ``seed`` is the last one that tensors were materialised under, None for the recorded state: the
     tensors that realise themselves later are of the same construction. ``gone`` counts the storages
     that no tensor shows any more; when there are ``drop_at`` of them, what nobody needs is dropped,
@@ -362,6 +363,7 @@ class Program:
         self.seed_bound: str | None = None
         self.seed: int | None = None
         self.final: bytes | None = None
+        self.end: Draw | None = None
         self.merged_into: tuple[Program, Bases] | None = None
         self.recording = False
         self.gone, self.drop_at = 0, NEVER
@@ -382,6 +384,7 @@ class Program:
             "seed_bound",
             "seed",
             "final",
+            "end",
         )
         return {name: getattr(self, name) for name in kept}
 
@@ -514,6 +517,8 @@ class Program:
             r._replace(ref=bases.value_of(r.ref), before=r.before + bases.op) for r in other.reads
         ]
         self.seed_bound = self.seed_bound or other.seed_bound or self._follow(other, bases.stream)
+        if self.end is None and other.end is not None:  # else this is the later block
+            self.end = bases.draw_of(other.end)
         other.merged_into = (self, bases)
 
     def _follow(self, other: Program, base: int) -> str | None:

@@ -11,12 +11,13 @@ Start with ``block``, then ``recorder``.
 
 from lateinit._recording.block import deferred, deferred_init, fill, recording_block
 from lateinit._recording.guard import DeferredTensor
-from lateinit._recording.holes import hole_of
+from lateinit._recording.holes import abandoned, hole_of
 from lateinit._recording.writer import ProgramWriter, current
 
 __all__ = [
     "DeferredTensor",
     "ProgramWriter",
+    "abandoned",
     "current",
     "deferred",
     "deferred_init",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 import weakref
@@ -12,13 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.guard import guard
-from lateinit._recording.holes import Hole, reserve
+from lateinit._recording.holes import Hole, close, hole_of, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
 from lateinit._recording.unheard import watch
@@ -28,6 +30,7 @@ from lateinit._tensors import (
     ON_META,
     PLAIN_CLASSES,
     Guarded,
+    attach,
     bind,
     is_deferred_tensor,
     own_tensors,
@@ -46,6 +49,7 @@ from lateinit._torch import (
     is_on_stack,
     mend,
     noted,
+    outside,
     swap_with_hooks,
     turn,
     without_modes,
@@ -197,7 +201,7 @@ class Recording:
         self._outer = current()
         self._mode = Masquerade(writer)
         self._modules = _Modules()
-        self._patches = Patches()
+        self._patches = Patches(_PATCHES)
 
     def begin(self) -> None:
         with one_thread:  # not while another thread drops ops
@@ -277,6 +281,24 @@ def fill(hole: Hole) -> Iterator[ProgramWriter]:
     # them: the first filling determines how far the hole moves the generator.
     if program.holes[number] is None:
         program.holes[number] = stream
+
+
+_infer = LazyModuleMixin.__dict__["_infer_parameters"]
+
+
+@functools.wraps(_infer)  # pickle knows it by its name: modules keep it as a hook
+def _inferred(self: Any, module: Any, args: Any, kwargs: Any = None) -> Any:
+    """Torch's hook of lazy modules: one that is run in the block is initialised in its hole."""
+    hole = hole_of(module)
+    if current() is None or hole is None:
+        return _infer(self, module, args, kwargs)
+    with outside(), fill(hole):
+        result = _infer(self, module, args, kwargs)
+    close(module)
+    return result
+
+
+_PATCHES = ((LazyModuleMixin, "_infer_parameters", _infer, _inferred),)
 
 
 def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
@@ -373,6 +395,9 @@ def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
             slot = slot_of(tensor)
             if slot is None and tensor.dtype is torch.uint8 and not tensor.is_meta:
                 writer.kept.append((name, tensor))
+            elif slot is None and tensor.is_meta:
+                # The caller made it there and handed it over: eager construction leaves it so.
+                attach(tensor.untyped_storage(), ON_META)
             elif slot is not None and slot is not ON_META:
                 if isinstance(tensor, UninitializedTensorMixin):
                     _leave_meta(tensor, writer.device_of(tensor))

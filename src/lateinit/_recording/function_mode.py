@@ -230,6 +230,8 @@ def _deepcopy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> T
 def _set_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``a.data = b``, which torch refuses if exactly one of them is on meta."""
     target, source = args
+    if "_in_block" in target.__dict__:  # a placeholder of lateinit's, which refuses it
+        return func(*args)
     if target.is_meta == source.is_meta:
         return func(*args)
     return _become(writer, target, source.detach())

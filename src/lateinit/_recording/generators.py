@@ -166,6 +166,8 @@ class Generators:
                 token, true = state_of(watch.generator), state(place)
                 set_state(watch.generator, true)
                 settled.append(Settled(watch.generator, place, token, true))
+                if watch.default and watch.device.type == "cpu":
+                    self.program.end = place
                 if self.program.streams[watch.stream].root and place.stream == watch.stream:
                     self.program.final = true
         return settled

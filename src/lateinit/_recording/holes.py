@@ -7,6 +7,8 @@ the initialisation, whose draws start at the hole; all later draws of the stream
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import torch
@@ -21,12 +23,10 @@ _ATTRIBUTE = "_lateinit_hole"
 class Hole:
     """The place of one lazy module's initialisation. Deep copies of the module share its hole."""
 
-    __slots__ = ("number", "place", "program")
+    __slots__ = ("__weakref__", "number", "place", "program")
 
     def __init__(self, program: Program, number: int, place: Draw) -> None:
-        self.program = program
-        self.number = number
-        self.place = place
+        self.__setstate__((program, number, place))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hole:
         return self
@@ -36,6 +36,7 @@ class Hole:
 
     def __setstate__(self, state: tuple[Program, int, Draw]) -> None:
         self.program, self.number, self.place = state
+        _held.add(self)
 
     def resolve(self) -> tuple[Program, int, Draw]:
         """The program, the hole's number and its place, after any merging of programs."""
@@ -46,6 +47,25 @@ class Hole:
         return self.program, self.number, self.place
 
 
+_held: weakref.WeakSet[Hole] = weakref.WeakSet()
+
+
+def abandoned(program: Program) -> list[Hole]:
+    """New holes for the open ones of a program that no module has any more."""
+    gc.collect()  # a lazy module's own hook refers to it
+    open_ = {number for number, stream in enumerate(program.holes) if stream is None}
+    for hole in list(_held):
+        other, number, _ = hole.resolve()
+        if other is program:
+            open_.discard(number)
+    return [
+        Hole(program, -1 - op, Draw(stream, at))
+        for stream, each in enumerate(program.streams)
+        for at, op in enumerate(each.ops)
+        if -1 - op in open_
+    ]
+
+
 def hole_of(module: nn.Module) -> Hole | None:
     """The hole of a module, or None if it was not constructed in a block."""
     hole: Hole | None = module.__dict__.get(_ATTRIBUTE)
@@ -54,11 +74,16 @@ def hole_of(module: nn.Module) -> Hole | None:
 
 def reserve(module: nn.Module) -> None:
     """Reserve the hole of a lazy module that is being constructed in a block, once."""
+    if current() is not None and hole_of(module) is None:
+        module.__dict__[_ATTRIBUTE] = new_hole()
+
+
+def new_hole() -> Hole:
+    """A hole at the current place of the default stream of the block that is running."""
     writer = current()
-    if writer is not None and hole_of(module) is None:
-        place = writer.generators.reserve(torch.default_generator)
-        hole = Hole(writer.program, len(writer.program.holes) - 1, place)
-        module.__dict__[_ATTRIBUTE] = hole
+    assert writer is not None
+    place = writer.generators.reserve(torch.default_generator)
+    return Hole(writer.program, len(writer.program.holes) - 1, place)
 
 
 def close(module: nn.Module) -> None:

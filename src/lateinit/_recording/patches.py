@@ -10,6 +10,7 @@
 - ``to_dlpack`` reads memory, and comes to no mode.
 - Some functions of torch call others with function modes off (``composite_ops``).
 - Initialisers are fills under ``no_grad``, which are recorded at once (``fast_paths``).
+- What initialises tensors without a shape is remembered for later (``postponed``).
 
 The replacements are process-wide while any thread is in a block. Each asks ``current()`` and acts
 only in a thread that is recording.
@@ -23,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lateinit._recording import composite_ops, fast_paths, trunc_normal
+from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
 from lateinit._recording.writer import current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
@@ -113,6 +114,7 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch.utils.dlpack, "to_dlpack", to_dlpack, _shared_by_dlpack),
     *composite_ops.PATCHES,
     *fast_paths.PATCHES,
+    *postponed.PATCHES,
 )
 
 
@@ -126,17 +128,20 @@ class Patches:
     _lock = turn()
     _users: ClassVar[set[int]] = set()
 
+    def __init__(self, more: tuple[tuple[Any, str, Any, Any], ...] = ()) -> None:
+        self._all = (*_PATCHES, *more)
+
     def enter(self) -> None:
         with self._lock:
             first = not self._users
             self._users.add(id(self))
             if first:
-                for owner, name, _, replacement in _PATCHES:
+                for owner, name, _, replacement in self._all:
                     setattr(owner, name, replacement)
 
     def leave(self) -> None:
         with self._lock:
             if self._users <= {id(self)}:
-                for owner, name, original, _ in _PATCHES:
+                for owner, name, original, _ in self._all:
                     setattr(owner, name, original)
             self._users.discard(id(self))

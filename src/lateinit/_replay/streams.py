@@ -156,7 +156,8 @@ class Streams(abc.ABC):
 def _unknown() -> RecordingError:
     return RecordingError(
         "a random value is wanted that is drawn after the initialisation of a lazy module, "
-        "whose shape is not known yet: call lateinit.infer_shapes(model, ...) first"
+        "whose shape is not known yet: call lateinit.infer_shapes(model, ...) first, or "
+        "lateinit.discard(model) if that module was removed"
     )
 
 

@@ -99,7 +99,8 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
     if unknown:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
-            "`with lateinit.deferred():` instead of on torch.device('meta')"
+            "`with lateinit.deferred():` instead of on torch.device('meta'), or leave out with "
+            "only= what is to stay there"
         )
     groups: dict[Program, Wanted] = {}
     with without_subclass_functions():

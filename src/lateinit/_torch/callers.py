@@ -372,6 +372,25 @@ def close_contexts(trace: TracebackType | None) -> None:
                 frame.f_locals["self"].gen.close()
 
 
+CallPath = tuple[tuple[CodeType, int], ...]
+
+
+def stack_depth() -> int:
+    """The number of frames from the function that asks to the outermost one."""
+    return sum(1 for _ in _upwards(_frame(0)))
+
+
+def call_path(base: int) -> CallPath:
+    """From where the function that asks is called: the places in code outside torch and lateinit.
+
+    Args:
+        base: how many of the outermost frames to leave out.
+    """
+    frames = list(_upwards(_frame(0)))
+    own = frames[: len(frames) - base]
+    return tuple((f.f_code, f.f_lasti) for f in own if not is_library(f.f_code.co_filename))
+
+
 def is_library(file: str) -> bool:
     """Whether a file belongs to torch or lateinit."""
     return file.startswith(_LIBRARIES)

@@ -12,6 +12,7 @@ _OUT_OF_MEMORY = (
 )
 _WITHOUT_MEMORY = ("meta", "unallocated storage")
 _NO_DATA = "its data is not allocated yet"  # c10/core/TensorImpl.h
+_LAZY = "Attempted to use an uninitialized parameter"  # torch/nn/parameter.py
 _MISFIT = "Error(s) in loading state_dict for "
 
 
@@ -40,3 +41,8 @@ def reaches_for_memory(error: BaseException) -> bool:
 def is_misfit(error: BaseException) -> bool:
     """Whether an exception is that of ``load_state_dict`` for keys and shapes that do not fit."""
     return str(error).startswith(_MISFIT)
+
+
+def is_lazy_misuse(error: BaseException) -> bool:
+    """Whether an exception is that of torch's placeholders, used before they have a shape."""
+    return str(error).startswith(_LAZY)

@@ -66,6 +66,11 @@ def name_of_class(module: nn.Module) -> str:
     return name
 
 
+def has_load_hook(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own that run before it loads a state dict."""
+    return bool(module._load_state_dict_pre_hooks)
+
+
 def load_state_dict_first(module: nn.Module, hook: Callable[..., None]) -> Any:
     """Register a hook that runs before all others of ``load_state_dict``; returns its handle."""
     handle = module._register_load_state_dict_pre_hook(hook)
@@ -80,6 +85,17 @@ def replace_forward_pre_hook(module: nn.Module, key: int, hook: Callable[..., An
     """Replace a hook that runs before ``forward`` by one that also receives keyword arguments."""
     module._forward_pre_hooks[key] = hook
     module._forward_pre_hooks_with_kwargs[key] = True
+
+
+def before_call(module: nn.Module, do: Callable[[nn.Module, Any, Any], None]) -> None:
+    """Do something with the arguments of each call of a module, before any of its hooks."""
+    call: Callable[..., Any] = module._call_impl
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        do(module, args, kwargs)
+        return call(*args, **kwargs)
+
+    module.__dict__["_call_impl"] = called
 
 
 def remove_hook(module: nn.Module, key: int) -> None:

@@ -22,7 +22,7 @@ from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, re
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import place_of
-from lateinit._lazy import known_shape, named_tensors, sizes_in
+from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
 from lateinit._materialize import check_constants, check_holes, check_shared, plan_of
 from lateinit._materialize.materialize import materialize
 from lateinit._program import Draw, Plan, Program
@@ -32,7 +32,7 @@ from lateinit._replay import execution_of
 from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
-from lateinit.errors import CheckpointError, RecordingError, listing
+from lateinit.errors import CheckpointError, RecordingError, UninitializedError, listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +211,9 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
     def put(target: Tensor, name: str, *block: tuple[int, ...]) -> None:
+        # A hook of its module may have left it so.
+        if is_lazy(target):
+            raise UninitializedError(f"{name} {NOT_ADOPTED}")
         # Only a tensor that is read once may be given away as memory: a hook may write to a loaded
         # tensor before the same data is read again.
         once = uses[name] == 1 and name not in plan.rehearsal.revealed

@@ -1,0 +1,100 @@
+"""After the block of lazy modules: ``settle_rng`` once all shapes are known, ``discard`` of others.
+
+The random state after a block is as if its lazy modules had drawn nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lateinit._lazy.protocols import is_lazy_module
+from lateinit._program import Program
+from lateinit._recording import abandoned, fill, hole_of, holes
+from lateinit._replay import execution_of
+from lateinit._tensors import Deferred, bound_in, find_tensors
+from lateinit._torch import name_of_class, restoring
+from lateinit.errors import RecordingError
+
+
+@restoring
+def discard(module: nn.Module, /) -> None:
+    """Do without lazy modules that were replaced or deleted before their shapes were known.
+
+    In a model that was built in a ``deferred()`` block, random values that come after a lazy module
+    wait until it is known how much it draws. From this call on it draws nothing: later values are
+    those of a model that never had it. (The eager twin had it and drew its values; nobody can tell
+    how many.)
+
+    Args:
+        module: a lazy module, which is given up with all that it holds; or a model, whose block is
+            searched for lazy modules that are gone.
+
+    Raises:
+        TypeError: ``module`` is no module.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     net = torch.nn.Sequential(lateinit.nn.LazyLinear(3), torch.nn.Linear(3, 2))
+        >>> net[0] = torch.nn.Identity()
+        >>> lateinit.discard(net)
+        >>> lateinit.materialize(net)[1].weight.shape
+        torch.Size([2, 3])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"discard takes a module, not {type(module)}")
+    if is_lazy_module(module):
+        parts = [part for part in module.modules() if hole_of(part) is not None]
+        given_up = [hole_of(part) for part in parts]
+    else:
+        parts = []
+        given_up = [hole for program in _programs_of(module) for hole in abandoned(program)]
+    for hole in given_up:
+        assert hole is not None
+        with fill(hole):
+            pass
+    for part in parts:
+        holes.close(part)
+
+
+@restoring
+def settle_rng(module: nn.Module, /) -> None:
+    """Put the CPU's default generator into the state that constructing the eager twin leaves.
+
+    The random state after a ``deferred()`` block is as if its lazy modules had drawn nothing, since
+    what they will draw is not known there. When their shapes are known, this sets the state that
+    their draws belong to, so that the order of data, dropout and the next model are the eager
+    twin's too. Numbers that were drawn since the block do not count.
+
+    Args:
+        module: a model that was built in one ``deferred()`` block and is not materialised yet.
+
+    Raises:
+        RecordingError: a lazy module of the block has no shape yet, or the model was built in no
+            block, in several, in one with ``advance_rng=False``, or is materialised already.
+        TypeError: ``module`` is no module.
+
+    Example:
+        >>> with lateinit.deferred():
+        ...     net = torch.nn.Sequential(lateinit.nn.LazyLinear(3), torch.nn.Linear(3, 2))
+        >>> _ = lateinit.infer_shapes(net, torch.empty(1, 5, device="meta"))
+        >>> lateinit.settle_rng(net)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"settle_rng takes a module, not {type(module)}")
+    programs = _programs_of(module)
+    ends = [program.end for program in programs]
+    if len(programs) != 1 or ends[0] is None:
+        raise RecordingError(
+            f"settle_rng takes a deferred model of one deferred() block that advances the random "
+            f"state; {name_of_class(module)} has tensors of {len(programs)} blocks: call it "
+            "after infer_shapes and before materialize"
+        )
+    execution = execution_of(programs[0])
+    execution.check_known([ends[0]])
+    torch.set_rng_state(torch.frombuffer(bytearray(execution.state(ends[0])), dtype=torch.uint8))
+
+
+def _programs_of(module: nn.Module) -> list[Program]:
+    own = [Deferred.of(f.tensor).program for f in find_tensors(module) if f.deferred]
+    return list(dict.fromkeys([*own, *bound_in(module)]))

@@ -1,0 +1,210 @@
+"""The first call of a module that initialises itself in it: how far it belongs to construction.
+
+Modules of pytorch-pfn-extras create their parameters in ``forward``, others in a hook of their own.
+Their first call is run up to the end of that, on inputs of which only the shape is known
+(``known_by_shape``). Where it ends is found by trial (``Noted``): what a second call, which finds
+the module initialised, does not come to is the initialisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lateinit._lazy.shape_mode import needs_values, on_shapes
+from lateinit._tensors import is_placeholder
+from lateinit._torch import (
+    META,
+    CallPath,
+    DispatchMode,
+    FunctionMode,
+    OpOverload,
+    call_path,
+    kwargs_to_meta,
+    map_tensors,
+    op_info,
+    stack_depth,
+    storage_key,
+    tensors_in,
+    to_meta,
+    without_functions,
+    without_modes,
+)
+
+# On the storage of an input, and of what is computed from it.
+_MARK = "_lateinit_unknown"
+
+
+class EndOfInitialisationError(BaseException):
+    """Ends a first call. No ``except Exception`` of the module's own stops it."""
+
+
+class Noted(FunctionMode):
+    """Function mode: notes from where a call of a module calls functions of torch, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths: list[CallPath] = []
+        self._base = 0
+        self._last: CallPath | None = None
+
+    def run(self, call: Callable[[], Any]) -> None:
+        """Run a call. If it fails, what came before is noted."""
+        self._base, self._last = stack_depth(), None
+        with self:
+            call()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        path = call_path(self._base)
+        # How many functions of torch one line of the module comes to depends on whether it runs
+        # with values, since lateinit's and torch's own code calls some.
+        if path != self._last:
+            self.note(path)
+            self._last = path
+        return func(*args, **(kwargs or {}))
+
+    def note(self, path: CallPath) -> None:
+        """Note that a function of torch is called from another place than the last one."""
+        self.paths.append(path)
+
+
+class UpToEnd(Noted):
+    """Function mode: ends a first call where its initialisation ends.
+
+    Args:
+        first: the paths of a first call.
+        second: the paths of a second one.
+    """
+
+    def __init__(self, first: list[CallPath], second: list[CallPath]) -> None:
+        super().__init__()
+        common = set(second)
+        self._own = Counter(path for path in first if path not in common)
+        self._left = 0
+        self.initialising = False
+
+    def run(self, call: Callable[[], Any]) -> None:
+        """Run a call up to the end of the initialisation."""
+        self._left = self._own.total()
+        with contextlib.suppress(EndOfInitialisationError):
+            super().run(call)
+
+    def note(self, path: CallPath) -> None:
+        """End the call at the first function that follows the last one of the initialisation."""
+        self.initialising = path in self._own
+        if self.initialising:
+            self._left -= 1
+        elif self._left <= 0 and self._own:
+            raise EndOfInitialisationError
+
+
+@contextlib.contextmanager
+def known_by_shape(
+    module: nn.Module, device: torch.device, matters: Callable[[], bool]
+) -> Iterator[None]:
+    """A block that runs code on inputs of which only the shape is known (``mark_unknown``).
+
+    Within, they say that they are on ``device``, and what is made like them is made there. What is
+    computed from them is known by its shape too. Tensors of the module are not written to, unless
+    that belongs to the initialisation.
+
+    Args:
+        module: the module whose code runs.
+        device: where the inputs would be.
+        matters: whether the op that runs belongs to the initialisation.
+
+    Raises:
+        NeedsValuesError: the initialisation writes values of its inputs.
+    """
+    with _SaysDevice(device), _OnShapes(module, device, matters):
+        yield
+
+
+class _SaysDevice(FunctionMode):
+    """Function mode: tensors that are known by shape say the device where they would be."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._answers: dict[Any, Callable[[], Any]] = {
+            Tensor.device.__get__: lambda: device,
+            Tensor.is_meta.__get__: lambda: device.type == "meta",  # type: ignore[attr-defined]
+            Tensor.is_cpu.__get__: lambda: device.type == "cpu",  # type: ignore[attr-defined]
+            Tensor.is_cuda.__get__: lambda: device.type == "cuda",  # type: ignore[attr-defined]
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = self._answers.get(func)
+        if answer is not None and is_unknown(args[0]):
+            return answer()
+        return func(*args, **(kwargs or {}))
+
+
+class _OnShapes(DispatchMode):
+    """Dispatch mode: ops on tensors that are known by shape run on shapes, all others as ever."""
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, matters: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self._device = device
+        self._matters = matters
+        held = itertools.chain(module.parameters(), module.buffers())
+        self._held = {_memory(tensor) for tensor in held if not is_placeholder(tensor)}
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        info = op_info(func)
+        written = [args[at] for at in info.mutates] + [kwargs.get(n) for n in info.mutates_kw]
+        known = [t for t in tensors_in(tuple(written), {}) if not is_unknown(t)]
+        drops = not self._matters() and any(_memory(tensor) in self._held for tensor in known)
+        if not drops and not any(is_unknown(tensor) for tensor in tensors_in(args, kwargs)):
+            return func(*args, **kwargs)
+        if info.allocates in ("like", "new"):  # reads no values
+            if kwargs.get("device") == META:
+                kwargs = kwargs | {"device": self._device}
+            return func(*map_tensors(args, self._known), **kwargs)
+        if known and not drops:
+            raise needs_values(info.name)
+        with without_modes():
+            given = to_meta(args)
+            made = on_shapes(info, given, kwargs_to_meta(info, kwargs))
+        for at in info.mutates:
+            if made is given[at]:
+                return args[at]
+        return map_tensors(made, mark_unknown)
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        """A tensor with memory for one that is known by shape."""
+        if not is_unknown(tensor):
+            return tensor
+        return torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._device
+        )
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether only the shape of a tensor is known."""
+    if not isinstance(value, Tensor):
+        return False
+    with without_functions():
+        return value.is_meta and hasattr(value.untyped_storage(), _MARK)
+
+
+def _memory(tensor: Tensor) -> int:
+    with without_functions():
+        return storage_key(tensor.untyped_storage())
+
+
+def mark_unknown(tensor: Tensor) -> Tensor:
+    """Note that only the shape of a tensor on ``meta`` is known; gives it."""
+    with without_functions():
+        setattr(tensor.untyped_storage(), _MARK, True)
+    return tensor
