@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import loading, materialize, native
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Goal, Row, Run, machine
-from benchmarks.lazy import inference
+from benchmarks.lazy import architectures, inference
 from benchmarks.materialize import against_eager
 from benchmarks.report import as_json, cells, table, write
 from benchmarks.sharding import sharding
@@ -29,6 +29,7 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "construct-linears": construction("linears"),
     "construct-resnet-152": construction("resnet_152"),
     "infer-resnet-50": inference("resnet-50", None),
+    "infer-architectures": architectures,
     "infer-gpt-1.6b": inference("gpt-1.6b", Goal(20, faster=True)),
     "linears": against_eager("linears", 3.0),
     "gpt2-medium": against_eager("gpt2_medium", 7.0),

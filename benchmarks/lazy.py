@@ -19,6 +19,8 @@ from torch import nn
 import lateinit
 from benchmarks.harness import MB, Goal, Row, Run, assert_equal, in_process
 from benchmarks.memory import forget, highest, resident
+from tests.support.lazy_architectures import ARCHITECTURES, inputs_of
+from tests.support.lazy_models import Layers as OfTests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,6 +183,41 @@ def same_as_eager(model: str) -> bool:
     lazy, _ = ours(model, tiny=True)
     assert_equal(declared(model, Layers(), tiny=True), lateinit.materialize(lazy))
     return True
+
+
+def architectures(run: Run) -> list[Row]:
+    """A case: the architectures that the tests hold against eager, at 100 million parameters."""
+    return [_architecture(name, run) for name in sorted(ARCHITECTURES)]
+
+
+def _architecture(name: str, run: Run) -> Row:
+    make, _ = ARCHITECTURES[name]
+    width = 6 if run.tiny else _wide(make)
+    seconds: dict[str, list[float]] = {"ours": [], "dry run": []}
+    for _ in range(run.times()):
+        lazy = lateinit.deferred_init(make, OfTests(lazy=True), width)
+        inputs = inputs_of(name, "meta")
+        started = time.perf_counter()
+        lateinit.infer_shapes(lazy, *inputs)
+        seconds["ours"].append(time.perf_counter() - started)
+        real, inputs = make(OfTests(lazy=True), width).eval(), inputs_of(name, "cpu")
+        started = time.perf_counter()
+        with torch.no_grad():
+            real(*inputs)
+        seconds["dry run"].append(time.perf_counter() - started)
+    # A dry run has nothing to initialise in a backbone that is not lazy.
+    goal = None if name == "transformers backbone" else Goal(10, faster=True)
+    return Row(name, "infer shapes", seconds["ours"], "dry run", seconds["dry run"], "s", goal)
+
+
+def _wide(make: Callable[..., nn.Module]) -> int:
+    """A width at which an architecture has more than 100 million parameters."""
+    width, count = 16, 0
+    while count < 10**8:
+        width = width * 5 // 8 * 2
+        model = lateinit.deferred_init(make, OfTests(lazy=False), width)
+        count = sum(p.numel() for p in model.parameters())
+    return width
 
 
 def main(way: str, model: str, tiny: str) -> None:
