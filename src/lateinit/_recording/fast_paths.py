@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lateinit._program import NUMBERS, called
 from lateinit._recording.conversions import from_data
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import is_deferred_tensor
+from lateinit._tensors import PLAIN_CLASSES, is_deferred_tensor, is_placeholder
 from lateinit._torch import (
     FILL,
     META,
@@ -133,7 +133,9 @@ def _filled(
     given: Any,
     label: str | None = None,
 ) -> bool:
-    """Record a fill; False if the tensor is not deferred or a value is a tensor."""
+    """Record a fill; False if the tensor is lazy or not deferred, or a value is a tensor."""
+    if type(tensor) not in PLAIN_CLASSES and is_placeholder(tensor):
+        return False
     for value in values:
         if isinstance(value, Tensor):
             return False

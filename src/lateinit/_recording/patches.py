@@ -127,6 +127,9 @@ class Patches:
 
     _lock = turn()
     _users: ClassVar[set[int]] = set()
+    # By name: the initialisers that were there, and what hears of them now. Libraries replace some
+    # (as transformers does while it loads), so that these are not those of torch.
+    _initialisers: ClassVar[dict[str, tuple[Any, Any]]] = {}
 
     def __init__(self, more: tuple[tuple[Any, str, Any, Any], ...] = ()) -> None:
         self._all = (*_PATCHES, *more)
@@ -138,10 +141,24 @@ class Patches:
             if first:
                 for owner, name, _, replacement in self._all:
                     setattr(owner, name, replacement)
+                self._hear()
 
     def leave(self) -> None:
         with self._lock:
             if self._users <= {id(self)}:
                 for owner, name, original, _ in self._all:
                     setattr(owner, name, original)
+                self._hear_no_more()
             self._users.discard(id(self))
+
+    def _hear(self) -> None:
+        for name in postponed.INITIALISERS:
+            found = getattr(nn.init, name)
+            if self._initialisers.get(name, (None, None))[1] is not found:
+                self._initialisers[name] = found, postponed.heard(found)
+                setattr(nn.init, name, self._initialisers[name][1])
+
+    def _hear_no_more(self) -> None:
+        for name, (original, hearing) in self._initialisers.items():
+            if getattr(nn.init, name) is hearing:
+                setattr(nn.init, name, original)

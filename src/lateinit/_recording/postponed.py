@@ -109,7 +109,7 @@ def _is_settled(module: nn.Module) -> bool:
     return "_initialize_hook" in module.__dict__ or all(t.__dict__.get("_label") for t in lazy)
 
 
-def _heard(initialiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def heard(initialiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An initialiser that tells a placeholder that it is called, instead of asking for its shape.
 
     torch/nn/init.py: only some of them ask ``has_torch_function_variadic`` themselves.
@@ -145,7 +145,7 @@ def _refused(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = Non
     return result
 
 
-_INITIALISERS = (
+INITIALISERS = (
     "dirac_",
     "eye_",
     "kaiming_normal_",
@@ -156,8 +156,9 @@ _INITIALISERS = (
     "xavier_normal_",
     "xavier_uniform_",
 )
+"""The functions of ``nn.init`` that a block hears of, whoever has replaced them: see ``heard``."""
+
 PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (nn.Module, "apply", _apply, _applied),
     (UninitializedTensorMixin, "__torch_function__", _function, classmethod(_refused)),
-    *((nn.init, n, getattr(nn.init, n), _heard(getattr(nn.init, n))) for n in _INITIALISERS),
 )
