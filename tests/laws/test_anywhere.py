@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -314,3 +316,29 @@ def test_parameters_wait_and_what_is_made_of_them() -> None:
         with pytest.raises(DeferredTensorError, match=r"lateinit\.materialize"):
             parameter * torch.ones(4, dtype=parameter.dtype)
         assert str(parameter.device) == "meta"
+
+
+def _table_and_view() -> tuple[torch.Tensor, torch.Tensor]:
+    table = torch.linspace(0, 1, 6)
+    return table, table[:3]
+
+
+def test_view_of_a_table_that_was_used_is_read_in_a_later_block() -> None:
+    table, view = lateinit.deferred_init(_table_and_view)
+    expected = (table * torch.ones(6))[:3] * 2  # realises the table
+    buffer = lateinit.deferred_init(lambda: view * 2)
+    assert torch.equal(lateinit.materialize(buffer), expected)
+    _, other = pair = lateinit.deferred_init(_table_and_view)
+    assert (pair[0] * torch.ones(6)).sum() > 0
+    with pytest.raises(lateinit.errors.RecordingError, match="shares its memory"):
+        lateinit.deferred_init(lambda: other.mul_(2))
+
+
+@pytest.mark.parametrize("pickled", [pickle.dumps, copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_view_of_a_table_that_was_used_is_pickled(pickled: Any) -> None:
+    table, view = lateinit.deferred_init(_table_and_view)
+    expected = table + torch.zeros(6)
+    data = pickled((table, view))
+    back = pickle.loads(data) if isinstance(data, bytes) else data
+    assert torch.equal(back[0], expected)
+    assert torch.equal(back[1], expected[:3])

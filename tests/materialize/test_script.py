@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections.abc import Callable
@@ -192,3 +193,26 @@ def test_a_frozen_module_says_what_its_graph_holds(outer: Any) -> None:
     late = lateinit.deferred_init(build)
     with pytest.raises(MaterializeError, match=r"'(weight|bias)' .* freeze or trace the module"):
         lateinit.materialize(late)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["whole", "a child"])
+def test_a_module_that_was_scripted_while_deferred_stays_one_with_the_scripted_one(
+    inner: bool,
+) -> None:
+    with lateinit.deferred():
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if inner:
+        scripted: Any = nn.Sequential(*map(torch.jit.script, model))
+    else:
+        scripted = torch.jit.script(model)
+    lateinit.materialize(model)
+    before = copy.deepcopy(model.state_dict())
+    scripted(torch.randn(4, 2)).square().sum().backward()
+    optimizer.step()
+    for ours, theirs in zip(model.parameters(), scripted.parameters(), strict=True):
+        assert ours is theirs
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    assert torch.equal(dict(scripted.named_buffers())["1.running_mean"], model[1].running_mean)
+    model.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in scripted.parameters())

@@ -10,6 +10,7 @@ import pickle
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize import _get_unique_devices_
 from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional
 
@@ -173,6 +175,17 @@ def test_what_a_module_of_torch_needs_that_asks_for_a_device() -> None:
     AsksItsDevice.heard.clear()
     torch.distributions.Normal(tensor, 1.0)
     assert set(AsksItsDevice.heard) == {Meant.RECORDED}
+
+
+def test_fully_shard_asks_if_its_shards_are_on_meta_before_the_first_forward_pass() -> None:
+    """torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: _validate_no_meta_params."""
+
+    class Parameters:
+        fsdp_params = (SimpleNamespace(sharded_param=torch.ones(2).as_subclass(AsksItsDevice)),)
+
+    AsksItsDevice.heard.clear()
+    FSDPParamGroup._validate_no_meta_params(Parameters())
+    assert AsksItsDevice.heard == [Meant.FORWARD]
 
 
 def test_an_optimizer_moves_the_state_that_it_loads_to_the_device_of_the_weight() -> None:

@@ -15,6 +15,8 @@ from lateinit._torch import (
     constants_of_script,
     construct_script_module,
     held_by_script,
+    note_new_scripts,
+    noted_scripts,
     tell_of_script_saves,
 )
 from lateinit._torch.swap import swap
@@ -99,3 +101,16 @@ def test_saving_a_scripted_module_asks_no_tensor_on_meta_for_its_values() -> Non
     torch.jit.save(module, file)
     file.seek(0)
     assert torch.jit.load(file).weight.is_meta
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2))])
+def test_every_scripted_module_is_made_by_one_constructor(make: Any) -> None:
+    """torch/jit/_script.py: RecursiveScriptModule.__init__, for traced modules too."""
+    note_new_scripts(on=True)
+    try:
+        module = make(Holder())
+        assert any(found is module or found._c is module._c for found in noted_scripts())
+    finally:
+        note_new_scripts(on=False)
+    assert RecursiveScriptModule.__init__ is construct_script_module
+    assert make(Holder()) not in noted_scripts()

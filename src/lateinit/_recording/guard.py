@@ -230,6 +230,9 @@ class DeferredTensor(Guarded):
             realize_now(self)
             return self.__reduce_ex__(proto)
         deferred = Deferred.of(self)
+        if deferred.slot.real is not None and not waits(self):
+            share_real_storage(self)
+            return self.__reduce_ex__(proto)
         cls = original_class(self)
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 

@@ -5,6 +5,8 @@
   group it by device in C++ first (``_group_tensors_by_device_and_dtype``).
 - Saving a scripted module: torch/csrc/jit/serialization/export_module.cpp writes the bytes of its
   tensors, and of those on ``meta`` none.
+- Scripting a module whose tensors are deferred: the scripted one holds their implementations, and
+  ``materialize`` has to know of it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from lateinit._tensors import Guarded, GuardedShard, is_deferred_tensor, realize
 from lateinit._torch import (
     constants_of_script,
     held_by_script,
+    note_new_scripts,
     tell_of_script_saves,
 )
 
@@ -69,6 +72,7 @@ class _Listening:
         if self._hook is None:
             self._hook = register_optimizer_step_pre_hook(_before_step)
         tell_of_script_saves(_before_save)
+        note_new_scripts(on=True)
         return True
 
     def end(self) -> None:
@@ -76,6 +80,7 @@ class _Listening:
             self._hook.remove()
             self._hook = None
         tell_of_script_saves(None)
+        note_new_scripts(on=False)
 
 
 _listening = _Listening()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lateinit._program import (
     Ambient,
+    Const,
     Draw,
     Op,
     Program,
@@ -33,7 +34,7 @@ from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.small_results import layouts_of_small
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
-from lateinit._tensors import ON_META, Slot, attach, described, slot_of
+from lateinit._tensors import ON_META, Deferred, Slot, attach, described, slot_of
 from lateinit._torch import (
     META,
     Args,
@@ -128,6 +129,12 @@ class ProgramWriter:
     def referred(self, value: Any) -> Any:
         """An argument in the form that ops store: ``TensorRef``, ``Const``, tuple or number."""
         if isinstance(value, Tensor):
+            slot = slot_of(value) if value.is_meta else None
+            if slot is not None and slot.real is not None and not slot.waits:
+                # A table realised itself, and this tensor on its storage has not been used since.
+                real = Deferred.of(value).real()
+                assert real is not None
+                return self.data.refer(real)
             return self.ref(value) if value.is_meta else self.data.refer(value)
         if isinstance(value, (list, tuple)):
             return tuple(self.referred(item) for item in value)
@@ -368,6 +375,9 @@ class ProgramWriter:
     def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:
         written = {k: self.referred(v) for k, v in kwargs.items() if k != "generator"}
         referred = tuple(self.referred(value) for value in args)
+        for changed in info.mutates:
+            if changed < len(args) and type(referred[changed]) is Const and args[changed].is_meta:
+                self.ref(args[changed])  # raises: the write would be lost
         # After the arguments: referring to a tensor may absorb a program, whose ops then come
         # before this one, and the draw is noted under this op's number.
         draw = self.draw(info, args, kwargs)

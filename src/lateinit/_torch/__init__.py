@@ -154,6 +154,8 @@ from lateinit._torch.script import (
     constants_of_script,
     construct_script_module,
     held_by_script,
+    note_new_scripts,
+    noted_scripts,
     tell_of_script_saves,
 )
 from lateinit._torch.serialization import (
@@ -326,8 +328,10 @@ __all__ = [
     "name_of_class",
     "negative_view",
     "not_persistent",
+    "note_new_scripts",
     "noted",
     "noted_modes",
+    "noted_scripts",
     "op_behind",
     "op_info",
     "outside",

@@ -113,6 +113,7 @@ class Meant(enum.Enum):
     RECORDED = "recorded"
     PARALLEL = "DistributedDataParallel"
     INVERSE = "right_inverse of a parametrization"
+    FORWARD = "the forward pass of fully_shard"
     OTHERS = "moving to another device"
 
     @property
@@ -158,6 +159,10 @@ def meant_by_device(
     # that to mean that there is no inverse, and the module is left half done. So may a user's do.
     if asking.f_code.co_name == "right_inverse":
         return Meant.INVERSE
+    # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: its error advises to_empty. It asks
+    # in a list comprehension, which before Python 3.12 has a frame of its own.
+    if "_validate_no_meta_params" in (f.f_code.co_name for f in islice(_upwards(asking), 2)):
+        return Meant.FORWARD
     name: str = asking.f_globals.get("__name__", "")
     if name.startswith("torch."):
         for module, meant in _MEANT.items():

@@ -7,6 +7,7 @@ tensor objects anew.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ _ScriptModule: Any = torch.jit.ScriptModule
 RecursiveScriptModule: Any = torch.jit._script.RecursiveScriptModule
 construct_script_module = RecursiveScriptModule.__init__
 """What every scripted or traced module is made by (torch/jit/_script.py)."""
+
+_scripted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 # torch/jit/_script.py: torch.jit.save calls one of the first two, and C++ does the rest.
 _SAVES = {
@@ -99,6 +102,21 @@ def tell_of_script_saves(listener: Callable[..., None] | None) -> None:
         # The end of torch/jit/_script.py copies the methods, for traced modules and subclasses.
         setattr(RecursiveScriptModule, name, told)
         setattr(_ScriptModule, name, told)
+
+
+def note_new_scripts(*, on: bool) -> None:
+    """Note each scripted module that is made from now on, for ``noted_scripts``, or end that."""
+    RecursiveScriptModule.__init__ = _construct_noted if on else construct_script_module
+
+
+def noted_scripts() -> list[nn.Module]:
+    """The scripted modules that were noted and still live."""
+    return list(_scripted)
+
+
+def _construct_noted(module: Any, *args: Any, **kwargs: Any) -> None:
+    construct_script_module(module, *args, **kwargs)
+    _scripted.add(module)
 
 
 def _telling(listener: Callable[..., None], save: Callable[..., Any]) -> Callable[..., Any]:
