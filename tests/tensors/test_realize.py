@@ -66,3 +66,17 @@ def test_a_tensor_with_a_graph_is_written_as_its_eager_twin_is(write: str) -> No
             late.weight.sum().backward()
     late(torch.ones(2, 3)).sum().backward()
     assert late.weight_v.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_parameter_made_of_a_view_from_before_is_a_parameter(dtype: torch.dtype | None) -> None:
+    layer = lateinit.deferred_init(nn.Linear, 4, 4)
+    state, data, row = layer.state_dict(), layer.weight.data, layer.weight.detach()[1:]
+    lateinit.materialize(layer, dtype=dtype)
+    weight = layer.weight
+    layer.load_state_dict(state, assign=True)
+    made = [nn.Parameter(data), nn.Parameter(row, requires_grad=False), layer.weight]
+    assert [type(parameter) for parameter in made] == [nn.Parameter] * 3
+    assert [parameter.requires_grad for parameter in made] == [True, False, True]
+    assert made[0].data_ptr() == weight.data_ptr()
+    assert torch.equal(made[1], weight[1:])

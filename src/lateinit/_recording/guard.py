@@ -120,7 +120,9 @@ class DeferredTensor(Guarded):
         return cls.original(*args, **kwargs)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # noqa: PLR0912 - what looks at frames has to be called from here
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if is_dynamo_compiling():
             graph_break()  # torch.compile must not trace this: the op runs outside of the graph
         compiling = set_eval_frame(None)
@@ -140,6 +142,12 @@ class DeferredTensor(Guarded):
                         realize_now(args[0])  # what vmap wraps is out of reach
                     with below_python():  # some are ops, such as is_pinned
                         return func(*args, **(kwargs or {}))
+                if func in _MAKING and is_making_parameter() and _is_stale(args[0]):
+                    # It becomes real when `_is_param` is set, which says of which class it is.
+                    with below_python():
+                        made = func(*args, **(kwargs or {}))
+                    made.__class__ = type(args[0])
+                    return made
                 answer = _ANSWERS.get(func)
                 if answer is not None and isinstance(args[0], Guarded):
                     share_real_storage(args[0])
@@ -178,6 +186,10 @@ class DeferredTensor(Guarded):
         # torch/nn/parameter.py: Parameter.__new__ sets it on data.detach(), and would return that
         # as a tensor of the class of the data.
         made = class_of_new_parameter()
+        if _is_stale(self):
+            share_real_storage(self)
+            self.__class__ = made  # type: ignore[assignment]
+            return
         if realises_itself(self) and not is_of_waiting(self):
             # Made of a table: a deferred parameter would be none of a deferred model.
             realize_now(self)
@@ -278,6 +290,12 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
             "lateinit.materialize()"
         )
     show(tensor, data.detach())
+
+
+def _is_stale(tensor: Tensor) -> bool:
+    """Whether the storage of a deferred tensor is real by now, through another tensor."""
+    slot = slot_of(tensor)
+    return slot is not None and slot.real is not None
 
 
 def _same_class(made: Tensor, data: Tensor) -> None:
@@ -537,6 +555,8 @@ def _rebuild(
     return tensor
 
 
+# What Parameter.__new__ calls of data that is no plain tensor (torch/nn/parameter.py).
+_MAKING = (torch.Tensor.detach, torch.Tensor.requires_grad_)
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     **ANSWERS,
     torch.Tensor.copy_: _copy,
