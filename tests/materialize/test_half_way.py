@@ -18,7 +18,8 @@ from torch import nn
 import lateinit
 from lateinit._checkpoint.formats.safetensors import SafetensorsReader
 from lateinit._program import program as program_module
-from lateinit._program.program import Draw, Op, Program
+from lateinit._program.ops import Draw, Op
+from lateinit._program.program import Program
 from lateinit._replay import Session, execution_of, streams
 from lateinit._rng.mt19937 import state_of
 from lateinit._tensors import realize

@@ -8,21 +8,9 @@ with ``program``.
 
 from lateinit._program.constants import RealData
 from lateinit._program.labels import called, describe_initialisation, initializer
+from lateinit._program.ops import NUMBERS, Const, Draw, Op, TensorRef, tensor_refs
 from lateinit._program.plan import Plan, Step, is_random, needed_ops, plan_storages
-from lateinit._program.program import (
-    NEVER,
-    NUMBERS,
-    Ambient,
-    Const,
-    Draw,
-    Op,
-    Program,
-    Read,
-    Storage,
-    Stream,
-    TensorRef,
-    tensor_refs,
-)
+from lateinit._program.program import NEVER, Ambient, Program, Read, Storage, Stream
 
 __all__ = [
     "NEVER",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lateinit._program.program import Const, Constant, Program
+from lateinit._program.ops import Const
+from lateinit._program.program import Constant, Program
 from lateinit._torch import checksum, copied_with_strides, is_plain, storage_key
 
 # 64 KiB: below that a copy costs next to nothing, and large data is not held twice.

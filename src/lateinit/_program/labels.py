@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lateinit._program.ops import Const, Op, TensorRef
 from lateinit._program.plan import needed_ops
-from lateinit._program.program import Const, Op, Program, TensorRef
+from lateinit._program.program import Program
 from lateinit._torch import FILL, ZERO, by_name, running_initialiser
 
 EMPTY = "empty (uninitialised)"

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lateinit._program.program import Program, TensorRef
+from lateinit._program.ops import TensorRef
+from lateinit._program.program import Program
 
 
 class Step(NamedTuple):
