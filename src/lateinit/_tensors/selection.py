@@ -88,14 +88,14 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             "...) first, or materialise the rest with only="
         )
     pairs = [(f, slot_of(f.tensor)) for f in found]
-    missing = [f for f, slot in pairs if slot is None and f.tensor.is_meta]
-    wrappers = [f.name for f in missing if is_wrapper(f.tensor)]
+    missing = [(f, slot) for f, slot in pairs if slot in (None, ON_META) and f.tensor.is_meta]
+    wrappers = [f.name for f, _ in missing if is_wrapper(f.tensor)]
     if wrappers:
         raise NotRecordedError(
             f"made of other tensors, by a class that says itself where it is: {listing(wrappers)}. "
             "Wrap, or quantise, what lateinit.materialize() has given its values"
         )
-    unknown = [f.name for f in missing]
+    unknown = [f.name for f, slot in missing if slot is None]
     if unknown:
         raise NotRecordedError(
             f"on meta, but never recorded: {listing(unknown)}. Build the model inside "
