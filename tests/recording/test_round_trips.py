@@ -106,7 +106,22 @@ def a_fit(trip: Trip, folder: Path) -> list[Any]:
     return [module.weight, module.bias, least]
 
 
-KINDS = (a_fit, a_list_of_windows, a_module, a_state_dict, a_tensor)
+class Named(Tensor):
+    """A class of tensors that adds nothing."""
+
+
+def a_subclass(trip: Trip, folder: Path) -> list[Any]:
+    if trip is _by_deepcopy:
+        return []  # torch refuses it
+    drawn = torch.randn(3, 2).as_subclass(Named)
+    made = Tensor._make_subclass(Named, torch.randn(2), True)
+    made.scale = torch.randn(())
+    back, again = trip([drawn, made], folder)
+    facts = [type(back), type(again), again.requires_grad]
+    return [drawn, back.detach() + 1, again.detach() * again.scale, facts]
+
+
+KINDS = (a_fit, a_list_of_windows, a_module, a_state_dict, a_subclass, a_tensor)
 
 
 @pytest.mark.parametrize("trip", TRIPS.values(), ids=list(TRIPS))

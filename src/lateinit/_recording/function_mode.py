@@ -25,6 +25,7 @@ from lateinit._tensors import address_of, copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch import (
     META,
     FunctionMode,
+    as_subclass,
     asks_for_values,
     default_device_in_force,
     device_number,
@@ -174,6 +175,15 @@ def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: An
     return func(*args, **kwargs)
 
 
+def _reduce(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """Pickle a deferred tensor of a user's class, or with attributes: others ask for a storage."""
+    tensor = args[0]
+    with without_modes():
+        value = as_subclass(type(tensor), writer.read(tensor), tensor.requires_grad)
+        value.__dict__.update(tensor.__dict__)
+        return func(value, *args[1:], **kwargs)
+
+
 def _by_value(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Run a sparse constructor on real values: it reads its arguments below the dispatcher."""
 
@@ -263,6 +273,7 @@ _HANDLERS: dict[Any, Handler] = {
     torch.get_device: of_deferred(_get_device),
     _tensor.data_ptr: of_deferred(_data_ptr),
     _tensor.untyped_storage: of_deferred(_untyped_storage),
+    _tensor.__reduce_ex__: of_deferred(_reduce),
     _tensor.tolist: of_deferred(_read),
     _tensor.__repr__: of_deferred(_read),
     _tensor.__format__: of_deferred(_read),
