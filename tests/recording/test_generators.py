@@ -176,3 +176,21 @@ def test_seed_that_is_told_is_the_one_that_was_set() -> None:
             torch.randn(3)
             assert torch.initial_seed() == 6
         assert torch.initial_seed() == 5
+
+
+GIVEN: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
+    "bernoulli": lambda g: torch.bernoulli(torch.full((3,), 0.5), generator=g),
+    "binomial": lambda g: torch.binomial(torch.full((3,), 5.0), torch.full((3,), 0.5), generator=g),
+    "dirichlet": lambda g: torch._sample_dirichlet(torch.ones(3), generator=g),
+    "gamma": lambda g: torch._standard_gamma(torch.ones(3), generator=g),
+    "multinomial": lambda g: torch.multinomial(torch.ones(9), 4, generator=g),
+    "poisson": lambda g: torch.poisson(torch.ones(3), generator=g),
+    "poisson, by place": lambda g: torch.poisson(torch.ones(3), g),
+}
+
+
+@pytest.mark.parametrize("draw", GIVEN.values(), ids=list(GIVEN))
+def test_generator_is_given_in_any_place(draw: Callable[[torch.Generator], torch.Tensor]) -> None:
+    expected = draw(torch.Generator().manual_seed(1))
+    found = lateinit.deferred_init(lambda: draw(torch.Generator().manual_seed(1)))
+    assert torch.equal(lateinit.materialize(found), expected)

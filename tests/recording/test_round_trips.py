@@ -169,3 +169,31 @@ def test_drawn_value_that_was_pickled_binds_the_seed() -> None:
         back = pickle.loads(pickle.dumps(nn.Linear(2, 2)))
     with pytest.raises(SeedError, match="the constructor read a random value"):
         lateinit.materialize(back, seed=1)
+
+
+@pytest.mark.parametrize("make", [torch.randn, lambda n: nn.Buffer(torch.randn(n))])
+def test_shallow_copy_shares_memory(make: Callable[[int], Tensor]) -> None:
+    def run() -> list[Tensor]:
+        drawn = make(3)
+        alike, row = copy.copy(drawn), copy.copy(drawn[1:])
+        drawn[1] = 7
+        return [drawn, alike, row]
+
+    torch.manual_seed(0)
+    expected = run()
+    torch.manual_seed(0)
+    found = lateinit.deferred_init(run)
+    assert all(map(torch.equal, expected, found))  # each realises itself
+    found[1].zero_()
+    assert found[0].count_nonzero() == found[2].count_nonzero() == 0
+
+
+def test_state_that_was_saved_is_set_again(tmp_path: Path) -> None:
+    def run() -> list[Tensor]:
+        state = _by_torch(torch.get_rng_state(), tmp_path)
+        first = torch.randn(3)
+        torch.set_rng_state(state)
+        return [first, torch.randn(3)]
+
+    first, again = lateinit.materialize(lateinit.deferred_init(run))
+    assert torch.equal(first, again)

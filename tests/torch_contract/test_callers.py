@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import inspect
 import io
@@ -38,6 +39,7 @@ from lateinit._torch.callers import (
     collective_that_compares,
     innermost_foreign_line,
     is_batching,
+    is_copying_shallowly,
     is_dcp_writing,
     is_differentiating,
     is_frame_of,
@@ -469,7 +471,22 @@ def test_tensor_that_is_pickled_asks_for_its_storage() -> None:
         torch.ones(2)._typed_storage()
         pickle.dumps(torch.ones(2))
         torch.save([nn.Parameter(torch.ones(2))], io.BytesIO())
-    assert found == [False, False, True, True]
+        copy.copy(torch.ones(2))
+    assert found == [False, False, True, True, False]
+
+
+def test_shallow_copy_of_a_tensor_pickles_it() -> None:
+    """copy.py: copy() calls ``__reduce_ex__``, since torch.Tensor has no ``__copy__``."""
+    found = []
+
+    class Copied(Tensor):
+        def __reduce_ex__(self, proto: Any) -> Any:
+            found.append(is_copying_shallowly())
+            return super().__reduce_ex__(proto)
+
+    copy.copy(torch.ones(2).as_subclass(Copied))
+    torch.ones(2).as_subclass(Copied).__reduce_ex__(2)
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("optimizer", [c for c in OPTIMIZERS if c is not torch.optim.Optimizer])

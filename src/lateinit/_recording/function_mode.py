@@ -20,7 +20,7 @@ from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.conversions import computed, of_deferred
-from lateinit._recording.writer import ProgramWriter
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import address_of, copied_by_deepcopy, is_deferred_tensor
 from lateinit._torch import (
     META,
@@ -30,6 +30,7 @@ from lateinit._torch import (
     default_device_in_force,
     device_number,
     is_any_autocast_enabled,
+    is_copying_shallowly,
     is_pointer_followed,
     is_storage_pickled,
     map_tensors,
@@ -178,10 +179,22 @@ def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: An
 def _reduce(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Pickle a deferred tensor of a user's class, or with attributes: others ask for a storage."""
     tensor = args[0]
+    if is_copying_shallowly(between=2):
+        return _alike, (type(tensor), tensor.detach(), tensor.requires_grad, tensor.__dict__)
     with without_modes():
         value = as_subclass(type(tensor), writer.read(tensor), tensor.requires_grad)
         value.__dict__.update(tensor.__dict__)
         return func(value, *args[1:], **kwargs)
+
+
+def _alike(cls: type[Tensor], data: Tensor, requires_grad: bool, attributes: Any) -> Tensor:
+    """A shallow copy of a tensor: another object on its memory."""
+    made = as_subclass(cls, data, requires_grad)
+    made.__dict__.update(attributes)
+    writer = current()
+    if writer is not None:
+        writer.born.append(weakref.ref(made))
+    return made
 
 
 def _by_value(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:

@@ -161,6 +161,8 @@ class Generators:
         """
         settled = []
         for watch in self._watched.values():
+            if watch.default and watch.key() != watch.expected:
+                self._check_source(watch)
             place = self._place(watch)
             if place is not None:
                 token, true = state_of(watch.generator), state(place)

@@ -53,8 +53,11 @@ class _Heard:
             return _default.get_state()
 
     def set_state(self, state: Tensor) -> None:
-        _default.set_state(state)
         writer = current()
+        if writer is not None and is_deferred_tensor(state):
+            with without_modes():  # one that was saved and loaded
+                state = writer.read(state).clone()
+        _default.set_state(state)
         if writer is not None:
             writer.generators.restored(_default)
 

@@ -8,6 +8,7 @@ decides how a call is treated, and ``Recorder`` has a method for each kind.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -151,12 +152,19 @@ class Recorder(RecordingMode):
         return info.func(target, twin.untyped_storage(), *rest, **kwargs)
 
     def _on_meta(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
-        """Mark tensors that the constructor itself put on meta: they are never materialised."""
+        """Mark tensors that the constructor itself put on meta: they are never materialised.
+
+        One that was set to the storage of a deferred tensor, as by ``copy.copy``, is deferred.
+        """
         del call
         result = info.func(*args, **kwargs)
         for leaf in flat(result):
-            if isinstance(leaf, Tensor) and leaf.is_meta and slot_of(leaf) is None:
-                attach(leaf.untyped_storage(), ON_META)
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                slot = slot_of(leaf)
+                if slot is None:
+                    attach(leaf.untyped_storage(), ON_META)
+                elif slot is not ON_META:
+                    self.writer.born.append(weakref.ref(leaf))
         return result
 
     def _mixed(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:

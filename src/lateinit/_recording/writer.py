@@ -138,6 +138,8 @@ class ProgramWriter:
             return self.ref(value) if value.is_meta else self.data.refer(value)
         if isinstance(value, (list, tuple)):
             return tuple(self.referred(item) for item in value)
+        if isinstance(value, torch.Generator):
+            return None  # the draw's place says it all; some ops take it among the others
         if isinstance(value, torch.UntypedStorage):
             raise RecordingError(
                 "an untyped storage was written to while recording: write to a tensor instead"

@@ -176,6 +176,9 @@ class Session:
         generator = generator or self._generator(op.draw)
         if not kwargs and info.fills and fills.fill(op.name, args[0], tuple(args[1:]), generator):
             result = args[0]
+        elif "generator" in info.arguments[: len(args)]:
+            args[info.arguments.index("generator")] = generator
+            result = info.call(*args, **kwargs)
         # An op without an argument for a generator, such as dropout, draws from the default one.
         elif info.takes_generator:
             result = info.call(*args, **kwargs, generator=generator)

@@ -9,6 +9,7 @@ property, a hook), so these helpers must be called from it directly.
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import os
 import sys
@@ -239,7 +240,17 @@ def is_storage_pickled(between: int = 0) -> bool:
     """
     frame = _frame(1 + between)
     reducing = frame.f_back is not None and frame.f_back.f_code is _REDUCE
-    return reducing and frame.f_code is _TYPED_STORAGE
+    return reducing and frame.f_code is _TYPED_STORAGE and not is_copying_shallowly(between)
+
+
+def is_copying_shallowly(between: int = 0) -> bool:
+    """Whether ``copy.copy`` calls a method that pickling calls too, near the function that asks.
+
+    Args:
+        between: how many frames lie between that function and the method.
+    """
+    frames = islice(_upwards(_frame(1 + between)), 6)
+    return any(frame.f_code is copy.copy.__code__ for frame in frames)
 
 
 def is_dcp_writing(between: int = 0) -> bool:
