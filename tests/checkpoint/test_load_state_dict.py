@@ -253,12 +253,29 @@ def test_counter_of_a_lazy_layer_may_be_lacking_too() -> None:
     assert_same(nn.BatchNorm1d(6), lateinit.materialize(layer))
 
 
+class TwoHalves(nn.Module):
+    """Two parameters on one storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.randn(6)
+        self.first, self.last = nn.Parameter(whole[:3]), nn.Parameter(whole[3:])
+
+
 def test_pickle_of_half_a_shared_memory_is_refused() -> None:
-    eager, model = twins(TwoViews)
-    lateinit.materialize(model.real)
+    eager, model = twins(TwoHalves)
+    lateinit.materialize(model.first)
     with pytest.raises(DeferredTensorError, match=r"cannot pickle.*shared.*materialise the rest"):
         pickle.dumps(model)
     assert_same(eager, lateinit.materialize(model))
+
+
+def test_pickle_of_half_a_shared_table_has_the_other_half() -> None:
+    eager, model = twins(TwoViews)
+    lateinit.materialize(model.real)
+    back = lateinit.materialize(pickle.loads(pickle.dumps(model))).state_dict()
+    for name, value in eager.state_dict().items():
+        assert torch.equal(back[name], value)
 
 
 def test_copied_model_can_be_saved_by_torch_too() -> None:
