@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
 from typing import TYPE_CHECKING, Any
@@ -517,3 +518,16 @@ def test_what_the_caller_made_on_meta_stays_there_and_is_not_asked_for() -> None
     assert not model.layer.weight.is_meta
     with pytest.raises(lateinit.errors.NotRecordedError, match="never recorded: weight, bias"):
         lateinit.materialize(nn.Linear(2, 2, device="meta"))
+
+
+def test_function_that_another_library_replaced_is_its_own_after_the_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apply, fill, save = nn.Module.apply, nn.init._no_grad_fill_, torch.to_dlpack
+    theirs = [functools.partial(function) for function in (apply, fill, save)]
+    places = [(nn.Module, "apply"), (nn.init, "_no_grad_fill_"), (torch, "to_dlpack")]
+    for (owner, name), function in zip(places, theirs, strict=True):
+        monkeypatch.setattr(owner, name, function)
+    for _ in range(2):
+        lateinit.deferred_init(nn.Linear, 2, 2)
+    assert [vars(owner)[name] for owner, name in places] == theirs

@@ -298,7 +298,7 @@ def _inferred(self: Any, module: Any, args: Any, kwargs: Any = None) -> Any:
     return result
 
 
-_PATCHES = ((LazyModuleMixin, "_infer_parameters", _infer, _inferred),)
+_PATCHES = ((LazyModuleMixin, "_infer_parameters", _inferred),)
 
 
 def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:

@@ -215,8 +215,8 @@ HANDLERS: dict[Any, Handler] = {
     },
 }
 AFTER_BLOCK = {**HANDLERS, **{func: _whole(name) for name, func in _UNANSWERED.items()}}
-PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
-    (owner, name, original, _below(original, HANDLERS[original]))
+PATCHES: tuple[tuple[Any, str, Any], ...] = tuple(
+    (owner, name, _below(original, HANDLERS[original]))
     for owner, name in _UNHEARD
     for original in (getattr(owner, name),)
 )

@@ -218,8 +218,8 @@ HANDLERS: dict[Any, Handler] = {
 }
 """The entries of this module in the table of ``Masquerade``."""
 
-PATCHES: tuple[tuple[Any, str, Any, Any], ...] = tuple(
-    (nn.init, private, getattr(nn.init, private), _without_gradients(private, name, numbers))
+PATCHES: tuple[tuple[Any, str, Any], ...] = tuple(
+    (nn.init, private, _without_gradients(private, name, numbers))
     for private, name, numbers in (
         ("_no_grad_zero_", ZERO, 0),
         ("_no_grad_fill_", FILL, 1),

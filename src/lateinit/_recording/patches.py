@@ -107,14 +107,14 @@ def _shared_by_dlpack(tensor: Tensor) -> Any:
         return to_dlpack(writer.expose(tensor))
 
 
-_PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
-    (torch.random, "default_generator", _default, _Heard()),
-    (nn.init, "_no_grad_trunc_normal_", trunc_normal.original, trunc_normal.recorded),
-    (nn.Parameter, "__new__", _new_parameter, staticmethod(_noted_parameter)),
-    (RecursiveScriptModule, "__init__", construct_script_module, _noted_script),
-    (FakeMode, "__enter__", enter_fake_mode, _refused_fake_mode),
-    (torch, "to_dlpack", to_dlpack, _shared_by_dlpack),
-    (torch.utils.dlpack, "to_dlpack", to_dlpack, _shared_by_dlpack),
+_PATCHES: tuple[tuple[Any, str, Any], ...] = (
+    (torch.random, "default_generator", _Heard()),
+    (nn.init, "_no_grad_trunc_normal_", trunc_normal.recorded),
+    (nn.Parameter, "__new__", staticmethod(_noted_parameter)),
+    (RecursiveScriptModule, "__init__", _noted_script),
+    (FakeMode, "__enter__", _refused_fake_mode),
+    (torch, "to_dlpack", _shared_by_dlpack),
+    (torch.utils.dlpack, "to_dlpack", _shared_by_dlpack),
     *composite_ops.PATCHES,
     *fast_paths.PATCHES,
     *postponed.PATCHES,
@@ -130,11 +130,11 @@ class Patches:
 
     _lock = turn()
     _users: ClassVar[set[int]] = set()
-    # By name: the initialisers that were there, and what hears of them now. Libraries replace some
-    # (as transformers does while it loads), so that these are not those of torch.
-    _initialisers: ClassVar[dict[str, tuple[Any, Any]]] = {}
+    # What was there, and what a block has put in its place. Libraries replace functions too (as
+    # transformers does with those of nn.init while it loads), so that it may not be torch's.
+    _replaced: ClassVar[dict[tuple[Any, str], tuple[Any, Any]]] = {}
 
-    def __init__(self, more: tuple[tuple[Any, str, Any, Any], ...] = ()) -> None:
+    def __init__(self, more: tuple[tuple[Any, str, Any], ...] = ()) -> None:
         self._all = (*_PATCHES, *more)
 
     def enter(self) -> None:
@@ -142,26 +142,21 @@ class Patches:
             first = not self._users
             self._users.add(id(self))
             if first:
-                for owner, name, _, replacement in self._all:
-                    setattr(owner, name, replacement)
-                self._hear()
+                for owner, name, replacement in self._all:
+                    self._replace(owner, name, replacement)
+                for name in postponed.INITIALISERS:
+                    self._replace(nn.init, name, postponed.heard(getattr(nn.init, name)))
 
     def leave(self) -> None:
         with self._lock:
             if self._users <= {id(self)}:
-                for owner, name, original, _ in self._all:
-                    setattr(owner, name, original)
-                self._hear_no_more()
+                for (owner, name), (found, ours) in self._replaced.items():
+                    if vars(owner)[name] is ours:
+                        setattr(owner, name, found)
             self._users.discard(id(self))
 
-    def _hear(self) -> None:
-        for name in postponed.INITIALISERS:
-            found = getattr(nn.init, name)
-            if self._initialisers.get(name, (None, None))[1] is not found:
-                self._initialisers[name] = found, postponed.heard(found)
-                setattr(nn.init, name, self._initialisers[name][1])
-
-    def _hear_no_more(self) -> None:
-        for name, (original, hearing) in self._initialisers.items():
-            if getattr(nn.init, name) is hearing:
-                setattr(nn.init, name, original)
+    def _replace(self, owner: Any, name: str, ours: Any) -> None:
+        found = vars(owner)[name]
+        if self._replaced.get((owner, name), (None, None))[1] is not found:
+            self._replaced[owner, name] = found, ours
+            setattr(owner, name, ours)

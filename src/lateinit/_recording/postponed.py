@@ -158,7 +158,7 @@ INITIALISERS = (
 )
 """The functions of ``nn.init`` that a block hears of, whoever has replaced them: see ``heard``."""
 
-PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
-    (nn.Module, "apply", _apply, _applied),
-    (UninitializedTensorMixin, "__torch_function__", _function, classmethod(_refused)),
+PATCHES: tuple[tuple[Any, str, Any], ...] = (
+    (nn.Module, "apply", _applied),
+    (UninitializedTensorMixin, "__torch_function__", classmethod(_refused)),
 )
