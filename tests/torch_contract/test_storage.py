@@ -24,7 +24,9 @@ from lateinit._torch.storage import (
     in_a_row,
     is_plain,
     is_zero_tensor,
+    memory_key,
     negative_view,
+    span_of,
     sparse_parts,
     storage_key,
 )
@@ -162,3 +164,17 @@ def test_zeros_of_autograd_say_that_they_have_no_memory() -> None:
     """aten/src/ATen/native/TensorFactories.cpp: _efficientzerotensor, of forward-mode gradients."""
     assert is_zero_tensor(torch.ops.aten._efficientzerotensor([2]))
     assert not is_zero_tensor(torch.zeros(2))
+
+
+def test_a_storage_is_asked_for_below_function_modes() -> None:
+    """torch/overrides.py: a mode hears ``Tensor.untyped_storage``."""
+    tensor = torch.ones(2)
+    with Functions() as heard:
+        assert memory_key(tensor[1:]) == memory_key(tensor)
+    assert torch.Tensor.untyped_storage not in heard.heard
+
+
+def test_span_is_that_of_the_memory_which_strides_reach() -> None:
+    """c10/core/TensorImpl.h: an element is at the sum of index times stride."""
+    tensor = torch.arange(24).as_strided((2, 3), (10, 2), 5)
+    assert span_of(tensor.size(), tensor.stride()) == int(tensor.max() - tensor.min()) + 1

@@ -1,9 +1,9 @@
 """Whether the ranks of a mesh recorded one and the same construction.
 
 Each rank computes its shards alone. They are parts of one model only if all ranks recorded the same
-ops for them, from the same random state and after the same draws. A digest of these
-is compared once, along every axis of the meshes that the shards are on. If the digests differ, all
-ranks exchange more, to say in what.
+ops for them, from the same random state and after the same draws. A digest of these is compared
+once, along every axis of the meshes that the shards are on. If the digests differ, all ranks
+exchange more, to say in what.
 """
 
 from __future__ import annotations

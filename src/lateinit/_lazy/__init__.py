@@ -7,7 +7,6 @@ below that, but not ``_materialize``, its neighbour. Start with ``lazy_class.py`
 module is declared and initialised, and with ``infer.py`` for a forward pass on shapes.
 """
 
-from lateinit._lazy.after_block import discard, settle_rng
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
 from lateinit._lazy.checkpoint_sizes import NOT_ADOPTED, sizes_in
 from lateinit._lazy.infer import infer_shapes
@@ -51,6 +50,7 @@ from lateinit._lazy.placeholders import (
     known_shape,
     show,
 )
+from lateinit._lazy.random_state import discard, settle_rng
 from lateinit._lazy.rules import size
 
 __all__ = [

@@ -12,9 +12,8 @@ from lateinit._recording import current
 from lateinit._recording.guard import guard
 from lateinit._tensors import is_deferred_tensor, is_placeholder
 from lateinit._torch import (
-    storage_key,
+    memory_key,
     swap_with_hooks,
-    without_functions,
     without_subclass_functions,
 )
 
@@ -52,19 +51,14 @@ def become(placeholder: Tensor, tensor: Tensor) -> None:
         with torch.no_grad():
             shown = tensor.detach()
         shown.requires_grad_(placeholder.requires_grad)
-        memory = _memory(shown)
+        memory = memory_key(shown)  # a mode that hears of it would give a stand-in its values
         try:
             swap_with_hooks(placeholder, shown)
             _dress(placeholder, tensor)
         except BaseException:
-            if _memory(placeholder) == memory:
+            if memory_key(placeholder) == memory:
                 _dress(placeholder, tensor)  # interrupted: half of it would be no tensor at all
             raise
-
-
-def _memory(tensor: Tensor) -> int:
-    with without_functions():  # a mode that hears this would give a stand-in its values
-        return storage_key(tensor.untyped_storage())
 
 
 def _dress(placeholder: Tensor, tensor: Tensor) -> None:

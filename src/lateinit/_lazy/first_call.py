@@ -28,9 +28,9 @@ from lateinit._torch import (
     call_path,
     kwargs_to_meta,
     map_tensors,
+    memory_key,
     op_info,
     stack_depth,
-    storage_key,
     tensors_in,
     to_meta,
     without_functions,
@@ -155,7 +155,7 @@ class _OnShapes(DispatchMode):
         self._device = device
         self._matters = matters
         held = itertools.chain(module.parameters(), module.buffers())
-        self._held = {_memory(tensor) for tensor in held if not is_placeholder(tensor)}
+        self._held = {memory_key(tensor) for tensor in held if not is_placeholder(tensor)}
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
@@ -164,7 +164,7 @@ class _OnShapes(DispatchMode):
         info = op_info(func)
         written = [args[at] for at in info.mutates] + [kwargs.get(n) for n in info.mutates_kw]
         known = [t for t in tensors_in(tuple(written), {}) if not is_unknown(t)]
-        drops = not self._matters() and any(_memory(tensor) in self._held for tensor in known)
+        drops = not self._matters() and any(memory_key(tensor) in self._held for tensor in known)
         if not drops and not any(is_unknown(tensor) for tensor in tensors_in(args, kwargs)):
             return func(*args, **kwargs)
         if info.allocates in ("like", "new"):  # reads no values
@@ -196,11 +196,6 @@ def is_unknown(value: Any) -> bool:
         return False
     with without_functions():
         return value.is_meta and hasattr(value.untyped_storage(), _MARK)
-
-
-def _memory(tensor: Tensor) -> int:
-    with without_functions():
-        return storage_key(tensor.untyped_storage())
 
 
 def mark_unknown(tensor: Tensor) -> Tensor:

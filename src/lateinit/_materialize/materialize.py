@@ -149,11 +149,10 @@ def materialize(
         # Outside the lock, since this may wait for other ranks.
         _check_shards(group, seed, ask=check)
     with one_thread:
-        for program in bound_in(target):
+        for program in bound_in(target) | dict.fromkeys(group.program for group in wanted):
             check_seed(program, seed)
         for group in wanted:
             _leave_real(group)
-            check_seed(group.program, seed)
             check_shared(group, cast)
         planned = [(group, plan_of(group), _session(group, seed)) for group in wanted]
         for group, plan_, session in planned:

@@ -28,12 +28,11 @@ def check_fill(
     if not numbers:
         return
     floating = ref.dtype.is_floating_point or ref.dtype.is_complex
-    usual = info.usual if floating else _is_byte
-    if usual is None or not usual(*numbers):
+    if not (are_usual(info, numbers, {}) if floating else _are_bytes(numbers)):
         check_numbers(info, ref, device, numbers)
 
 
-def _is_byte(*numbers: Any) -> bool:
+def _are_bytes(numbers: tuple[Any, ...]) -> bool:
     return all(type(n) is int and 0 <= n <= 127 for n in numbers)
 
 

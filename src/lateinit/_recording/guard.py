@@ -241,10 +241,10 @@ class DeferredTensor(Guarded):
         if is_torch_saving(between=1) and is_table(self):
             realize_now(self)
             return self.__reduce_ex__(proto)
-        deferred = Deferred.of(self)
-        if deferred.slot.real is not None and not waits(self):
+        if _is_stale(self) and not waits(self):
             share_real_storage(self)
             return self.__reduce_ex__(proto)
+        deferred = Deferred.of(self)
         cls = original_class(self)
         return _rebuild, (deferred.slot, deferred.ref, self.requires_grad, cls, attributes(self))
 

@@ -24,6 +24,7 @@ from lateinit._torch import (
     by_name,
     flat,
     kwargs_to_meta,
+    span_of,
     tensors_in,
     without_modes,
 )
@@ -185,8 +186,7 @@ def _answered(
 
 def _filled(ref: TensorRef, device: torch.device, value: int) -> Tensor:
     """A tensor of this layout whose elements are all the same."""
-    pairs = zip(ref.size, ref.stride, strict=True)
-    span = 1 + sum((n - 1) * s for n, s in pairs) if ref.numel else 0
+    span = span_of(ref.size, ref.stride) if ref.numel else 0
     return ref.on(torch.full((span,), value, dtype=ref.dtype, device=device).untyped_storage())
 
 

@@ -22,6 +22,7 @@ from lateinit._torch import (
     is_any_autocast_enabled,
     is_zero_tensor,
     map_tensors,
+    span_of,
     tensors_in,
 )
 
@@ -86,7 +87,7 @@ def _factors(values: Iterable[Any]) -> Iterable[float]:
 
 def _ones(tensor: Tensor) -> Tensor:
     size, stride = tensor.size(), tensor.stride()
-    span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True) if n)
+    span = span_of(size, stride) if tensor.numel() else 1
     return torch.ones(span, dtype=tensor.dtype, device="cpu").as_strided(size, stride)
 
 

@@ -56,7 +56,6 @@ from lateinit._torch import (
 from lateinit.errors import RecordingError
 
 _CPU = torch.device("cpu")
-# The meta kernels of torch/_meta_registrations.py give float32 in their place.
 
 
 def current() -> ProgramWriter | None:
@@ -129,13 +128,16 @@ class ProgramWriter:
     def referred(self, value: Any) -> Any:
         """An argument in the form that ops store: ``TensorRef``, ``Const``, tuple or number."""
         if isinstance(value, Tensor):
-            slot = slot_of(value) if value.is_meta else None
-            if slot is not None and slot.real is not None and not slot.waits:
-                # A table realised itself, and this tensor on its storage has not been used since.
-                real = Deferred.of(value).real()
-                assert real is not None
-                return self.data.refer(real)
-            return self.ref(value) if value.is_meta else self.data.refer(value)
+            if not value.is_meta:
+                return self.data.refer(value)
+            slot = slot_of(value)
+            assert slot is not None
+            if slot.real is None or slot.waits:
+                return self._ref(slot, value)
+            # A table has realised itself, and this tensor on its storage was not used since.
+            real = Deferred.of(value).real()
+            assert real is not None
+            return self.data.refer(real)
         if isinstance(value, (list, tuple)):
             return tuple(self.referred(item) for item in value)
         if isinstance(value, torch.Generator):
@@ -186,19 +188,19 @@ class ProgramWriter:
                 f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
                 "after materialising"
             )
-        devices = {self.device_for(kwargs, deferred), *map(self.device_of, deferred)}
+        device = self.device_for(kwargs, deferred)
         try:
-            result = layouts_of_small(info, args, kwargs) if devices == {_CPU} else None
+            on_cpu = {device, *map(self.device_of, deferred)} == {_CPU}
+            result = layouts_of_small(info, args, kwargs) if on_cpu else None
             if result is None:
                 result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
                 if info.layout is not None:
-                    where = self.device_for(kwargs, deferred)
-                    result = as_kernel_lays_out(info, args, kwargs, result, where)
+                    result = as_kernel_lays_out(info, args, kwargs, result, device)
         # No meta kernel, or a layout that depends on values. If the call is wrong, it raises again
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
             return record_by_running(self, info, args, kwargs, deferred)
-        self._note(info, args, kwargs, deferred, result)
+        self._note(info, args, kwargs, device, result)
         return result
 
     def made(self, tensor: Tensor, device: torch.device, fill: FillOp | None) -> Tensor:
@@ -327,9 +329,8 @@ class ProgramWriter:
     # -- how an op is written ------------------------------------------------------------------
 
     def _note(
-        self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], result: Any
+        self, info: OpInfo, args: Args, kwargs: Kwargs, device: torch.device, result: Any
     ) -> None:
-        device = self.device_for(kwargs, deferred)
         if info.is_factory:
             fill = info.fill_for(args)
             if fill is not None:

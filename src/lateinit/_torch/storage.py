@@ -13,12 +13,12 @@ import hashlib
 import mmap
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from lateinit._torch.modes import without_modes
+from lateinit._torch.modes import without_functions, without_modes
 
 LARGE = 4 << 20  # bytes: the least that surely contains a whole huge page, wherever it starts
 _HUGE_PAGE = 2 << 20  # bytes: that of x86-64, and of ARM64 with pages of 4 KiB
@@ -81,10 +81,15 @@ def copied_with_strides(tensor: Tensor) -> Tensor:
     """
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
+    span = span_of(tensor.size(), tensor.stride())
     tensor = tensor.detach().resolve_conj().resolve_neg()
     window = tensor.as_strided((span,), (1,), tensor.storage_offset()).clone()
     return window.as_strided(tensor.size(), tensor.stride())
+
+
+def span_of(size: Iterable[int], stride: Iterable[int]) -> int:
+    """The elements from the first to the last one of a tensor that has some, gaps included."""
+    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -102,6 +107,12 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     """A key that all Python objects of one storage share, valid while the storage lives."""
     key: int = storage._cdata
     return key
+
+
+def memory_key(tensor: Tensor) -> int:
+    """The key of a tensor's storage, of which no function mode hears."""
+    with without_functions():
+        return storage_key(tensor.untyped_storage())
 
 
 def negative_view(tensor: Tensor) -> Tensor:
