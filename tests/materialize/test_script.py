@@ -195,9 +195,19 @@ def test_a_frozen_module_says_what_its_graph_holds(outer: Any) -> None:
         lateinit.materialize(late)
 
 
+def _load(model: nn.Module) -> None:
+    model.load_state_dict({name: torch.randn(t.shape) for name, t in model.state_dict().items()})
+
+
+def _realise(model: nn.Module) -> None:
+    assert model[1].running_var.sum() == 3
+    lateinit.materialize(model)
+
+
+@pytest.mark.parametrize("give", [lateinit.materialize, _load, _realise])
 @pytest.mark.parametrize("inner", [False, True], ids=["whole", "a child"])
 def test_a_module_that_was_scripted_while_deferred_stays_one_with_the_scripted_one(
-    inner: bool,
+    inner: bool, give: Callable[[nn.Module], Any]
 ) -> None:
     with lateinit.deferred():
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -206,7 +216,7 @@ def test_a_module_that_was_scripted_while_deferred_stays_one_with_the_scripted_o
         scripted: Any = nn.Sequential(*map(torch.jit.script, model))
     else:
         scripted = torch.jit.script(model)
-    lateinit.materialize(model)
+    give(model)
     before = copy.deepcopy(model.state_dict())
     scripted(torch.randn(4, 2)).square().sum().backward()
     optimizer.step()

@@ -39,7 +39,6 @@ from lateinit._torch import (
     is_dtensor,
     is_out_of_memory,
     name_of_class,
-    noted_scripts,
     restoring,
     without_modes,
 )
@@ -140,10 +139,8 @@ def materialize(
         )
     scripts = list(modules_in(target))
     check_script_constants(scripts)
-    # Held from before the walk: as long as they live, the walk finds these tensor objects. A module
-    # that was scripted while it was deferred shares its tensors with the scripted one.
-    held = held_by_script(dict.fromkeys((*scripts, *noted_scripts())))
-    held = [one for one in held if any(map(is_deferred_tensor, one.tensors()))]
+    # Held from before the walk: as long as they live, the walk finds these tensor objects.
+    held = held_by_script(scripts)
     wanted = wanted_in(target, only)
     for group in wanted:
         # Outside the lock, since this may wait for other ranks.

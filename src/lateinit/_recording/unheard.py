@@ -6,7 +6,7 @@
 - Saving a scripted module: torch/csrc/jit/serialization/export_module.cpp writes the bytes of its
   tensors, and of those on ``meta`` none.
 - Scripting a module whose tensors are deferred: the scripted one holds their implementations, and
-  ``materialize`` has to know of it.
+  whatever gives them values has to know of it.
 """
 
 from __future__ import annotations

@@ -26,10 +26,13 @@ from lateinit._tensors.slots import (
     unguard,
 )
 from lateinit._torch import (
+    Held,
     allocate,
     digest,
+    held_by_script,
     inference_mode,
     is_dtensor,
+    noted_scripts,
     outside_functorch,
     restoring,
     rewrap,
@@ -129,6 +132,7 @@ def give(
         return
     cls, inference = type(tensor), tensor.is_inference()
     gradient = tensor.grad if tensor.is_leaf else None
+    scripts = _scripts_with(tensor)
     try:
         # Being an inference tensor is part of the implementation (c10/core/TensorImpl.h): the real
         # one must be made inside inference mode exactly if the deferred one was.
@@ -147,8 +151,17 @@ def give(
         raise
     # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
     left.__class__ = cls
+    for script in scripts:
+        script.put_back()
     if gradient is not None:
         _carry(gradient, tensor)
+
+
+def _scripts_with(tensor: Tensor) -> list[Held]:
+    """Where modules that were scripted while they were deferred, after their block, hold it."""
+    scripts = noted_scripts()
+    found = held_by_script(scripts) if scripts else ()
+    return [one for one in found if any(t is tensor for t in one.tensors())]
 
 
 def _carry(gradient: Tensor, tensor: Tensor) -> None:
