@@ -19,7 +19,8 @@ from lateinit.errors import DeferredTensorError, SeedError
 from tests.support.building import deferred, eager, models
 from tests.support.keepers import PLACES, STYLES, Data, Keeping, Slotted, directions, forget
 from tests.support.keepers import X as KEPT
-from tests.support.snapshots import assert_same, bits, tensors_of
+from tests.support.makers import WAYS
+from tests.support.snapshots import assert_same, bits, leaves, tensors_of
 from tests.support.uses import USES, Scaled, seen
 
 if TYPE_CHECKING:
@@ -62,6 +63,23 @@ def test_a_table_is_used_as_eagerly(use: Callable[[Tensor], Any], make: Any) -> 
     assert found == expected
     assert torch.get_rng_state().equal(ended)
     assert seen(late.detach()) == seen(made.detach())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_a_tensor_is_used_as_eagerly_in_whatever_way_torch_made_it(way: str) -> None:
+    """No module holds it, and the real tensor that is written to asks nobody for its class."""
+
+    def written(*, late: bool) -> Any:
+        torch.manual_seed(1)
+        made = lateinit.deferred_init(WAYS[way]) if late else WAYS[way]()
+        tensors = [leaf for _, leaf in leaves(made) if isinstance(leaf, Tensor)]
+        assert tensors
+        lateinit.materialize([tensor for tensor in tensors if waits(tensor)])
+        with torch.no_grad():
+            return seen([torch.ones(t.shape, dtype=t.dtype).add_(t) for t in tensors])
+
+    assert written(late=True) == written(late=False)
 
 
 # -- where it is kept -----------------------------------------------------------------------------

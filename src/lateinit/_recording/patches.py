@@ -3,7 +3,8 @@
 - ``torch.get_rng_state`` must return the state of eager construction, not a token, and
   ``torch.manual_seed`` and ``torch.set_rng_state`` may give the generator the very state that it
   had. All functions of torch.random, wherever they were imported, ask one global name.
-- ``Parameter.__new__`` makes tensors below the dispatcher.
+- ``Tensor._make_subclass``, which makes every parameter, and ``Tensor.as_subclass`` turn all modes
+  off (torch/csrc/autograd/python_variable.cpp).
 - Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
 - ``FakeTensorMode`` and ``torch.export`` make tensors that no recording could hold.
@@ -32,14 +33,16 @@ from lateinit._torch import (
     RecursiveScriptModule,
     construct_script_module,
     enter_fake_mode,
+    make_subclass,
     to_dlpack,
     turn,
+    view_as_subclass,
     without_modes,
 )
 from lateinit.errors import RecordingError
 
 _default = torch.default_generator
-_new_parameter = nn.Parameter.__dict__["__new__"]
+_INHERITED = object()
 
 
 class _Heard:
@@ -72,12 +75,19 @@ class _Heard:
         return getattr(_default, name)
 
 
-def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tensor:
-    parameter: Tensor = _new_parameter.__func__(cls, *args, **kwargs)
+def _noted_subclass(*args: Any, **kwargs: Any) -> Tensor:
+    return _noted(make_subclass(*args, **kwargs))
+
+
+def _noted_view(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _noted(view_as_subclass(self, *args, **kwargs))
+
+
+def _noted(made: Tensor) -> Tensor:
     writer = current()
     if writer is not None:
-        writer.born.append(weakref.ref(parameter))
-    return parameter
+        writer.born.append(weakref.ref(made))
+    return made
 
 
 def _noted_script(module: Any, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +120,8 @@ def _shared_by_dlpack(tensor: Tensor) -> Any:
 _PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (torch.random, "default_generator", _Heard()),
     (nn.init, "_no_grad_trunc_normal_", trunc_normal.recorded),
-    (nn.Parameter, "__new__", staticmethod(_noted_parameter)),
+    (Tensor, "_make_subclass", staticmethod(_noted_subclass)),
+    (Tensor, "as_subclass", _noted_view),
     (RecursiveScriptModule, "__init__", _noted_script),
     (FakeMode, "__enter__", _refused_fake_mode),
     (torch, "to_dlpack", _shared_by_dlpack),
@@ -151,12 +162,16 @@ class Patches:
         with self._lock:
             if self._users <= {id(self)}:
                 for (owner, name), (found, ours) in self._replaced.items():
-                    if vars(owner)[name] is ours:
+                    if vars(owner).get(name) is not ours:
+                        continue
+                    if found is _INHERITED:
+                        delattr(owner, name)
+                    else:
                         setattr(owner, name, found)
             self._users.discard(id(self))
 
     def _replace(self, owner: Any, name: str, ours: Any) -> None:
-        found = vars(owner)[name]
+        found = vars(owner).get(name, _INHERITED)
         if self._replaced.get((owner, name), (None, None))[1] is not found:
             self._replaced[owner, name] = found, ours
             setattr(owner, name, ours)

@@ -193,8 +193,10 @@ from lateinit._torch.surroundings import (
 )
 from lateinit._torch.swap import (
     as_subclass,
+    make_subclass,
     swap_implementation,
     swap_with_hooks,
+    view_as_subclass,
 )
 from lateinit._torch.wrappers import (
     FakeMode,
@@ -325,6 +327,7 @@ __all__ = [
     "load_state_dict_first",
     "load_with_counter",
     "local_part",
+    "make_subclass",
     "map_leaves",
     "map_tensors",
     "meant_by_device",
@@ -377,6 +380,7 @@ __all__ = [
     "to_meta",
     "turn",
     "unwrapped",
+    "view_as_subclass",
     "why_is_meta",
     "without_functions",
     "without_modes",

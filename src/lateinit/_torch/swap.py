@@ -17,6 +17,12 @@ from lateinit.errors import DeferredTensorError
 swap_implementation = torch._C._swap_tensor_impl
 """``swap_implementation(a, b)``: ``a`` gets the memory and metadata of ``b``, and conversely."""
 
+# torch's own, whatever stands in their place while a block runs.
+make_subclass = torch.Tensor._make_subclass
+"""``make_subclass(cls, data, requires_grad)``: a tensor of ``cls`` on the memory of ``data``."""
+view_as_subclass = torch.Tensor.as_subclass
+"""``view_as_subclass(tensor, cls)``: the same, in the graph of ``tensor``."""
+
 
 def swap(tensor: Tensor, real: Tensor) -> Tensor:
     """Give ``tensor`` the memory and values of ``real``, which must not be used afterwards.
@@ -53,7 +59,7 @@ def swap_with_hooks(tensor: Tensor, other: Tensor) -> None:
 
 def as_subclass(cls: type, data: Tensor, requires_grad: bool) -> Tensor:
     """A new tensor of class ``cls`` on the memory of ``data``; ``__init__`` is not called."""
-    made: Tensor = torch.Tensor._make_subclass(cls, data, requires_grad)
+    made: Tensor = make_subclass(cls, data, requires_grad)
     return made
 
 
