@@ -307,8 +307,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     # Setters of a real tensor: torch hears of them below Python.
     "data": lambda t: setattr(nn.Parameter(torch.zeros(3, 4)), "data", t),
     "grad": learning_rate,
-    # torch holds the tensor, or a wrapper of it, before any op is heard.
-    "grad at it": torch.func.grad(lambda y: (y * y * torch.ones(4)).sum()),
+    # torch holds the tensor before any op is heard.
     "trace": lambda t: torch.jit.trace(lambda x: x * t, torch.ones(3, 4)),
     "strict export": lambda t: torch.export.export(Scaled(t), (torch.ones(3, 4),), strict=True),
     # Of a storage.

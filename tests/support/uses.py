@@ -186,6 +186,18 @@ TRANSFORMS: dict[str, Any] = {
     "jvp": lambda t: torch.func.jvp(lambda y: y * y * t, (X,), (X + 1,)),
     "jacrev": lambda t: torch.func.jacrev(lambda y: (y * t).sum(0))(X),
     "hessian": lambda t: torch.func.hessian(lambda y: (y**3 * t).sum())(X),
+    "grad at it": torch.func.grad(lambda y: (y * y * X).sum()),
+    "grad beside it": lambda t: torch.func.grad(lambda y, t: (y * t).sum())(X, t=t),
+    "vjp at it": lambda t: torch.func.vjp(lambda y: y * y * X, t)[1](X),
+    "jvp at it": lambda t: torch.func.jvp(lambda y: y * y * X, (t,), (t,)),
+    "jacobians at it": lambda t: (
+        torch.func.jacrev(lambda y: (y * y * X).sum(0))(t),
+        torch.func.jacfwd(lambda y: (y * y * X).sum(0))(t),
+    ),
+    "hessian at it": torch.func.hessian(lambda y: (y**3 * X).sum()),
+    "linearized at it": lambda t: torch.func.linearize(lambda y: y * y * X, t)[1](X),
+    "functionalize at it": torch.func.functionalize(lambda y: (y * X).add_(1)),
+    "vmap of grad at it": torch.vmap(torch.func.grad(lambda y: (y * y * X[0]).sum())),
     "vmap of grad": lambda t: torch.vmap(torch.func.grad(lambda y: (y * y * t[0]).sum()))(X),
     "functionalize": lambda t: torch.func.functionalize(lambda y: (y * t).add_(1))(X),
     "functional_call": lambda t: torch.func.functional_call(Scaled(X), {"t": t}, (X,)),
@@ -208,6 +220,10 @@ def trained(t: Tensor) -> Any:
     return x.grad
 
 
+def at(t: Tensor) -> Any:
+    return torch.func.grad(lambda y: (y * y).sum())(t)
+
+
 def script(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
@@ -217,6 +233,7 @@ COMPILERS: dict[str, Any] = {
     "compiled argument": lambda t: compiled(lambda x, t: (x * t).relu() + 1, t),
     "compiled attribute": lambda t: compiled(Scaled(t, buffer=False)),
     "compiled buffer": lambda t: compiled(Scaled(t), backend="aot_eager"),
+    "compiled grad at it": lambda t: compiled(lambda x, t: at(t) * x, t),
     "compiled training": trained,
     "exported": lambda t: torch.export.export(Scaled(t), (X,), strict=False).module()(X),
     "exported attribute": lambda t: torch.export.export(

@@ -29,11 +29,9 @@ from lateinit._torch.modes import (
     is_any_autocast_enabled,
     is_deterministic,
     is_function_mode_in_force,
-    is_functorch_running,
     is_recording_alone,
     is_tracing,
     outside,
-    outside_functorch,
     put_autocast,
     put_determinism,
     put_dispatch_modes,
@@ -45,7 +43,6 @@ from lateinit._torch.modes import (
     set_grad_enabled,
     settings_kept,
     takes_default_device,
-    unwrapped,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -360,23 +357,6 @@ def test_a_tracer_of_fx_is_in_force_while_a_graph_is_made() -> None:
     assert not is_tracing()
 
 
-def test_within_a_transform_of_functorch_it_can_be_left() -> None:
-    """torch/_functorch/pyfunctorch.py: a factory called in ``grad`` makes a wrapped tensor."""
-    found: list[torch.Tensor] = []
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        with outside_functorch():
-            found.append(torch.ones(2) * 2)
-        found.append(torch.ones(2) * 2)
-        return (x * found[0]).sum()
-
-    assert torch.func.grad(loss)(torch.ones(2)).tolist() == [2, 2]
-    outside, inside = map(torch._C._functorch.is_functorch_wrapped_tensor, found)
-    assert (outside, inside) == (False, True)
-    with outside_functorch():
-        assert torch.ones(1) == 1
-
-
 def test_torch_compile_can_be_told_to_leave_a_call_alone() -> None:
     """torch/_dynamo/decorators.py: graph_break does nothing outside of a trace."""
     graph_break()
@@ -403,33 +383,6 @@ def test_torch_compile_can_be_told_to_leave_a_call_alone() -> None:
             torch.compile(broken, backend="eager", fullgraph=True)(torch.ones(1))
     assert result == 4
     assert heard == [True]
-
-
-def test_a_transform_of_torch_func_is_known_to_run_by_what_it_calls() -> None:
-    """torch/_functorch/pyfunctorch.py: the stack of interpreters, empty outside of transforms."""
-    seen: list[bool] = [is_functorch_running()]
-
-    def f(x: torch.Tensor) -> torch.Tensor:
-        seen.append(is_functorch_running())
-        return x.sum()
-
-    torch.vmap(f)(torch.ones(2, 3))
-    torch.func.grad(f)(torch.ones(3))
-    assert seen == [False, True, True]
-
-
-def test_transforms_of_torch_func_wrap_tensors_one_in_the_other() -> None:
-    """aten/src/ATen/functorch/TensorWrapper.h, BatchedTensorImpl.h: ``value`` of a wrapper."""
-    x, seen = torch.randn(2, 3), []
-
-    def noted(value: torch.Tensor) -> torch.Tensor:
-        seen.append(unwrapped(value))
-        return (value**2).sum()
-
-    torch.func.vmap(torch.func.grad(noted))(x)
-    assert seen[0] is not None
-    assert seen[0].data_ptr() == x.data_ptr()
-    assert unwrapped(x) is x
 
 
 def test_a_factory_is_given_the_device_of_the_block_around_it() -> None:

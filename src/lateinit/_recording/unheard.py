@@ -7,6 +7,7 @@
   tensors, and of those on ``meta`` none.
 - Scripting a module whose tensors are deferred: the scripted one holds their implementations, and
   whatever gives them values has to know of it.
+- ``torch.func.grad``, ``vjp`` and ``functionalize`` at a tensor: C++ wraps it in another first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lateinit._torch import (
     held_by_script,
     note_new_scripts,
     tell_of_script_saves,
+    tell_of_wrapped,
 )
 
 _GUARDED: Any = (Guarded, GuardedShard)
@@ -63,6 +65,11 @@ def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:
         one.put_back()
 
 
+def _before_wrap(tensor: Tensor) -> None:
+    if is_deferred_tensor(tensor) and not waits(tensor):
+        realize_now(tensor)
+
+
 class _Listening:
     """What has torch tell us; it can begin and end again and again."""
 
@@ -72,6 +79,7 @@ class _Listening:
         if self._hook is None:
             self._hook = register_optimizer_step_pre_hook(_before_step)
         tell_of_script_saves(_before_save)
+        tell_of_wrapped(_GUARDED, _before_wrap)
         note_new_scripts(on=True)
         return True
 
@@ -80,6 +88,7 @@ class _Listening:
             self._hook.remove()
             self._hook = None
         tell_of_script_saves(None)
+        tell_of_wrapped(_GUARDED, None)
         note_new_scripts(on=False)
 
 

@@ -87,11 +87,9 @@ from lateinit._torch.modes import (
     is_any_autocast_enabled,
     is_deterministic,
     is_function_mode_in_force,
-    is_functorch_running,
     is_recording_alone,
     is_tracing,
     outside,
-    outside_functorch,
     put_autocast,
     put_determinism,
     read_autocast,
@@ -101,7 +99,6 @@ from lateinit._torch.modes import (
     set_grad_enabled,
     settings_kept,
     takes_default_device,
-    unwrapped,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -197,6 +194,12 @@ from lateinit._torch.swap import (
     swap_implementation,
     swap_with_hooks,
     view_as_subclass,
+)
+from lateinit._torch.transforms import (
+    is_functorch_running,
+    outside_functorch,
+    tell_of_wrapped,
+    unwrapped,
 )
 from lateinit._torch.wrappers import (
     FakeMode,
@@ -374,6 +377,7 @@ __all__ = [
     "takes_default_device",
     "tell_of_new_dtensors",
     "tell_of_script_saves",
+    "tell_of_wrapped",
     "tensors_in",
     "to_copy",
     "to_dlpack",
