@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from typing import Any
@@ -16,11 +17,14 @@ from lateinit._torch.surroundings import (
     Noted,
     here,
     is_turn_taken,
+    let_full_collections_begin,
+    let_full_collections_wait,
     mend,
     noted,
     noted_modes,
     restoring,
     turn,
+    unhurried,
 )
 from tests.torch_contract.listeners import Functions, Operators
 
@@ -166,3 +170,33 @@ def test_a_thread_knows_whether_it_has_a_turn(monkeypatch: pytest.MonkeyPatch) -
         assert is_turn_taken()
     assert not is_turn_taken()
     assert seen == [False]
+
+
+def test_full_collections_wait_as_long_as_anybody_asks_for_it() -> None:
+    """Lib/gc: the third threshold; the younger generations are collected, and whatever is asked."""
+    before = gc.get_threshold()
+    let_full_collections_wait("first")
+    assert gc.get_threshold() == (*before[:2], surroundings._NEVER)
+    let_full_collections_wait("second")
+    let_full_collections_begin("first")
+    assert gc.get_threshold() != before
+    for _ in range(2):
+        let_full_collections_begin("second")
+        assert gc.get_threshold() == before
+
+
+def test_an_interrupted_call_does_not_keep_full_collections_waiting() -> None:
+    """Lib/gc: the thresholds are those of the process."""
+    before, seen = gc.get_threshold(), []
+
+    @restoring
+    @unhurried
+    def interrupted() -> None:
+        seen.append(gc.get_threshold())
+        let_full_collections_wait("interrupted")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen != [before]
+    assert gc.get_threshold() == before

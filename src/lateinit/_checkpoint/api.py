@@ -36,7 +36,7 @@ from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
 from lateinit._tensors import bound_in, cast_to
-from lateinit._torch import is_out_of_memory, outside, restoring
+from lateinit._torch import is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import DeferredTensorError, LateinitError, OutOfMemoryError
@@ -141,6 +141,7 @@ def save_checkpoint(
 
 
 @restoring
+@unhurried
 def load_checkpoint(
     module: nn.Module,
     path: str | os.PathLike[str],

@@ -40,6 +40,7 @@ from lateinit._torch import (
     replace_forward_pre_hook,
     restoring,
     settings_kept,
+    unhurried,
     without_modes,
 )
 from lateinit.errors import NeedsValuesError, ShapeError, UnreachedError, listing
@@ -50,6 +51,7 @@ _RULES = {layer._plain: layer._rules for layer in LAYERS}
 
 
 @restoring
+@unhurried
 def infer_shapes(
     module: nn.Module, /, *args: Any, strict: bool = True, real: bool = False, **kwargs: Any
 ) -> list[str]:

@@ -40,6 +40,7 @@ from lateinit._torch import (
     is_out_of_memory,
     name_of_class,
     restoring,
+    unhurried,
     without_modes,
 )
 from lateinit.errors import (
@@ -57,6 +58,7 @@ T = TypeVar("T")
 
 
 @restoring
+@unhurried
 def materialize(
     target: T,
     *,

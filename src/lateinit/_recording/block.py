@@ -47,6 +47,8 @@ from lateinit._torch import (
     here,
     is_frame_of,
     is_on_stack,
+    let_full_collections_begin,
+    let_full_collections_wait,
     mend,
     noted,
     outside,
@@ -206,6 +208,7 @@ class Recording:
     def begin(self) -> None:
         with one_thread:  # not while another thread drops ops
             self.writer.program.recording = True
+        let_full_collections_wait(self)
         self._patches.enter()
         self._modules.enter()
         here.writer = self.writer
@@ -236,6 +239,7 @@ class Recording:
         # After an error too: tensors that outlive a failed block must still refuse to be read.
         watch(self.writer.program)
         _guard_all(self.writer, self._modules)
+        let_full_collections_begin(self)
 
     def rest(self) -> None:
         """Let what nobody needs be dropped, now that all is recorded."""
