@@ -250,14 +250,11 @@ class Follower(RecordingMode):
 
     def _name(self, result: Any, source: Tensor) -> list[tuple[Tensor, Slot]]:
         """Name new deferred tensors, and return them with their slots."""
-        origin, named = slot_of(source), []
-        for leaf in flat(result):
-            slot = slot_of(leaf) if isinstance(leaf, Tensor) else None
-            if slot is not None and origin is not None:
-                slot.name = slot.name or origin.name
-                _note_origin(slot, origin)
-                named.append((leaf, slot))
-        return named
+        origin = slot_of(source)
+        slots = [(leaf, slot_of(leaf)) for leaf in flat(result) if isinstance(leaf, Tensor)]
+        return [
+            (t, named_after(s, origin)) for t, s in slots if s is not None and origin is not None
+        ]
 
     def _refuse_values(
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], *, among_meta: bool
@@ -297,11 +294,14 @@ class Follower(RecordingMode):
             )
 
 
-def _note_origin(slot: Slot, source: Slot) -> None:
+def named_after(slot: Slot, source: Slot) -> Slot:
+    """Name a storage made after the block as the one that it was made of, and return its slot."""
+    slot.name = slot.name or source.name
     program, number = slot.resolve()
     made, (_, origin) = program.storages[number], source.resolve()
     if made.followed and made.made_of is None and origin != number:
         made.made_of = program.origin(origin)
+    return slot
 
 
 def _is_recorded(source: Any = None) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import guard
+from lateinit._recording.guard import guard, watch_fully_shard
 from lateinit._recording.holes import Hole, close, hole_of, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
@@ -238,6 +238,7 @@ class Recording:
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
         watch(self.writer.program)
+        watch_fully_shard(self.writer.program)
         _guard_all(self.writer, self._modules)
         let_full_collections_begin(self)
 

@@ -46,9 +46,11 @@ from lateinit._recording.answers import (
 )
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
+from lateinit._recording.fsdp import shard_by_fsdp
 from lateinit._recording.recorder import in_force
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.unheard import watch
+from lateinit._recording.watched import Watched
 from lateinit._recording.writer import current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
@@ -97,6 +99,7 @@ from lateinit._torch import (
     restoring,
     set_eval_frame,
     set_functions_state,
+    tell_of_fsdp_parameters,
     tensors_in,
     why_is_meta,
     without_subclass_functions,
@@ -373,6 +376,7 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispat
         if deferred and (at_dispatch or not _is_for_values(func, tensors, deferred)):
             program = Deferred.of(deferred[0]).program
             watch_new_shards(program)
+            watch_fully_shard(program)
             follower = Follower(program, guard)
             if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
                 follower.meant = deferred[0]
@@ -554,6 +558,12 @@ def _rebuild(
     watch(slot.resolve()[0])
     return tensor
 
+
+watch_fully_shard = Watched(
+    partial(tell_of_fsdp_parameters, partial(shard_by_fsdp, guard)),
+    partial(tell_of_fsdp_parameters, None),
+).add
+"""Have FSDP2 shard the deferred parameters of a program at the speed of meta from now on."""
 
 # What Parameter.__new__ calls of data that is no plain tensor (torch/nn/parameter.py).
 _MAKING = (torch.Tensor.detach, torch.Tensor.requires_grad_)

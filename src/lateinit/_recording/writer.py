@@ -100,7 +100,7 @@ class ProgramWriter:
         self._ambient_key: tuple[Any, ...] = ()
         self.values = ValueReads(program)
         self.data = RealData(program)
-        self.shared = SharedMemory(self.values, self.data, self._overwrite)
+        self.shared = SharedMemory(self.values, self.data, self.copy)
 
     # -- tensors as windows --------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class ProgramWriter:
             made = [self.mirror(result, self.device_of(result)) for result in results]
             self._append(info, args, kwargs, tuple(made))
             for result, value in zip(results, made, strict=True):
-                self._overwrite(result, value)
+                self.copy(result, value)
 
     def refuse(self, tensor: Tensor, what: str) -> None:
         """Record that a tensor's values cannot be computed; materialising it raises."""
@@ -441,7 +441,8 @@ class ProgramWriter:
         self.adopt(tensor, device)
         return tensor
 
-    def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
+    def copy(self, tensor: Tensor, data: Tensor) -> None:
+        """Record ``tensor.copy_(data)``."""
         self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lateinit._program import NEVER, Program, needed_ops
 from lateinit._replay.execution import forget_executions, one_thread
 from lateinit._replay.streams import cost
-from lateinit._torch import is_turn_taken
+from lateinit._torch import is_turn_taken, noted
 
 
 def needed_for(program: Program, storages: Iterable[int]) -> set[int]:
@@ -75,14 +75,20 @@ class _Garbage:
         program = self._program()
         if program is None or program.merged_into is not None:
             return
+        before = noted()
+        try:
+            self._drop(program)
+        except BaseException as error:  # Python says it and goes on: the turn must not stay taken
+            before.restore(error.__traceback__)
+            raise
+
+    def _drop(self, program: Program) -> None:
         # The collector runs anywhere, in the middle of what this thread does too.
         if is_turn_taken() or not one_thread.acquire(blocking=False):
             _Garbage(program)
             return
-        try:
-            if program.recording:
-                _Garbage(program)
-            else:
-                drop_unneeded(program)
-        finally:
-            one_thread.release()
+        if program.recording:
+            _Garbage(program)
+        else:
+            drop_unneeded(program)
+        one_thread.release()

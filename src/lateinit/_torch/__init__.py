@@ -212,8 +212,10 @@ from lateinit._torch.wrappers import (
     is_dtensor,
     is_fake,
     is_wrapper,
+    kept_by_fsdp,
     local_part,
     rewrap,
+    tell_of_fsdp_parameters,
     tell_of_new_dtensors,
 )
 
@@ -329,6 +331,7 @@ __all__ = [
     "is_typed_storage_indexed",
     "is_wrapper",
     "is_zero_tensor",
+    "kept_by_fsdp",
     "kwargs_to_meta",
     "let_full_collections_begin",
     "let_full_collections_wait",
@@ -380,6 +383,7 @@ __all__ = [
     "swap_implementation",
     "swap_with_hooks",
     "takes_default_device",
+    "tell_of_fsdp_parameters",
     "tell_of_new_dtensors",
     "tell_of_script_saves",
     "tell_of_wrapped",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,70 @@ def tell_of_new_dtensors(listener: Callable[[Any], None] | None) -> bool:
     told._lateinit_original = initialise  # type: ignore[attr-defined]
     cls.__init__ = told
     return True
+
+
+class KeptByFsdp(NamedTuple):
+    """What FSDP2 keeps of a parameter on this rank.
+
+    Attributes:
+        memory: the flat padded memory, zeros beyond the shard.
+        shard: the ``DTensor`` that takes the place of the parameter.
+        local: the local part of it, on that memory.
+        dim: the dim that was cut.
+        start: where in that dim of the parameter the shard starts.
+        length: how long it is in that dim.
+    """
+
+    memory: Tensor
+    shard: Any
+    local: Tensor
+    dim: int
+    start: int
+    length: int
+
+
+_FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param"
+_KEPT = {"_sharded_param_data", "sharded_param", "padded_sharded_param_size"}
+
+
+def tell_of_fsdp_parameters(
+    listener: Callable[[Callable[[], None], Any, Tensor], None] | None,
+) -> bool:
+    """Have FSDP2 shard a parameter by ``listener(make, state, parameter)``; None ends that.
+
+    ``make`` does it, and fills in ``state``, from which ``kept_by_fsdp`` reads what came of it.
+
+    Returns:
+        Whether anyone has imported FSDP2 yet; else there is nothing to listen to.
+    """
+    module = sys.modules.get(_FSDP)
+    if module is None:
+        return False
+    cls = module.FSDPParam
+    if not cls.__annotations__.keys() >= _KEPT:  # another torch; it is slower, and as right
+        return True
+    initialise = getattr(cls.__init__, "_lateinit_original", cls.__init__)
+    if listener is None:
+        cls.__init__ = initialise
+        return True
+
+    @functools.wraps(initialise)
+    def told(self: Any, param: Tensor, *args: Any, **kwargs: Any) -> None:
+        listener(lambda: initialise(self, param, *args, **kwargs), self, param)
+
+    told._lateinit_original = initialise  # type: ignore[attr-defined]
+    cls.__init__ = told
+    return True
+
+
+def kept_by_fsdp(state: Any) -> KeptByFsdp:
+    """What FSDP2's own object for a parameter keeps (torch/.../_fully_shard/_fsdp_param.py)."""
+    shard, dim = state.sharded_param, state.fsdp_placement.dim
+    local = shard._local_tensor
+    # A mesh of replicas alone has no rank among shards.
+    rank = getattr(state.mesh_info, "shard_mesh_rank", 0)
+    start = rank * state.padded_sharded_param_size[dim]
+    return KeptByFsdp(state._sharded_param_data, shard, local, dim, start, local.size(dim))
 
 
 FakeMode = FakeTensorMode
