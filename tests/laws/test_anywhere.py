@@ -127,7 +127,7 @@ class Flattened(Wrapping):
 @pytest.mark.parametrize("cls", [Wrapping, Flattened])
 def test_what_a_wrapper_computes_in_a_block_is_recorded(cls: Any) -> None:
     def used(*, late: bool) -> Any:
-        made = table(lambda: (cls(torch.randn(3, 4)) * 2).add_(cls(torch.rand(4))), late=late)
+        made = table(lambda: (cls(torch.randn(3, 4)) * 2).add_(torch.rand(4)) + 1, late=late)
         received = torch.zeros(3, 4)
         received.add_(made)
         return seen([received, (made + torch.ones(4)).inner, made.inner])

@@ -75,9 +75,14 @@ class Recorder(RecordingMode):
     """Dispatch mode of a block: classifies each op, and treats it by its kind."""
 
     def leaves_to_class(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether an argument is of a class that may wrap other tensors, deferred ones too."""
+        """Whether an argument is of a class that may wrap other tensors, deferred ones too.
+
+        Together with deferred tensors one that says ``meta`` is refused, as is any tensor on meta.
+        """
         given = tensors_in(args, kwargs)
-        return any(has_own_dispatch(t) and slot_of(t) is None for t in given)
+        wrappers = [t for t in given if has_own_dispatch(t) and slot_of(t) is None]
+        refused = any(t.is_meta for t in wrappers) and any(map(is_deferred_tensor, given))
+        return bool(wrappers) and not refused
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op by its kind."""
