@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributions as dist
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import lateinit
 from lateinit._tensors import waits
@@ -19,7 +20,7 @@ from lateinit.errors import DeferredTensorError, SeedError
 from tests.support.building import deferred, eager, models
 from tests.support.keepers import PLACES, STYLES, Data, Keeping, Slotted, directions, forget
 from tests.support.keepers import X as KEPT
-from tests.support.makers import WAYS
+from tests.support.makers import WAYS, Labelled
 from tests.support.snapshots import assert_same, bits, leaves, tensors_of
 from tests.support.uses import USES, Scaled, seen
 
@@ -80,6 +81,58 @@ def test_a_tensor_is_used_as_eagerly_in_whatever_way_torch_made_it(way: str) -> 
             return seen([torch.ones(t.shape, dtype=t.dtype).add_(t) for t in tensors])
 
     assert written(late=True) == written(late=False)
+
+
+OF_A_CLASS: dict[str, Callable[[Tensor], Any]] = {
+    "view": lambda t: (t[1:], t.T, t.data, t.view(-1)),
+    "copy": lambda t: (t.clone(), t.detach(), t.double(), pickle.loads(pickle.dumps(t))),
+    "arithmetic": lambda t: (t + t, t * 2, t @ t.T, torch.exp(t)),
+    "write": lambda t: (t.mul_(2), t[0].zero_(), t),
+    "with data": lambda t: (t * KEPT[:3, :4], torch.ones(4) + t),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CLASS)
+def test_a_tensor_of_a_users_class_gives_others_of_it(name: str) -> None:
+    def used(*, late: bool) -> Any:
+        made = table(lambda: torch.randn(3, 4).as_subclass(Labelled), late=late)
+        return seen(OF_A_CLASS[name](made))
+
+    assert used(late=True) == used(late=False)
+
+
+class Wrapping(Tensor):
+    """A user's wrapper of another tensor, which answers ops by those of that one."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device="cpu")
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, lambda w: w.inner, (args, kwargs or {}))
+        return pytree.tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+class Flattened(Wrapping):
+    """The same by the protocol of wrappers."""
+
+    def __tensor_flatten__(self) -> Any:
+        return ["inner"], None
+
+
+@pytest.mark.parametrize("cls", [Wrapping, Flattened])
+def test_what_a_wrapper_computes_in_a_block_is_recorded(cls: Any) -> None:
+    def used(*, late: bool) -> Any:
+        made = table(lambda: (cls(torch.randn(3, 4)) * 2).add_(torch.rand(4)) + 1, late=late)
+        received = torch.zeros(3, 4)
+        received.add_(made)
+        return seen([received, (made + torch.ones(4)).inner, made.inner])
+
+    assert used(late=True) == used(late=False)
 
 
 # -- where it is kept -----------------------------------------------------------------------------

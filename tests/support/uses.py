@@ -175,7 +175,29 @@ AUTOGRAD: dict[str, Any] = {
         (t * (n := torch.tensor(2.0, requires_grad=True))).sum(), n
     ),
 }
+
+
+def through_a_view(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """What a view gives that was taken before the tensor was used."""
+
+    def use(t: Tensor) -> Any:
+        view = t[1:]
+        return t * X, f(view), view
+
+    return use
+
+
 TRANSFORMS: dict[str, Any] = {
+    "grad with a view": through_a_view(
+        lambda v: torch.func.grad(lambda y: (y * v).square().sum())(X[1:])
+    ),
+    "vmap with a view": through_a_view(lambda v: torch.vmap(lambda row: row * v[0])(X)),
+    "jvp with a view": through_a_view(
+        lambda v: torch.func.jvp(lambda y: y * v, (X[1:],), (X[1:],))
+    ),
+    "functionalize with a view": through_a_view(
+        lambda v: torch.func.functionalize(lambda y: (y * v).add_(1))(X[1:])
+    ),
     "vmap over data": lambda t: torch.vmap(lambda row: row * t[0])(X),
     "vmap over it": torch.vmap(lambda row: row * X[0]),
     "vmap over both": lambda t: torch.vmap(torch.dot)(t, X),
@@ -568,6 +590,16 @@ FUNCTIONS: dict[str, Any] = {
     "foreach": lambda t: torch._foreach_mul([X, X], [t, t]),
     "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8).dequantize(),
     "sparse": lambda t: (t.to_sparse() * 2).to_dense() * X,
+    "values of a sparse one": lambda t: torch.sparse_coo_tensor(
+        torch.tensor([[0, 1, 2, 0], [1, 0, 3, 2]]), t[0], (3, 4)
+    ).to_dense(),
+    "places of a sparse one": lambda t: torch.sparse_coo_tensor(
+        places(t)[:2], X[0], (3, 3)
+    ).to_dense(),
+    "values of a compressed one": lambda t: torch.sparse_csr_tensor(
+        torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0, 1]), t[1], (2, 2)
+    ).to_dense(),
+    "nested": lambda t: torch.nested.nested_tensor([t.detach()[0], X[1, :2]]).to_padded_tensor(0),
 }
 DRAWS: dict[str, Any] = {
     "normal around": lambda t: (torch.normal(t, 1.0), torch.normal(t, t.abs())),

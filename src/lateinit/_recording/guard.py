@@ -395,9 +395,11 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispat
     if failed is None or not at_dispatch:
         return run(*args, **kwargs)
     try:
+        # The device was taken from one of them, as by torch.sparse_coo_tensor.
+        args, kwargs = as_meant(args, kwargs, deferred[0].device)
         return run(*args, **kwargs)
     except RuntimeError as again:
-        # The op was chosen for meta, as by torch.sparse_coo_tensor; its next call is right.
+        # The op was chosen for meta; its next call is right.
         raise failed from again
 
 
@@ -440,10 +442,15 @@ def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> 
     """Whether a call among real tensors, or one with a graph, needs values.
 
     It is not tried without them: a graph or a wrapper of ``torch.func`` would keep tensors on meta,
-    and those that the failed call has saved are counted (torch/utils/checkpoint.py).
+    and those that the failed call has saved are counted (torch/utils/checkpoint.py). Nor is a call
+    of a user's class, which hears of functions itself and says of which class their results are.
     """
     meta = [t for t in tensors if t.is_meta]
-    if func in _NO_VALUES or len(meta) > len(deferred) or any(map(is_of_waiting, deferred)):
+    if len(meta) > len(deferred) or any(map(is_of_waiting, deferred)):
+        return False
+    if not all(original_class(t) in PLAIN_CLASSES for t in deferred):
+        return True
+    if func in _NO_VALUES:
         return False
     real = [t for t in tensors if not t.is_meta]
     if any(map(is_fake, real)):
@@ -550,6 +557,8 @@ def _rebuild(
     tensor = slot.window(ref)
     if issubclass(cls, nn.Parameter):
         tensor = cls(tensor, requires_grad)
+    elif cls is not torch.Tensor:
+        tensor = as_subclass(cls, tensor, requires_grad)
     else:
         tensor.requires_grad_(requires_grad)
     tensor.__dict__.update(state)

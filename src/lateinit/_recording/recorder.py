@@ -28,6 +28,7 @@ from lateinit._torch import (
     OpInfo,
     OpOverload,
     flat,
+    has_own_dispatch,
     here,
     is_wrapper,
     map_tensors,
@@ -52,12 +53,18 @@ class RecordingMode(DispatchMode):
     ) -> Any:
         if self.ended:  # an interrupt has left it on a stack
             return func(*args, **(kwargs or {}))
+        if types and self.leaves_to_class(args, kwargs or {}):
+            return NotImplemented
         writer = self.writer
         busy, writer.busy = writer.busy, True
         try:
             return self.dispatch(op_info(func), args, kwargs or {})
         finally:
             writer.busy = busy
+
+    def leaves_to_class(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether torch is to ask the class of an argument first; what that calls comes here."""
+        return False
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op."""
@@ -66,6 +73,16 @@ class RecordingMode(DispatchMode):
 
 class Recorder(RecordingMode):
     """Dispatch mode of a block: classifies each op, and treats it by its kind."""
+
+    def leaves_to_class(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether an argument is of a class that may wrap other tensors, deferred ones too.
+
+        Together with deferred tensors one that says ``meta`` is refused, as is any tensor on meta.
+        """
+        given = tensors_in(args, kwargs)
+        wrappers = [t for t in given if has_own_dispatch(t) and slot_of(t) is None]
+        refused = any(t.is_meta for t in wrappers) and any(map(is_deferred_tensor, given))
+        return bool(wrappers) and not refused
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op by its kind."""

@@ -184,7 +184,7 @@ def share_real_storage(tensor: Tensor) -> None:
     """Realise a deferred tensor if its storage was materialised through another tensor."""
     slot = slot_of(tensor)
     if slot is not None and slot.real is not None:
-        with without_modes():
+        with outside_functorch(), without_modes():
             SharedStorage(slot, [Deferred.of(tensor)]).share()
 
 
