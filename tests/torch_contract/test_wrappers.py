@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -22,14 +24,16 @@ from lateinit._torch.wrappers import (
     is_dtensor,
     is_fake,
     is_wrapper,
+    kept_by_fsdp,
     local_part,
     rewrap,
+    tell_of_fsdp_parameters,
     tell_of_new_dtensors,
 )
 from tests.sharding.alone import alone_as
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture
@@ -136,6 +140,41 @@ def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.Monke
     assert DTensor.__init__ is constructor
     monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
     assert not tell_of_new_dtensors(made.append)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_fsdp_keeps_one_chunk_of_a_parameter_in_padded_memory(rows: int, dim: int) -> None:
+    """torch/distributed/fsdp/_fully_shard/_fsdp_param.py: FSDPParam._init_sharded_param."""
+    weight, states, constructor = torch.randn(rows, 3), [], FSDPParam.__init__
+
+    def told(make: Callable[[], None], state: object, parameter: torch.Tensor) -> None:
+        assert parameter.equal(weight)
+        make()
+        states.append(state)
+
+    for rank in range(3):
+        with alone_as(rank, 3):
+            layer = nn.Linear(3, rows, bias=False)
+            layer.weight = nn.Parameter(weight.clone())
+            assert tell_of_fsdp_parameters(told)
+            mesh = init_device_mesh("cpu", (3,))
+            fully_shard(layer, mesh=mesh, shard_placement_fn=lambda _: Shard(dim))
+            assert tell_of_fsdp_parameters(None)
+            assert FSDPParam.__init__ is constructor
+            kept = kept_by_fsdp(states[rank])
+            assert kept.shard is layer.weight
+            assert kept.dim == dim
+            assert (
+                kept.memory.untyped_storage().data_ptr() == kept.local.untyped_storage().data_ptr()
+            )
+            if kept.length:
+                expected = weight.narrow(dim, kept.start, kept.length)
+                assert kept.local.equal(expected)
+            assert kept.memory[kept.local.numel() :].eq(0).all()
+            assert kept.local.size(dim) == kept.length
+            padded = weight.chunk(3, dim)[0].numel()
+            assert len(kept.memory) == padded
 
 
 def test_a_fake_mode_is_entered_by_its_method() -> None:
