@@ -209,6 +209,7 @@ class Recording:
         with one_thread:  # not while another thread drops ops
             self.writer.program.recording = True
         let_full_collections_wait(self)
+        watch(self.writer.program)
         self._patches.enter()
         self._modules.enter()
         here.writer = self.writer
@@ -237,7 +238,6 @@ class Recording:
         self._modules.leave()
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
-        watch(self.writer.program)
         watch_fully_shard(self.writer.program)
         _guard_all(self.writer, self._modules)
         let_full_collections_begin(self)

@@ -7,7 +7,10 @@
   tensors, and of those on ``meta`` none.
 - Scripting a module whose tensors are deferred: the scripted one holds their implementations, and
   whatever gives them values has to know of it.
-- ``torch.func.grad``, ``vjp`` and ``functionalize`` at a tensor: C++ wraps it in another first.
+- Calls of C++ that ask no class of a tensor: ``torch.func.grad`` and ``functionalize`` at it, which
+  wrap it in another first, and ``to_dlpack``.
+
+What happens in a block is recorded, and its replacements come before these.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lateinit._recording.after_block import is_real, needs_values
 from lateinit._recording.watched import Watched
+from lateinit._recording.writer import current
 from lateinit._tensors import Guarded, GuardedShard, is_deferred_tensor, realize_now, waits
 from lateinit._torch import (
+    WRAPS,
     constants_of_script,
     held_by_script,
     note_new_scripts,
     tell_of_script_saves,
-    tell_of_wrapped,
+    tell_of_unheard_calls,
 )
 
 _GUARDED: Any = (Guarded, GuardedShard)
@@ -33,6 +38,8 @@ _GUARDED: Any = (Guarded, GuardedShard)
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Realise the state that belongs to real parameters: no other is stepped over."""
+    if current() is not None:
+        return
     for parameter, state in optimizer.state.items():
         late = _deferred(state)
         if late and isinstance(parameter, Tensor) and is_real(parameter):
@@ -51,6 +58,8 @@ def _deferred(state: Any) -> list[Tensor]:
 
 
 def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:
+    if current() is not None:
+        return
     scripts = list(module.modules())
     held = held_by_script(scripts)
     late = [t for one in held for t in one.tensors() if is_deferred_tensor(t)]
@@ -65,9 +74,13 @@ def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:
         one.put_back()
 
 
-def _before_wrap(tensor: Tensor) -> None:
-    if is_deferred_tensor(tensor) and not waits(tensor):
+def _before_call(name: str, tensor: Any) -> None:
+    if current() is not None or is_real(tensor):
+        return
+    if not waits(tensor):
         realize_now(tensor)
+    elif name not in WRAPS:  # what a transform does with a parameter is recorded
+        raise needs_values(name, tensor)
 
 
 class _Listening:
@@ -76,11 +89,12 @@ class _Listening:
     _hook: Any = None
 
     def begin(self) -> bool:
+        # Not twice: a block may have put its own replacements in place of these by now.
         if self._hook is None:
+            tell_of_script_saves(_before_save)
+            tell_of_unheard_calls(_GUARDED, _before_call)
+            note_new_scripts(on=True)
             self._hook = register_optimizer_step_pre_hook(_before_step)
-        tell_of_script_saves(_before_save)
-        tell_of_wrapped(_GUARDED, _before_wrap)
-        note_new_scripts(on=True)
         return True
 
     def end(self) -> None:
@@ -88,10 +102,13 @@ class _Listening:
             self._hook.remove()
             self._hook = None
         tell_of_script_saves(None)
-        tell_of_wrapped(_GUARDED, None)
+        tell_of_unheard_calls(_GUARDED, None)
         note_new_scripts(on=False)
 
 
 _listening = _Listening()
 watch = Watched(_listening.begin, _listening.end).add
-"""Hear of these for as long as tensors of a program may be deferred."""
+"""Hear of these for as long as tensors of a program may be deferred.
+
+Called before the first block of a program has its replacements in place.
+"""
