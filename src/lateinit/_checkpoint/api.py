@@ -194,8 +194,8 @@ def load_checkpoint(
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
             corrupt, outside its folder, or a pickle that could run code. Nothing has changed.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
-        ShardingError: a tensor is sharded so that its local part is no block of the whole: load
-            before sharding.
+        ShardingError: it is not known which part of a tensor its local part is: load before
+            sharding.
         ConstantChangedError: real data has changed since the construction read it, and a tensor
             that the checkpoint lacks is computed from it. Nothing has changed.
         CheckpointError: a hook fails, or needs values that do not exist; then nothing has changed.

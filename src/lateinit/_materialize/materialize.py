@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lateinit._distributed import agree, reads_nothing
+from lateinit._distributed import agree, reads_nothing, refuse_sums
 from lateinit._materialize.scheduler import execute
 from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
@@ -298,12 +298,7 @@ def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
     shards = [deferred for deferred in group.tensors() if is_dtensor(deferred.tensor)]
     if not shards:
         return
-    partial = [shard.name for shard in shards if _is_partial(shard.tensor)]
-    if partial:
-        raise ShardingError(
-            f"{listing(partial)}: a Partial placement holds terms of a sum, not parts of a tensor, "
-            "so it has no initial values of its own: use Shard or Replicate"
-        )
+    refuse_sums({shard.name: shard.tensor for shard in shards})
     empty = [s.name for s in shards if reads_nothing(group.program, s.ref.storage)]
     if empty:
         raise ShardingError(
@@ -312,10 +307,6 @@ def _check_shards(group: Wanted, seed: int | None, *, ask: bool) -> None:
         )
     if ask:
         agree({shard.name: shard.tensor for shard in shards}, group.program, seed)
-
-
-def _is_partial(tensor: Any) -> bool:
-    return any(placement.is_partial() for placement in tensor.placements)
 
 
 def check_shared(group: Wanted, cast: Cast) -> None:

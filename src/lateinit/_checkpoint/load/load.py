@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
-from lateinit._distributed import place_of
+from lateinit._distributed import parts_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
 from lateinit._materialize import check_constants, check_holes, check_shared, plan_of
 from lateinit._materialize.materialize import materialize
@@ -29,7 +30,7 @@ from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
 from lateinit._replay import execution_of
-from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
+from lateinit._tensors import Cast, Found, Wanted, held, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, RecordingError, UninitializedError, listing
@@ -126,9 +127,10 @@ def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> Loa
     reader = open_checkpoint(path)
     names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
-    for found in names.distinct:
-        if is_dtensor(found.tensor):
-            place_of(found.tensor)  # raises for a shard that is no block of its tensor
+    shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
+    refuse_sums(shards)
+    for name, shard in shards.items():
+        parts_of(shard, name)  # raises if it is not known where it lies
     for group in groups:
         check_shared(group, cast)
     reader = translated(module, reader, state)
@@ -210,7 +212,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     placer = Placer(plan.groups, plan.cast)
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
-    def put(target: Tensor, name: str, *block: tuple[int, ...]) -> None:
+    def put(target: Tensor, name: str, values: Callable[[], Tensor]) -> None:
         # A hook of its module may have left it so.
         if is_lazy(target):
             raise UninitializedError(f"{name} {NOT_ADOPTED}")
@@ -218,7 +220,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
         # tensor before the same data is read again.
         once = uses[name] == 1 and name not in plan.rehearsal.revealed
         take = plan.rehearsal.plain or (once and name not in reader.shared)
-        placer.put(target, reader.read(name, *block), take=take)
+        placer.put(target, values(), take=take)
         bar.advance(reader.entries[name].nbytes)
 
     if not plan.rehearsal.plain:
@@ -227,7 +229,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     # `load_state_dict` would do nothing but these copies.
     for number, (target, name) in enumerate(copies):
         if isinstance(name, str) and number not in plan.fitting.repeated:
-            put(target, name)
+            put(target, name, partial(reader.read, name))
 
 
 def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None:
@@ -241,14 +243,15 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         copies += 1
         stands.reveal(target)
         name = stands.source(source)
-        whole = (0,) * source.dim(), tuple(source.shape)
-        place = place_of(target) if is_dtensor(target) and not is_dtensor(source) else whole
         if name is None:
             stands.reveal(source)
             placer.reveal(source)
-            placer.put(target, block_of(source, *place), take=False)
+        read = partial(block_of, source) if name is None else partial(reader.read, name)
+        values = partial(_values_for, target, source, read, plan.names)
+        if name is None:
+            placer.put(target, values(), take=False)
         else:
-            put(target, name, *place)
+            put(target, name, values)
 
     loading = Loading(stands, placer, on_copy)
     try:
@@ -270,6 +273,28 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
             "rehearsal, as its hooks keep something outside of it; it has changed by now: build it "
             "anew, materialise it, and give it the state dict by load_state_dict()"
         )
+
+
+def _values_for(
+    target: Tensor, source: Tensor, read: Callable[..., Tensor], names: TensorNames
+) -> Tensor:
+    """What a tensor takes of a source: all of it, or what a rank holds if it is a shard.
+
+    Args:
+        target: the tensor.
+        source: the source, or a stand-in for it.
+        read: reads a block of the source: where it starts, and its shape.
+        names: the tensors of the module, for messages.
+    """
+    if not is_dtensor(target) or is_dtensor(source):
+        return read((0,) * source.dim(), tuple(source.shape))
+    parts = parts_of(target, next(iter(names.of(target)), "a shard"))
+    if len(parts) == 1:
+        return read(*parts[0].full)
+    joined = torch.empty(held(target).shape, dtype=source.dtype, device="cpu")
+    for part in parts:
+        block_of(joined, *part.local).copy_(read(*part.full))
+    return joined
 
 
 def _left(group: Wanted, loaded: set[str]) -> Iterator[int]:
