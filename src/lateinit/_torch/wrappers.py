@@ -116,10 +116,8 @@ def indices_of_part(placement: Any, length: int, parts: int, part: int) -> Seque
         parts: into how many parts, the size of the axis.
         part: which of them.
     """
-    # Whoever made the placement has imported this, which takes long.
-    from torch.distributed.tensor import Shard  # noqa: PLC0415
-
-    if type(placement) is Shard:  # documented: as torch.chunk does it
+    # Whoever made the placement has imported its class. As torch.chunk cuts: so it is documented.
+    if type(placement) is sys.modules["torch.distributed.tensor"].Shard:
         chunk = -(-length // parts)
         return range(min(length, part * chunk), min(length, (part + 1) * chunk))
     # `_StridedShard`, whose uneven parts differ between torch versions, is asked itself.

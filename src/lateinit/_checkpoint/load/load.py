@@ -22,10 +22,9 @@ from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
-from lateinit._distributed import parts_of, refuse_sums
+from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
-from lateinit._materialize import check_constants, check_holes, check_shared, plan_of
-from lateinit._materialize.materialize import materialize
+from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
@@ -89,6 +88,7 @@ class LoadPlan:
             ``load_state_dict`` runs once more, and its hooks with it.
         fitting: which names have their values from the checkpoint.
         rest: the plans that compute what the checkpoint lacks.
+        files: the checkpoint's files, in words that tell them from others.
     """
 
     module: nn.Module
@@ -100,6 +100,7 @@ class LoadPlan:
     rehearsal: Rehearsal
     fitting: Fit
     rest: tuple[Plan, ...]
+    files: str
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +126,7 @@ def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> Loa
     The module is left as it was.
     """
     reader = open_checkpoint(path)
+    files = reader.described()
     names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
@@ -150,7 +152,7 @@ def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> Loa
             group, plan, session, {n for program, n, _ in filled if program is plan.program}
         )
     _check_drawn(sized, filled, loaded)
-    return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest)
+    return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest, files)
 
 
 def _check_drawn(
@@ -176,9 +178,33 @@ def _check_drawn(
             raise RecordingError(f"{listing(drawn)!r}: {error}") from None
 
 
-def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
+def load_into(
+    module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool, check: bool
+) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
-    plan = plan_load(module, path, cast, strict=strict)
+    ranks = ranks_of(module, "load_checkpoint()", ask=check)
+    with ranks.together("planning") as phase:
+        plan = plan_load(module, path, cast, strict=strict)
+        if ranks:
+            phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
+    with ranks.together("loading"):
+        return _load(plan, path, progress=progress)
+
+
+def _shards_left(plan: LoadPlan) -> dict[Program, dict[str, Tensor]]:
+    """The shards that the checkpoint lacks, by name, for each program that has some."""
+    found: dict[Program, dict[str, Tensor]] = {}
+    for group, rest in zip(plan.groups, plan.rest, strict=True):
+        computed = {number for step in rest.steps for number in step.gives}
+        for deferred in group.tensors():
+            if is_dtensor(deferred.tensor) and deferred.ref.storage in computed:
+                found.setdefault(group.program, {})[deferred.name] = deferred.tensor
+    return found
+
+
+def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
+    """Do what a plan says, on this rank."""
+    module, cast = plan.module, plan.cast
     names, computed = plan.names, _computed(plan.names, plan.fitting)
     with Progress("load", plan.nbytes, shown=progress) as bar:
         _run(plan, bar)
@@ -189,7 +215,7 @@ def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progre
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
-    materialize(left, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
+    Filling(left, _is_known, cast).run(progress=progress)
     return _report(names, path, plan.reader, plan.fitting, computed)
 
 
