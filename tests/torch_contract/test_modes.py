@@ -16,7 +16,7 @@ from lateinit._torch.modes import (
     DispatchMode,
     FunctionMode,
     are_functions_disabled,
-    autocast_of,
+    autocast_in_force,
     below_python,
     default_device_in_force,
     dispatch_modes,
@@ -34,7 +34,6 @@ from lateinit._torch.modes import (
     is_tracing,
     outside,
     outside_functorch,
-    put_autocast,
     put_determinism,
     put_dispatch_modes,
     put_function_modes,
@@ -325,10 +324,8 @@ def test_autocast_can_be_set_without_counting_its_depth(chosen: Any) -> None:
     assert len(before[0]) == len(AUTOCAST_DEVICES)
     product = torch.ones(2, 2) @ torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        outer = read_autocast()
-        put_autocast(autocast_of(chosen))
-        made = torch.ones(2, 2) @ torch.ones(2, 2)
-        put_autocast(outer)
+        with autocast_in_force(chosen):
+            made = torch.ones(2, 2) @ torch.ones(2, 2)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
     assert made.dtype is (chosen[1] if chosen else product.dtype)
     assert read_autocast() == before

@@ -3,30 +3,37 @@
 Torch decomposes these above the dispatcher, in a way that depends on the device of the tensors:
 attention into a fused kernel or into matrix products, a recurrent layer into one kernel for the
 sequence or one for each step, singular values with or without their vectors. The results differ in
-their last bits. So the decomposition on ``meta`` is recorded as usual, for its shapes and graph,
-and then an op ``lateinit::whole`` overwrites its results. Replaying that op calls the function
-itself, with the ``requires_grad`` flags of the original call, since these select kernels too.
+their layout and their last bits, and so do gradients. So the decomposition on ``meta`` is recorded
+for its shapes alone, and then an op ``lateinit::whole``, which has an op for its gradients.
+Replaying them calls the function itself, with the ``requires_grad`` flags of the original call,
+since these select kernels too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lateinit._recording.conversions import computed
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
+    Args,
+    Kwargs,
     OpTraits,
     attention_without_fused_kernel,
+    autocast_in_force,
     by_name,
     flat,
     is_any_autocast_enabled,
     is_function_mode_in_force,
+    map_tensors,
     overload_for,
     register,
     tensors_in,
@@ -35,37 +42,103 @@ from lateinit._torch import (
 
 Handler = Callable[..., Any]
 Policy = Literal["same", "leave", "refuse"]
+Autocast = tuple[str, torch.dtype] | None
 
 
-def _run(name: str, graph: bool, requiring: Any, args: Any, /, **kwargs: Any) -> Any:
+def _run(
+    name: str, graph: bool, autocast: Autocast, requiring: Any, args: Any, /, **kwargs: Any
+) -> Any:
     """Replay a composite function.
 
     Args:
         name: the op, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
         graph: whether gradients were enabled when it was recorded.
+        autocast: the device type and dtype of the autocast that was in force for it.
         requiring: the ``requires_grad`` flag of each tensor among the arguments, in order.
         args: its positional arguments.
         **kwargs: its keyword arguments.
     """
-    flags = iter(requiring)
-    given = [_requiring(value, flags) for value in args]
-    named = {key: _requiring(value, flags) for key, value in kwargs.items()}
-    with torch.set_grad_enabled(graph):
-        results = flat(_callable(name)(*given, **named))
-    return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in results]
+    given, named = _requiring((args, kwargs), iter(requiring))
+    return [leaf.detach() for leaf in _called(name, graph, autocast, given, named)]
+
+
+def _run_backward(grads: Any, name: str, *call: Any, **kwargs: Any) -> Any:
+    """Replay the gradients of a composite function.
+
+    Args:
+        grads: those of its results, None where there is none.
+        name: as in ``_run``, like all that follows.
+        *call: the other positional arguments.
+        **kwargs: the keyword arguments.
+    """
+    graph, autocast, requiring, args = call
+    given, named = _requiring((args, kwargs), iter(requiring))
+    found = _called(name, graph, autocast, given, named)
+    wanted = [tensor for tensor in tensors_in(given, named) if tensor.requires_grad]
+    used = [grad is not None for grad in grads]
+    found, grads = (list(itertools.compress(leaves, used)) for leaves in (found, grads))
+    return list(torch.autograd.grad(found, wanted, grads))
+
+
+def _called(name: str, graph: bool, autocast: Autocast, args: Any, kwargs: Any) -> list[Tensor]:
+    with torch.set_grad_enabled(graph), autocast_in_force(autocast):
+        return tensors_in(flat(_callable(name)(*args, **kwargs)), {})
 
 
 def _callable(name: str) -> Handler:
     return _IN_PYTHON.get(name) or _UNANSWERED.get(name) or by_name(name).func
 
 
-def _requiring(value: Any, flags: Iterator[bool]) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_(next(flags))
-    return [_requiring(item, flags) for item in value] if isinstance(value, list) else value
+def _requiring(arguments: Any, flags: Iterator[bool]) -> Any:
+    return map_tensors(arguments, lambda tensor: tensor.detach().requires_grad_(next(flags)))
 
 
-_OP = register("lateinit::whole", _run, OpTraits())
+_LIKE_KERNEL = OpTraits(layout="asked if permuted")
+_OP = register("lateinit::whole", _run, _LIKE_KERNEL)
+_BACKWARD = register("lateinit::whole_backward", _run_backward, _LIKE_KERNEL)
+
+
+class _Call(NamedTuple):
+    """A call of a composite function; ``options`` are the first four arguments of ``_run``."""
+
+    writer: ProgramWriter
+    options: tuple[Any, ...]
+    args: Args
+    kwargs: Kwargs
+    shapes: list[Tensor]
+
+    def forward(self) -> list[Tensor]:
+        """Record the function; its results have the shapes that the decomposition has."""
+        called = (*self.options, self.args)
+        return self.writer.record_laid_out(_OP, called, self.kwargs, self.shapes)
+
+    def backward(self, tensors: Iterable[Tensor], grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """Record the gradients of the arguments that require some."""
+        saved = iter(tensors)
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda _: next(saved))
+        given = tensors_in(args, kwargs)
+        shapes = [t for t, required in zip(given, self.options[-1], strict=True) if required]
+        called = (grads, *self.options, args)
+        return self.writer.record_laid_out(_BACKWARD, called, kwargs, shapes)
+
+
+class _Whole(torch.autograd.Function):
+    """A composite function in a graph: its gradients are those that replay finds."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        with without_modes():
+            return tuple(call.forward())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        with without_modes():
+            found = iter(ctx.call.backward(ctx.saved_tensors, grads))
+        return None, *(next(found) if required else None for required in ctx.call.options[-1])
 
 
 def _whole(name: str, dropout: Policy = "leave") -> Handler:
@@ -73,7 +146,7 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
 
     Args:
         name: an op of ATen, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
-        dropout: the policy if the call recorded a draw. "same": override the results as usual.
+        dropout: the policy if the call recorded a draw. "same": record it as usual.
             "leave": keep the decomposition, which eager construction uses too when it drops out.
             "refuse": materialising raises, since eager construction uses a third way.
     """
@@ -87,22 +160,19 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
         if dropout == "same" or writer.program.draws() == drawn:
             python = name in _IN_PYTHON or name in _UNANSWERED
             op = name if python else overload_for(name, args, kwargs).name
-            results = [leaf for leaf in flat(result) if isinstance(leaf, Tensor)]
             requiring = tuple(tensor.requires_grad for tensor in given)
-            called = (op, torch.is_grad_enabled(), requiring, args)
-            writer.autocast = _autocast_of(writer, given)
-            try:
-                writer.override(_OP, called, kwargs, results)
-            finally:
-                writer.autocast = None
-        elif dropout == "refuse":
+            options = op, torch.is_grad_enabled(), _autocast_of(writer, given), requiring
+            shapes = [leaf.detach() for leaf in flat(result)]
+            made = _Whole.apply(_Call(writer, options, args, kwargs, shapes), *given)  # type: ignore[no-untyped-call]
+            return made[0] if isinstance(result, Tensor) else type(result)(made)
+        if dropout == "refuse":
             _refuse(writer, result, f"{name} with dropout")
         return result
 
     return handler
 
 
-def _autocast_of(writer: ProgramWriter, given: list[Tensor]) -> tuple[str, torch.dtype] | None:
+def _autocast_of(writer: ProgramWriter, given: list[Tensor]) -> Autocast:
     """The autocast under which a composite function has to be replayed."""
     kind = next(writer.device_of(t).type for t in given if is_deferred_tensor(t))
     on = is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
@@ -174,6 +244,19 @@ def _multi_head(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
     return result
 
 
+def _mish(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``functional.mish``, of which only the gradient is another one on ``meta``."""
+    tensor, inplace = _of_mish(*args, **kwargs)
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return func(*args, **kwargs)
+    made = _whole("aten::mish")(writer, functional.mish, (tensor,), {})
+    return tensor.copy_(made) if inplace else made
+
+
+def _of_mish(input: Tensor, inplace: bool = False) -> tuple[Tensor, bool]:  # noqa: A002
+    return input, inplace
+
+
 def _refuse(writer: ProgramWriter, result: Any, what: str) -> None:
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
@@ -196,13 +279,17 @@ _UNANSWERED: dict[str, Handler] = {
 # Called with function modes off, by:
 _UNHEARD = (
     (functional, "scaled_dot_product_attention"),  # multi_head_attention_forward
+    (torch, "group_norm"),  # functional.group_norm
     (torch, "max_pool1d"),  # functional.max_pool1d
     (torch.linalg, "matrix_norm"),  # torch.norm
 )
 HANDLERS: dict[Any, Handler] = {
     functional.multi_head_attention_forward: _multi_head,
     functional.scaled_dot_product_attention: _whole("aten::scaled_dot_product_attention"),
+    functional.mish: _mish,
+    torch.group_norm: _whole("aten::group_norm"),
     torch.max_pool1d: _whole("aten::max_pool1d"),
+    torch.native_channel_shuffle: _whole("aten::native_channel_shuffle"),
     # Its schema does not say that it draws nothing, so it counts as drawing.
     **{function: _whole(name, dropout="same") for name, function in _IN_PYTHON.items()},
     **{

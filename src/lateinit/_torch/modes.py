@@ -281,12 +281,18 @@ def put_autocast(state: Autocast) -> None:
     torch.set_autocast_cache_enabled(state[1])
 
 
-def autocast_of(chosen: tuple[str, torch.dtype] | None) -> Autocast:
-    """The state in which autocast is on for one device type, or off. Nothing is cached."""
-    each = read_autocast()[0]
+@contextlib.contextmanager
+def autocast_in_force(chosen: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    """Run a block with autocast on for one device type, or off. Nothing is cached."""
+    before = read_autocast()
     on, dtype = chosen or ("", torch.bfloat16)
-    found = zip(AUTOCAST_DEVICES, each, strict=True)
-    return tuple((d == on, dtype if d == on else known) for d, (_, known) in found), False
+    found = zip(AUTOCAST_DEVICES, before[0], strict=True)
+    each = tuple((d == on, dtype if d == on else known) for d, (_, known) in found)
+    try:
+        put_autocast((each, False))
+        yield
+    finally:
+        put_autocast(before)
 
 
 # How each setting is read and put back; cudnn's are switched by many a training script.
