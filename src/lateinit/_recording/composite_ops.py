@@ -11,19 +11,21 @@ since these select kernels too.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lateinit._recording.autocast import is_cast_already
 from lateinit._recording.conversions import computed
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
+    META,
     Args,
     Kwargs,
     OpTraits,
@@ -39,6 +41,7 @@ from lateinit._torch import (
     tensors_in,
     without_modes,
 )
+from lateinit.errors import RecordingError
 
 Handler = Callable[..., Any]
 Policy = Literal["same", "leave", "refuse"]
@@ -51,7 +54,7 @@ def _run(
     """Replay a composite function.
 
     Args:
-        name: the op, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
+        name: the op, or a function of ``_IN_PYTHON``.
         graph: whether gradients were enabled when it was recorded.
         autocast: the device type and dtype of the autocast that was in force for it.
         requiring: the ``requires_grad`` flag of each tensor among the arguments, in order.
@@ -77,7 +80,7 @@ def _run_backward(grads: Any, name: str, *call: Any, **kwargs: Any) -> Any:
     wanted = [tensor for tensor in tensors_in(given, named) if tensor.requires_grad]
     used = [grad is not None for grad in grads]
     found, grads = (list(itertools.compress(leaves, used)) for leaves in (found, grads))
-    return list(torch.autograd.grad(found, wanted, grads))
+    return list(torch.autograd.grad(found, wanted, grads, allow_unused=True))
 
 
 def _called(name: str, graph: bool, autocast: Autocast, args: Any, kwargs: Any) -> list[Tensor]:
@@ -86,16 +89,16 @@ def _called(name: str, graph: bool, autocast: Autocast, args: Any, kwargs: Any) 
 
 
 def _callable(name: str) -> Handler:
-    return _IN_PYTHON.get(name) or _UNANSWERED.get(name) or by_name(name).func
+    return _IN_PYTHON.get(name) or by_name(name).func
 
 
 def _requiring(arguments: Any, flags: Iterator[bool]) -> Any:
     return map_tensors(arguments, lambda tensor: tensor.detach().requires_grad_(next(flags)))
 
 
-_LIKE_KERNEL = OpTraits(layout="asked if permuted")
-_OP = register("lateinit::whole", _run, _LIKE_KERNEL)
-_BACKWARD = register("lateinit::whole_backward", _run_backward, _LIKE_KERNEL)
+_OP = register("lateinit::whole", _run, OpTraits(layout="asked if permuted"))
+_CASTING = dataclasses.replace(_OP, layout="asked")  # nothing is cast on meta
+_BACKWARD = register("lateinit::whole_backward", _run_backward, OpTraits(layout="asked"))
 
 
 class _Call(NamedTuple):
@@ -107,17 +110,18 @@ class _Call(NamedTuple):
     kwargs: Kwargs
     shapes: list[Tensor]
 
-    def forward(self) -> list[Tensor]:
+    def forward(self) -> list[Any]:
         """Record the function; its results have the shapes that the decomposition has."""
-        called = (*self.options, self.args)
-        return self.writer.record_laid_out(_OP, called, self.kwargs, self.shapes)
+        autocast, called = self.options[2], (*self.options, self.args)
+        info = _CASTING if autocast else _OP
+        return self.writer.record_laid_out(info, called, self.kwargs, self.shapes)
 
-    def backward(self, tensors: Iterable[Tensor], grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+    def backward(self, tensors: Iterable[Tensor], grads: tuple[Tensor | None, ...]) -> list[Any]:
         """Record the gradients of the arguments that require some."""
         saved = iter(tensors)
         args, kwargs = map_tensors((self.args, self.kwargs), lambda _: next(saved))
-        given = tensors_in(args, kwargs)
-        shapes = [t for t, required in zip(given, self.options[-1], strict=True) if required]
+        wanted = itertools.compress(tensors_in(args, kwargs), self.options[-1])
+        shapes = [torch.empty(t.shape, dtype=t.dtype, device=META) for t in wanted]
         called = (grads, *self.options, args)
         return self.writer.record_laid_out(_BACKWARD, called, kwargs, shapes)
 
@@ -134,8 +138,12 @@ class _Whole(torch.autograd.Function):
             return tuple(call.forward())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RecordingError(
+                f"a constructor asks for a graph of the gradients of {ctx.call.options[0]} "
+                "(create_graph), which a recording does not have: compute it after materialising"
+            )
         with without_modes():
             found = iter(ctx.call.backward(ctx.saved_tensors, grads))
         return None, *(next(found) if required else None for required in ctx.call.options[-1])
@@ -145,23 +153,28 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
     """The handler of a composite function.
 
     Args:
-        name: an op of ATen, or a function of ``_IN_PYTHON`` or ``_UNANSWERED``.
+        name: an op of ATen, or a function of ``_IN_PYTHON``.
         dropout: the policy if the call recorded a draw. "same": record it as usual.
             "leave": keep the decomposition, which eager construction uses too when it drops out.
             "refuse": materialising raises, since eager construction uses a third way.
     """
 
     def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-        drawn = writer.program.draws()
-        result = func(*args, **kwargs)
         given = tensors_in(args, kwargs)
         if not any(map(is_deferred_tensor, given)):
-            return result
+            return func(*args, **kwargs)
+        drawn, autocast = writer.program.draws(), _autocast_of(writer, given)
+        if autocast and any(is_cast_already(tensor, autocast[0]) for tensor in given):
+            raise RecordingError(
+                f"{name} takes a weight that autocast has cast before and would not cast again, "
+                "which cannot be recorded: enter autocast anew for each call, or compute it after "
+                "materialising"
+            )
+        result = func(*args, **kwargs)
         if dropout == "same" or writer.program.draws() == drawn:
-            python = name in _IN_PYTHON or name in _UNANSWERED
-            op = name if python else overload_for(name, args, kwargs).name
+            op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             requiring = tuple(tensor.requires_grad for tensor in given)
-            options = op, torch.is_grad_enabled(), _autocast_of(writer, given), requiring
+            options = op, torch.is_grad_enabled(), autocast, requiring
             shapes = [leaf.detach() for leaf in flat(result)]
             made = _Whole.apply(_Call(writer, options, args, kwargs, shapes), *given)  # type: ignore[no-untyped-call]
             return made[0] if isinstance(result, Tensor) else type(result)(made)
@@ -244,12 +257,20 @@ def _multi_head(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
     return result
 
 
+def _in_graph(whole: Handler) -> Handler:
+    """The handler of a function of which only the gradient is another one on ``meta``."""
+
+    def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(args, kwargs))
+        return whole(writer, func, args, kwargs) if graph else func(*args, **kwargs)
+
+    return handler
+
+
 def _mish(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``functional.mish``, of which only the gradient is another one on ``meta``."""
     tensor, inplace = _of_mish(*args, **kwargs)
-    if not (torch.is_grad_enabled() and tensor.requires_grad):
-        return func(*args, **kwargs)
-    made = _whole("aten::mish")(writer, functional.mish, (tensor,), {})
+    given = tensor.clone() if inplace else tensor
+    made = _whole("aten::mish")(writer, functional.mish, (given,), {})
     return tensor.copy_(made) if inplace else made
 
 
@@ -263,12 +284,6 @@ def _refuse(writer: ProgramWriter, result: Any, what: str) -> None:
             writer.refuse(leaf, what)
 
 
-_IN_PYTHON: dict[str, Handler] = {
-    # On meta tensors it accumulates in another dtype.
-    name: getattr(functional, name)
-    for name in ("linear_cross_entropy",)
-    if hasattr(functional, name)  # from torch 2.13 on
-}
 # Where no mode of a block answers: interpolate of torch/nn/functional.py asks ``is_cpu``, and has
 # another way for determinism elsewhere; norm of torch/functional.py calls ``linalg.matrix_norm``.
 _UNANSWERED: dict[str, Handler] = {
@@ -276,6 +291,29 @@ _UNANSWERED: dict[str, Handler] = {
     "norm": torch.norm,
     "Tensor.norm": torch.Tensor.norm,
 }
+# On meta tensors it accumulates in another dtype.
+_ACCUMULATING: dict[str, Handler] = {
+    name: getattr(functional, name)
+    for name in ("linear_cross_entropy",)
+    if hasattr(functional, name)  # from torch 2.13 on
+}
+# torch/csrc/autograd/FunctionsManual.cpp has another formula for their gradients on meta, or under
+# a dispatch mode.
+_DERIVED: dict[str, Handler] = {
+    f"{owner.__name__}.{name}": getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in [
+        "masked_fill",
+        "masked_select",
+        "max",
+        "median",
+        "min",
+        "nanmedian",
+        "ormqr",
+        "prod",
+    ]
+} | {"linalg.householder_product": torch.linalg.householder_product}
+_IN_PYTHON = {**_ACCUMULATING, **_UNANSWERED, **_DERIVED}
 # Called with function modes off, by:
 _UNHEARD = (
     (functional, "scaled_dot_product_attention"),  # multi_head_attention_forward
@@ -286,12 +324,13 @@ _UNHEARD = (
 HANDLERS: dict[Any, Handler] = {
     functional.multi_head_attention_forward: _multi_head,
     functional.scaled_dot_product_attention: _whole("aten::scaled_dot_product_attention"),
-    functional.mish: _mish,
+    functional.mish: _in_graph(_mish),
     torch.group_norm: _whole("aten::group_norm"),
     torch.max_pool1d: _whole("aten::max_pool1d"),
     torch.native_channel_shuffle: _whole("aten::native_channel_shuffle"),
     # Its schema does not say that it draws nothing, so it counts as drawing.
-    **{function: _whole(name, dropout="same") for name, function in _IN_PYTHON.items()},
+    **{function: _whole(name, dropout="same") for name, function in _ACCUMULATING.items()},
+    **{function: _in_graph(_whole(name)) for name, function in _DERIVED.items()},
     **{
         getattr(torch, name): _recurrent(f"aten::{name}")
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")

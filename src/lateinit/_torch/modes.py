@@ -283,16 +283,21 @@ def put_autocast(state: Autocast) -> None:
 
 @contextlib.contextmanager
 def autocast_in_force(chosen: tuple[str, torch.dtype] | None) -> Iterator[None]:
-    """Run a block with autocast on for one device type, or off. Nothing is cached."""
-    before = read_autocast()
+    """Run a block with autocast on for one device type, or off.
+
+    It keeps the casts of weights, as it does by default: they are one node of a graph each.
+    """
+    before, outermost = read_autocast(), not is_any_autocast_enabled()
     on, dtype = chosen or ("", torch.bfloat16)
     found = zip(AUTOCAST_DEVICES, before[0], strict=True)
     each = tuple((d == on, dtype if d == on else known) for d, (_, known) in found)
     try:
-        put_autocast((each, False))
+        put_autocast((each, chosen is not None))
         yield
     finally:
         put_autocast(before)
+        if chosen and outermost:  # else torch does so at the end of the outermost one
+            torch.clear_autocast_cache()
 
 
 # How each setting is read and put back; cudnn's are switched by many a training script.
