@@ -44,6 +44,7 @@ from lateinit._torch.modes import (
     set_grad_enabled,
     settings_kept,
     takes_default_device,
+    untraced,
     unwrapped,
     without_functions,
     without_modes,
@@ -433,3 +434,31 @@ def test_a_factory_is_given_the_device_of_the_block_around_it() -> None:
     """torch/utils/_device.py: _device_constructors."""
     assert takes_default_device(torch.randn)
     assert not takes_default_device(torch.add)
+
+
+def test_a_function_can_be_kept_from_the_compiler() -> None:
+    """torch/_dynamo/eval_frame.py: skip_code sets the strategy of a code object in this way."""
+    heard = []
+
+    def inner() -> None:
+        pass
+
+    @untraced
+    def outer() -> None:
+        inner()
+
+    def hear(frame: Any, *_: object) -> Any:
+        heard.append(frame.f_code.co_name)
+        return torch._dynamo.types.ConvertFrameReturn()
+
+    def called(function: Any) -> list[str]:
+        heard.clear()
+        before = set_eval_frame(hear)
+        try:
+            function()
+        finally:
+            set_eval_frame(before)
+        return [name for name in heard if name in ("outer", "inner")]
+
+    assert called(outer) == []
+    assert called(inner) == ["inner"]

@@ -40,6 +40,7 @@ from lateinit._torch import (
     swap_implementation,
     takes_default_device,
     tensors_in,
+    untraced,
     without_modes,
 )
 
@@ -53,6 +54,7 @@ class Masquerade(FunctionMode):
         super().__init__()
         self.writer = writer
 
+    @untraced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         writer = self.writer
         handler = _HANDLERS.get(func)

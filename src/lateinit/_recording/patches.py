@@ -19,6 +19,7 @@ only in a thread that is recording.
 from __future__ import annotations
 
 import weakref
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ from lateinit._torch import (
     enter_fake_mode,
     to_dlpack,
     turn,
+    untraced,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -45,6 +47,7 @@ _new_parameter = nn.Parameter.__dict__["__new__"]
 class _Heard:
     """Stands for the default generator in ``torch.random``, and tells the writer what is asked."""
 
+    @untraced
     def get_state(self) -> Tensor:
         writer = current()
         if writer is None:
@@ -52,6 +55,7 @@ class _Heard:
         with writer.settled(told=True), without_modes():
             return _default.get_state()
 
+    @untraced
     def set_state(self, state: Tensor) -> None:
         writer = current()
         if writer is not None and is_deferred_tensor(state):
@@ -61,6 +65,7 @@ class _Heard:
         if writer is not None:
             writer.generators.restored(_default)
 
+    @untraced
     def manual_seed(self, seed: int) -> torch.Generator:
         _default.manual_seed(seed)
         writer = current()
@@ -156,6 +161,10 @@ class Patches:
             self._users.discard(id(self))
 
     def _replace(self, owner: Any, name: str, ours: Any) -> None:
+        # torch.compile keeps away from frames under a dispatch mode, but ours leave it.
+        function = getattr(ours, "__func__", ours)
+        if isinstance(function, FunctionType):
+            untraced(function)
         found = vars(owner)[name]
         if self._replaced.get((owner, name), (None, None))[1] is not found:
             self._replaced[owner, name] = found, ours

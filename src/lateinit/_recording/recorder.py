@@ -34,6 +34,7 @@ from lateinit._torch import (
     op_info,
     operators,
     tensors_in,
+    untraced,
     unwrapped,
     without_modes,
 )
@@ -47,6 +48,7 @@ class RecordingMode(DispatchMode):
         super().__init__()
         self.writer = writer
 
+    @untraced  # torch.compile knows modes by the stack, and this one is off it meanwhile
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:

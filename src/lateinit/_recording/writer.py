@@ -243,13 +243,12 @@ class ProgramWriter:
         draw = None
         device = self.program.storages[ref.storage].device
         argument_checks.check_fill(info, ref, device, values)
+        label, ambient = label or initializer(), self.ambient_number()
         if info.random:
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
-        label = label or initializer()
-        op = Op(info.name, (ref, *values), {}, (), draw, self.ambient_number(), label)
-        self.append(op)
+        self.append(Op(info.name, (ref, *values), {}, (), draw, ambient, label))
         return True
 
     def record_laid_out(
@@ -391,15 +390,16 @@ class ProgramWriter:
         for changed in info.mutates:
             if changed < len(args) and type(referred[changed]) is Const and args[changed].is_meta:
                 self.ref(args[changed])  # raises: the write would be lost
-        # After the arguments: referring to a tensor may absorb a program, whose ops then come
-        # before this one, and the draw is noted under this op's number.
-        draw = self.draw(info, args, kwargs)
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
         )
         label = initializer() if info.mutates or info.mutates_kw else None
-        self.append(Op(info.name, referred, written, outs, draw, self.ambient_number(), label))
+        ambient = self.ambient_number()
+        # Last: referring to a tensor may absorb a program, whose ops then come before this one, and
+        # the draw is noted under this op's number. If anything fails, no draw is left without op.
+        draw = self.draw(info, args, kwargs)
+        self.append(Op(info.name, referred, written, outs, draw, ambient, label))
 
     def append(self, op: Op) -> None:
         """Append an op, and show its results where memory or a generator is shared."""

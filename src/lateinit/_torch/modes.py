@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C import _len_torch_function_stack
@@ -127,7 +127,6 @@ def put_dispatch_modes(modes: Sequence[Any]) -> None:
 
 class without_modes:  # noqa: N801 - reads as a statement
     """A block without recording, other modes, ``__torch_function__`` and gradients.
-
     A class, since a generator takes longer to enter, and this is entered often. What it puts back
     at its end is noted before the first change, so that its end can also follow half a beginning.
     """
@@ -201,6 +200,20 @@ set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
 
 None has the frames run as they are.
 """
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Decorator: ``torch.compile`` traces neither a function nor what that calls.
+
+    torch/_dynamo/eval_frame.py: skip_code does so, and its module takes long to import.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    strategy = frames._FrameExecStrategy(skip, skip)
+    frames.set_code_exec_strategy(function.__code__, strategy)
+    return function
 
 
 def is_functorch_running() -> bool:
