@@ -10,6 +10,7 @@ import os
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -310,3 +311,38 @@ def test_a_composite_function_that_takes_a_cast_of_before_is_refused_at_its_line
 
     with pytest.raises(RecordingError, match="enter autocast anew for each call"):
         lateinit.deferred_init(build)
+
+
+class Clipped(nn.Module):
+    """Gradients of deferred and real tensors together, clipped in a constructor."""
+
+    def __init__(self, clip: Callable[[list[nn.Parameter]], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.real = nn.Parameter(torch.from_numpy(np.arange(3.0, dtype=np.float32)))
+        self.wide = nn.Parameter(torch.ones(2).double())
+        self.layer(torch.randn(7, 5)).square().sum().backward()
+        self.real.grad = torch.from_numpy(np.arange(2, 5.0, dtype=np.float32))
+        self.wide.grad = torch.full((2,), 3.0).double()
+        norm = clip([self.real, *self.layer.parameters(), self.wide])
+        self.found = [norm, *(p.grad for p in self.parameters())]
+
+
+CLIPS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "norm": lambda given: nn.utils.clip_grad_norm_(given, 0.5),
+    "norm, one by one": lambda given: nn.utils.clip_grad_norm_(given, 0.5, foreach=False),
+    "norm, together": lambda given: nn.utils.clip_grad_norm_(given, 0.5, foreach=True),
+    "largest": lambda given: nn.utils.clip_grad_norm_(given, 0.5, norm_type=torch.inf),
+    "total": lambda given: nn.utils.get_total_norm([p.grad for p in given]),
+    "value": lambda given: nn.utils.clip_grad_value_(given, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CLIPS))
+def test_gradients_are_clipped_in_a_constructor_as_eagerly(name: str) -> None:
+    torch.manual_seed(0)
+    eager = Clipped(CLIPS[name])
+    torch.manual_seed(0)
+    model = lateinit.materialize(lateinit.deferred_init(Clipped, CLIPS[name]))
+    pairs = zip(tensors(eager.found), tensors(model.found), strict=True)
+    assert all(map(torch.equal, *zip(*pairs, strict=True)))

@@ -97,7 +97,7 @@ class ProgramWriter:
         self._ambient_key: tuple[Any, ...] = ()
         self.values = ValueReads(program)
         self.data = RealData(program)
-        self.shared = SharedMemory(self.values, self.data, self._overwrite)
+        self.shared = SharedMemory(self.values, self.data, self.assign)
 
     # -- tensors as windows --------------------------------------------------------------------
 
@@ -272,6 +272,10 @@ class ProgramWriter:
         self._append(info, args, kwargs, tuple(made))
         return made
 
+    def assign(self, tensor: Tensor, data: Tensor) -> None:
+        """Record that a deferred tensor takes the values of another tensor."""
+        self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())
+
     def refuse(self, tensor: Tensor, what: str) -> None:
         """Record that a tensor's values cannot be computed; materialising it raises."""
         with without_modes():
@@ -440,9 +444,6 @@ class ProgramWriter:
         tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
         self.adopt(tensor, device)
         return tensor
-
-    def _overwrite(self, tensor: Tensor, data: Tensor) -> None:
-        self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())
 
 
 def _is_usual(args: Args, kwargs: Kwargs) -> bool:

@@ -60,10 +60,12 @@ from lateinit._torch.callers import (
 )
 from lateinit._torch.convolution import as_convolution_lays_out
 from lateinit._torch.devices import (
+    GROUPING,
     default_generator,
     device_number,
     device_of_result,
     generator_key,
+    group_tensors,
 )
 from lateinit._torch.messages import (
     asks_for_values,
@@ -174,6 +176,7 @@ from lateinit._torch.storage import (
     copied_with_strides,
     digest,
     in_a_row,
+    is_held_elsewhere,
     is_plain,
     is_zero_tensor,
     memory_key,
@@ -213,6 +216,7 @@ from lateinit._torch.wrappers import (
 __all__ = [
     "ALLOWED_OF_PLACEHOLDERS",
     "FILL",
+    "GROUPING",
     "INTEGERS",
     "LARGE",
     "META",
@@ -282,6 +286,7 @@ __all__ = [
     "generation_of_cache",
     "generator_key",
     "graph_break",
+    "group_tensors",
     "has_load_hook",
     "has_own_dispatch",
     "has_tensor",
@@ -302,6 +307,7 @@ __all__ = [
     "is_frame_of",
     "is_function_mode_in_force",
     "is_functorch_running",
+    "is_held_elsewhere",
     "is_in_torch_optim",
     "is_lazy_misuse",
     "is_library",

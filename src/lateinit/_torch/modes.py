@@ -127,6 +127,7 @@ def put_dispatch_modes(modes: Sequence[Any]) -> None:
 
 class without_modes:  # noqa: N801 - reads as a statement
     """A block without recording, other modes, ``__torch_function__`` and gradients.
+
     A class, since a generator takes longer to enter, and this is entered often. What it puts back
     at its end is noted before the first change, so that its end can also follow half a beginning.
     """
