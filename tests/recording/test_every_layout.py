@@ -346,3 +346,46 @@ def test_gradients_are_clipped_in_a_constructor_as_eagerly(name: str) -> None:
     model = lateinit.materialize(lateinit.deferred_init(Clipped, CLIPS[name]))
     pairs = zip(tensors(eager.found), tensors(model.found), strict=True)
     assert all(map(torch.equal, *zip(*pairs, strict=True)))
+
+
+# -- data from outside -----------------------------------------------------------------------------
+
+DATA = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+
+
+def attended(x: Tensor, **options: Any) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], **options)
+
+
+ON_DATA: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention": lambda x: attended(x, is_causal=True),
+    "attention with dropout": lambda x: attended(x, dropout_p=0.5, is_causal=True),
+    "condition": torch.linalg.cond,
+    "covariance": lambda x: torch.cov(x.T),
+    "distribution": lambda x: torch.distributions.MultivariateNormal(
+        x.mean(0), torch.corrcoef(x.T)
+    ).sample(),
+    "dropout": lambda x: nn.functional.dropout(x, 0.5),
+    "quantile": lambda x: torch.quantile(x, torch.tensor([0.1, 0.5]), dim=0),
+    "rank": torch.linalg.matrix_rank,
+    "short-time spectrum": lambda x: torch.stft(
+        x[:, 0], 8, window=torch.hann_window(8), return_complex=True
+    ).abs(),
+    "singular values": torch.linalg.svdvals,
+}
+
+
+@pytest.mark.parametrize("name", sorted(ON_DATA))
+@pytest.mark.parametrize("enters", [torch.from_numpy, torch.tensor], ids=["shared", "copied"])
+@pytest.mark.filterwarnings("ignore:stft:UserWarning")
+def test_a_composite_function_of_data_gives_in_a_constructor_what_it_gives_eagerly(
+    enters: Callable[[Any], Tensor], name: str
+) -> None:
+    assert compared(lambda: [ON_DATA[name](enters(DATA)), torch.randn(3)]) is None
+
+
+def test_a_composite_function_on_meta_by_request_stays_there() -> None:
+    with lateinit.deferred():
+        made = nn.functional.group_norm(torch.ones(1, 4, 3, device="meta"), 2)
+    assert made.is_meta
+    assert not lateinit.is_deferred(made)

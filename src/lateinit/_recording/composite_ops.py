@@ -162,7 +162,13 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
     def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         given = tensors_in(args, kwargs)
         if not any(map(is_deferred_tensor, given)):
-            return func(*args, **kwargs)
+            result = on_real_data(writer, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+            args, kwargs = all_deferred(writer, args, kwargs)
+            given = tensors_in(args, kwargs)
+            if not any(map(is_deferred_tensor, given)):  # on meta by request
+                return func(*args, **kwargs)
         drawn, autocast = writer.program.draws(), _autocast_of(writer, given)
         if autocast and any(is_cast_already(tensor, autocast[0]) for tensor in given):
             raise RecordingError(
@@ -183,6 +189,25 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
         return result
 
     return handler
+
+
+def on_real_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """Call a function of real tensors alone as if there were no block; NotImplemented if it draws.
+
+    Within a block the new tensors that it makes on its way would be deferred.
+    """
+    given, state = tensors_in(args, kwargs), torch.default_generator.get_state()
+    if not given or any(tensor.is_meta for tensor in given):
+        return NotImplemented
+    for tensor in given:
+        writer.data.before_write(tensor)
+    graph = torch.is_grad_enabled()
+    with without_modes(), torch.set_grad_enabled(graph):
+        result = func(*args, **kwargs)
+    if torch.default_generator.get_state().equal(state):
+        return result
+    torch.default_generator.set_state(state)
+    return NotImplemented
 
 
 def _autocast_of(writer: ProgramWriter, given: list[Tensor]) -> Autocast:
@@ -221,7 +246,18 @@ def _as_recurrent_kernel_takes(writer: ProgramWriter, value: Any) -> Any:
     return value if deferred or value.is_meta else _deferred_copy(writer, value)
 
 
+def all_deferred(writer: ProgramWriter, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, from now on with deferred copies of the real tensors among them."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_meta else _deferred_copy(writer, tensor)
+
+    writer.call = map_tensors(args, copied), map_tensors(kwargs, copied)
+    return writer.call
+
+
 def _deferred_copy(writer: ProgramWriter, real: Tensor) -> Tensor:
+    """A deferred tensor with the values of a real one."""
     with without_modes():
         copy = writer.lift(real)
     return copy.requires_grad_(real.requires_grad)
