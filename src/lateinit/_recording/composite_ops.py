@@ -23,7 +23,7 @@ from torch.nn import functional
 from lateinit._recording.autocast import is_cast_already
 from lateinit._recording.conversions import computed
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import is_deferred_tensor
+from lateinit._tensors import is_deferred_tensor, take_place
 from lateinit._torch import (
     META,
     Args,
@@ -114,7 +114,10 @@ class _Call(NamedTuple):
         """Record the function; its results have the shapes that the decomposition has."""
         autocast, called = self.options[2], (*self.options, self.args)
         info = _CASTING if autocast else _OP
-        return self.writer.record_laid_out(info, called, self.kwargs, self.shapes)
+        made = self.writer.record_laid_out(info, called, self.kwargs, self.shapes)
+        for tensor, decomposed in zip(made, self.shapes, strict=True):
+            take_place(tensor, decomposed)
+        return made
 
     def backward(self, tensors: Iterable[Tensor], grads: tuple[Tensor | None, ...]) -> list[Any]:
         """Record the gradients of the arguments that require some."""

@@ -36,6 +36,7 @@ from lateinit._tensors.slots import (
     is_parameter,
     original_class,
     slot_of,
+    take_place,
     unguard,
     waits,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "share_real_storage",
     "show",
     "slot_of",
+    "take_place",
     "unbind",
     "unguard",
     "waits",
