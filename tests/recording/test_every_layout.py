@@ -389,3 +389,12 @@ def test_a_composite_function_on_meta_by_request_stays_there() -> None:
         made = nn.functional.group_norm(torch.ones(1, 4, 3, device="meta"), 2)
     assert made.is_meta
     assert not lateinit.is_deferred(made)
+
+
+def test_a_composite_function_writes_into_the_tensor_that_it_is_given() -> None:
+    def build() -> list[Tensor]:
+        out = torch.zeros(4)
+        assert torch.linalg.svdvals(torch.randn(4, 5), out=out) is out
+        return [out, out * 2]
+
+    assert compared(build) is None

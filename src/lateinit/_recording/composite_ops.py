@@ -180,12 +180,23 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
                 "materialising"
             )
         result = func(*args, **kwargs)
+        if not all(map(is_deferred_tensor, flat(result))):
+            return result  # after the block, among tensors that are plainly on meta
         if dropout == "same" or writer.program.draws() == drawn:
+            written = kwargs.get("out") is not None
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+            given = tensors_in(args, kwargs)
             op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             requiring = tuple(tensor.requires_grad for tensor in given)
             options = op, torch.is_grad_enabled(), autocast, requiring
             shapes = [leaf.detach() for leaf in flat(result)]
-            made = _Whole.apply(_Call(writer, options, args, kwargs, shapes), *given)  # type: ignore[no-untyped-call]
+            call = _Call(writer, options, args, kwargs, shapes)
+            if written:
+                with without_modes():
+                    for out, value in zip(flat(result), call.forward(), strict=True):
+                        writer.assign(out, value)
+                return result
+            made = _Whole.apply(call, *given)  # type: ignore[no-untyped-call]
             return made[0] if isinstance(result, Tensor) else type(result)(made)
         if dropout == "refuse":
             _refuse(writer, result, f"{name} with dropout")
