@@ -24,7 +24,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
-	@echo "make sweep   every operator on every kind of deferred tensor outside a block (long)"
+	@echo "make sweep   every operator on every kind of deferred tensor, in every layout (long)"
 	@echo "make bench   construction time and memory against the alternatives"
 
 # An environment for each torch of the matrix, with everything else as it is pinned.
@@ -78,7 +78,7 @@ zoo: $(STAMP)
 
 # `make test` makes each call on one kind. In one process, which sees what all calls came to.
 sweep: $(STAMP)
-	LATEINIT_SWEEP=all $(QUIET_CORES) $(BIN)/python -m pytest tests/laws/test_after_block.py
+	LATEINIT_SWEEP=all $(QUIET_CORES) $(BIN)/python -m pytest tests/laws/test_after_block.py tests/recording/test_every_layout.py
 
 shards: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.sharding

@@ -84,3 +84,23 @@ def test_foreign_op_after_the_block_may_compute_and_not_draw() -> None:
     with pytest.raises(MaterializeError, match="drew random numbers after the block"):
         lateinit.materialize(noise)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@torch.library.custom_op("lateinit_tests::failing", mutates_args=())
+def failing(tensor: torch.Tensor) -> torch.Tensor:
+    raise ValueError("nothing to draw")
+
+
+def test_an_op_that_fails_in_a_constructor_leaves_the_program_whole() -> None:
+    def made() -> list[torch.Tensor]:
+        first = torch.randn(3)
+        with pytest.raises(ValueError, match="nothing to draw"):
+            failing(first)
+        return [first, torch.randn(4), torch.rand(2)]
+
+    torch.manual_seed(0)
+    expected, ended = made(), torch.get_rng_state()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(made)
+    assert torch.equal(ended, torch.get_rng_state())
+    assert all(map(torch.equal, lateinit.materialize(model), expected))

@@ -177,3 +177,47 @@ def test_function_of_each_element_needs_values_after_the_block(name: str) -> Non
     others = [tensor] * {"apply_": 0, "map_": 1, "map2_": 2}[name]
     with pytest.raises(DeferredTensorError, match=f"{name} needs the values"):
         getattr(tensor, name)(*others, lambda *x: 0.0)
+
+
+ALIASES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "array": torch.Tensor.numpy,
+    "array and back": lambda t: torch.from_numpy(t.numpy()),
+    "dlpack": torch.from_dlpack,
+    "view of an array": lambda t: t.numpy()[::-1],
+}
+
+
+class Aliased(nn.Module):
+    """A buffer, and what shares its memory."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(4))
+        self.alias = ALIASES[name](self.table)
+        self.register_buffer("twice", self.table * 2)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["materialised first", "written first"])
+@pytest.mark.parametrize("name", sorted(ALIASES))
+def test_memory_shared_in_a_block_is_shared_after_it(name: str, first: bool) -> None:
+    def used(model: Aliased, materialize: Callable[[Aliased], Any]) -> list[Any]:
+        if first:
+            materialize(model)
+        model.alias[0] = 5
+        materialize(model)
+        model.table[1] = 6
+        return [model.table.tolist(), model.alias.tolist(), model.twice.tolist()]
+
+    torch.manual_seed(0)
+    expected = used(Aliased(name), lambda model: model)
+    torch.manual_seed(0)
+    assert used(lateinit.deferred_init(Aliased, name), lateinit.materialize) == expected
+
+
+def test_memory_that_was_only_looked_at_is_not_kept() -> None:
+    def build() -> torch.Tensor:
+        tensor = torch.zeros(4)
+        assert tensor.numpy()[0] == 0
+        return tensor
+
+    assert lateinit.is_deferred(lateinit.deferred_init(build))

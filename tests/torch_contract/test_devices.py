@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from lateinit._torch.devices import (
     CPU,
+    GROUPING,
     default_generator,
     device_number,
     device_of_result,
     generator_key,
+    group_tensors,
 )
 from lateinit.errors import RecordingError
 from tests.torch_contract.listeners import Operators
@@ -82,3 +86,22 @@ def test_a_cpu_tensor_has_no_device_number() -> None:
     for asked in ("cpu", "cpu:0", torch.device("cpu", 0)):
         assert torch.ones(1, device=asked).device == device_of_result(asked) == CPU
     assert device_of_result("cuda:1") == torch.device("cuda", 1)
+
+
+def test_tensors_are_grouped_by_a_function_that_is_looked_up_at_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch/utils/_foreach_utils.py: _group_tensors_by_device_and_dtype."""
+    first, second = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+    lists = [[first, second], [second, first]]
+    one, places = group_tensors(lists, True)[first.device, first.dtype]
+    assert one[0][0] is first
+    assert one[1][0] is second
+    assert places == [0]
+    assert group_tensors(lists, False)[first.device, first.dtype][1] == []
+    asked: list[Any] = []
+    monkeypatch.setattr(*GROUPING, lambda *given: asked.append(given) or {})
+    parameter = torch.nn.Parameter(first)
+    parameter.grad = first
+    torch.nn.utils.clip_grads_with_norm_([parameter], 1.0, torch.ones(()))
+    assert asked

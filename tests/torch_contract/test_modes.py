@@ -16,7 +16,7 @@ from lateinit._torch.modes import (
     DispatchMode,
     FunctionMode,
     are_functions_disabled,
-    autocast_of,
+    autocast_in_force,
     below_python,
     default_device_in_force,
     dispatch_modes,
@@ -32,7 +32,6 @@ from lateinit._torch.modes import (
     is_recording_alone,
     is_tracing,
     outside,
-    put_autocast,
     put_determinism,
     put_dispatch_modes,
     put_function_modes,
@@ -43,6 +42,7 @@ from lateinit._torch.modes import (
     set_grad_enabled,
     settings_kept,
     takes_default_device,
+    untraced,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -322,10 +322,8 @@ def test_autocast_can_be_set_without_counting_its_depth(chosen: Any) -> None:
     assert len(before[0]) == len(AUTOCAST_DEVICES)
     product = torch.ones(2, 2) @ torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        outer = read_autocast()
-        put_autocast(autocast_of(chosen))
-        made = torch.ones(2, 2) @ torch.ones(2, 2)
-        put_autocast(outer)
+        with autocast_in_force(chosen):
+            made = torch.ones(2, 2) @ torch.ones(2, 2)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
     assert made.dtype is (chosen[1] if chosen else product.dtype)
     assert read_autocast() == before
@@ -389,3 +387,31 @@ def test_a_factory_is_given_the_device_of_the_block_around_it() -> None:
     """torch/utils/_device.py: _device_constructors."""
     assert takes_default_device(torch.randn)
     assert not takes_default_device(torch.add)
+
+
+def test_a_function_can_be_kept_from_the_compiler() -> None:
+    """torch/_dynamo/eval_frame.py: skip_code sets the strategy of a code object in this way."""
+    heard = []
+
+    def inner() -> None:
+        pass
+
+    @untraced
+    def outer() -> None:
+        inner()
+
+    def hear(frame: Any, *_: object) -> Any:
+        heard.append(frame.f_code.co_name)
+        return torch._dynamo.types.ConvertFrameReturn()
+
+    def called(function: Any) -> list[str]:
+        heard.clear()
+        before = set_eval_frame(hear)
+        try:
+            function()
+        finally:
+            set_eval_frame(before)
+        return [name for name in heard if name in ("outer", "inner")]
+
+    assert called(outer) == []
+    assert called(inner) == ["inner"]

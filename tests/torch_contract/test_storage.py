@@ -22,6 +22,7 @@ from lateinit._torch.storage import (
     copied_with_strides,
     digest,
     in_a_row,
+    is_held_elsewhere,
     is_plain,
     is_zero_tensor,
     memory_key,
@@ -178,3 +179,16 @@ def test_span_is_that_of_the_memory_which_strides_reach() -> None:
     """c10/core/TensorImpl.h: an element is at the sum of index times stride."""
     tensor = torch.arange(24).as_strided((2, 3), (10, 2), 5)
     assert span_of(tensor.size(), tensor.stride()) == int(tensor.max() - tensor.min()) + 1
+
+
+def test_a_storage_counts_all_that_hold_it() -> None:
+    """c10/core/StorageImpl.h: tensors on it, and arrays by way of a tensor, hold it each."""
+    tensor = torch.zeros(3)
+    assert not is_held_elsewhere(tensor)
+    array = tensor.numpy()
+    assert is_held_elsewhere(tensor)
+    del array
+    view = tensor[:1]
+    assert is_held_elsewhere(tensor)
+    del view
+    assert not is_held_elsewhere(tensor)

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from lateinit._program.ops import Const, Draw, Op, TensorRef
 from lateinit._torch import (
-    autocast_of,
+    autocast_in_force,
     is_any_autocast_enabled,
     is_deterministic,
     operators,
-    put_autocast,
     put_determinism,
-    read_autocast,
     read_determinism,
 )
 
@@ -59,38 +57,34 @@ class Constant:
 class Ambient(NamedTuple):
     """Process-wide settings that the result of a kernel depends on.
 
-    ``autocast`` is the device type and dtype, None if autocast was off.
+    Autocast is none of them: what it casts is recorded.
     """
 
     default_dtype: torch.dtype
     deterministic: bool
-    autocast: tuple[str, torch.dtype] | None
 
     def holds(self) -> bool:
         """Whether exactly these settings are in force now."""
         return (
-            self.autocast is None
-            and self.default_dtype is torch.get_default_dtype()
+            self.default_dtype is torch.get_default_dtype()
             and self.deterministic == is_deterministic()
             and not is_any_autocast_enabled()
         )
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Run a block under these settings and restore the present ones; outer autocast is off."""
+        """Run a block under these settings, without autocast, and restore the present ones."""
         if self.holds():
             yield
             return
         dtype, determinism = torch.get_default_dtype(), read_determinism()
-        autocast = read_autocast()
         try:
             torch.set_default_dtype(self.default_dtype)
             if determinism[0] != self.deterministic:
                 torch.use_deterministic_algorithms(self.deterministic)
-            put_autocast(autocast_of(self.autocast))
-            yield
+            with autocast_in_force(None):
+                yield
         finally:
-            put_autocast(autocast)
             torch.set_default_dtype(dtype)
             if determinism[0] != self.deterministic:
                 put_determinism(determinism)

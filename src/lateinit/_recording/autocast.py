@@ -92,6 +92,18 @@ class _Casts(threading.local):
 _casts = _Casts()
 
 
+def is_cast_already(tensor: Tensor, device: str) -> bool:
+    """Whether autocast keeps a cast of a weight, and would take that cast in place of the weight.
+
+    Args:
+        tensor: the weight.
+        device: its device type.
+    """
+    owner, _ = _casts.kept.get(id(tensor), (None, tensor))
+    known = owner is not None and owner() is tensor
+    return known and generation_of_cache(device) is _casts.generation
+
+
 def _converted(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     """A tensor as autocast casts it: a weight that was cast before is not cast again.
 

@@ -75,8 +75,13 @@ def _run(
     execution = execution_of(writer.program)
     touched = dict.fromkeys(ref.storage for ref in (*op.read(), *op.written()))
     given = {n: computed.storage for n, computed in execution.values(touched).items()}
-    with execution.session() as session, writer.program.ambients[ambient].in_force():
-        return op, session.call(op, Memory(given))
+    try:
+        with execution.session() as session, writer.program.ambients[ambient].in_force():
+            return op, session.call(op, Memory(given))
+    except BaseException:
+        if op.draw is not None:
+            writer.generators.undo(op.draw)
+        raise
 
 
 def _is_meta(value: Any) -> bool:

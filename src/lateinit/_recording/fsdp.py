@@ -77,7 +77,7 @@ def _record(state: Any, source: Tensor, guard: Callable[[Tensor], None]) -> None
     with without_subclass_functions(), below_python():
         writer.made(kept.memory, deferred.device, ("aten::zero_", ()))
         if kept.length:
-            writer.copy(kept.local, source.detach().narrow(kept.dim, kept.start, kept.length))
+            writer.assign(kept.local, source.detach().narrow(kept.dim, kept.start, kept.length))
     slot = slot_of(kept.memory)
     assert slot is not None
     named_after(slot, deferred.slot).waits = True

@@ -31,6 +31,7 @@ from lateinit._torch import (
     device_number,
     is_any_autocast_enabled,
     is_copying_shallowly,
+    is_plain,
     is_pointer_followed,
     is_storage_pickled,
     map_tensors,
@@ -40,6 +41,7 @@ from lateinit._torch import (
     swap_implementation,
     takes_default_device,
     tensors_in,
+    untraced,
     without_modes,
 )
 
@@ -53,6 +55,7 @@ class Masquerade(FunctionMode):
         super().__init__()
         self.writer = writer
 
+    @untraced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         writer = self.writer
         handler = _HANDLERS.get(func)
@@ -73,6 +76,10 @@ class Masquerade(FunctionMode):
             try:
                 return func(*args, **kwargs) if kwargs else func(*args)
             except RuntimeError as error:
+                if not any(op.draw for op in writer.program.ops[recorded:]):
+                    result = _on_real_data(writer, func, args, kwargs or {})
+                    if result is not NotImplemented:
+                        return result
                 if reaches_for_memory(error):
                     return _composite_by_running(writer, func, args, kwargs or {}, recorded, error)
                 if asks_for_values(error):
@@ -115,6 +122,27 @@ def _composite_by_running(
             return record_by_running(writer, info, args, kwargs, deferred)
     finally:
         writer.busy = False
+
+
+def _on_real_data(writer: ProgramWriter, func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function once more that has failed, if there are real tensors among its arguments.
+
+    Of them alone it is called as if there were no block: what it makes on its way, as ``quantile``
+    does, would be deferred, and torch does not mix devices. Next to deferred ones they are copied.
+    """
+    given = tensors_in(args, kwargs)
+    real = [tensor for tensor in given if not tensor.is_meta]
+    if not real or any(t.requires_grad for t in real) or not all(map(is_plain, real)):
+        return NotImplemented
+    if not any(map(is_deferred_tensor, given)):
+        result = composite_ops.on_real_data(writer, func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    info = op_behind(func, args, kwargs)
+    if info is None or info.mutates or info.mutates_kw:
+        return NotImplemented
+    given, named = composite_ops.all_deferred(writer, args, kwargs)
+    return func(*given, **named)
 
 
 def _with_real_indices(

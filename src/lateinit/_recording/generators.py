@@ -101,6 +101,13 @@ class Generators:
             self.drawn = watch
         return place
 
+    def undo(self, place: Draw) -> None:
+        """Forget the last draw of a stream: its op has failed."""
+        del self.program.streams[place.stream].ops[place.number :]
+        for watch in self._watched.values():
+            if (watch.stream, watch.at) == (place.stream, place.number + 1):
+                watch.leave_token(place.number)
+
     def reserve(self, generator: torch.Generator) -> Draw:
         """Open a hole: keep a place in the default stream for draws that are not known yet."""
         self.program.holes.append(None)

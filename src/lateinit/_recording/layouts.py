@@ -206,16 +206,18 @@ def _called(info: OpInfo, args: Any, kwargs: Any, device: torch.device, value: i
 
 def _laid_out(leaf: Any, found: tuple[TensorRef, TensorRef] | None, sizes: dict[int, int]) -> Any:
     """A result of the meta kernel, laid out as the kernel's result in the twin."""
-    if found is None or not isinstance(leaf, Tensor):
+    if not isinstance(leaf, Tensor):
         return leaf
+    if found is None:  # it is no tensor then: gradients may be undefined
+        return None
     real, on_meta = found
-    if real == on_meta:
-        return leaf
     size, stride = real.size, real.stride
     if sizes:
-        size = tuple(leaf.size()) if size == on_meta.size else _unscaled(size, sizes)
         if not real.is_dense():
-            raise LayoutUnknownError
+            if real != on_meta or leaf.is_contiguous():
+                raise LayoutUnknownError
+            return leaf
+        size = tuple(leaf.size()) if size == on_meta.size else _unscaled(size, sizes)
         stride = _dense(size, _in_memory(real.size, stride))
     return torch.empty_strided(size, stride, dtype=real.dtype, device=META)
 

@@ -9,6 +9,7 @@
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
 - ``FakeTensorMode`` and ``torch.export`` make tensors that no recording could hold.
 - ``to_dlpack`` reads memory, and comes to no mode.
+- ``clip_grad_norm_`` and optimizers group tensors by device below Python.
 - Some functions of torch call others with function modes off (``composite_ops``).
 - Initialisers are fills under ``no_grad``, which are recorded at once (``fast_paths``).
 - What initialises tensors without a shape is remembered for later (``postponed``).
@@ -20,22 +21,27 @@ only in a thread that is recording.
 from __future__ import annotations
 
 import weakref
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
-from lateinit._recording.writer import current
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor
 from lateinit._torch import (
+    GROUPING,
     FakeMode,
     RecursiveScriptModule,
     construct_script_module,
     enter_fake_mode,
+    group_tensors,
     make_subclass,
+    tensors_in,
     to_dlpack,
     turn,
+    untraced,
     view_as_subclass,
     without_modes,
 )
@@ -48,6 +54,7 @@ _INHERITED = object()
 class _Heard:
     """Stands for the default generator in ``torch.random``, and tells the writer what is asked."""
 
+    @untraced
     def get_state(self) -> Tensor:
         writer = current()
         if writer is None:
@@ -55,6 +62,7 @@ class _Heard:
         with writer.settled(told=True), without_modes():
             return _default.get_state()
 
+    @untraced
     def set_state(self, state: Tensor) -> None:
         writer = current()
         if writer is not None and is_deferred_tensor(state):
@@ -64,6 +72,7 @@ class _Heard:
         if writer is not None:
             writer.generators.restored(_default)
 
+    @untraced
     def manual_seed(self, seed: int) -> torch.Generator:
         _default.manual_seed(seed)
         writer = current()
@@ -109,6 +118,35 @@ def _refused_fake_mode(mode: Any) -> Any:
     return enter_fake_mode(mode)
 
 
+def _grouped(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
+    """The groups of tensors by device and dtype, deferred ones by their recorded device."""
+    writer = current()
+    if writer is None or writer.busy:
+        return group_tensors(lists, with_indices)
+    merged: dict[Any, tuple[list[Any], list[int]]] = {}
+    for (device, dtype), (columns, found) in group_tensors(lists, True).items():
+        key = _device_of(writer, columns, device), dtype
+        before, known = merged.get(key, ([[] for _ in columns], []))
+        places = known + found
+        order = sorted(range(len(places)), key=places.__getitem__)
+        joined = [old + new for old, new in zip(before, columns, strict=True)]
+        merged[key] = [[c[i] for i in order] for c in joined], [places[i] for i in order]
+    return {key: (found, at if with_indices else []) for key, (found, at) in merged.items()}
+
+
+def _device_of(writer: ProgramWriter, lists: Any, device: torch.device) -> torch.device:
+    """The device that all deferred tensors of a group were recorded for."""
+    deferred = [t for t in tensors_in(tuple(lists), {}) if is_deferred_tensor(t)]
+    devices = set(map(writer.device_of, deferred))
+    if len(devices) > 1:
+        raise RecordingError(
+            "a function of several tensors, as clip_grad_norm_, is given deferred tensors of "
+            f"several devices ({', '.join(sorted(map(str, devices)))}), which it would have to "
+            "tell apart: give it those of one device at a time, or call it after materialising"
+        )
+    return devices.pop() if devices else device
+
+
 def _shared_by_dlpack(tensor: Tensor) -> Any:
     writer = current()
     if writer is None or writer.busy or not is_deferred_tensor(tensor):
@@ -124,6 +162,7 @@ _PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (Tensor, "as_subclass", _noted_view),
     (RecursiveScriptModule, "__init__", _noted_script),
     (FakeMode, "__enter__", _refused_fake_mode),
+    (*GROUPING, _grouped),
     (torch, "to_dlpack", _shared_by_dlpack),
     (torch.utils.dlpack, "to_dlpack", _shared_by_dlpack),
     *composite_ops.PATCHES,
@@ -171,6 +210,10 @@ class Patches:
             self._users.discard(id(self))
 
     def _replace(self, owner: Any, name: str, ours: Any) -> None:
+        # torch.compile keeps away from frames under a dispatch mode, but ours leave it.
+        function = getattr(ours, "__func__", ours)
+        if isinstance(function, FunctionType):
+            untraced(function)
         found = vars(owner).get(name, _INHERITED)
         if self._replaced.get((owner, name), (None, None))[1] is not found:
             self._replaced[owner, name] = found, ours

@@ -35,6 +35,7 @@ from lateinit._torch import (
     op_info,
     operators,
     tensors_in,
+    untraced,
     unwrapped,
     without_modes,
 )
@@ -48,6 +49,7 @@ class RecordingMode(DispatchMode):
         super().__init__()
         self.writer = writer
 
+    @untraced  # torch.compile knows modes by the stack, and this one is off it meanwhile
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
@@ -235,13 +237,27 @@ class Recorder(RecordingMode):
         return info.func(*self._evaluated(args), **kwargs)
 
     def _leave(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
-        """Run an op that writes deferred values into a real tensor: compute them now."""
+        """Run an op that writes deferred values into a real tensor: compute them now.
+
+        One that takes lists, such as ``_foreach_mul_``, may write deferred tensors too.
+        """
         for tensor in call.real:
             self.writer.data.before_write(tensor)
-        result = self._run_now(info, self._evaluated(args), self._evaluated(kwargs))
+        late = [t for t in written(info, args, kwargs) if t.is_meta]
+        values = [self.writer.read(t).clone() for t in late]
+        copies = {id(t): value for t, value in zip(late, values, strict=True)}
+
+        def value(tensor: Tensor) -> Tensor:
+            copy = copies.get(id(tensor))
+            return self._value(tensor) if copy is None else copy
+
+        result = self._run_now(info, map_tensors(args, value), map_tensors(kwargs, value))
+        for tensor, changed in zip(late, values, strict=True):
+            self.writer.assign(tensor, changed)
         if self.writer.shared:
             self.writer.shared.take_back_real(call.real)
-        return result
+        originals = {id(copies[id(t)]): t for t in late}
+        return map_tensors(result, lambda t: originals.get(id(t), t)) if late else result
 
     def _run_now(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Run an op that writes to a real tensor; what it draws, it draws from its eager state."""
@@ -259,7 +275,10 @@ class Recorder(RecordingMode):
         return self.writer.record(info, args, kwargs, call.deferred)
 
     def _evaluated(self, arguments: Any) -> Any:
-        return map_tensors(arguments, lambda t: self.writer.read(t) if t.is_meta else t)
+        return map_tensors(arguments, self._value)
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        return self.writer.read(tensor) if tensor.is_meta else tensor
 
     _TREAT: ClassVar[dict[Kind, Callable[..., Any]]] = {
         Kind.FILL: _fill,

@@ -18,7 +18,7 @@ from torch import Tensor
 from lateinit._program import RealData, TensorRef
 from lateinit._recording.value_reads import ValueReads
 from lateinit._tensors import Real, slot_of
-from lateinit._torch import is_plain, storage_key, without_modes
+from lateinit._torch import is_held_elsewhere, is_plain, storage_key, without_modes
 
 
 @dataclass(slots=True)
@@ -140,11 +140,14 @@ class SharedMemory:
                     e.seen = e.real.clone()
 
     def finish(self) -> None:
-        """Record the last writes, and give twins the real storages that they stand for."""
+        """Record the last writes, and give twins the real storages that they stand for.
+
+        Likewise a tensor whose memory an array or a tensor shares that lives on.
+        """
         self.take_back(self._exposed)
         for e in self._exposed.values():
             slot = slot_of(e.tensor)
-            if e.twin and slot is not None:
+            if slot is not None and (e.twin or is_held_elsewhere(e.real)):
                 slot.real = Real(e.real.untyped_storage())
 
 

@@ -29,7 +29,7 @@ from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators, Settled
 from lateinit._recording.kinds import fits
-from lateinit._recording.layouts import as_kernel_lays_out
+from lateinit._recording.layouts import LayoutUnknownError, as_kernel_lays_out
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.small_results import layouts_of_small
 from lateinit._recording.value_reads import ValueReads
@@ -80,8 +80,6 @@ class ProgramWriter:
         busy: whether an op is being recorded: what torch's Python kernels call below it are no
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
-        autocast: the autocast in force for the op that is being recorded: its device type and
-            dtype. None for all but composite functions, since casts are recorded as ops.
         values: answers reads.
         data: the real data that the program keeps.
         shared: memory that deferred and real tensors share.
@@ -96,11 +94,10 @@ class ProgramWriter:
         self.kept: list[tuple[str, Tensor]] = []
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
-        self.autocast: tuple[str, torch.dtype] | None = None
         self._ambient_key: tuple[Any, ...] = ()
         self.values = ValueReads(program)
         self.data = RealData(program)
-        self.shared = SharedMemory(self.values, self.data, self.copy)
+        self.shared = SharedMemory(self.values, self.data, self.assign)
 
     # -- tensors as windows --------------------------------------------------------------------
 
@@ -246,22 +243,38 @@ class ProgramWriter:
         draw = None
         device = self.program.storages[ref.storage].device
         argument_checks.check_fill(info, ref, device, values)
+        label, ambient = label or initializer(), self.ambient_number()
         if info.random:
             drawn = generator or default_generator(device)
             number = len(self.program.ops)
             draw = self.generators.draw(drawn, number, root=generator is None)
-        label = label or initializer()
-        op = Op(info.name, (ref, *values), {}, (), draw, self.ambient_number(), label)
-        self.append(op)
+        self.append(Op(info.name, (ref, *values), {}, (), draw, ambient, label))
         return True
 
-    def override(self, info: OpInfo, args: Args, kwargs: Kwargs, results: list[Tensor]) -> None:
-        """Record that tensors take the values of another op, in place of those computed so far."""
-        with without_modes():
-            made = [self.mirror(result, self.device_of(result)) for result in results]
-            self._append(info, args, kwargs, tuple(made))
-            for result, value in zip(results, made, strict=True):
-                self.copy(result, value)
+    def record_laid_out(
+        self, info: OpInfo, args: Args, kwargs: Kwargs, shapes: list[Tensor]
+    ) -> list[Tensor]:
+        """Record an op whose results have the shapes of some meta tensors, but not their layouts.
+
+        Args:
+            info: the op.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            shapes: tensors as the op would give them on ``meta``.
+        """
+        deferred = [t for t in tensors_in(args, kwargs) if t.is_meta]
+        device = self.device_for({}, deferred)
+        try:
+            laid = as_kernel_lays_out(info, args, kwargs, shapes, device)
+        except LayoutUnknownError:
+            return list(flat(record_by_running(self, info, args, kwargs, deferred)))
+        made = [self.mirror(leaf, device) for leaf in laid]
+        self._append(info, args, kwargs, tuple(made))
+        return made
+
+    def assign(self, tensor: Tensor, data: Tensor) -> None:
+        """Record that a deferred tensor takes the values of another tensor."""
+        self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())
 
     def refuse(self, tensor: Tensor, what: str) -> None:
         """Record that a tensor's values cannot be computed; materialising it raises."""
@@ -381,15 +394,16 @@ class ProgramWriter:
         for changed in info.mutates:
             if changed < len(args) and type(referred[changed]) is Const and args[changed].is_meta:
                 self.ref(args[changed])  # raises: the write would be lost
-        # After the arguments: referring to a tensor may absorb a program, whose ops then come
-        # before this one, and the draw is noted under this op's number.
-        draw = self.draw(info, args, kwargs)
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
         )
         label = initializer() if info.mutates or info.mutates_kw else None
-        self.append(Op(info.name, referred, written, outs, draw, self.ambient_number(), label))
+        ambient = self.ambient_number()
+        # Last: referring to a tensor may absorb a program, whose ops then come before this one, and
+        # the draw is noted under this op's number. If anything fails, no draw is left without op.
+        draw = self.draw(info, args, kwargs)
+        self.append(Op(info.name, referred, written, outs, draw, ambient, label))
 
     def append(self, op: Op) -> None:
         """Append an op, and show its results where memory or a generator is shared."""
@@ -415,22 +429,12 @@ class ProgramWriter:
             generator = default_generator(self.device_for(kwargs, tensors))
         return self.generators.draw(generator, len(self.program.ops), root=not explicit)
 
-    def _ambient(self) -> Ambient:
-        """The ambient settings now in force."""
-        return Ambient(
-            torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), self.autocast
-        )
-
     def ambient_number(self) -> int:
         """The number of the ambient settings; a new entry is added only if the key changed."""
-        key = (
-            torch.get_default_dtype(),
-            is_deterministic(),
-            self.autocast,
-        )
+        key = torch.get_default_dtype(), is_deterministic()
         if key != self._ambient_key:
             self._ambient_key = key
-            self.program.ambients.append(self._ambient())
+            self.program.ambients.append(Ambient(*key))
         return len(self.program.ambients) - 1
 
     def mirror(self, real: Any, device: torch.device) -> Any:
@@ -440,10 +444,6 @@ class ProgramWriter:
         tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
         self.adopt(tensor, device)
         return tensor
-
-    def copy(self, tensor: Tensor, data: Tensor) -> None:
-        """Record ``tensor.copy_(data)``."""
-        self._append(operators.by_name("aten::copy_"), (tensor, data), {}, ())
 
 
 def _is_usual(args: Args, kwargs: Kwargs) -> bool:

@@ -45,6 +45,7 @@ from lateinit._tensors.slots import (
     is_parameter,
     original_class,
     slot_of,
+    take_place,
     unguard,
     waits,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "share_real_storage",
     "show",
     "slot_of",
+    "take_place",
     "unbind",
     "unguard",
     "waits",

@@ -191,6 +191,16 @@ def is_deferred_tensor(tensor: Tensor) -> bool:
     return slot is not None and slot is not ON_META
 
 
+def take_place(tensor: Tensor, other: Tensor) -> None:
+    """Have a deferred tensor wait as another one does, in whose place it is given."""
+    slot, source = slot_of(tensor), slot_of(other)
+    if slot is not None and source is not None:
+        slot.name, slot.waits = source.name, source.waits
+        slot.of_waiting = source.of_waiting
+        (program, number), (origins, origin) = slot.resolve(), source.resolve()
+        program.storages[number].made_of = origins.storages[origin].made_of
+
+
 def waits(tensor: Tensor) -> bool:
     """Whether a deferred tensor waits for ``materialize``: a parameter, or on the storage of one.
 

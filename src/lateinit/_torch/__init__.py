@@ -60,10 +60,12 @@ from lateinit._torch.callers import (
 )
 from lateinit._torch.convolution import as_convolution_lays_out
 from lateinit._torch.devices import (
+    GROUPING,
     default_generator,
     device_number,
     device_of_result,
     generator_key,
+    group_tensors,
 )
 from lateinit._torch.messages import (
     asks_for_values,
@@ -76,7 +78,7 @@ from lateinit._torch.modes import (
     DispatchMode,
     FunctionMode,
     are_functions_disabled,
-    autocast_of,
+    autocast_in_force,
     below_python,
     default_device_in_force,
     enable_functions,
@@ -99,6 +101,7 @@ from lateinit._torch.modes import (
     set_grad_enabled,
     settings_kept,
     takes_default_device,
+    untraced,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -170,6 +173,7 @@ from lateinit._torch.storage import (
     copied_with_strides,
     digest,
     in_a_row,
+    is_held_elsewhere,
     is_plain,
     is_zero_tensor,
     memory_key,
@@ -223,6 +227,7 @@ from lateinit._torch.wrappers import (
 __all__ = [
     "ALLOWED_OF_PLACEHOLDERS",
     "FILL",
+    "GROUPING",
     "INTEGERS",
     "LARGE",
     "META",
@@ -263,7 +268,7 @@ __all__ = [
     "asks_for_values",
     "attention_without_fused_kernel",
     "autocast_heard",
-    "autocast_of",
+    "autocast_in_force",
     "axes_as_sharded",
     "base_of",
     "before_call",
@@ -293,6 +298,7 @@ __all__ = [
     "generation_of_cache",
     "generator_key",
     "graph_break",
+    "group_tensors",
     "has_load_hook",
     "has_own_dispatch",
     "has_tensor",
@@ -314,6 +320,7 @@ __all__ = [
     "is_frame_of",
     "is_function_mode_in_force",
     "is_functorch_running",
+    "is_held_elsewhere",
     "is_in_torch_optim",
     "is_lazy_misuse",
     "is_library",
@@ -396,6 +403,7 @@ __all__ = [
     "to_meta",
     "turn",
     "unhurried",
+    "untraced",
     "unwrapped",
     "view_as_subclass",
     "why_is_meta",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,3 +45,10 @@ def generator_key(generator: torch.Generator) -> int:
     """A key that all Python objects of one generator share, valid while the generator lives."""
     key: int = generator._cdata  # type: ignore[attr-defined]
     return key
+
+
+GROUPING: tuple[Any, str] = torch._C, "_group_tensors_by_device_and_dtype"
+"""Where torch/utils/_foreach_utils.py finds ``group_tensors``, at each call."""
+
+group_tensors: Callable[..., dict[Any, Any]] = getattr(*GROUPING)
+"""Lists of tensors, in groups by the device and dtype of those at one place in the lists."""

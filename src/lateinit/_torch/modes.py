@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C import _len_torch_function_stack
@@ -202,6 +202,20 @@ set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
 None has the frames run as they are.
 """
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Decorator: ``torch.compile`` traces neither a function nor what that calls.
+
+    torch/_dynamo/eval_frame.py: skip_code does so, and its module takes long to import.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    strategy = frames._FrameExecStrategy(skip, skip)
+    frames.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
@@ -256,12 +270,23 @@ def put_autocast(state: Autocast) -> None:
     torch.set_autocast_cache_enabled(state[1])
 
 
-def autocast_of(chosen: tuple[str, torch.dtype] | None) -> Autocast:
-    """The state in which autocast is on for one device type, or off. Nothing is cached."""
-    each = read_autocast()[0]
+@contextlib.contextmanager
+def autocast_in_force(chosen: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    """Run a block with autocast on for one device type, or off.
+
+    It keeps the casts of weights, as it does by default: they are one node of a graph each.
+    """
+    before, outermost = read_autocast(), not is_any_autocast_enabled()
     on, dtype = chosen or ("", torch.bfloat16)
-    found = zip(AUTOCAST_DEVICES, each, strict=True)
-    return tuple((d == on, dtype if d == on else known) for d, (_, known) in found), False
+    found = zip(AUTOCAST_DEVICES, before[0], strict=True)
+    each = tuple((d == on, dtype if d == on else known) for d, (_, known) in found)
+    try:
+        put_autocast((each, chosen is not None))
+        yield
+    finally:
+        put_autocast(before)
+        if chosen and outermost:  # else torch does so at the end of the outermost one
+            torch.clear_autocast_cache()
 
 
 # How each setting is read and put back; cudnn's are switched by many a training script.

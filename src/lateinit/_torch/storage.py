@@ -109,6 +109,12 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return key
 
 
+def is_held_elsewhere(tensor: Tensor) -> bool:
+    """Whether something but a tensor holds its memory: another tensor, or an array of numpy."""
+    storage = tensor.untyped_storage()  # the object counts too
+    return torch._C._storage_Use_Count(storage._cdata) > 2
+
+
 def memory_key(tensor: Tensor) -> int:
     """The key of a tensor's storage, of which no function mode hears."""
     with without_functions():
