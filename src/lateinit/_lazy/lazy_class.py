@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.checkpoint_sizes import load_sizes
-from lateinit._lazy.declare import declare, layout_of, reset
+from lateinit._lazy.declare import declare, layout_of
 from lateinit._lazy.mixin import LazyModuleMixin, finish, initialising
 from lateinit._lazy.placeholders import UninitializedParameter
 from lateinit._lazy.rules import Rule, check_rules, evaluate_rules
@@ -25,7 +25,7 @@ from lateinit._lazy.signature import accepts_any, bind, parameters_of, without
 from lateinit._lazy.transplant import Transplant
 from lateinit._lazy.trials import LazySpec
 from lateinit._recording import current, hole_of
-from lateinit._recording.postponed import postpone
+from lateinit._recording.postponed import postpone, reset
 from lateinit._rng import RandomStates
 from lateinit._torch import own_buffers, own_modules, own_parameters, restoring
 from lateinit.errors import ShapeError, UninitializedError

@@ -146,7 +146,8 @@ def materialize(
         # Outside the lock, since this may wait for other ranks.
         _check_shards(group, seed, ask=check)
     with one_thread:
-        for program in bound_in(target) | dict.fromkeys(group.program for group in wanted):
+        programs = bound_in(target) | dict.fromkeys(group.program for group in wanted)
+        for program in programs:
             check_seed(program, seed)
         for group in wanted:
             _leave_real(group)
@@ -166,7 +167,7 @@ def materialize(
             _put_back(held)
             raise
     if only is None:
-        unbind(target)
+        unbind(target, programs)
     return target
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
 from lateinit._recording.writer import current
-from lateinit._tensors import is_deferred_tensor
+from lateinit._tensors import is_deferred_tensor, is_placeholder, slot_of
 from lateinit._torch import (
     FakeMode,
     RecursiveScriptModule,
@@ -77,6 +77,10 @@ def _noted_parameter(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> Tens
     writer = current()
     if writer is not None:
         writer.born.append(weakref.ref(parameter))
+        if cls is not nn.Parameter and is_placeholder(parameter):
+            slot = slot_of(parameter)
+            if slot is not None:
+                slot.lazy = cls.__name__
     return parameter
 
 
@@ -143,9 +147,9 @@ class Patches:
             self._users.add(id(self))
             if first:
                 for owner, name, replacement in self._all:
-                    self._replace(owner, name, replacement)
-                for name in postponed.INITIALISERS:
-                    self._replace(nn.init, name, postponed.heard(getattr(nn.init, name)))
+                    self.replace(owner, name, replacement)
+                for initialiser in postponed.INITIALISERS:
+                    initialiser.begin()
 
     def leave(self) -> None:
         with self._lock:
@@ -153,9 +157,12 @@ class Patches:
                 for (owner, name), (found, ours) in self._replaced.items():
                     if vars(owner)[name] is ours:
                         setattr(owner, name, found)
+                for initialiser in postponed.INITIALISERS:
+                    initialiser.end()
             self._users.discard(id(self))
 
-    def _replace(self, owner: Any, name: str, ours: Any) -> None:
+    def replace(self, owner: Any, name: str, ours: Any) -> None:
+        """Replace an attribute of a class or module until the last block ends."""
         found = vars(owner)[name]
         if self._replaced.get((owner, name), (None, None))[1] is not found:
             self._replaced[owner, name] = found, ours

@@ -19,7 +19,16 @@ from lateinit._tensors.realize import (
     share_real_storage,
     show,
 )
-from lateinit._tensors.selection import Only, Wanted, bind, bound_in, select, unbind, wanted_in
+from lateinit._tensors.selection import (
+    Only,
+    Wanted,
+    bind,
+    bound_in,
+    ends_in,
+    select,
+    unbind,
+    wanted_in,
+)
 from lateinit._tensors.slots import (
     ON_META,
     PLAIN_CLASSES,
@@ -78,6 +87,7 @@ __all__ = [
     "cast_to",
     "copied_by_deepcopy",
     "described",
+    "ends_in",
     "exchange_held",
     "exchanged",
     "find_tensors",
