@@ -36,6 +36,7 @@ from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_param
 from lateinit._torch import (
     asks_for_values,
     before_call,
+    is_fake,
     is_wrapper,
     map_leaves,
     outside,
@@ -294,7 +295,7 @@ def _real_input(tensor: Tensor) -> Tensor:
 
 
 def _meta_input(tensor: Tensor) -> Tensor:
-    plain = tensor.layout is torch.strided and not is_wrapper(tensor)
+    plain = tensor.layout is torch.strided and not is_wrapper(tensor) and not is_fake(tensor)
     if plain and not is_deferred_tensor(tensor) and is_readable(tensor):
         return readable(_real_input(tensor))
     made = on_meta(tensor).requires_grad_(tensor.requires_grad)

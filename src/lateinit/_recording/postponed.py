@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -131,9 +132,8 @@ def _is_made_in_block(module: nn.Module) -> bool:
     )
 
 
-def reset(module: Any) -> None:
-    """Reset a module that has its sizes."""
-    module.reset_parameters()
+reset = methodcaller("reset_parameters")
+"""Reset a module that has its sizes."""
 
 
 def resets_of(cls: type) -> list[tuple[type, Callable[[Any], None]]]:
