@@ -223,3 +223,15 @@ def test_a_layer_that_a_checkpoint_gave_its_shape_draws_as_the_twin_all_the_same
         lateinit.discard(model)
     twin[1].load_state_dict(loaded)
     assert_values(lateinit.materialize(model), twin)
+
+
+def test_a_lazy_layer_of_another_thread_is_left_alone() -> None:
+    from threading import Thread
+
+    made: list[nn.Module] = []
+    with lateinit.deferred():
+        other = Thread(target=lambda: made.append(WithHook()))
+        other.start()
+        other.join()
+    assert len(made[0]._forward_pre_hooks) == 1
+    assert made[0](torch.ones(2, 5)).shape == (2, 3)

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._identity import IdentityMap
 from lateinit._recording.guard import guard
-from lateinit._recording.writer import ProgramWriter
+from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
     ON_META,
     PLAIN_CLASSES,
@@ -40,7 +40,7 @@ class Registered:
     """
 
     def __init__(self, declared: Callable[[nn.Module, str, Tensor], None]) -> None:
-        self._declared = declared
+        self._declared: Callable[[nn.Module, str, Tensor], None] | None = declared
         self._found: IdentityMap[nn.Module, None] = IdentityMap()
         self._last: nn.Module | None = None
         self._parents: IdentityMap[nn.Module, tuple[nn.Module, str]] = IdentityMap()
@@ -60,7 +60,8 @@ class Registered:
             return
         # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
         ppe = type(value).__name__ == "UninitializedParameter"
-        if ppe or isinstance(value, UninitializedTensorMixin):
+        lazy = ppe or isinstance(value, UninitializedTensorMixin)
+        if lazy and self._declared is not None and current() is not None:  # all threads are heard
             self._declared(module, name, value)
         if isinstance(value, nn.Module):
             self._found[value] = None
@@ -69,6 +70,8 @@ class Registered:
     def leave(self) -> None:
         for registered in REGISTRATION_HOOKS:
             registered.pop(id(self), None)
+        # It may be a method of whoever holds this object: a cycle would keep the program alive.
+        self._declared = None
 
     def all(self) -> list[nn.Module]:
         return list(self._found)
