@@ -15,6 +15,7 @@ from lateinit.errors import CheckpointError, RecordingError, UninitializedError
 from tests.support.snapshots import assert_same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -225,8 +226,72 @@ def test_the_random_state_of_the_eager_twin_can_be_had_once_shapes_are_known(
     assert torch.equal(torch.get_rng_state(), expected)
     lateinit.materialize(model)
     assert torch.equal(torch.get_rng_state(), expected)
-    with pytest.raises(RecordingError, match="before materialize"):
-        lateinit.settle_rng(model)
+    torch.manual_seed(9)
+    lateinit.settle_rng(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+GIVEN_VALUES: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
+    "a list of its tensors": lambda model, twin: lateinit.materialize(list(model.parameters())),
+    "all": lambda model, twin: lateinit.materialize(model),
+    "by load_state_dict": lambda model, twin: model.load_state_dict(twin.state_dict(), assign=True),
+    "part by part": lambda model, twin: [lateinit.materialize(part) for part in model],
+    "some, then all": lambda model, twin: [
+        lateinit.materialize(model, only=only) for only in ("1.*", None)
+    ],
+}
+
+
+@pytest.mark.parametrize("way", sorted(GIVEN_VALUES))
+@pytest.mark.parametrize("lazy", [True, False])
+def test_the_random_state_of_the_eager_twin_can_be_had_when_values_are_real(
+    way: str, lazy: bool
+) -> None:
+    def build(lazy: bool) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(2, 3), lateinit.nn.LazyLinear(3) if lazy else nn.Linear(3, 3), nn.Dropout()
+        )
+
+    torch.manual_seed(0)
+    twin = build(lazy=False)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build, lazy)
+    lateinit.infer_shapes(model, torch.empty(1, 2, device="meta"))
+    GIVEN_VALUES[way](model, twin)
+    assert not lateinit.is_deferred(model)
+    torch.manual_seed(9)
+    if not lazy and way in ("a list of its tensors", "by load_state_dict"):
+        # Without a lazy module the state after the block is the eager twin's already.
+        with pytest.raises(RecordingError, match=r"what lateinit\.materialize\(model\) has given"):
+            lateinit.settle_rng(model)
+        return
+    lateinit.settle_rng(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_the_random_state_is_that_of_the_seed_of_materialize() -> None:
+    torch.manual_seed(4)
+    nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(
+        lambda: nn.Sequential(lateinit.nn.LazyLinear(3), nn.Linear(3, 3))
+    )
+    lateinit.infer_shapes(model, torch.empty(1, 2, device="meta"))
+    lateinit.settle_rng(lateinit.materialize(model, seed=4))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_the_random_state_of_two_blocks_is_not_one() -> None:
+    models = [lateinit.deferred_init(lambda: nn.Sequential(ours())) for _ in range(2)]
+    both = nn.Sequential(*models)
+    with pytest.raises(RecordingError, match=r"first|known"):
+        lateinit.settle_rng(both)
+    lateinit.infer_shapes(both, torch.empty(1, 2, device="meta"))
+    lateinit.materialize(models[0])
+    with pytest.raises(RecordingError, match="random states of 2 blocks are known"):
+        lateinit.settle_rng(both)
 
 
 def test_the_state_of_a_block_that_does_not_advance_it_is_not_to_be_had() -> None:

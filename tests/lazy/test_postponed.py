@@ -23,6 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "ours": lambda lazy: lateinit.nn.LazyLinear(6) if lazy else nn.Linear(4, 6),
     "pfn-extras": lambda lazy: lateinit.pfn_extras.LazyLinear(None, 6) if lazy else nn.Linear(4, 6),
+    "pfn-extras' own": lambda lazy: (
+        pytest.importorskip("pytorch_pfn_extras").nn.LazyLinear(None, 6)
+        if lazy
+        else nn.Linear(4, 6)
+    ),
     "torch": lambda lazy: nn.LazyLinear(6) if lazy else nn.Linear(4, 6),
 }
 
@@ -96,12 +101,13 @@ WAYS: dict[str, Callable[[Any], None]] = {
     "each reset": each_reset,
     "reset": lambda net: net.apply(reset),
 }
-# Torch's own placeholders remember nothing, and the reset_parameters of its lazy layers is its own.
+THEIRS = ("pfn-extras' own", "torch")
+# The placeholders of other libraries remember nothing.
 PAIRS = [
     (head, way)
     for head in sorted(HEADS)
     for way in sorted(WAYS)
-    if head != "torch" or way not in ("directly", "each reset")
+    if head not in THEIRS or way != "directly"
 ]
 BY_PAIR = pytest.mark.parametrize(("head", "way"), PAIRS)
 
@@ -148,13 +154,17 @@ def test_a_checkpoint_comes_after_it(head: str, way: str, tmp_path: Any) -> None
     other = copy.deepcopy(model)
     model.load_state_dict(twin.state_dict())
     lateinit.save_checkpoint(twin, tmp_path / "twin.safetensors")
+    if head == "pfn-extras' own":
+        with pytest.raises(UninitializedError, match=r"head\.weight: call lateinit\.infer_shapes"):
+            lateinit.load_checkpoint(other, tmp_path / "twin.safetensors")
+        lateinit.infer_shapes(other, torch.ones(3, 5))
     lateinit.load_checkpoint(other, tmp_path / "twin.safetensors")
     for each in (model, other):
         lateinit.infer_shapes(each, torch.ones(3, 5))
         assert_equal(twin, lateinit.materialize(each))
 
 
-@pytest.mark.parametrize(("head", "way"), [pair for pair in PAIRS if pair[0] != "torch"])
+@pytest.mark.parametrize(("head", "way"), [pair for pair in PAIRS if pair[0] not in THEIRS])
 def test_a_cast_comes_after_it(head: str, way: str) -> None:
     twin, model = twins(head, way)
     twin.half().float()
@@ -228,40 +238,125 @@ def test_outside_a_block_nothing_is_remembered(write: Any) -> None:
         write(layers[0].weight)  # it was made before the block
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda p: p.data.normal_(),
-        lambda p: p.data.fill_(7),
-        lambda p: init.constant_(p.data, 9),
-        init.zeros_,
-        init.xavier_uniform_,
-    ],
-)
-def test_in_a_block_torchs_own_placeholders_refuse_what_would_be_lost(write: Any) -> None:
-    def build() -> nn.Module:
-        layer = nn.LazyLinear(3)
-        write(layer.weight)
-        return layer
+LOST: dict[str, Callable[[Any], Any]] = {
+    "a factor": lambda p: p.data.mul_(2),
+    "a fill of its data": lambda p: p.data.fill_(7),
+    "a list of tensors": lambda p: torch._foreach_add_([p.data], 1.0),
+    "a random fill": lambda p: p.data.normal_(),
+    "a view of its data": lambda p: p.data.view(-1).fill_(2),
+    "a word of nn.init": init.zeros_,
+    "an initialiser that warns": init.kaiming_normal_,
+    "an item": lambda p: p.data.__setitem__(slice(None), 3),
+    "detached": lambda p: p.detach().fill_(3),
+    "from a number": lambda p: p.copy_(torch.tensor(5.0)),
+    "from a number, its data": lambda p: p.data.copy_(torch.tensor(5.0)),
+    "nn.init on its data": lambda p: init.constant_(p.data, 9),
+    "other data": lambda p: setattr(p, "data", torch.ones(3, 4)),
+    "shapes are asked for": init.xavier_uniform_,
+    "with other data cast": lambda p: setattr(p, "data", torch.ones(3, 4).half()),
+}
 
-    with pytest.raises(UninitializedError, match="in another deferred"):
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("way", sorted(LOST))
+@pytest.mark.parametrize("head", THEIRS)
+def test_in_a_block_the_placeholders_of_others_refuse_what_would_be_lost(
+    head: str, way: str, cast: bool
+) -> None:
+    def build() -> None:
+        layer: Any = HEADS[head](True)
+        if cast:
+            layer.half()
+        with torch.no_grad():
+            LOST[way](layer.weight)
+
+    with pytest.raises(UninitializedError, match=r"(?s)LazyLinear\.weight.*in another deferred"):
         lateinit.deferred_init(build)
 
 
-def test_apply_to_what_initialises_itself_in_its_first_call_is_refused() -> None:
-    class Scale(lateinit.pfn_extras.LazyInitializationMixin, nn.Module):
-        lazy_parameter_names = ("weight",)
+def test_what_pfn_extras_placeholders_lose_before_they_are_registered_is_refused() -> None:
+    lazy = pytest.importorskip("pytorch_pfn_extras").nn.modules.lazy
+    with pytest.raises(UninitializedError, match="UninitializedParameter has no shape yet"):
+        lateinit.deferred_init(lambda: lazy.UninitializedParameter().data.fill_(1))
 
-    def build(way: Any) -> None:
-        way(Scale())
 
-    with pytest.raises(UninitializedError, match=r"apply cannot be postponed for Scale"):
-        lateinit.deferred_init(build, lambda scale: scale.apply(reset))
-    with pytest.raises(UninitializedError, match="uninitialized parameter"):
-        lateinit.deferred_init(build, lambda scale: scale.weight.data.zero_())
+class Scale(lateinit.pfn_extras.LazyInitializationMixin, nn.Module):
+    lazy_parameter_names = ("weight",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.lazy_parameters_determined:
+            self.weight = nn.Parameter(self.weight.new_empty(x.shape[-1]))
+            init.uniform_(self.weight)
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda scale: scale.apply(lambda m: m.weight.data.normal_(0, m.weight.shape[0])),
+        lambda scale: init.normal_(scale.weight, std=4),
+        lambda scale: scale.weight.data.normal_().mul_(4),
+    ],
+)
+def test_what_initialises_itself_in_its_first_call_is_initialised_again_after_it(way: Any) -> None:
+    torch.manual_seed(0)
+    torch.rand(4)
+    expected = torch.randn(4) * 4, nn.Linear(4, 2)
+    torch.manual_seed(0)
+    with lateinit.deferred():
+        scale = Scale()
+        way(scale)
+        last = nn.Linear(4, 2)
+    for each in (copy.deepcopy(scale), scale):
+        lateinit.infer_shapes(each, torch.ones(2, 4))
+        assert torch.equal(lateinit.materialize(each).weight, expected[0])
+    assert_same(expected[1], lateinit.materialize(last))
+
+
+NAMES = sorted(
+    name for name, found in vars(init).items() if name.endswith("_") and not name.startswith("_")
+)
+BOUND_BEFORE = {name: getattr(init, name) for name in NAMES}
+WIDE = {"constant_": (3.0,), "dirac_": (), "sparse_": (0.5,)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_initialiser_is_remembered_by_a_name_that_was_bound_before_the_block(name: str) -> None:
+    def build(linear: nn.Module) -> nn.Module:
+        conv = nn.Conv1d(4, 3, 2) if not lazy else lateinit.nn.LazyConv1d(3, 2)
+        weight: Any = conv.weight if name == "dirac_" else linear.weight
+        assert BOUND_BEFORE[name](weight, *WIDE.get(name, ())) is weight
+        return nn.Sequential(linear, nn.Linear(3, 3), conv)
+
+    lazy, example = False, torch.empty(2, 4, device="meta")
+    torch.manual_seed(0)
+    twin = build(nn.Linear(4, 3))
+    torch.manual_seed(0)
+    lazy = True
+    model: Any = lateinit.deferred_init(lambda: build(lateinit.nn.LazyLinear(3)))
+    lateinit.infer_shapes(model[0], example)
+    lateinit.infer_shapes(model[2], torch.empty(1, 4, 5, device="meta"))
+    assert_same(twin, lateinit.materialize(model))
+
+
+def test_an_old_name_of_an_initialiser_is_remembered_too() -> None:
+    def build(linear: nn.Module) -> nn.Module:
+        with pytest.warns(FutureWarning, match="deprecated"):
+            init.xavier_normal(linear.weight)  # type: ignore[attr-defined]
+        return nn.Sequential(linear, nn.Linear(3, 3))
+
+    torch.manual_seed(0)
+    twin = build(nn.Linear(4, 3))
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(lambda: build(lateinit.nn.LazyLinear(3)))
+    lateinit.infer_shapes(model, torch.empty(2, 4, device="meta"))
+    assert_same(twin, lateinit.materialize(model))
 
 
 def test_a_first_forward_that_would_leave_it_out_is_refused() -> None:
     model = lateinit.deferred_init(lambda: nn.Sequential(nn.LazyLinear(3)).apply(scaled))
-    with pytest.raises(UninitializedError, match=r"LazyLinear|Linear.*call lateinit\.infer_shapes"):
-        model(torch.ones(2, 4))
+    for _ in range(2):
+        with pytest.raises(UninitializedError, match=r"LazyLinear.*call lateinit\.infer_shapes"):
+            model(torch.ones(2, 4))
+    lateinit.infer_shapes(model, torch.ones(2, 4))
+    assert lateinit.materialize(model)(torch.ones(2, 4)).shape == (2, 3)

@@ -324,3 +324,87 @@ def test_an_input_that_disagrees_with_what_the_first_inferred_is_refused() -> No
     with pytest.raises(RuntimeError, match="got 5 but expected 4"):
         layer(torch.ones(2, 3), torch.ones(2, 5))
     assert (layer.in1_features, layer.in2_features) == (3, 4)
+
+
+class Sized(nn.Module):
+    """Its layers and its control flow depend on all dims but the first."""
+
+    def __init__(self, lazy: bool) -> None:
+        super().__init__()
+        self.conv = lateinit.nn.LazyConv1d(4, 2) if lazy else nn.Conv1d(3, 4, 2)
+        self.norm = lateinit.nn.LazyBatchNorm1d() if lazy else nn.BatchNorm1d(4)
+        self.head = lateinit.nn.LazyLinear(2) if lazy else nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = x.shape[0]
+        found = self.norm(self.conv(x)).view(batch, 16)
+        return self.head(found)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 300])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_size_of_the_batch_changes_nothing(batch: int, device: str) -> None:
+    torch.manual_seed(0)
+    twin = Sized(lazy=False)
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(Sized, True)
+    lateinit.infer_shapes(model, torch.ones(batch, 3, 5, device=device))
+    assert_same(twin, lateinit.materialize(model))
+
+
+@pytest.mark.parametrize("batch", [2, 7])
+def test_infer_shapes_again_with_another_batch_changes_nothing(batch: int) -> None:
+    torch.manual_seed(0)
+    twin = Sized(lazy=False)
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(Sized, True)
+    for size in (3, batch):
+        assert lateinit.infer_shapes(model, torch.ones(size, 3, 5, device="meta")) == []
+    assert_same(twin, lateinit.materialize(model))
+    for size in (3, batch):
+        assert lateinit.infer_shapes(model, torch.ones(size, 3, 5)) == []
+    assert_same(twin, model)
+
+
+def test_one_layer_may_be_called_with_several_batches_in_one_pass() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = lateinit.nn.LazyLinear(3)
+
+        def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+            return [self.layer(x) for x in inputs]
+
+    model = Twice()
+    shapes = [(2, 4), (5, 4), (3, 1, 4), (4,)]
+    lateinit.infer_shapes(model, *(torch.empty(shape, device="meta") for shape in shapes))
+    assert model.layer.in_features == 4
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_a_model_of_inferred_shapes_is_exported_with_a_dynamic_batch(block: bool) -> None:
+    torch.manual_seed(0)
+    twin = Sized(lazy=False).eval()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(Sized, True) if block else Sized(lazy=True)
+    lateinit.infer_shapes(model.eval(), torch.ones(2, 3, 5, device="meta"))
+    lateinit.materialize(model)
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (torch.ones(4, 3, 5),), dynamic_shapes=dynamic)
+    if block:
+        assert_same(twin, model)
+    for size in (1, 9):
+        x = torch.randn(size, 3, 5)
+        assert torch.equal(exported.module()(x), model(x))
+
+
+def test_sizes_that_are_symbols_are_not_taken_for_numbers() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    model = lateinit.deferred_init(Sized, True)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        pass
+    example = mode.from_tensor(torch.ones(4, 3, 5))
+    lateinit.infer_shapes(model, example)
+    assert all(type(size) is int for p in model.parameters() for size in p.shape)

@@ -92,9 +92,11 @@ def clone_placeholder(placeholder: Any) -> Any:
 def on_meta(tensor: Tensor) -> Tensor:
     """A meta tensor with the shape, the strides and the dtype of ``tensor``."""
     with without_subclass_functions():
-        shape, dtype = tensor.size(), tensor.dtype
+        # A fake input may have symbols for sizes, as torch.export gives a dynamic dim.
+        shape, dtype = [int(size) for size in tensor.size()], tensor.dtype
         try:
-            made = torch.empty_strided(shape, tensor.stride(), dtype=dtype, device="meta")
+            stride = [int(step) for step in tensor.stride()]
+            made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         except RuntimeError:  # layouts that have no strides
             made = torch.empty(shape, dtype=dtype, device="meta")
         return made

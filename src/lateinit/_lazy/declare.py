@@ -14,7 +14,7 @@ from lateinit._lazy.placeholders import UninitializedBuffer
 from lateinit._lazy.scratch_recording import aside
 from lateinit._lazy.trials import LazySpec, ModuleLayout, Name, measure
 from lateinit._recording import current, holes
-from lateinit._recording.postponed import postpone
+from lateinit._recording.postponed import postpone, reset
 from lateinit._torch import own_buffers, own_parameters, restoring
 
 
@@ -48,11 +48,6 @@ def reset_part(part: nn.Module) -> None:
     held = (*own_parameters(part).values(), *own_buffers(part).values())
     if current() is not None and any(is_lazy(t) and t.__dict__.get("_in_block") for t in held):
         postpone(part, reset)
-
-
-def reset(module: Any) -> None:
-    """Reset a module that has its sizes."""
-    module.reset_parameters()
 
 
 def _holds_lazy(part: nn.Module) -> bool:

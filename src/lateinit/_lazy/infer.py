@@ -18,11 +18,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.rnn import PackedSequence
 
 from lateinit._identity import IdentityMap
+from lateinit._integrations import is_pfn_layer
 from lateinit._lazy.borrowed_model import Lending, counting_stand_in, on_meta
 from lateinit._lazy.first_call import UpToEnd, mark_unknown
 from lateinit._lazy.layers import LAYERS
 from lateinit._lazy.mixin import trying
 from lateinit._lazy.protocols import (
+    close_holes,
     end_of_initialisation,
     initialise,
     is_lazy_module,
@@ -34,6 +36,7 @@ from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_param
 from lateinit._torch import (
     asks_for_values,
     before_call,
+    is_fake,
     is_wrapper,
     map_leaves,
     outside,
@@ -117,6 +120,7 @@ def infer_shapes(
             "those parts, or pass strict=False"
         )
     run.initialise()
+    close_holes(module)
     return left
 
 
@@ -293,7 +297,7 @@ def _real_input(tensor: Tensor) -> Tensor:
 
 
 def _meta_input(tensor: Tensor) -> Tensor:
-    plain = tensor.layout is torch.strided and not is_wrapper(tensor)
+    plain = tensor.layout is torch.strided and not is_wrapper(tensor) and not is_fake(tensor)
     if plain and not is_deferred_tensor(tensor) and is_readable(tensor):
         return readable(_real_input(tensor))
     made = on_meta(tensor).requires_grad_(tensor.requires_grad)
@@ -303,7 +307,7 @@ def _meta_input(tensor: Tensor) -> Tensor:
 def _rules_of(module: nn.Module) -> Any:
     """The rules by which a module was initialised, if it is a lazy layer of any library."""
     cls = type(module)
-    if cls.__module__.startswith("pytorch_pfn_extras."):  # their layers keep their class
+    if is_pfn_layer(module):  # their layers keep their class
         cls = next((base for base in cls.__mro__ if base in _RULES), cls)
     return _RULES.get(cls) or getattr(module, "_rules", None)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import methodcaller
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._lazy.checkpoint_sizes import load_sizes
-from lateinit._lazy.declare import declare, layout_of, reset
+from lateinit._lazy.declare import declare, layout_of
 from lateinit._lazy.mixin import LazyModuleMixin, finish, initialising
 from lateinit._lazy.placeholders import UninitializedParameter
 from lateinit._lazy.rules import Rule, check_rules, evaluate_rules
@@ -249,10 +250,9 @@ def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
 
 def of_plain(cls: type[nn.Module]) -> dict[str, Any]:
     """The methods of a plain class that its lazy version has in another form."""
-    methods: dict[str, Any] = {"forward": _forward_of(cls)}
-    if hasattr(cls, "reset_parameters"):
-        methods["reset_parameters"] = _reset
-    return methods
+    # The second name is that of torch's attention and transformers.
+    resets = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(cls, name)]
+    return {"forward": _forward_of(cls), **{name: _reset_of(name) for name in resets}}
 
 
 def _forward_of(cls: type[nn.Module]) -> Any:
@@ -269,15 +269,20 @@ def _forward_of(cls: type[nn.Module]) -> Any:
     return forward
 
 
-def _reset(self: Any) -> None:
-    """Nothing before the sizes are known, as in the lazy layers of torch and pytorch-pfn-extras.
+def _reset_of(name: str) -> Callable[[Any], None]:
+    """A method that resets parameters.
 
-    In a block it is run at its place once they are known: the eager twin draws there.
+    It does nothing before the sizes are known, as in the lazy layers of torch and
+    pytorch-pfn-extras. In a block it is run at its place once they are: the eager twin draws there.
     """
-    if self.is_initialized:
-        self._plain.reset_parameters(self)
-    elif current() is not None and hole_of(self) is not None:
-        postpone(self, reset)
+
+    def reset(self: Any) -> None:
+        if self.is_initialized:
+            getattr(self._plain, name)(self)
+        elif current() is not None and hole_of(self) is not None:
+            postpone(self, methodcaller(name))
+
+    return reset
 
 
 def _document(cls: type[nn.Module], rules: Mapping[str, Rule]) -> str:

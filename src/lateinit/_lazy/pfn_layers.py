@@ -85,10 +85,7 @@ class LazyInitializationMixin:
         for name in self.lazy_buffer_names:
             self.register_buffer(name, torch.Tensor([]))
         for name in self.lazy_parameter_names:
-            parameter = UninitializedParameter()
-            # Nobody hears of it when ``forward`` gives it a shape: nothing can wait for that.
-            parameter.__dict__["_in_block"] = False
-            self.register_parameter(name, parameter)
+            self.register_parameter(name, UninitializedParameter())
         self._register_load_state_dict_pre_hook(self._lazy_load_hook)
         self._lazy_ready = True
 

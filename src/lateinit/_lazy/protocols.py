@@ -21,9 +21,9 @@ from lateinit._lazy.mixin import LazyModuleMixin as OurMixin
 from lateinit._lazy.mixin import finish, finish_whole, initialising, is_loaded
 from lateinit._lazy.scratch_recording import aside
 from lateinit._lazy.settle import settle
-from lateinit._recording import holes
+from lateinit._recording import draw_again, holes
 from lateinit._tensors import is_placeholder
-from lateinit._torch import is_lazy_misuse, name_of_class, own_buffers, own_parameters
+from lateinit._torch import here, is_lazy_misuse, name_of_class, own_buffers, own_parameters
 from lateinit.errors import NeedsValuesError, UninitializedError
 
 
@@ -83,7 +83,23 @@ def _by_method(module: Any, args: Any, kwargs: Any) -> None:
         known_by_shape(module, device_of(held), lambda: True),
     ):
         module.initialize_parameters(*args, **kwargs)
+        if loaded and not ours and not here.trial:
+            draw_again(module)
     (finish_whole if ours else finish)(module, loaded=loaded)
+
+
+def close_holes(module: nn.Module) -> None:
+    """Fill the holes of modules that have their shapes from elsewhere, as from a checkpoint."""
+    for part in module.modules():
+        hole = holes.hole_of(part)
+        if hole is None or is_lazy_module(part):
+            continue
+        program, number, _ = hole.resolve()
+        if program.holes[number] is None:
+            with initialising(part):
+                draw_again(part)
+        holes.close(part)
+        settle(part, loaded=True)
 
 
 def _by_call(module: Any, args: Any, kwargs: Any, end: UpToEnd) -> None:
@@ -146,13 +162,18 @@ def called(module: Any) -> Any:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Any:
-    """A block in which a module does not train: a batch norm would count this batch."""
-    training = {part: part.training for part in module.modules()}
+    """A block in which a module is called to be initialised.
+
+    It does not train: a batch norm would count this batch.
+    """
+    training, before = {part: part.training for part in module.modules()}, here.initialising
+    here.initialising = True
     try:
         for part in training:
             part.__dict__["training"] = False
         yield
     finally:
+        here.initialising = before
         for part, flag in training.items():
             part.__dict__["training"] = flag
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lateinit._lazy.protocols import is_lazy_module
+from lateinit._lazy.protocols import close_holes, is_lazy_module
 from lateinit._program import Program
 from lateinit._recording import abandoned, fill, hole_of, holes
 from lateinit._replay import execution_of
-from lateinit._tensors import Deferred, bound_in, find_tensors
+from lateinit._tensors import Deferred, bound_in, ends_in, find_tensors
 from lateinit._torch import name_of_class, restoring
 from lateinit.errors import RecordingError
 
@@ -48,6 +48,7 @@ def discard(module: nn.Module, /) -> None:
         given_up = [hole_of(part) for part in parts]
     else:
         parts = []
+        close_holes(module)
         given_up = [hole for program in _programs_of(module) for hole in abandoned(program)]
     for hole in given_up:
         assert hole is not None
@@ -67,11 +68,11 @@ def settle_rng(module: nn.Module, /) -> None:
     twin's too. Numbers that were drawn since the block do not count.
 
     Args:
-        module: a model that was built in one ``deferred()`` block and is not materialised yet.
+        module: a model that was built in one ``deferred()`` block; it may be materialised already.
 
     Raises:
         RecordingError: a lazy module of the block has no shape yet, or the model was built in no
-            block, in several, in one with ``advance_rng=False``, or is materialised already.
+            block, in several, or in one with ``advance_rng=False``.
         TypeError: ``module`` is no module.
 
     Example:
@@ -82,17 +83,22 @@ def settle_rng(module: nn.Module, /) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"settle_rng takes a module, not {type(module)}")
-    programs = _programs_of(module)
-    ends = [program.end for program in programs]
-    if len(programs) != 1 or ends[0] is None:
+    states = [*ends_in(module), *map(_end_of, _programs_of(module))]
+    if len(set(states)) != 1 or states[0] is None:
         raise RecordingError(
-            f"settle_rng takes a deferred model of one deferred() block that advances the random "
-            f"state; {name_of_class(module)} has tensors of {len(programs)} blocks: call it "
-            "after infer_shapes and before materialize"
+            f"settle_rng takes a model of one deferred() block that advances the random state, or "
+            f"what lateinit.materialize(model) has given it; for {name_of_class(module)} the "
+            f"random states of {len(set(states) - {None})} blocks are known: call it on that model"
         )
-    execution = execution_of(programs[0])
-    execution.check_known([ends[0]])
-    torch.set_rng_state(torch.frombuffer(bytearray(execution.state(ends[0])), dtype=torch.uint8))
+    torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
+
+
+def _end_of(program: Program) -> bytes | None:
+    if program.end is None:
+        return None
+    execution = execution_of(program, program.seed)
+    execution.check_known([program.end])
+    return execution.state(program.end)
 
 
 def _programs_of(module: nn.Module) -> list[Program]:

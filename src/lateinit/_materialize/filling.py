@@ -19,7 +19,7 @@ from lateinit._materialize.checks import (
     check_shared,
 )
 from lateinit._materialize.scheduler import execute
-from lateinit._program import Plan, Step, plan_storages
+from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of, one_thread
 from lateinit._tensors import (
@@ -80,6 +80,7 @@ class Filling:
         """Give the tensors their values."""
         # Other ranks are not waited for while this is held.
         with one_thread:
+            programs = self._programs()
             planned = self._planned()
             total = sum(s.record.nbytes for g in self._wanted for s in g.storages.values())
             try:
@@ -92,11 +93,14 @@ class Filling:
                 self._put_back()
                 raise
         if self._whole:
-            unbind(self._target)
+            unbind(self._target, programs)
+
+    def _programs(self) -> dict[Program, None]:
+        return bound_in(self._target) | dict.fromkeys(group.program for group in self._wanted)
 
     def _planned(self) -> list[_Planned]:
         wanted = self._wanted
-        for program in bound_in(self._target) | dict.fromkeys(g.program for g in wanted):
+        for program in self._programs():
             check_seed(program, self._seed)
         for group in wanted:
             _leave_real(group)

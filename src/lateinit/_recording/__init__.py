@@ -12,6 +12,7 @@ Start with ``block``, then ``recorder``.
 from lateinit._recording.block import deferred, deferred_init, fill, recording_block
 from lateinit._recording.guard import DeferredTensor
 from lateinit._recording.holes import abandoned, hole_of
+from lateinit._recording.redraw import draw_again
 from lateinit._recording.writer import ProgramWriter, current
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "current",
     "deferred",
     "deferred_init",
+    "draw_again",
     "fill",
     "hole_of",
     "recording_block",

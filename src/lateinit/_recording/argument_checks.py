@@ -11,9 +11,18 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lateinit._program import TensorRef
-from lateinit._torch import OpInfo, by_name, without_modes
+from lateinit._tensors import Slot
+from lateinit._torch import OpInfo, by_name, is_running, without_modes
+from lateinit.errors import UninitializedError
+
+NOT_YET = "initialise it in another deferred() block, after lateinit.infer_shapes(model, ...)"
+EMPTY = (0,)
+"""The size of what a placeholder of another library holds."""
+# How many callers of a handler are searched for `materialize`: those of modes and guards.
+_DEEPEST = 6
 
 
 def are_usual(info: OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -43,6 +52,23 @@ def check_numbers(
     if device.type == "cpu":
         # One element has its own kernel.
         _try(info.name, ref.dtype, min(ref.numel, 2), numbers, **kwargs)
+
+
+def check_kept(slot: Slot | None) -> None:
+    """Raise if a storage is that of another library's placeholder: a write to it would be lost."""
+    if slot is not None and slot.lazy is not None:
+        raise UninitializedError(
+            f"{slot.lazy} has no shape yet, so that what is written to it would be lost: {NOT_YET}"
+        )
+
+
+def check_data(slot: Slot | None, placeholder: Any, data: Tensor) -> None:
+    """Raise if a placeholder of another library is given data that it would lose.
+
+    It keeps what ``materialize`` gives it, and what ``Module._apply`` does: as empty as before.
+    """
+    if data.size() != EMPTY and not is_running(placeholder.materialize.__code__, _DEEPEST):
+        check_kept(slot)
 
 
 @functools.lru_cache(maxsize=1024)

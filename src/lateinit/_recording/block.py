@@ -14,55 +14,54 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._identity import IdentityMap
+from lateinit._integrations import is_pfn_layer
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import guard, watch_fully_shard
+from lateinit._recording.guard import watch_fully_shard
 from lateinit._recording.holes import Hole, close, hole_of, reserve
 from lateinit._recording.patches import Patches
+from lateinit._recording.postponed import (
+    check_not_postponed,
+    first_of_hooks,
+    has_placeholders,
+    resets_of,
+    waits_for_shape,
+)
 from lateinit._recording.recorder import Recorder
+from lateinit._recording.redraw import draw_again
+from lateinit._recording.registered import Registered, guard_all
 from lateinit._recording.unheard import watch
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._replay import one_thread
-from lateinit._tensors import (
-    ON_META,
-    PLAIN_CLASSES,
-    Guarded,
-    attach,
-    bind,
-    is_deferred_tensor,
-    own_tensors,
-    slot_of,
-)
+from lateinit._tensors import bind, slot_of
 from lateinit._torch import (
-    REGISTRATION_HOOKS,
     Caller,
     Noted,
     are_functions_disabled,
-    as_subclass,
     caller,
-    held_by_script,
     here,
     is_frame_of,
     is_on_stack,
     let_full_collections_begin,
     let_full_collections_wait,
+    map_tensors,
     mend,
+    name_of_class,
     noted,
     outside,
-    swap_with_hooks,
+    own_buffers,
+    own_parameters,
+    replace_forward_pre_hook,
     turn,
-    without_modes,
 )
-from lateinit.errors import RecordingError
+from lateinit.errors import RecordingError, UninitializedError
 
 T = TypeVar("T")
 # A block keeps its place in the random stream as a token in the default generator (see
 # ``generators``). All threads share that generator, so only one thread records at a time.
 _one_thread = turn()
-_DEEPEST = 64  # levels of a module's path: bounds the recursion if a module contains itself
 
 
 class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - reads as a statement
@@ -202,7 +201,8 @@ class Recording:
         self._before = before or noted()
         self._outer = current()
         self._mode = Masquerade(writer)
-        self._modules = _Modules()
+        self._modules = Registered(self._declare)
+        self._lazy: IdentityMap[nn.Module, None] = IdentityMap()
         self._patches = Patches(_PATCHES)
 
     def begin(self) -> None:
@@ -225,7 +225,34 @@ class Recording:
     def finish(self) -> None:
         """Note what is known only when the block has ended without an error."""
         self.writer.finish()
+        self._hear_first_calls()
         bind(self._modules.all(), self.writer.program)
+
+    def _declare(self, module: nn.Module, name: str, placeholder: Tensor) -> None:
+        """Reserve the hole of a module that another library's, or a user's, placeholder is for."""
+        reserve(module)
+        self._lazy[module] = None
+        slot = slot_of(placeholder)
+        if slot is not None:
+            slot.lazy = f"{name_of_class(module)}.{name}"
+        if not isinstance(module, LazyModuleMixin):
+            first_of_hooks(module, _first_called)
+        for cls, reset in resets_of(type(module)):
+            self._patches.replace(cls, "reset_parameters", reset)
+
+    def _hear_first_calls(self) -> None:
+        """Let lazy modules of torch be initialised in their holes after the block too."""
+        for module in self._lazy:
+            handle: Any = module.__dict__.get("_initialize_hook")
+            hole = hole_of(module)
+            if hole is None:
+                continue
+            if not waits_for_shape(module):  # the constructor has initialised it by itself
+                with fill(hole):
+                    pass
+                close(module)
+            elif getattr(type(module), "_infer_parameters", None) in (_infer, _inferred):
+                replace_forward_pre_hook(module, handle.id, _inferred_later)
 
     def abandon(self, trace: TracebackType | None) -> None:
         """End at any moment between the lines of ``begin`` and ``end``, or after an interrupt."""
@@ -239,7 +266,7 @@ class Recording:
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
         watch_fully_shard(self.writer.program)
-        _guard_all(self.writer, self._modules)
+        guard_all(self.writer, self._modules)
         let_full_collections_begin(self)
 
     def rest(self) -> None:
@@ -293,14 +320,62 @@ _infer = LazyModuleMixin.__dict__["_infer_parameters"]
 
 @functools.wraps(_infer)  # pickle knows it by its name: modules keep it as a hook
 def _inferred(self: Any, module: Any, args: Any, kwargs: Any = None) -> Any:
-    """Torch's hook of lazy modules: one that is run in the block is initialised in its hole."""
+    """Torch's hook of lazy modules: one that is run on data is initialised in its hole."""
     hole = hole_of(module)
-    if current() is None or hole is None:
+    if hole is None or here.trial or here.initialising:
         return _infer(self, module, args, kwargs)
+    check_not_postponed(module)
     with outside(), fill(hole):
+        if not has_placeholders(module):  # a checkpoint gave it its shape
+            draw_again(module)
         result = _infer(self, module, args, kwargs)
     close(module)
+    if current() is None:  # else the end of the block does it
+        for name, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
+            slot = slot_of(tensor) if tensor is not None else None
+            if slot is not None and slot.name is None:
+                slot.name = name
     return result
+
+
+def _inferred_later(module: Any, args: Any, kwargs: Any) -> Any:
+    """The same, as the hook that a module has after its block."""
+    return _inferred(module, module, args, kwargs)
+
+
+def _first_called(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook of a module of a block that initialises itself in its first call.
+
+    What that draws belongs in the hole. Of a layer of pytorch-pfn-extras it is known that its
+    ``forward`` draws nothing else.
+    """
+    hole = hole_of(module)
+    if hole is None or here.trial or here.initialising or not has_placeholders(module):
+        return
+    check_not_postponed(module)
+    if not is_pfn_layer(module):
+        raise UninitializedError(
+            f"{name_of_class(module)} was made in a deferred() block and initialises itself in its "
+            "first call: call lateinit.infer_shapes(model, ...) before it, so that this is "
+            "recorded at its place in the random stream"
+        )
+    training, held = module.training, (own_parameters(module), own_buffers(module))
+    before = [dict(tensors) for tensors in held]
+    try:
+        with outside(), fill(hole):
+            module.training = False  # a batch norm would count this call
+            module.forward(*map_tensors(args, _like), **map_tensors(kwargs, _like))
+    except BaseException:
+        for tensors, found in zip(held, before, strict=True):
+            tensors.update(found)
+        raise
+    finally:
+        module.training = training
+    close(module)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 _PATCHES = ((LazyModuleMixin, "_infer_parameters", _inferred),)
@@ -321,105 +396,3 @@ def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     except BaseException as error:
         block.abandon(error.__traceback__)
         raise
-
-
-class _Modules:
-    """The modules that a block registers parameters, buffers or children on."""
-
-    def __init__(self) -> None:
-        self._found: IdentityMap[nn.Module, None] = IdentityMap()
-        self._last: nn.Module | None = None
-        self._parents: IdentityMap[nn.Module, tuple[nn.Module, str]] = IdentityMap()
-        self._paths: IdentityMap[nn.Module, str] = IdentityMap()
-
-    def enter(self) -> None:
-        # torch/nn/modules/module.py: register_module_parameter_registration_hook and its like do
-        # this and return a handle; the key here is an id of ours, so no handle is needed.
-        for registered in REGISTRATION_HOOKS:
-            registered[id(self)] = self._note
-
-    def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        # Most calls follow one for the same module.
-        if module is not self._last:
-            self._found[module], self._last = None, module
-        if type(value) in PLAIN_CLASSES:
-            return
-        # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
-        ppe = type(value).__name__ == "UninitializedParameter"
-        if ppe or isinstance(value, UninitializedTensorMixin):
-            reserve(module)
-        if isinstance(value, nn.Module):
-            self._found[value] = None
-            self._parents[value] = (module, name)
-
-    def leave(self) -> None:
-        for registered in REGISTRATION_HOOKS:
-            registered.pop(id(self), None)
-
-    def all(self) -> list[nn.Module]:
-        return list(self._found)
-
-    def path(self, module: nn.Module, depth: int = 0) -> str:
-        """The fqn of a module in the outermost module that contains it, with a final dot."""
-        known = self._paths.get(module)
-        if known is None:
-            parent = self._parents.get(module)
-            inner = parent is not None and depth < _DEEPEST
-            known = f"{self.path(parent[0], depth + 1)}{parent[1]}." if parent and inner else ""
-            self._paths[module] = known
-        return known
-
-
-def _leave_meta(placeholder: Tensor, device: torch.device) -> None:
-    """Give torch's own placeholder its empty data on the device that it was made for.
-
-    Its copies and casts are made anew on the device of its data (torch/nn/parameter.py), and
-    ``meta`` would then be taken for what the user asked for.
-    """
-    if device.type == "cpu" or torch.get_device_module(device.type).is_available():
-        with without_modes():
-            data = torch.empty(0, dtype=placeholder.dtype, device=device)
-            made = as_subclass(type(placeholder), data, placeholder.requires_grad)
-            swap_with_hooks(placeholder, made)
-
-
-def _guard_all(writer: ProgramWriter, modules: _Modules) -> None:
-    """Guard all deferred tensors on the block's modules, and all others that are still alive.
-
-    ``writer.born`` holds the tensor objects that were seen when they were made. The walk over
-    the modules finds all others, and gives slots the names that error messages show.
-    """
-    seen: set[int] = set()
-    # First of all, since the tensor objects that the guards exchange must be those that a C++
-    # module answers with.
-    scripts = [module for found in writer.scripts if (module := found()) is not None]
-    held = held_by_script(scripts)
-    for module in modules.all():
-        path = None
-        for name, tensor in own_tensors(module, seen):
-            slot = slot_of(tensor)
-            if slot is None and tensor.dtype is torch.uint8 and not tensor.is_meta:
-                writer.kept.append((name, tensor))
-            elif slot is None and tensor.is_meta:
-                # The caller made it there and handed it over: eager construction leaves it so.
-                attach(tensor.untyped_storage(), ON_META)
-            elif slot is not None and slot is not ON_META:
-                if isinstance(tensor, UninitializedTensorMixin):
-                    _leave_meta(tensor, writer.device_of(tensor))
-                guard(tensor)
-                if slot.name is None:
-                    path = modules.path(module) if path is None else path
-                    slot.name = path + name
-    for reference in writer.born:
-        made = reference()
-        if made is not None and not isinstance(made, Guarded) and is_deferred_tensor(made):
-            guard(made)
-    for script in held:
-        for tensor in filter(is_deferred_tensor, script.tensors()):
-            guard(tensor)
-            named = slot_of(tensor)
-            if named is not None and named.name is None:
-                named.name = script.name
-        script.put_back()
-    writer.born.clear()
-    writer.scripts.clear()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._recording.argument_checks import EMPTY, check_kept
 from lateinit._recording.writer import ProgramWriter
-from lateinit._tensors import is_deferred_tensor
+from lateinit._tensors import is_deferred_tensor, slot_of
 from lateinit._torch import device_number, parse_to, to_copy, without_modes
 
 Handler = Callable[..., Any]
@@ -202,6 +203,13 @@ def _by_index(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> A
     return func(tensor, places[0] if alone else places, *rest, **kwargs)
 
 
+def _set_by_index(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """``x[index] = value``, which comes to no op if ``x`` is empty, as another's placeholder is."""
+    if args[0].size() == EMPTY:
+        check_kept(slot_of(args[0]))
+    return _by_index(writer, func, args, kwargs)
+
+
 def _places(writer: ProgramWriter, item: Any) -> Any:
     try:
         made = torch.tensor(item, dtype=None if len(item) else torch.int64)
@@ -227,7 +235,7 @@ CONVERSIONS: dict[Any, Handler] = {
 AFTER_BLOCK: dict[Any, Handler] = {
     **CONVERSIONS,
     _tensor.__getitem__: of_deferred(_by_index),
-    _tensor.__setitem__: of_deferred(_by_index),
+    _tensor.__setitem__: of_deferred(_set_by_index),
 }
 """The handlers of moves, casts and indices, in a block and after it."""
 

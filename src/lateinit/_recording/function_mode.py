@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from lateinit._recording import composite_ops, conversions, fast_paths
+from lateinit._recording.argument_checks import EMPTY, check_data
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.conversions import computed, of_deferred
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import address_of, copied_by_deepcopy, is_deferred_tensor
+from lateinit._tensors import (
+    PLAIN_CLASSES,
+    address_of,
+    copied_by_deepcopy,
+    is_deferred_tensor,
+    is_placeholder,
+    slot_of,
+)
 from lateinit._torch import (
     META,
     FunctionMode,
@@ -283,9 +291,33 @@ def _set_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> A
     target, source = args
     if "_in_block" in target.__dict__:  # a placeholder of lateinit's, which refuses it
         return func(*args)
+    if type(target) not in PLAIN_CLASSES and is_placeholder(target):
+        return _set_data_of_placeholder(writer, func, target, source)
+    return _set_any_data(writer, func, target, source)
+
+
+def _set_any_data(writer: ProgramWriter, func: Handler, target: Tensor, source: Tensor) -> Any:
     if target.is_meta == source.is_meta:
-        return func(*args)
+        return func(target, source)
     return _become(writer, target, source.detach())
+
+
+def _set_data_of_placeholder(
+    writer: ProgramWriter, func: Handler, target: Any, source: Tensor
+) -> Any:
+    """The same for another library's placeholder, which gets its data from ``materialize`` alone.
+
+    ``Module._apply`` gives it converted data, as empty as before.
+    """
+    slot = slot_of(target)
+    as_empty = is_placeholder(source) or source.size() == EMPTY
+    if not as_empty:
+        check_data(slot, target, source)
+    result = _set_any_data(writer, func, target, source)
+    converted = slot_of(target)
+    if as_empty and slot is not None and converted is not None:
+        converted.lazy = slot.lazy
+    return result
 
 
 def _become(writer: ProgramWriter, target: Tensor, source: Tensor) -> None:

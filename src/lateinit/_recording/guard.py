@@ -44,6 +44,7 @@ from lateinit._recording.answers import (
     realises_itself,
     shows_the_same,
 )
+from lateinit._recording.argument_checks import EMPTY, check_data
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
 from lateinit._recording.fsdp import shard_by_fsdp
@@ -281,6 +282,9 @@ def _module_load(func: Any, tensor: Tensor, other: Any, assign: bool = False) ->
 
 def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
     """``tensor.data = data``, which torch refuses if exactly one of them is on meta."""
+    slot = slot_of(tensor)
+    if slot is not None and slot.lazy is not None and isinstance(data, Tensor):
+        data = _data_of_placeholder(slot, tensor, data)
     if not isinstance(data, Tensor) or is_deferred_tensor(data):
         func(tensor, data)
         _mark(tensor)
@@ -293,6 +297,20 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
             "lateinit.materialize()"
         )
     show(tensor, data.detach())
+
+
+def _data_of_placeholder(slot: Slot, tensor: Any, data: Tensor) -> Tensor:
+    """What a placeholder of pytorch-pfn-extras gets for data: see ``argument_checks.check_data``.
+
+    Its ``materialize`` allocates on the device of its data, which is ``meta`` here.
+    """
+    check_data(slot, tensor, data)
+    converted = slot_of(data)
+    if converted is not None and data.size() == EMPTY:
+        converted.lazy = slot.lazy
+    if converted is None and data.is_meta:
+        return torch.empty(data.shape, dtype=data.dtype, device=Deferred.of(tensor).device)
+    return data
 
 
 def _is_stale(tensor: Tensor) -> bool:

@@ -16,8 +16,11 @@ from torch import nn
 
 from lateinit._program import Draw, Program
 from lateinit._recording.writer import current
+from lateinit._torch import remove_hook
 
 _ATTRIBUTE = "_lateinit_hole"
+FIRST_CALL = "_lateinit_first_call"
+"""On a module with a hole: the handle of the hook that hears of its first call."""
 
 
 class Hole:
@@ -89,3 +92,6 @@ def new_hole() -> Hole:
 def close(module: nn.Module) -> None:
     """Forget the hole of a module whose initialisation is recorded."""
     module.__dict__.pop(_ATTRIBUTE, None)
+    handle = module.__dict__.pop(FIRST_CALL, None)
+    if handle is not None:
+        remove_hook(module, handle.id)

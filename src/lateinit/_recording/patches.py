@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._tensors import is_deferred_tensor
+from lateinit._tensors import is_deferred_tensor, is_placeholder, slot_of
 from lateinit._torch import (
     GROUPING,
     FakeMode,
@@ -96,6 +96,10 @@ def _noted(made: Tensor) -> Tensor:
     writer = current()
     if writer is not None:
         writer.born.append(weakref.ref(made))
+        if type(made) is not nn.Parameter and is_placeholder(made):
+            slot = slot_of(made)
+            if slot is not None:
+                slot.lazy = type(made).__name__
     return made
 
 
@@ -193,9 +197,9 @@ class Patches:
             self._users.add(id(self))
             if first:
                 for owner, name, replacement in self._all:
-                    self._replace(owner, name, replacement)
-                for name in postponed.INITIALISERS:
-                    self._replace(nn.init, name, postponed.heard(getattr(nn.init, name)))
+                    self.replace(owner, name, replacement)
+                for initialiser in postponed.INITIALISERS:
+                    initialiser.begin()
 
     def leave(self) -> None:
         with self._lock:
@@ -207,9 +211,12 @@ class Patches:
                         delattr(owner, name)
                     else:
                         setattr(owner, name, found)
+                for initialiser in postponed.INITIALISERS:
+                    initialiser.end()
             self._users.discard(id(self))
 
-    def _replace(self, owner: Any, name: str, ours: Any) -> None:
+    def replace(self, owner: Any, name: str, ours: Any) -> None:
+        """Replace an attribute of a class or module until the last block ends."""
         # torch.compile keeps away from frames under a dispatch mode, but ours leave it.
         function = getattr(ours, "__func__", ours)
         if isinstance(function, FunctionType):

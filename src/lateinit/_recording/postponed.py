@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lateinit._recording.holes import Hole, hole_of, new_hole
+from lateinit._integrations import is_pfn_class
+from lateinit._recording.argument_checks import NOT_YET, check_kept
+from lateinit._recording.holes import FIRST_CALL, Hole, hole_of, new_hole
 from lateinit._recording.writer import current
-from lateinit._tensors import is_placeholder
-from lateinit._torch import as_subclass, name_of_class, own_buffers, own_parameters, remove_hook
+from lateinit._tensors import is_placeholder, slot_of
+from lateinit._torch import (
+    Rerouted,
+    as_subclass,
+    here,
+    name_of_class,
+    own_buffers,
+    own_parameters,
+    remove_hook,
+    tensors_in,
+)
 from lateinit.errors import UninitializedError
 
 _ATTRIBUTE = "_lateinit_postponed"
 _HOOK = "_lateinit_postponed_hook"
-_ADVICE = "initialise it in another deferred() block, after lateinit.infer_shapes(model, ...)"
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -53,22 +65,48 @@ def forget_postponed(owner: nn.Module | Tensor) -> None:
         remove_hook(owner, owner.__dict__.pop(_HOOK).id)
 
 
+def check_not_postponed(module: nn.Module) -> None:
+    """Raise if something was postponed for a module, which its first call would leave out."""
+    held = (*own_parameters(module).values(), *own_buffers(module).values())
+    if any(postponed(owner) for owner in (module, *held) if owner is not None):
+        raise UninitializedError(
+            f"{name_of_class(module)} was initialised by Module.apply or reset_parameters before "
+            "its shape was known, which is done when its shape is inferred: call "
+            "lateinit.infer_shapes(model, ...) before the first forward pass"
+        )
+
+
 def _called_too_early(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a module with something postponed; comes after the one that runs it."""
     del args
-    if postponed(module):
-        raise UninitializedError(
-            f"{name_of_class(module)} was initialised by Module.apply before its shape was known, "
-            "which is done when its shape is inferred: call lateinit.infer_shapes(model, ...) "
-            "before the first forward pass"
+    if not (here.trial or here.initialising):
+        check_not_postponed(module)
+
+
+def first_of_hooks(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Let a hook hear of the first call of a module with a hole, before its own hooks do."""
+    if FIRST_CALL not in module.__dict__:
+        module.__dict__[FIRST_CALL] = module.register_forward_pre_hook(
+            hook, prepend=True, with_kwargs=True
         )
 
 
 def waits_for_shape(module: nn.Module) -> bool:
     """Whether a module itself is lazy, or holds a tensor that is."""
+    return "_initialize_hook" in module.__dict__ or has_placeholders(module)
+
+
+def has_placeholders(module: nn.Module) -> bool:
+    """Whether a module itself holds a tensor that has no shape yet."""
     held = (*own_parameters(module).values(), *own_buffers(module).values())
-    lazy = any(tensor is not None and is_placeholder(tensor) for tensor in held)
-    return lazy or "_initialize_hook" in module.__dict__
+    return any(tensor is not None and is_placeholder(tensor) for tensor in held)
+
+
+def _postpone_call(module: nn.Module, run: Callable[[Any], Any]) -> None:
+    """Postpone something for a module, which must not be called before it is run."""
+    postpone(module, run)
+    if _HOOK not in module.__dict__:
+        module.__dict__[_HOOK] = module.register_forward_pre_hook(_called_too_early)
 
 
 _apply = nn.Module.apply
@@ -80,17 +118,10 @@ def _applied(module: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Module:
         return _apply(module, fn)
     for child in module.children():
         child.apply(fn)
-    if not waits_for_shape(module) or not _is_made_in_block(module):
+    if waits_for_shape(module) and _is_made_in_block(module):
+        _postpone_call(module, fn)
+    else:
         fn(module)
-        return module
-    if not _is_settled(module):
-        raise UninitializedError(
-            f"Module.apply cannot be postponed for {name_of_class(module)}, which initialises "
-            f"itself in its first call: {_ADVICE}"
-        )
-    postpone(module, fn)
-    if _HOOK not in module.__dict__:
-        module.__dict__[_HOOK] = module.register_forward_pre_hook(_called_too_early)
     return module
 
 
@@ -101,62 +132,88 @@ def _is_made_in_block(module: nn.Module) -> bool:
     )
 
 
-def _is_settled(module: nn.Module) -> bool:
-    """Whether lateinit hears of it when a lazy module has its shape."""
-    held = (*own_parameters(module).values(), *own_buffers(module).values())
-    lazy = [tensor for tensor in held if tensor is not None and is_placeholder(tensor)]
-    # `_label`: a part of a lazy module of lateinit's.
-    return "_initialize_hook" in module.__dict__ or all(t.__dict__.get("_label") for t in lazy)
+reset = methodcaller("reset_parameters")
+"""Reset a module that has its sizes."""
 
 
-def heard(initialiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An initialiser that tells a placeholder that it is called, instead of asking for its shape.
+def resets_of(cls: type) -> list[tuple[type, Callable[[Any], None]]]:
+    """Those classes of lazy modules of other libraries whose ``reset_parameters`` does nothing yet.
+
+    In a block it is run once the shapes are known: the eager twin draws there.
+
+    Returns:
+        Each class above ``cls`` that has one, and what replaces it.
+    """
+    lazy = [base for base in cls.__mro__ if is_pfn_class(base) or _is_lazy_class_of_torch(base)]
+    return [(base, _reset_later(base)) for base in lazy if "reset_parameters" in vars(base)]
+
+
+def _is_lazy_class_of_torch(cls: type) -> bool:
+    return issubclass(cls, LazyModuleMixin) and cls.__module__.startswith("torch.nn.")
+
+
+def _reset_later(cls: Any) -> Callable[[Any], None]:
+    original = cls.reset_parameters
+
+    @functools.wraps(original)
+    def later(module: Any) -> None:
+        if current() is None or hole_of(module) is None or not has_placeholders(module):
+            original(module)
+        else:
+            _postpone_call(module, reset)
+
+    return later
+
+
+def _initialised(called: Rerouted, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an initialiser; a placeholder is told of it, instead of being asked for its shape.
 
     torch/nn/init.py: only some of them ask ``has_torch_function_variadic`` themselves.
     """
-
-    @functools.wraps(initialiser)
-    def called(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if current() is not None and is_placeholder(tensor):
-            # Not handle_torch_function: the function mode of the block comes first there, and runs
-            # the initialiser.
-            kind = type(tensor)
-            heard: Tensor = kind.__torch_function__(initialiser, (kind,), (tensor, *args), kwargs)
-            return heard
-        return initialiser(tensor, *args, **kwargs)
-
-    return called
+    if current() is not None and is_placeholder(tensor):
+        check_kept(slot_of(tensor))
+        # Not handle_torch_function: the function mode of the block comes first there, and runs the
+        # initialiser.
+        kind = type(tensor)
+        return kind.__torch_function__(called.function, (kind,), (tensor, *args), kwargs)
+    return called.found(tensor, *args, **kwargs)
 
 
 _function = UninitializedTensorMixin.__dict__["__torch_function__"]
 
 
 def _refused(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """Torch's own placeholders in a block: what is written to ``.data`` of one would be lost."""
+    """Torch's own placeholders in a block: what is written to one, or to its ``.data``, is lost."""
     if current() is None:
         return _function.__get__(None, cls)(func, types, args, kwargs)
+    if func == Tensor.copy_ and not is_placeholder(args[1]):
+        check_kept(slot_of(args[0]))
     try:
         result = _function.__get__(None, cls)(func, types, args, kwargs)
     except ValueError as error:
-        raise UninitializedError(f"{error}: {_ADVICE}") from error
+        slots = [slot_of(t) for t in tensors_in(args, kwargs or {}) if is_placeholder(t)]
+        label = next((slot.lazy for slot in slots if slot is not None and slot.lazy), cls.__name__)
+        raise UninitializedError(f"{error} ({label}): {NOT_YET}") from error
     if func == _GET_DATA:
         with torch.no_grad():
             return as_subclass(type(args[0]), result, False)
     return result
 
 
-INITIALISERS = (
-    "dirac_",
-    "eye_",
-    "kaiming_normal_",
-    "kaiming_uniform_",
-    "orthogonal_",
-    "sparse_",
-    "trunc_normal_",
-    "xavier_normal_",
-    "xavier_uniform_",
+INITIALISERS = tuple(
+    Rerouted(getattr(nn.init, name), _initialised)
+    for name in (
+        "dirac_",
+        "eye_",
+        "kaiming_normal_",
+        "orthogonal_",
+        "sparse_",
+        "trunc_normal_",
+        "xavier_normal_",
+        "xavier_uniform_",
+    )
 )
-"""The functions of ``nn.init`` that a block hears of, whoever has replaced them: see ``heard``."""
+"""The functions of ``nn.init`` that a block hears of, whatever name they are called by."""
 
 PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (nn.Module, "apply", _applied),

@@ -240,6 +240,8 @@ class ProgramWriter:
         if self.shared:
             self.take_back([tensor])
         ref = self._ref(slot, tensor)  # first: it may absorb a program and so renumber the ops
+        if ref.size == argument_checks.EMPTY:
+            argument_checks.check_kept(slot)
         draw = None
         device = self.program.storages[ref.storage].device
         argument_checks.check_fill(info, ref, device, values)
@@ -394,6 +396,9 @@ class ProgramWriter:
         for changed in info.mutates:
             if changed < len(args) and type(referred[changed]) is Const and args[changed].is_meta:
                 self.ref(args[changed])  # raises: the write would be lost
+            elif changed < len(args) and _takes_all(*referred[changed:]):
+                for tensor in flat(args[changed]):
+                    argument_checks.check_kept(slot_of(tensor))
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
@@ -444,6 +449,17 @@ class ProgramWriter:
         tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
         self.adopt(tensor, device)
         return tensor
+
+
+def _takes_all(written: Any, *others: Any) -> bool:
+    """Whether a tensor as empty as a placeholder is written to, from none that is as empty."""
+    return _is_empty(written) and not any(map(_is_empty, others))
+
+
+def _is_empty(value: Any) -> bool:
+    if type(value) is tuple:
+        return any(map(_is_empty, value))
+    return type(value) is TensorRef and value.size == argument_checks.EMPTY
 
 
 def _is_usual(args: Args, kwargs: Kwargs) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lateinit._program import Program
+from lateinit._replay import execution_of
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, slot_of
@@ -26,9 +27,10 @@ from lateinit.errors import (
     listing,
 )
 
-# Of modules constructed from random values that were read or are real already: their deferred
-# tensors, if there are any, do not tell that ``seed=`` cannot be honoured.
+# Of modules whose deferred tensors, if there are any left, do not tell it: see ``bind``.
 _bound: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionary()
+# The random states at the ends of blocks, of modules that have their values.
+_ends: weakref.WeakKeyDictionary[nn.Module, bytes] = weakref.WeakKeyDictionary()
 
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
@@ -58,8 +60,11 @@ class Wanted:
 
 
 def bind(modules: Iterable[nn.Module], program: Program) -> None:
-    """Note that another seed may not be honoured for modules, whatever their tensors are."""
-    if program.seed_bound or program.reads:
+    """Note the program of modules that is asked for when their tensors may not tell it any more.
+
+    Another seed may not be honoured, or ``settle_rng`` waits for the draws of lazy modules.
+    """
+    if program.seed_bound or program.reads or program.holes:
         _bound.update(dict.fromkeys(modules, program))
 
 
@@ -69,10 +74,41 @@ def bound_in(target: Any) -> dict[Program, None]:
     return dict.fromkeys(program.merged() for program in programs if program is not None)
 
 
-def unbind(target: Any) -> None:
-    """Forget the programs of modules that have their values."""
+def unbind(target: Any, programs: Iterable[Program]) -> None:
+    """Forget the programs of modules that have their values; keep the random states at their ends.
+
+    Args:
+        target: what has its values.
+        programs: the programs that it was in.
+    """
+    ends = {program: _end_of(program) for program in programs}
+    known = set(ends.values())
+    if isinstance(target, nn.Module) and len(known) == 1:
+        _keep_end(target, *known)
     for module in modules_in(target) if _bound else ():
-        _bound.pop(module, None)
+        program = _bound.get(module)
+        if program is not None and None not in program.merged().holes:
+            _keep_end(module, ends.get(program.merged()))
+            del _bound[module]
+
+
+def ends_in(target: Any) -> set[bytes]:
+    """The random states that the constructions of modules which have their values end with."""
+    return {_ends[module] for module in modules_in(target) if module in _ends}
+
+
+def _keep_end(module: nn.Module, state: bytes | None) -> None:
+    if state is not None:
+        _ends[module] = state
+
+
+def _end_of(program: Program) -> bytes | None:
+    """The random state that the construction ends with, if it is known or lazy modules drew."""
+    if program.end is None or None in program.holes:
+        return None
+    if program.holes:
+        return execution_of(program, program.seed).state(program.end)
+    return program.final if program.seed is None else None
 
 
 def wanted_in(target: Any, only: Only | None) -> list[Wanted]:

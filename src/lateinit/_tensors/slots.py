@@ -28,6 +28,7 @@ from lateinit._torch import (
 from lateinit.errors import DeferredTensorError
 
 PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
+_PICKLED = ("lazy", "name", "of_waiting", "waits")
 
 
 class Slot:
@@ -38,9 +39,11 @@ class Slot:
     them is a parameter or a shard, or was computed from such a one after the block: these wait for
     ``materialize``, all others realise themselves. ``of_waiting`` says that it was made of one that
     waits, if only of its shape (``zeros_like``): a parameter or a shard made of it waits too.
+    ``lazy`` is the name of another library's placeholder whose empty data it is: what is written
+    there would be lost.
     """
 
-    __slots__ = ("_shown", "name", "number", "of_waiting", "program", "real", "waits")
+    __slots__ = ("_shown", "lazy", "name", "number", "of_waiting", "program", "real", "waits")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
@@ -48,6 +51,7 @@ class Slot:
         self.name: str | None = None  # fqn of the first tensor on the storage that has one
         self.real: Real | None = None
         self.waits = self.of_waiting = False
+        self.lazy: str | None = None
         self._shown: Callable[[], Tensor | None] = _nothing
 
     def __del__(self) -> None:
@@ -98,13 +102,13 @@ class Slot:
                 "materialised already: materialise the rest first"
             )
         program, number = self.resolve()
-        named = {"name": self.name, "waits": self.waits, "of_waiting": self.of_waiting}
+        named = {name: getattr(self, name) for name in _PICKLED}
         return {"program": program, "number": number, **named}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["program"], state["number"])  # type: ignore[misc]
-        self.name, self.waits = state["name"], state["waits"]
-        self.of_waiting = state["of_waiting"]
+        for name in _PICKLED:
+            setattr(self, name, state[name])
 
 
 def _nothing() -> None:

@@ -149,6 +149,7 @@ from lateinit._torch.operators import (
     to_copy,
     to_dlpack,
 )
+from lateinit._torch.reroute import Rerouted
 from lateinit._torch.script import (
     Held,
     RecursiveScriptModule,
@@ -259,6 +260,7 @@ __all__ = [
     "OpOverload",
     "OpTraits",
     "RecursiveScriptModule",
+    "Rerouted",
     "allocate",
     "are_functions_disabled",
     "as_autocast_casts",

@@ -61,11 +61,13 @@ class _Here(threading.local):
     Attributes:
         writer: the writer of the recording in force (``_recording.writer``).
         trial: how lazy modules are initialised by way of trial (``_lazy.mixin``).
+        initialising: a lazy module is called to be initialised (``_lazy.protocols``).
         block: a weak reference to the outermost open block (``_recording.block``).
     """
 
     writer: Any = None
     trial: Any = None
+    initialising: bool = False
     block: Callable[[], _Block | None] | None = None
 
 

@@ -1,0 +1,64 @@
+"""Send the calls of a Python function elsewhere, whatever name they come by.
+
+``from torch.nn.init import xavier_uniform_`` binds a name that replacing the one in
+``torch.nn.init`` does not reach. The function object is the same, and its code can be exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+_TO = "_lateinit_to"
+
+
+def _elsewhere(*args: Any, _lateinit_to: Any, **kwargs: Any) -> Any:
+    return _lateinit_to(*args, **kwargs)
+
+
+class Rerouted:
+    """A function without a closure, whose calls go elsewhere between ``begin`` and ``end``.
+
+    Both can be called again after an interrupt: they set everything.
+
+    Args:
+        function: the function.
+        to: is called in its place, with this object and the arguments.
+
+    Attributes:
+        function: the function.
+        found: another function, which does what it did before ``begin``.
+    """
+
+    def __init__(self, function: Any, to: Callable[..., Any]) -> None:
+        self.function = self.found = function
+        self._defaults: Any = None
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return to(self, *args, **kwargs)
+
+        self._called = called
+
+    def begin(self) -> None:
+        function = self.function
+        if function.__code__ is not _elsewhere.__code__:
+            self._defaults = function.__kwdefaults__
+            self.found = FunctionType(
+                function.__code__, function.__globals__, function.__name__, function.__defaults__
+            )
+            self.found.__kwdefaults__ = self._defaults
+            self.found.__annotations__ = function.__annotations__
+        # `inspect.signature` follows it, to the arguments that the function really takes.
+        function.__wrapped__ = self.found
+        # In this order: another thread may call the function between any two lines.
+        function.__kwdefaults__ = {_TO: self._called}
+        function.__code__ = _elsewhere.__code__
+
+    def end(self) -> None:
+        function = self.function
+        if function.__code__ is _elsewhere.__code__:
+            function.__code__ = self.found.__code__
+        if _TO in (function.__kwdefaults__ or {}):
+            function.__kwdefaults__ = self._defaults
+            function.__dict__.pop("__wrapped__", None)
