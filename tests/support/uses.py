@@ -588,8 +588,6 @@ FUNCTIONS: dict[str, Any] = {
     ),
     "sorted": lambda t: (torch.isin(X, t), torch.bucketize(X, t[0].sort().values)),
     "foreach": lambda t: torch._foreach_mul([X, X], [t, t]),
-    "made a subclass": lambda t: Tensor._make_subclass(Labelled, t).as_subclass(Tensor) + X,
-    "dlpack": lambda t: torch.from_dlpack(torch.utils.dlpack.to_dlpack(t)) + X,
     "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8).dequantize(),
     "sparse": lambda t: (t.to_sparse() * 2).to_dense() * X,
     "values of a sparse one": lambda t: torch.sparse_coo_tensor(

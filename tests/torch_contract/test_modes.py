@@ -32,6 +32,7 @@ from lateinit._torch.modes import (
     is_recording_alone,
     is_tracing,
     outside,
+    put_autocast,
     put_determinism,
     put_dispatch_modes,
     put_function_modes,
@@ -415,3 +416,15 @@ def test_a_function_can_be_kept_from_the_compiler() -> None:
 
     assert called(outer) == []
     assert called(inner) == ["inner"]
+
+
+def test_autocast_is_put_back_for_each_type_of_device() -> None:
+    """torch/amp/autocast_mode.py: it sets three flags, which are read and put here."""
+    before = read_autocast()
+    torch.set_autocast_enabled("cpu", True)
+    torch.set_autocast_dtype("cpu", torch.float16)
+    torch.set_autocast_cache_enabled(False)
+    assert read_autocast() != before
+    put_autocast(before)
+    assert read_autocast() == before
+    assert not torch.is_autocast_enabled("cpu")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lateinit._torch.transforms import (
     is_functorch_running,
     outside_functorch,
+    tell_of_wrapped,
     unwrapped,
 )
 
@@ -53,3 +55,27 @@ def test_transforms_of_torch_func_wrap_tensors_one_in_the_other() -> None:
     assert seen[0] is not None
     assert seen[0].data_ptr() == x.data_ptr()
     assert unwrapped(x) is x
+
+
+class Listed(Tensor):
+    """A class whose tensors are told."""
+
+
+def test_a_tensor_is_told_before_a_transform_wraps_it() -> None:
+    """torch/_functorch/eager_transforms.py: all but vmap wrap by two functions of C++."""
+    told: list[Tensor] = []
+    tell_of_wrapped((Listed,), told.append)
+    listed = torch.ones(2).as_subclass(Listed)
+    try:
+        torch.func.grad(torch.sum)(listed)
+        torch.func.vjp(torch.exp, listed)
+        torch.func.jacrev(torch.exp)(listed)
+        torch.func.functionalize(torch.exp)(listed)
+        torch.func.grad(torch.sum)(torch.ones(2))
+        torch.compile(lambda x: torch.func.grad(torch.sum)(x) * 2, backend="eager", fullgraph=True)(
+            torch.ones(2)
+        )
+    finally:
+        tell_of_wrapped((Listed,), None)
+    torch.func.grad(torch.sum)(listed)
+    assert [tensor is listed for tensor in told] == [True] * 4

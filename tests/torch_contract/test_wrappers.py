@@ -19,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from lateinit._torch.swap import swap
 from lateinit._torch.wrappers import (
     FakeMode,
+    KeptByFsdp,
     axes_as_sharded,
     enter_fake_mode,
     fake_like,
@@ -161,7 +162,9 @@ def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dim", [0, 1])
 def test_fsdp_keeps_one_chunk_of_a_parameter_in_padded_memory(rows: int, dim: int) -> None:
     """torch/distributed/fsdp/_fully_shard/_fsdp_param.py: FSDPParam._init_sharded_param."""
-    weight, states, constructor = torch.randn(rows, 3), [], FSDPParam.__init__
+    weight, states = torch.randn(rows, 3), []
+    tell_of_fsdp_parameters(None)
+    constructor = FSDPParam.__init__
 
     def told(make: Callable[[], None], state: object, parameter: torch.Tensor) -> None:
         assert parameter.equal(weight)
@@ -178,6 +181,7 @@ def test_fsdp_keeps_one_chunk_of_a_parameter_in_padded_memory(rows: int, dim: in
             assert tell_of_fsdp_parameters(None)
             assert FSDPParam.__init__ is constructor
             kept = kept_by_fsdp(states[rank])
+            assert isinstance(kept, KeptByFsdp)
             assert kept.shard is layer.weight
             assert kept.dim == dim
             assert (

@@ -7,8 +7,7 @@
   tensors, and of those on ``meta`` none.
 - Scripting a module whose tensors are deferred: the scripted one holds their implementations, and
   whatever gives them values has to know of it.
-- Calls of C++ that ask no class of a tensor: ``torch.func.grad`` and ``functionalize`` at it, which
-  wrap it in another first, and ``to_dlpack``.
+- ``torch.func.grad``, ``vjp`` and ``functionalize`` at a tensor: C++ wraps it in another first.
 
 What happens in a block is recorded, and its replacements come before these.
 """
@@ -25,12 +24,11 @@ from lateinit._recording.watched import Watched
 from lateinit._recording.writer import current
 from lateinit._tensors import Guarded, GuardedShard, is_deferred_tensor, realize_now, waits
 from lateinit._torch import (
-    WRAPS,
     constants_of_script,
     held_by_script,
     note_new_scripts,
     tell_of_script_saves,
-    tell_of_unheard_calls,
+    tell_of_wrapped,
 )
 
 _GUARDED: Any = (Guarded, GuardedShard)
@@ -74,13 +72,9 @@ def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:
         one.put_back()
 
 
-def _before_call(name: str, tensor: Any) -> None:
-    if current() is not None or is_real(tensor):
-        return
-    if not waits(tensor):
+def _before_wrap(tensor: Any) -> None:
+    if current() is None and is_deferred_tensor(tensor) and not waits(tensor):
         realize_now(tensor)
-    elif name not in WRAPS:  # what a transform does with a parameter is recorded
-        raise needs_values(name, tensor)
 
 
 class _Listening:
@@ -92,7 +86,7 @@ class _Listening:
         # Not twice: a block may have put its own replacements in place of these by now.
         if self._hook is None:
             tell_of_script_saves(_before_save)
-            tell_of_unheard_calls(_GUARDED, _before_call)
+            tell_of_wrapped(_GUARDED, _before_wrap)
             note_new_scripts(on=True)
             self._hook = register_optimizer_step_pre_hook(_before_step)
         return True
@@ -102,7 +96,7 @@ class _Listening:
             self._hook.remove()
             self._hook = None
         tell_of_script_saves(None)
-        tell_of_unheard_calls(_GUARDED, None)
+        tell_of_wrapped(_GUARDED, None)
         note_new_scripts(on=False)
 
 

@@ -206,9 +206,9 @@ from lateinit._torch.swap import (
 from lateinit._torch.transforms import (
     is_functorch_running,
     outside_functorch,
+    tell_of_wrapped,
     unwrapped,
 )
-from lateinit._torch.unheard_calls import WRAPS, tell_of_unheard_calls
 from lateinit._torch.wrappers import (
     FakeMode,
     axes_as_sharded,
@@ -242,7 +242,6 @@ __all__ = [
     "TRUNCATED",
     "TRUNC_NORMAL",
     "UNIFORM",
-    "WRAPS",
     "ZERO",
     "Args",
     "Asked",
@@ -398,7 +397,7 @@ __all__ = [
     "tell_of_fsdp_parameters",
     "tell_of_new_dtensors",
     "tell_of_script_saves",
-    "tell_of_unheard_calls",
+    "tell_of_wrapped",
     "tensors_in",
     "to_copy",
     "to_dlpack",

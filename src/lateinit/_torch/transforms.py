@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._functorch import eager_transforms
+from torch.compiler import is_dynamo_compiling
+
+from lateinit._torch.modes import graph_break, set_eval_frame
+
+# What grad and vjp, and functionalize, call of each tensor. The result is a plain tensor, and no
+# ``__torch_function__`` is asked (torch/_functorch/eager_transforms.py).
+_WRAPS = {
+    name: getattr(eager_transforms, name) for name in ("_wrap_for_grad", "_wrap_functional_tensor")
+}
 
 
 def is_functorch_running() -> bool:
@@ -32,3 +42,31 @@ def outside_functorch() -> Iterator[None]:
 
     with pyfunctorch.temporarily_clear_interpreter_stack():
         yield
+
+
+def tell_of_wrapped(classes: tuple[type, ...], listener: Callable[[Any], object] | None) -> None:
+    """Call ``listener`` with each tensor of some classes before a transform wraps it.
+
+    None ends that.
+    """
+    for name, wrap in _WRAPS.items():
+        told = wrap if listener is None else _telling(classes, listener, wrap)
+        setattr(eager_transforms, name, told)
+
+
+def _telling(
+    classes: tuple[type, ...], listener: Callable[[Any], object], wrap: Callable[..., Any]
+) -> Callable[..., Any]:
+    def told(tensor: Any, level: int) -> Any:
+        # torch.compile traces this, as it does the transforms themselves; not the listener.
+        if isinstance(tensor, classes):
+            if is_dynamo_compiling():
+                graph_break()
+            compiling = set_eval_frame(None)
+            try:
+                listener(tensor)
+            finally:
+                set_eval_frame(compiling)
+        return wrap(tensor, level)
+
+    return told
