@@ -21,8 +21,8 @@ PACKAGE = Path(lateinit.__file__).parent
 
 OPTIONAL = {
     *("timm", "torchvision", "transformers", "lateinit._integrations.transformers_models"),
-    # These take long, and are there where they are needed.
-    *("torch.distributed.tensor._utils", "torch._functorch"),
+    # It takes long, and is there where it is needed.
+    "torch._functorch",
 }
 NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.sharding.launch import ROOT, launch
@@ -37,19 +38,46 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("way", DIFFERENCES)
-def test_ranks_that_differ_all_say_so(way: str, tmp_path: Path) -> None:
-    for rank in launch("tests.sharding.failing", 3, tmp_path, way, seconds=120):
+def lines_of(output: str) -> dict[str, str]:
+    """What a rank printed for each way."""
+    return dict(line.split(" | ", 1) for line in output.splitlines() if " | " in line)
+
+
+def test_ranks_that_differ_all_say_so(tmp_path: Path) -> None:
+    """They go on afterwards. A part that is gone takes its ops with it: other ranks have them."""
+    ways = [*DIFFERENCES, "dropped"]
+    ended = launch("tests.sharding.failing", 3, tmp_path, *ways, seconds=200)
+    filled = set()
+    for rank in ended:
         assert rank.code == 0, rank.output
-        assert re.search(DIFFERENCES[way], rank.output), rank.output
-        assert "deferred still: True" in rank.output
-
-
-def test_ranks_may_drop_other_parts_of_one_construction(tmp_path: Path) -> None:
-    """A part that is gone takes its ops with it, and the other ranks still have them."""
-    ended = launch("tests.sharding.failing", 3, tmp_path, "dropped", seconds=120)
-    filled = {re.findall(r"filled: .*", rank.output)[0] for rank in ended}
+        said = lines_of(rank.output)
+        for way, message in DIFFERENCES.items():
+            assert re.search(message, said[way]), rank.output
+            assert "deferred still: True" in said[way]
+        assert said["dropped"].startswith("filled: "), rank.output
+        filled.add(said["dropped"])
     assert len(filled) == 1, filled
+
+
+KERNELS = {
+    "kernels": r"torch \S+, lateinit \S+, CPU capability \w+ on rank 0; .* DEFAULT on rank 1\. Use",
+    "samples": r"a sample of 'normal_ in float32' is \w+ on rank 0; \w+ on rank 1\. Use one kind",
+}
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="there are no other kernels"
+)
+def test_ranks_with_other_kernels_say_so(tmp_path: Path) -> None:
+    said = torch.backends.cpu.get_cpu_capability()
+    settings = {1: {"ATEN_CPU_CAPABILITY": "default", "SAID": said}}
+    ended = launch("tests.sharding.failing", 2, tmp_path, *KERNELS, seconds=120, settings=settings)
+    for rank in ended:
+        assert rank.code == 0, rank.output
+        for way, message in KERNELS.items():
+            found = lines_of(rank.output)[way]
+            assert re.search(f"compute with different kernels.*{message}", found), found
+            assert "deferred still: True" in found
 
 
 def test_a_rank_that_dies_is_missed_by_the_others(tmp_path: Path) -> None:

@@ -497,7 +497,7 @@ def test_the_plan_that_is_printed_is_the_one_that_runs(
         ran.append((session.program, steps))
         return run(session, steps, threads)
 
-    monkeypatch.setattr("lateinit._materialize.materialize.execute", noted)
+    monkeypatch.setattr("lateinit._materialize.filling.execute", noted)
     lateinit.materialize(model, only=only)
     assert ran == [(planned.program, planned.steps)]
 

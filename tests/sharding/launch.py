@@ -8,6 +8,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,8 +24,18 @@ class Ended:
     output: str
 
 
-def launch(module: str, ranks: int, folder: Path, *arguments: str, seconds: float) -> list[Ended]:
-    """Run ``python -m module RANK RANKS STORE ...`` for every rank; all end within a time."""
+def launch(
+    module: str,
+    ranks: int,
+    folder: Path,
+    *arguments: str,
+    seconds: float,
+    settings: Mapping[int, Mapping[str, str]] | None = None,
+) -> list[Ended]:
+    """Run ``python -m module RANK RANKS STORE ...`` for every rank; all end within a time.
+
+    ``settings`` are variables of the environment of some ranks.
+    """
     store = folder / f"store-{ranks}"
     store.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -29,8 +43,9 @@ def launch(module: str, ranks: int, folder: Path, *arguments: str, seconds: floa
     for rank in range(ranks):
         command = [sys.executable, "-m", module, str(rank), str(ranks), str(store), *arguments]
         with (folder / f"rank-{rank}").open("w") as output:
+            own = {**environment, **(settings or {}).get(rank, {})}
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=own
             )
         started.append(process)
     until = time.monotonic() + seconds

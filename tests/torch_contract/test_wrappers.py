@@ -12,15 +12,17 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lateinit._torch.swap import swap
 from lateinit._torch.wrappers import (
     FakeMode,
-    block_of_shard,
+    axes_as_sharded,
     enter_fake_mode,
     fake_like,
+    indices_of_part,
     is_dtensor,
     is_fake,
     is_wrapper,
@@ -104,23 +106,36 @@ def test_a_dtensor_has_the_device_that_its_local_part_had_when_it_was_made() -> 
     assert (shard * 2).to_local().tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("rows", [7, 6, 2, 1])
-def test_a_shard_is_a_block_of_rows_that_chunk_would_cut(rows: int) -> None:
-    """torch/distributed/tensor/_utils.py: compute_local_shape_and_global_offset, as chunk does."""
-    whole = torch.arange(rows * 2).view(rows, 2)
-    chunks = whole.chunk(3)
+@pytest.mark.parametrize("placement", [Shard(1), _StridedShard(1, split_factor=2)], ids=str)
+@pytest.mark.parametrize("length", [13, 12, 7, 2, 1, 0])
+def test_a_placement_tells_the_indices_that_it_gives_to_a_rank(
+    length: int, placement: Placement
+) -> None:
+    """torch/distributed/tensor/placement_types.py: Shard does as chunk, others say themselves."""
+    whole = torch.arange(length).view(1, length)
     for rank in range(3):
         with alone_as(rank, 3):
-            shard = sharded(whole)
-            shape, start = block_of_shard(shard)
-            assert shape == tuple(local_part(shard).shape)
-            if rank < len(chunks):
-                assert torch.equal(whole[start[0] :][: shape[0]], chunks[rank])
-            else:
-                assert shape == (0, 2)
             mesh = init_device_mesh("cpu", (3,))
-            copied = distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)
-            assert block_of_shard(copied) == ((rows, 2), (0, 0))
+            shard = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
+            found = indices_of_part(placement, length, 3, rank)
+            assert found is not None
+            assert list(found) == local_part(shard).flatten().tolist()
+            assert (type(found) is range) == (type(placement) is Shard)
+    assert indices_of_part(Replicate(), length, 3, 0) is None
+
+
+def test_axes_cut_from_left_to_right_unless_the_spec_has_an_order() -> None:
+    """torch/distributed/tensor/_dtensor_spec.py: ``shard_order``."""
+    with alone_as(0, 4):
+        mesh = init_device_mesh("cpu", (2, 2))
+        for placements in ([Shard(0), Shard(0)], [_StridedShard(0, split_factor=2), Shard(0)]):
+            shard = distribute_tensor(torch.arange(8), mesh, placements, src_data_rank=None)
+            assert list(axes_as_sharded(shard)) == [0, 1]
+        shard = distribute_tensor(torch.arange(8), mesh, [Shard(0)] * 2, src_data_rank=None)
+        if hasattr(shard._spec, "shard_order"):  # from torch 2.10 on
+            (entry,) = shard._spec.shard_order
+            shard._spec.shard_order = (entry._replace(mesh_dims=(1, 0)),)
+            assert list(axes_as_sharded(shard)) == [1, 0]
 
 
 @pytest.mark.usefixtures("second_of_three")

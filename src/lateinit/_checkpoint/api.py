@@ -150,6 +150,7 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    check: bool = True,
 ) -> Loaded:
     """Give a module the values of a checkpoint, without initialising it first.
 
@@ -185,6 +186,10 @@ def load_checkpoint(
             tensors stay where they are.
         dtype: cast deferred floating-point tensors to this dtype; by default each keeps its own.
         progress: show a progress bar on stderr.
+        check: of a sharded module, ask the other ranks of its mesh, before anything is put,
+            whether they load the same files into the same shards, and afterwards whether all have
+            finished. Every rank must make this call. With False no rank is asked. A module without
+            shards asks nobody.
 
     Returns:
         What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
@@ -195,8 +200,9 @@ def load_checkpoint(
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
             corrupt, outside its folder, or a pickle that could run code. Nothing has changed.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
-        ShardingError: a tensor is sharded so that its local part is no block of the whole: load
-            before sharding.
+        ShardingError: it is not known which part of a tensor its local part is: load before
+            sharding. Or another rank loads other files, failed, or did not answer within the
+            timeout of the process group.
         ConstantChangedError: real data has changed since the construction read it, and a tensor
             that the checkpoint lacks is computed from it. Nothing has changed.
         CheckpointError: a hook fails, or needs values that do not exist; then nothing has changed.
@@ -229,7 +235,9 @@ def load_checkpoint(
     grad = torch.is_grad_enabled()
     with outside(), torch.set_grad_enabled(grad):  # as hooks always see it
         try:
-            return load_into(module, Path(path), cast, strict=strict, progress=progress)
+            return load_into(
+                module, Path(path), cast, strict=strict, progress=progress, check=check
+            )
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, LateinitError) or not is_out_of_memory(error):
                 raise

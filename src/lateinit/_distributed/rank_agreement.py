@@ -1,52 +1,33 @@
-"""Whether the ranks of a mesh recorded one and the same construction.
+"""Whether the ranks of a mesh are about to fill the shards of one and the same model.
 
-Each rank computes its shards alone. They are parts of one model only if all ranks recorded the same
-ops for them, from the same random state and after the same draws. A digest of these is compared
-once, along every axis of the meshes that the shards are on. If the digests differ, all ranks
-exchange more, to say in what.
+Each rank fills its shards alone. They are parts of one model only if all ranks recorded the same
+ops for them, from the same random state and after the same draws, compute these with kernels that
+give the same bits, and load the same files. Digests of all this are compared. If they differ, all
+ranks exchange more, to say in what.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import torch
 
+from lateinit._distributed.ranks import Ranks, by_words
 from lateinit._program import Const, Op, Program, TensorRef
-from lateinit._replay import costs_of, needed_for, recorded_seed
+from lateinit._replay import costs_of, needed_for, one_thread, recorded_seed, sample_of
 from lateinit._tensors import Deferred
 from lateinit._torch import digest
-from lateinit.errors import ShardingError, listing
+from lateinit._version import __version__
+from lateinit.errors import ShardingError
 
-T = TypeVar("T")
 # Bytes kept of each op's digest. They only locate the first difference; equality is decided by a
 # full SHA-256 over all of them.
 _HASH = 8
-
-
-def agree(shards: dict[str, Any], program: Program, seed: int | None) -> None:
-    """Raise on every rank unless all ranks of the shards' meshes agree.
-
-    A collective operation: every rank of the meshes must call it.
-
-    Args:
-        shards: the ``DTensor`` of each fully qualified name.
-        program: the program they were recorded in.
-        seed: the seed that replaces the recorded random state.
-
-    Raises:
-        ShardingError: another rank recorded another construction, started from another random
-            state, or sharded otherwise; or it did not answer.
-    """
-    account, groups = _account(shards, program, seed), list(_groups(shards.values()))
-    told = _spread(frozenset({account.summary}), groups, lambda a: frozenset().union(*a))
-    if len(told) > 1:
-        raise ShardingError(_difference(account, groups))
+Left = Mapping[Program, Mapping[str, Any]]
 
 
 class Draws(NamedTuple):
@@ -55,48 +36,169 @@ class Draws(NamedTuple):
     costs: list[Any]
 
     def __str__(self) -> str:
-        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
-        return f"{len(self.costs)} draws (of the digest {digest})"
+        return f"{len(self.costs)} draws (of the digest {_sha(self)[:12]})"
+
+
+class Agreement:
+    """What a rank is about to fill the shards of a model with; ``Ranks`` compare it.
+
+    Args:
+        shards: all shards, deferred or real, by fully qualified name.
+        left: those that are to be computed, by program.
+        seed: the seed that replaces the recorded random state.
+        files: the files that are loaded, in words that tell them apart.
+    """
+
+    def __init__(
+        self, shards: Mapping[str, Any], left: Left, seed: int | None, files: str = ""
+    ) -> None:
+        self._placed = {name: _placed(tensor) for name, tensor in shards.items()}
+        self._left = left
+        self._seed = seed
+        self._files = files
+        self._account = _account(left, seed)
+
+    @property
+    def summary(self) -> tuple[Any, ...]:
+        return _sha(self._placed), _sha(self._names()), self._files, *self._account.summary
+
+    def compare(self, ranks: Ranks) -> None:
+        """Raise ``ShardingError`` with what differs between ranks, if anything that matters does.
+
+        A collective operation: all ranks call it.
+        """
+        if len(ranks.say(_sha(self._names()))) > 1:
+            # After a call that failed on some ranks they have different shards left. Those that
+            # have their values on some were compared before.
+            common = ranks.gather(
+                frozenset(self._names()), lambda said: said[0].intersection(*said)
+            )
+            left = {p: {n: t for n, t in s.items() if n in common} for p, s in self._left.items()}
+            self._account = _account({p: s for p, s in left.items() if s}, self._seed)
+        if len(ranks.say((_sha(self._placed), self._files, self._account.summary))) > 1:
+            raise ShardingError(self._difference(ranks))
+
+    def _names(self) -> list[str]:
+        return [name for shards in self._left.values() for name in shards]
+
+    def _difference(self, ranks: Ranks) -> str:
+        """In what the ranks differ; all of them call it."""
+        account = self._account
+        hashes = ranks.say(account.hashes)
+        place = _first_difference(list(hashes))
+        ops = ranks.say(str(account.ops[place]) if place < len(account.ops) else "nothing more")
+        settings, starts, files = map(ranks.say, (account.setting, account.start, self._files))
+        samples, placed = map(ranks.say, (_items(account.samples), _items(self._placed)))
+        if len(settings) > 1:
+            return (
+                f"the ranks compute with different kernels, which give different bits: "
+                f"{by_words(settings)}. {_WAYS_OUT}"
+            )
+        if len(hashes) > 1:
+            return (
+                f"the ranks recorded different constructions, first at op {place}: "
+                f"{by_words(ops)}. Build the same model, by the same code and configuration, on "
+                "every rank"
+            )
+        if len(starts) > 1:
+            return (
+                "the ranks recorded the construction from different random states: "
+                f"{by_words(starts)}. Call torch.manual_seed() with the same seed on every rank, "
+                "before `with lateinit.deferred():`"
+            )
+        if len(files) > 1:
+            return (
+                f"the ranks load different files: {by_words(files)}. Give every rank the same "
+                "checkpoint, or a copy of it"
+            )
+        if len(samples) > 1:
+            return (
+                "the ranks compute with different kernels, which give different bits: a sample of "
+                f"{_first_unlike(samples, 'not computed')}. {_WAYS_OUT}"
+            )
+        return f"the ranks shard the model differently: {_first_unlike(placed, 'not sharded')}"
+
+
+def _common(said: list[frozenset[str]]) -> frozenset[str]:
+    return frozenset.intersection(*said)
+
+
+def _items(found: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(found.items())
+
+
+def _first_unlike(found: Mapping[tuple[tuple[str, str], ...], Iterable[int]], lacking: str) -> str:
+    """The first name of which ranks say different things, and what they say."""
+    told = [(dict(items), ranks) for items, ranks in found.items()]
+    for name in dict.fromkeys(name for items, _ in told for name in items):
+        words: dict[str, list[int]] = {}
+        for items, ranks in told:
+            words.setdefault(items.get(name, lacking), []).extend(ranks)
+        if len(words) > 1:
+            return f"{name!r} is {by_words(words)}"
+    return "the same names come in another order"
+
+
+_WAYS_OUT = (
+    "Use one kind of host and one installation for all ranks of a mesh, or set "
+    "ATEN_CPU_CAPABILITY to one value on all of them; or compute on one host and send: "
+    "lateinit.save_checkpoint() there, lateinit.load_checkpoint() on every rank"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What one rank recorded.
+    """What one rank computes.
 
     Attributes:
         start: the random state it started from, in words.
-        placed: how each tensor is sharded.
         ops: the ops of the construction that the shards depend on, and what draws cost.
         hashes: a short digest of each of them, one after another.
+        samples: for each kernel that the ops use, a digest of what it gives for a small sample.
+        setting: the versions and vector extensions that kernels come from; empty without ops.
     """
 
     start: str
-    placed: dict[str, str]
     ops: list[Op | Draws]
     hashes: bytes
+    samples: dict[str, str]
+    setting: str
 
     @property
-    def summary(self) -> tuple[str, bytes, bytes]:
-        placed = hashlib.sha256(repr(self.placed).encode()).digest()
-        return self.start, placed, hashlib.sha256(self.hashes).digest()
+    def summary(self) -> tuple[str, ...]:
+        ops = hashlib.sha256(self.hashes).hexdigest()
+        return self.start, ops, _sha(self.samples), self.setting
 
 
-def _account(shards: dict[str, Any], program: Program, seed: int | None) -> _Account:
-    # Only these are there on every rank: what no tensor of a rank needs is dropped (``keep``). A
-    # shard without elements is made of a parameter too, but does not depend on its ops.
-    whole = {program.origin(Deferred.of(tensor).ref.storage) for tensor in shards.values()}
-    needed = [program.ops[number] for number in sorted(needed_for(program, whole))]
-    # By what they write, and not by number: dead ops are not there, so that only the ops on one
-    # storage can be set against each other.
-    needed.sort(key=lambda op: [ref.storage for ref in op.written()])
-    ops: list[Op | Draws] = [
-        *filter(partial(_in_block, program), needed),
-        *map(Draws, costs_of(program)),
-    ]
-    names: dict[int, int] = {}
-    hashes = (hashlib.sha256(repr(_plain(op, program, names)).encode()).digest() for op in ops)
-    placed = {name: _placed(tensor) for name, tensor in shards.items()}
-    return _Account(_start(program, seed), placed, ops, b"".join(h[:_HASH] for h in hashes))
+def _account(left: Left, seed: int | None) -> _Account:
+    ops: list[Op | Draws] = []
+    hashes: list[bytes] = []
+    samples: dict[str, dict[str, None]] = {}
+    for program, shards in left.items():
+        # Only these are there on every rank: what no tensor of a rank needs is dropped (``keep``).
+        # A shard without elements is made of a parameter too, but does not depend on its ops.
+        whole = {program.origin(Deferred.of(tensor).ref.storage) for tensor in shards.values()}
+        needed = [program.ops[number] for number in sorted(needed_for(program, whole))]
+        # By what they write, and not by number: dead ops are not there, so that only the ops on one
+        # storage can be set against each other.
+        needed.sort(key=lambda op: [ref.storage for ref in op.written()])
+        own = [*filter(partial(_in_block, program), needed)]
+        every: list[Op | Draws] = [*own, *map(Draws, costs_of(program))]
+        names: dict[int, int] = {}
+        ops += every
+        hashes += [_hash(_plain(op, program, names)) for op in every]
+        with one_thread:
+            found = [sample_of(program, op) for op in own]
+        for kernel, sample in (item for each in found for item in each.items()):
+            samples.setdefault(kernel, {})[sample] = None
+    start = "; ".join(dict.fromkeys(_start(program, seed) for program in left))
+    short = b"".join(each[:_HASH] for each in hashes)
+    setting = (
+        f"torch {torch.__version__}, lateinit {__version__}, "
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}"
+    )
+    kernels = {kernel: _sha(list(found))[:12] for kernel, found in sorted(samples.items())}
+    return _Account(start, ops, short, kernels, setting if kernels else "")
 
 
 def _in_block(program: Program, op: Op) -> bool:
@@ -140,75 +242,19 @@ def _placed(tensor: Any) -> str:
     return f"{sizes} as {tensor.placements} on a mesh {tuple(mesh.shape)} {tuple(names)}"
 
 
-def _groups(shards: Iterable[Any]) -> Iterator[dist.ProcessGroup]:
-    """The process groups along the axes of all meshes, each once, in one order on all ranks."""
-    seen: set[str] = set()
-    for tensor in shards:
-        for group in tensor.device_mesh.get_all_groups():
-            # torch's fake process group (for tests and tracing) has no other ranks to ask.
-            if group.group_name not in seen and dist.get_backend(group) != "fake":
-                seen.add(group.group_name)
-                yield group
+def _sha(value: Any) -> str:
+    return _hash(value).hex()
 
 
-def _spread(value: T, groups: list[dist.ProcessGroup], merge: Callable[[list[T]], T]) -> T:
-    """Merge the values of all ranks, along one axis after the other."""
-    for group in groups:
-        answers: list[Any] = [None] * dist.get_world_size(group)
-        try:
-            dist.all_gather_object(answers, value, group=group)
-        except RuntimeError as error:
-            ranks = listing(map(str, dist.get_process_group_ranks(group)))
-            raise ShardingError(
-                f"not all of the ranks {ranks} answered when they were asked what they recorded: "
-                "one of them failed, or did not call materialize() on the same shards "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        value = merge(answers)
-    return value
+def _hash(value: Any) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()
 
 
-def _difference(account: _Account, groups: list[dist.ProcessGroup]) -> str:
-    """In what the ranks differ. A collective operation: all of them call it."""
-
-    def by_rank(value: T) -> dict[int, T]:
-        spread = _spread({dist.get_rank(): value}, groups, lambda a: dict(ChainMap(*a)))
-        return dict(sorted(spread.items()))
-
-    hashes = by_rank(account.hashes)
-    place = _first_difference(list(hashes.values()))
-    ops = by_rank(str(account.ops[place]) if place < len(account.ops) else "nothing more")
-    starts, placed = by_rank(account.start), by_rank(account.placed)
-    if len(set(hashes.values())) > 1:
-        return (
-            f"the ranks recorded different constructions, first at op {place}: {_told(ops)}. Build "
-            "the same model, by the same code and configuration, on every rank"
-        )
-    if len(set(starts.values())) > 1:
-        return (
-            f"the ranks recorded the construction from different random states: {_told(starts)}. "
-            "Call torch.manual_seed() with the same seed on every rank, before "
-            "`with lateinit.deferred():`"
-        )
-    for name in dict.fromkeys(name for each in placed.values() for name in each):
-        found = {rank: each.get(name, "not sharded") for rank, each in placed.items()}
-        if len(set(found.values())) > 1:
-            return f"the ranks shard the model differently: {name!r} is {_told(found)}"
-    return "the ranks shard the model differently: their parameters come in another order"
-
-
-def _told(found: dict[int, str]) -> str:
-    """What each rank said, ranks that said the same together."""
-    ranks: dict[str, list[str]] = {}
-    for rank, words in found.items():
-        ranks.setdefault(words, []).append(str(rank))
-    return "; ".join(f"{words} on rank {listing(who)}" for words, who in ranks.items())
-
-
-def _first_difference(hashes: list[bytes]) -> int:
+def _first_difference(hashes: Iterable[bytes]) -> int:
     """The number of the first op that differs between ranks."""
-    shortest = min(map(len, hashes)) // _HASH
+    every = list(hashes)
+    shortest = min(map(len, every)) // _HASH
     for place in range(shortest):
-        if len({h[place * _HASH : (place + 1) * _HASH] for h in hashes}) > 1:
+        if len({h[place * _HASH : (place + 1) * _HASH] for h in every}) > 1:
             return place
     return shortest

@@ -7,18 +7,13 @@ meet only in the program. Import ``materialize`` from its own module, whose name
 ``materialize.py``; ``scheduler.py`` is what it drives.
 """
 
-from lateinit._materialize.materialize import (
-    check_constants,
-    check_holes,
-    check_seed,
-    check_shared,
-    is_deferred,
-    plan,
-    plan_of,
-)
+from lateinit._materialize.checks import check_constants, check_holes, check_seed, check_shared
+from lateinit._materialize.filling import Filling, plan_of
+from lateinit._materialize.materialize import is_deferred, plan
 from lateinit._materialize.scheduler import execute
 
 __all__ = [
+    "Filling",
     "check_constants",
     "check_holes",
     "check_seed",

@@ -1,11 +1,11 @@
 """Kernels in C that give the bits of torch's CPU kernels, several times as fast.
 
 Gives the rooms above ``fill`` (``uniform_`` and ``normal_`` on a flat tensor), ``fill_rows`` and
-``normal_at`` (parts of it), ``jump`` (a generator's state after some words) and ``verdicts`` (which
-kernels are used, and why). None is trusted: each is compared with torch's before its first use
-(``trial``), and each function says whether it did what was asked, so that the caller can ask torch
-instead. The extension is optional. May import the leaf modules only. Start with ``kernels``;
-docs/kernels.md explains the C code.
+``normal_at`` (parts of it), ``jump`` (a generator's state after some words), ``verdicts`` (which
+kernels are used, and why) and ``digest_of_draws`` (a sample of what torch draws). None is trusted:
+each is compared with torch's before its first use (``trial``), and each function says whether it
+did what was asked, so that the caller can ask torch instead. The extension is optional. May import
+the leaf modules only. Start with ``kernels``; docs/kernels.md explains the C code.
 """
 
 from lateinit._native.calls import APART, DTYPES, NORMAL, UNIFORM
@@ -21,6 +21,7 @@ from lateinit._native.kernels import (
     normal_at,
     verdicts,
 )
+from lateinit._native.trial import digest_of_draws
 
 __all__ = [
     "APART",
@@ -30,6 +31,7 @@ __all__ = [
     "WORTH",
     "Verdict",
     "can_jump",
+    "digest_of_draws",
     "fill",
     "fill_rows",
     "in_range",

@@ -2,10 +2,14 @@
 
 A trial draws a few thousand elements with generators of its own, over every boundary: groups of 16
 elements, blocks of the generator (624 words), the parts that kernels.c draws at a time (4 blocks),
-and remainders. It takes about a millisecond.
+and remainders. It takes about a millisecond. What torch draws in it is also the sample by which the
+ranks of a mesh tell whether their kernels give the same bits.
 """
 
 from __future__ import annotations
+
+import functools
+import hashlib
 
 import torch
 from torch import Tensor
@@ -26,9 +30,35 @@ _MOMENTS = ((0.0, 1.0), (0.5, 0.0173), (-3.0, 1e-6), (2.0, 0.0), (0.0, 3e4))
 
 def fill_agrees(op: str, dtype: torch.dtype, *, fused: bool) -> bool:
     """Whether a native fill has the bits of torch's, and moves generators as far."""
+    return all(_agrees(op, dtype, *case, numbers, fused=fused) for case, numbers in _pairs(op))
+
+
+@functools.cache
+def digest_of_draws(op: str, dtype: torch.dtype) -> str:
+    """A digest of what torch's kernel draws in the trial of a fill."""
+    found = hashlib.sha256()
+    for (numel, before), numbers in _pairs(op):
+        drawn = _drawn(op, dtype, numel, numbers, _generator(before))
+        found.update(drawn.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _pairs(op: str) -> list[tuple[tuple[int, int], tuple[float, float]]]:
     first, *others = _MOMENTS if op == calls.NORMAL else _BOUNDS
-    pairs = [*((case, first) for case in _CASES), *((_CASES[-1], numbers) for numbers in others)]
-    return all(_agrees(op, dtype, *case, numbers, fused=fused) for case, numbers in pairs)
+    return [*((case, first) for case in _CASES), *((_CASES[-1], numbers) for numbers in others)]
+
+
+def _drawn(
+    op: str,
+    dtype: torch.dtype,
+    numel: int,
+    numbers: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """What torch draws."""
+    values = torch.zeros(numel, dtype=dtype, device="cpu")
+    fill = values.normal_ if op == calls.NORMAL else values.uniform_
+    return fill(*numbers, generator=generator)
 
 
 def jump_agrees() -> bool:
@@ -51,8 +81,7 @@ def _agrees(
 ) -> bool:
     generator = _generator(before)
     state = generator.get_state()
-    theirs = torch.zeros(numel, dtype=dtype, device="cpu")
-    (theirs.normal_ if op == calls.NORMAL else theirs.uniform_)(*numbers, generator=generator)
+    theirs = _drawn(op, dtype, numel, numbers, generator)
     ours, ended = torch.zeros_like(theirs), state.clone()
     calls.fill(op, ours, *numbers, ended, fused=fused)
     if not (_same(ours, theirs) and torch.equal(ended, generator.get_state())):

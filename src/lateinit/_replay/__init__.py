@@ -19,6 +19,7 @@ from lateinit._replay.chunks import (
 )
 from lateinit._replay.dropping import costs_of, drop_later, needed_for
 from lateinit._replay.execution import Execution, execution_of, one_thread
+from lateinit._replay.samples import sample_of
 from lateinit._replay.session import Computed, Memory, Session, Storages
 from lateinit._replay.streams import recorded_seed
 
@@ -42,5 +43,6 @@ __all__ = [
     "pieces",
     "recorded_seed",
     "run_piece",
+    "sample_of",
     "words_of",
 ]

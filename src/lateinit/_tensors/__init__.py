@@ -19,7 +19,16 @@ from lateinit._tensors.realize import (
     share_real_storage,
     show,
 )
-from lateinit._tensors.selection import Only, Wanted, bind, bound_in, select, unbind, wanted_in
+from lateinit._tensors.selection import (
+    Only,
+    Wanted,
+    bind,
+    bound_in,
+    select,
+    shards_in,
+    unbind,
+    wanted_in,
+)
 from lateinit._tensors.slots import (
     ON_META,
     PLAIN_CLASSES,
@@ -94,6 +103,7 @@ __all__ = [
     "own_tensors",
     "realize_now",
     "select",
+    "shards_in",
     "share_real_storage",
     "show",
     "slot_of",

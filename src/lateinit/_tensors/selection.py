@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,10 @@ class Wanted:
     def tensors(self) -> Iterator[Deferred]:
         """The tensors, storage by storage."""
         return (deferred for shared in self.storages.values() for deferred in shared.tensors)
+
+    def shards(self) -> dict[str, Tensor]:
+        """The tensors that are a ``DTensor``, by name."""
+        return {d.name: d.tensor for d in self.tensors() if is_dtensor(d.tensor)}
 
     def names(self, storages: Iterable[int]) -> str:
         """The names of the tensors on some storages, for a message."""
@@ -124,6 +129,18 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             shared.as_recorded = shared.as_recorded and item.kind == "kept"
             shared.tensors.append(deferred)
     return list(groups.values())
+
+
+def shards_in(target: Any, only: Only | None) -> dict[str, Tensor]:
+    """The ``DTensor``s that patterns select, by name, real ones too.
+
+    All of them if ``only`` is wrong, or a function: what that says may change as tensors become
+    real, and this must not.
+    """
+    found = find_with_kept(target)
+    with contextlib.suppress(PatternError, TypeError):  # `wanted_in` raises it
+        found = found if callable(only) else select(found, only)
+    return {f.name: f.tensor for f in found if is_dtensor(f.tensor)}
 
 
 def select(found: list[Found], only: Only | None) -> list[Found]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,17 +159,36 @@ def rewrap(tensor: Any) -> None:
     tensor._local_tensor = local
 
 
-def block_of_shard(shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of the local part of a ``DTensor``, and its offset in the whole tensor.
+def axes_as_sharded(shard: Any) -> Sequence[int]:
+    """The axes of a ``DTensor``'s mesh, in the order in which they cut its dims.
 
-    Right only if the part is one contiguous block. That of a ``_StridedShard`` is none.
+    torch/distributed/tensor/_dtensor_spec.py: from left to right, unless ``shard_order`` says
+    otherwise. Placements that say the order themselves (``_StridedShard``) leave it None.
     """
-    # Takes long to import, and whoever made the shard has done so.
-    from torch.distributed.tensor._utils import (  # noqa: PLC0415
-        compute_local_shape_and_global_offset,
-    )
+    order = getattr(shard._spec, "shard_order", None)
+    if not order:
+        return range(shard.device_mesh.ndim)
+    return [axis for entry in order for axis in entry.mesh_dims]
 
-    shape, start = compute_local_shape_and_global_offset(
-        shard.shape, shard.device_mesh, shard.placements
-    )
-    return tuple(shape), tuple(start)
+
+def indices_of_part(placement: Any, length: int, parts: int, part: int) -> Sequence[int] | None:
+    """The indices along the dim of a placement that one of some parts has; None if it cuts no dim.
+
+    Args:
+        placement: one of a ``DTensor``.
+        length: the length of the dim that is cut.
+        parts: into how many parts, the size of the axis.
+        part: which of them.
+    """
+    # Whoever made the placement has imported its class. As torch.chunk cuts: so it is documented.
+    if type(placement) is sys.modules["torch.distributed.tensor"].Shard:
+        chunk = -(-length // parts)
+        return range(min(length, part * chunk), min(length, (part + 1) * chunk))
+    # `_StridedShard`, whose uneven parts differ between torch versions, is asked itself.
+    split = getattr(placement, "_split_tensor", None)
+    if split is None:
+        return None
+    dim = placement.dim
+    every = torch.arange(length, device="cpu").view([1] * dim + [length])
+    shards: list[Tensor] = split(every, parts, with_padding=False, contiguous=False)[0]
+    return shards[part].flatten().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ class Reader(abc.ABC):
         versions: the ``_metadata`` of a state dict, if the format keeps it.
         origins: for a tensor that is called otherwise in the files, its names there.
         hint: a sentence to add to a message about names that do not fit.
+        headers: the size of each file, with a digest of what it says of its data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +59,19 @@ class Reader(abc.ABC):
         self.versions: Mapping[str, Any] | None = None
         self.origins: dict[str, list[str]] = {}
         self.hint = ""
+        self.headers: list[tuple[int, str]] = []
+
+    def note_header(self, path: Path, header: bytes) -> None:
+        """Add a file to ``headers``."""
+        self.headers.append((size_of(path), hashlib.sha256(header).hexdigest()))
+
+    def described(self) -> str:
+        """In words that tell it from other checkpoints by its headers, and not from a copy."""
+        entries = sorted((e.name, str(e.dtype), e.shape) for e in self.entries.values())
+        told = sorted(self.headers), entries, sorted(self.aliases.items()), sorted(self.objects)
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+        nbytes = sum(size for size, _ in self.headers)
+        return f"{len(entries)} tensors in {nbytes:,} bytes of files (of the digest {digest})"
 
     def read(
         self,

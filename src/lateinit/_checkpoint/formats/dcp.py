@@ -90,6 +90,7 @@ class DcpReader(Reader):
         self._files: dict[Path, mmap.mmap] = {}
         self._blocks: dict[str, list[_Block]] = {}
         metadata = _metadata(path / METADATA)
+        self.note_header(path / METADATA, (path / METADATA).read_bytes())
         try:
             self._describe(metadata)
         except CorruptCheckpointError:
@@ -132,6 +133,7 @@ class DcpReader(Reader):
             )
         if file not in self._files:
             self._files[file] = mapped(file)
+            self.note_header(file, b"")
         return _Bytes(file, start, length)
 
     def _block(self, name: str, place: Any, chunk: Any) -> _Block:

@@ -108,7 +108,9 @@ class _Sharded(Reader):
                 f"{path} says that {listing(lacking)} would be in {wrong}, which it is not"
             )
         self._shards = {name: shards[file] for name, file in places.items()}
+        self.note_header(path, path.read_bytes())
         for shard in shards.values():
+            self.headers += shard.headers
             # Tensors that the index leaves out count too, since they are in the files.
             self._shards = dict.fromkeys(shard.entries, shard) | self._shards
             self.aliases |= shard.aliases

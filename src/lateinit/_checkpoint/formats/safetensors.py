@@ -57,13 +57,15 @@ class SafetensorsReader(Reader):
         size = size_of(path)
         self._starts: dict[str, int] = {}
         try:
-            base, described = _header(path, size)
+            base, text = _header(path, size)
+            described = _parsed(text)
             self.metadata = _metadata(described)
             self._place(base, size, described)
         except ValueError as error:
             raise CorruptCheckpointError(
                 f"{path} is no whole safetensors file: {error}; fetch or write it again"
             ) from error
+        self.note_header(path, text)
         self.aliases = {
             name: kept
             for name, kept in self.metadata.items()
@@ -93,22 +95,25 @@ class SafetensorsReader(Reader):
         )
 
 
-def _header(path: Path, size: int) -> tuple[int, dict[str, Any]]:
-    """The position of the data, and the parsed header."""
+def _header(path: Path, size: int) -> tuple[int, bytes]:
+    """The position of the data, and the header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8:
             raise ValueError(f"it has {size} bytes")
         if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"its header would take {length:,} bytes of {size:,}")
-        text = file.read(length)
+        return 8 + length, file.read(length)
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
     try:
         described = json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
         raise ValueError("its header is nested without end") from error
     if not isinstance(described, dict):
         raise ValueError("its header is no JSON object")  # noqa: TRY004 - of the file's
-    return 8 + length, described
+    return described
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class TorchReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         size_of(path)
-        state = _load(path)
+        state, header = _load(path)
+        self.note_header(path, header)
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise CorruptCheckpointError(
                 f"{path} holds a {type(state).__name__}, no state dict: save model.state_dict()"
@@ -54,15 +55,18 @@ class TorchReader(Reader):
         return block_of(self._tensors[name].detach(), offsets, sizes)
 
 
-def _load(path: Path) -> Any:
-    is_zip = starts_as_zip(path)
+def _load(path: Path) -> tuple[Any, bytes]:
+    """What the file holds, and the directory of its records."""
+    is_zip, header = starts_as_zip(path), b""
     try:
         if is_zip:
             with path.open("rb") as file:
-                Records(file).check_lengths()
+                records = Records(file)
+                records.check_lengths()
+            header = repr(records.directory).encode()
         # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
         # that a mapping relies on.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), header
     except pickle.UnpicklingError as error:
         raise CorruptCheckpointError(
             f"{path} is a pickle of more than tensors and plain data, or a corrupt one. It could "

@@ -42,6 +42,9 @@ STORAGES = {
 class Records:
     """The place of each record; records that are not tensor data are checked by checksum.
 
+    Attributes:
+        directory: the name, the checksum and the length of each.
+
     Raises:
         ValueError: this is no whole file of ``torch.save``.
     """
@@ -53,6 +56,7 @@ class Records:
         except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, struct.error) as error:
             raise ValueError(str(error) or "it has no directory of its records") from error
         self._places: dict[str, tuple[int, int]] = {}
+        self.directory: list[tuple[str, int, int]] = []
         tops = {info.filename.partition("/")[0] for info in found}
         for info in found:
             name = info.filename.partition("/")[2]
@@ -64,6 +68,7 @@ class Records:
             if not stored or len(tops) != 1 or name in self._places:
                 raise ValueError(f"its record {info.filename!r} is damaged")
             self._places[name] = start, info.file_size
+            self.directory.append((name, info.CRC, info.file_size))
             # A checksum of zero was not computed: torch.serialization.set_crc32_options.
             if (
                 info.CRC

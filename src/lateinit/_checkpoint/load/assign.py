@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lateinit._identity import IdentityMap
-from lateinit._materialize.materialize import materialize
+from lateinit._materialize import Filling
 from lateinit._tensors import (
     ON_META,
     Cast,
@@ -57,7 +57,7 @@ class Placer:
             return
         shared = self._together(Deferred.of(tensor))
         together = [tensor, *(deferred.tensor for deferred in shared.tensors)]
-        materialize(together, device=self._cast.device, dtype=self._cast.dtype)
+        Filling(together, None, self._cast).run()
 
     def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
         """Do ``target.copy_(source)``; ``target`` may be deferred, or a shard of the whole.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
-from lateinit._distributed import place_of
+from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
-from lateinit._materialize import check_constants, check_holes, check_shared, plan_of
-from lateinit._materialize.materialize import materialize
+from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
 from lateinit._replay import execution_of
-from lateinit._tensors import Cast, Found, Wanted, is_deferred_tensor, wanted_in
+from lateinit._tensors import Cast, Found, Wanted, held, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, RecordingError, UninitializedError, listing
@@ -88,6 +88,7 @@ class LoadPlan:
             ``load_state_dict`` runs once more, and its hooks with it.
         fitting: which names have their values from the checkpoint.
         rest: the plans that compute what the checkpoint lacks.
+        files: the checkpoint's files, in words that tell them from others.
     """
 
     module: nn.Module
@@ -99,6 +100,7 @@ class LoadPlan:
     rehearsal: Rehearsal
     fitting: Fit
     rest: tuple[Plan, ...]
+    files: str
 
     @property
     def nbytes(self) -> int:
@@ -124,11 +126,13 @@ def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> Loa
     The module is left as it was.
     """
     reader = open_checkpoint(path)
+    files = reader.described()
     names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
-    for found in names.distinct:
-        if is_dtensor(found.tensor):
-            place_of(found.tensor)  # raises for a shard that is no block of its tensor
+    shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
+    refuse_sums(shards)
+    for name, shard in shards.items():
+        parts_of(shard, name)  # raises if it is not known where it lies
     for group in groups:
         check_shared(group, cast)
     reader = translated(module, reader, state)
@@ -148,7 +152,7 @@ def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> Loa
             group, plan, session, {n for program, n, _ in filled if program is plan.program}
         )
     _check_drawn(sized, filled, loaded)
-    return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest)
+    return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest, files)
 
 
 def _check_drawn(
@@ -174,9 +178,33 @@ def _check_drawn(
             raise RecordingError(f"{listing(drawn)!r}: {error}") from None
 
 
-def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool) -> Loaded:
+def load_into(
+    module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool, check: bool
+) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
-    plan = plan_load(module, path, cast, strict=strict)
+    ranks = ranks_of(module, "load_checkpoint()", ask=check)
+    with ranks.together("planning") as phase:
+        plan = plan_load(module, path, cast, strict=strict)
+        if ranks:
+            phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
+    with ranks.together("loading"):
+        return _load(plan, path, progress=progress)
+
+
+def _shards_left(plan: LoadPlan) -> dict[Program, dict[str, Tensor]]:
+    """The shards that the checkpoint lacks, by name, for each program that has some."""
+    found: dict[Program, dict[str, Tensor]] = {}
+    for group, rest in zip(plan.groups, plan.rest, strict=True):
+        computed = {number for step in rest.steps for number in step.gives}
+        for deferred in group.tensors():
+            if is_dtensor(deferred.tensor) and deferred.ref.storage in computed:
+                found.setdefault(group.program, {})[deferred.name] = deferred.tensor
+    return found
+
+
+def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
+    """Do what a plan says, on this rank."""
+    module, cast = plan.module, plan.cast
     names, computed = plan.names, _computed(plan.names, plan.fitting)
     with Progress("load", plan.nbytes, shown=progress) as bar:
         _run(plan, bar)
@@ -187,7 +215,7 @@ def load_into(module: nn.Module, path: Path, cast: Cast, *, strict: bool, progre
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
-    materialize(left, only=_is_known, device=cast.device, dtype=cast.dtype, progress=progress)
+    Filling(left, _is_known, cast).run(progress=progress)
     return _report(names, path, plan.reader, plan.fitting, computed)
 
 
@@ -210,7 +238,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     placer = Placer(plan.groups, plan.cast)
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
-    def put(target: Tensor, name: str, *block: tuple[int, ...]) -> None:
+    def put(target: Tensor, name: str, values: Callable[[], Tensor]) -> None:
         # A hook of its module may have left it so.
         if is_lazy(target):
             raise UninitializedError(f"{name} {NOT_ADOPTED}")
@@ -218,7 +246,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
         # tensor before the same data is read again.
         once = uses[name] == 1 and name not in plan.rehearsal.revealed
         take = plan.rehearsal.plain or (once and name not in reader.shared)
-        placer.put(target, reader.read(name, *block), take=take)
+        placer.put(target, values(), take=take)
         bar.advance(reader.entries[name].nbytes)
 
     if not plan.rehearsal.plain:
@@ -227,7 +255,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     # `load_state_dict` would do nothing but these copies.
     for number, (target, name) in enumerate(copies):
         if isinstance(name, str) and number not in plan.fitting.repeated:
-            put(target, name)
+            put(target, name, partial(reader.read, name))
 
 
 def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None:
@@ -241,14 +269,15 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         copies += 1
         stands.reveal(target)
         name = stands.source(source)
-        whole = (0,) * source.dim(), tuple(source.shape)
-        place = place_of(target) if is_dtensor(target) and not is_dtensor(source) else whole
         if name is None:
             stands.reveal(source)
             placer.reveal(source)
-            placer.put(target, block_of(source, *place), take=False)
+        read = partial(block_of, source) if name is None else partial(reader.read, name)
+        values = partial(_values_for, target, source, read, plan.names)
+        if name is None:
+            placer.put(target, values(), take=False)
         else:
-            put(target, name, *place)
+            put(target, name, values)
 
     loading = Loading(stands, placer, on_copy)
     try:
@@ -270,6 +299,28 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
             "rehearsal, as its hooks keep something outside of it; it has changed by now: build it "
             "anew, materialise it, and give it the state dict by load_state_dict()"
         )
+
+
+def _values_for(
+    target: Tensor, source: Tensor, read: Callable[..., Tensor], names: TensorNames
+) -> Tensor:
+    """What a tensor takes of a source: all of it, or what a rank holds if it is a shard.
+
+    Args:
+        target: the tensor.
+        source: the source, or a stand-in for it.
+        read: reads a block of the source: where it starts, and its shape.
+        names: the tensors of the module, for messages.
+    """
+    if not is_dtensor(target) or is_dtensor(source):
+        return read((0,) * source.dim(), tuple(source.shape))
+    parts = parts_of(target, next(iter(names.of(target)), "a shard"))
+    if len(parts) == 1:
+        return read(*parts[0].full)
+    joined = torch.empty(held(target).shape, dtype=source.dtype, device="cpu")
+    for part in parts:
+        block_of(joined, *part.local).copy_(read(*part.full))
+    return joined
 
 
 def _left(group: Wanted, loaded: set[str]) -> Iterator[int]:

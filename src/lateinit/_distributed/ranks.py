@@ -1,0 +1,178 @@
+"""The ranks that hold the shards of a model: at the end of each phase all say how they fared.
+
+A phase that fails on one rank fails on all of them, each with an error that names the phase. The
+rules that keep ranks from waiting for each other for ever:
+
+- A rank says one word for each phase, whatever happens in it: an error is a word too.
+- A word names the call and the phase. A rank that was interrupted and calls again is at another
+  place than those that still wait for it, and all of them see that.
+- Groups are asked in the order of their names, which all of their ranks know, so that no two ranks
+  wait for each other in two groups.
+- A rank that says nothing (it is dead, or never came) is missed within the timeout of the group.
+
+Only ranks that hold shards on a common mesh ask each other. A model without shards asks nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from lateinit._tensors import Only, shards_in
+from lateinit.errors import ShardingError, listing
+
+T = TypeVar("T")
+_Word = tuple[str, str, str, tuple[Any, ...]]  # call, phase, error, and a summary to compare
+# Characters of an error that other ranks are told.
+_LONGEST = 1000
+
+
+class Compared(Protocol):
+    """What must be the same on all ranks.
+
+    Attributes:
+        summary: differs if anything does.
+    """
+
+    @property
+    def summary(self) -> tuple[Any, ...]: ...
+
+    def compare(self, ranks: Ranks) -> None:
+        """Raise ``ShardingError`` with what differs; collective, called if summaries differ."""
+
+
+@dataclass(slots=True)
+class Phase:
+    """A phase of a call; ``compared`` is set by whoever runs it."""
+
+    compared: Compared | None = None
+
+
+class Ranks:
+    """The ranks of the meshes that some shards are on.
+
+    Args:
+        shards: the shards by fully qualified name.
+        call: the public function that was called, for messages.
+    """
+
+    def __init__(self, shards: Mapping[str, Any], call: str) -> None:
+        self.shards = shards
+        self._call = call
+        self._groups = _groups(shards.values())
+
+    def __bool__(self) -> bool:
+        """Whether there is another rank to ask."""
+        return bool(self._groups)
+
+    @contextlib.contextmanager
+    def together(self, name: str) -> Iterator[Phase]:
+        """Run a block as a phase: a collective operation of all ranks of the meshes.
+
+        Args:
+            name: what is done in the phase, for messages.
+
+        Raises:
+            ShardingError: another rank failed, did not answer, is in another phase, or differs in
+                what was to be compared. An error of this rank is raised itself.
+        """
+        phase = Phase()
+        if not self:
+            yield phase
+            return
+        try:
+            yield phase
+        except Exception as error:
+            with contextlib.suppress(ShardingError):
+                self._say(name, f"{type(error).__name__}: {error}"[:_LONGEST])
+            raise
+        compared = phase.compared
+        told = self._say(name, "", () if compared is None else compared.summary)
+        failed = {words: ranks for (_, _, words, _), ranks in told.items() if words}
+        if failed:
+            said = "; ".join(f"on rank {listing(map(str, w))}: {e}" for e, w in failed.items())
+            raise ShardingError(
+                f"{self._call} failed, {name}, {said}. What is done stands: when that is mended, "
+                "call it again on every rank of the mesh"
+            )
+        places: dict[str, tuple[int, ...]] = {}
+        for (call, where, _, _), who in told.items():
+            places[f"in {call}, {where},"] = (*places.get(f"in {call}, {where},", ()), *who)
+        if len(places) > 1:
+            raise ShardingError(
+                f"the ranks are not in the same call: {by_words(places)}. Call "
+                f"{self._call} on every rank of the mesh, in the same order"
+            )
+        if len(told) > 1 and compared is not None:
+            compared.compare(self)
+
+    def gather(self, value: T, merge: Callable[[list[T]], T]) -> T:
+        """Merge the values of all ranks, along one axis after the other; a collective operation."""
+        return self._spread(value, merge, "comparing what the ranks have")
+
+    def say(self, value: T) -> dict[T, tuple[int, ...]]:
+        """The values of all ranks, each with the ranks that have it; a collective operation."""
+        return self.gather({value: (dist.get_rank(),)}, _joined)
+
+    def _say(
+        self, phase: str, error: str, summary: tuple[Any, ...] = ()
+    ) -> dict[_Word, tuple[int, ...]]:
+        """Tell the others a word, and return those of all ranks, with the ranks that said it."""
+        # Of plain data alone: other ranks may have other versions of these classes.
+        own: dict[_Word, tuple[int, ...]] = {
+            (self._call, phase, error, summary): (dist.get_rank(),)
+        }
+        return self._spread(own, _joined, phase)
+
+    def _spread(self, value: T, merge: Callable[[list[T]], T], phase: str) -> T:
+        for group in self._groups:
+            answers: list[Any] = [None] * dist.get_world_size(group)
+            try:
+                dist.all_gather_object(answers, value, group=group)
+            except Exception as error:
+                ranks = listing(map(str, dist.get_process_group_ranks(group)))
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise ShardingError(
+                    f"{self._call}, {phase}: not all of the ranks {ranks} answered. One of them "
+                    f"has ended, is busy for longer than the timeout of the process group, or did "
+                    f"not call it on the same shards ({reason})"
+                ) from error
+            value = merge(answers)
+        return value
+
+
+def ranks_of(target: Any, call: str, *, only: Only | None = None, ask: bool = True) -> Ranks:
+    """The ranks that hold the shards of a target, real or deferred; none if ``ask`` is False."""
+    running = ask and dist.is_available() and dist.is_initialized()
+    return Ranks(shards_in(target, only) if running else {}, call)
+
+
+def by_words(found: Mapping[Any, Iterable[int]]) -> str:
+    """What was said, each with the ranks that said it."""
+    return "; ".join(f"{words} on rank {listing(map(str, who))}" for words, who in found.items())
+
+
+def _groups(shards: Iterable[Any]) -> list[Any]:
+    """The process groups along the axes of all meshes, each once, in the order of their names."""
+    found: dict[str, Any] = {}
+    meshes = {id(shard.device_mesh): shard.device_mesh for shard in shards}
+    for mesh in meshes.values():
+        # A rank that is not in a mesh has no shards on it.
+        for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else ():
+            # torch's fake process group (for tests and tracing) has no other ranks to ask.
+            if dist.get_backend(group) != "fake" and dist.get_world_size(group) > 1:
+                found[group.group_name] = group
+    return [found[name] for name in sorted(found)]
+
+
+def _joined(answers: list[dict[T, tuple[int, ...]]]) -> dict[T, tuple[int, ...]]:
+    found: dict[T, set[int]] = {}
+    for answer in answers:
+        for word, ranks in answer.items():
+            found.setdefault(word, set()).update(ranks)
+    every = {word: tuple(sorted(ranks)) for word, ranks in found.items()}
+    return dict(sorted(every.items(), key=lambda item: item[1]))

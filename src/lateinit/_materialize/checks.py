@@ -1,0 +1,139 @@
+"""The checks before tensors become real: everything that can fail before one of them changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from lateinit._distributed import reads_nothing, refuse_sums
+from lateinit._program import Plan, Program
+from lateinit._replay import Session, execution_of
+from lateinit._tensors import Cast, Wanted, described, is_deferred_tensor
+from lateinit._torch import constants_of_script, digest, is_dtensor, name_of_class, without_modes
+from lateinit.errors import (
+    ConstantChangedError,
+    DeferredTensorError,
+    MaterializeError,
+    RecordingError,
+    SeedError,
+    ShardingError,
+    listing,
+)
+
+
+def check_script_constants(modules: Iterable[nn.Module]) -> None:
+    """Raise ``MaterializeError`` if a TorchScript graph has a deferred tensor for a constant."""
+    for module in modules:
+        for constant in constants_of_script(module):
+            if is_deferred_tensor(constant):
+                raise MaterializeError(
+                    f"a graph of the TorchScript module {name_of_class(module)} holds "
+                    f"{described(constant)} as a constant, which cannot be given values: freeze or "
+                    "trace the module after lateinit.materialize()"
+                )
+
+
+def check_seed(program: Program, seed: int | None) -> None:
+    """Raise ``SeedError`` if the construction would have run differently under ``seed``.
+
+    A constructor that read a random value may have branched on it, and the program holds only the
+    branch that was taken. Each recorded read is therefore replayed under ``seed`` and compared.
+    """
+    if seed is None:
+        return
+    if program.seed_bound:
+        raise SeedError(f"seed={seed} cannot be honoured: while recording, {program.seed_bound}")
+    execution = execution_of(program, seed)
+    for read in program.reads:
+        value = execution.value(read.ref, read.before)
+        # A read without a digest recorded only that Python saw a shape; replay itself compares it.
+        if read.digest and digest(value) != read.digest:
+            reader = f"{read.name!r} realised itself with" if read.name else "the constructor read"
+            raise SeedError(
+                f"seed={seed} cannot be honoured: {reader} a random value ({read.ref}) and seed "
+                f"{seed} gives another one; record again under that seed"
+            )
+
+
+def check_shards(group: Wanted) -> None:
+    """Raise ``ShardingError`` for shards that cannot be computed alone."""
+    refuse_sums(group.shards())
+    shards = [deferred for deferred in group.tensors() if is_dtensor(deferred.tensor)]
+    empty = [s.name for s in shards if reads_nothing(group.program, s.ref.storage)]
+    if empty:
+        raise ShardingError(
+            f"{listing(empty)}: sharded by a means that cannot be followed on deferred tensors: "
+            "use distribute_tensor, parallelize_module or fully_shard"
+        )
+
+
+def check_shared(group: Wanted, cast: Cast) -> None:
+    """Raise if tensors on one storage cannot all have the dtype and device of ``cast``.
+
+    Two cases fail: the tensors have several dtypes and a cast would change one of them, or the
+    storage is real already and was cast or moved otherwise.
+    """
+    for shared in group.storages.values():
+        real = shared.slot.real
+        if shared.as_recorded or (real is None and len(shared.tensors) == 1):
+            continue
+        dtypes = {ref.dtype for ref in shared.refs}
+        if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for ref in shared.refs}:
+            raise DeferredTensorError(
+                f"{listing(map(repr, shared.names))} share one storage in several dtypes, so "
+                f"dtype={cast.dtype} cannot be honoured for them"
+            )
+        if real is None:
+            continue
+        for deferred in shared.tensors:
+            own, ref, before = deferred.device, deferred.ref, real.cast
+            same_place = (before.device or own) == (cast.device or own)
+            if not same_place or real.window(ref).dtype != cast.dtype_of(ref):
+                raise DeferredTensorError(
+                    f"{deferred.name!r} shares its memory with a tensor that was materialised with "
+                    f"device={before.device}, dtype={before.dtype}: ask for the same"
+                )
+
+
+def check_constants(group: Wanted, plan_: Plan, session: Session) -> None:
+    """Raise if real data has changed that some values are computed from.
+
+    Args:
+        group: the selected tensors of one program.
+        plan_: what will be computed.
+        session: reads the constants and compares their checksums.
+    """
+    program = group.program
+    if all(constant.checksum is None for constant in program.constants):
+        return
+    for step in plan_.steps:
+        try:
+            with without_modes():
+                for number in step.ops:
+                    for constant in program.ops[number].constants():
+                        session.constant(constant)
+        except ConstantChangedError as error:
+            raise ConstantChangedError(f"{group.names(step.gives)!r}: {error}") from None
+
+
+def check_holes(group: Wanted, plan_: Plan, session: Session, filled: Collection[int] = ()) -> None:
+    """Raise if a value is drawn after a lazy module whose shape is not known.
+
+    Such a module draws an unknown number of words, so no later draw has a known position.
+
+    Args:
+        group: the selected tensors of one program.
+        plan_: what will be computed.
+        session: what it will be computed in.
+        filled: the numbers of holes that will be filled before.
+    """
+    program = group.program
+    if None not in program.holes:
+        return
+    for step in plan_.steps:
+        draws = (program.ops[number].draw for number in step.ops)
+        try:
+            session.streams.check_known((draw for draw in draws if draw is not None), filled)
+        except RecordingError as error:
+            raise RecordingError(f"{group.names(step.gives)!r}: {error}") from None

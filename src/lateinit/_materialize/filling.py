@@ -1,0 +1,177 @@
+"""``Filling``: give the deferred tensors of a target their values, on this rank.
+
+The order is fixed: collect the wanted tensors by program, check everything that can fail before a
+tensor changes, then execute the plan and place each storage as soon as it has its values. Come here
+for the order of two checks; the checks themselves are in ``checks.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lateinit._materialize.checks import (
+    check_constants,
+    check_holes,
+    check_script_constants,
+    check_seed,
+    check_shards,
+    check_shared,
+)
+from lateinit._materialize.scheduler import execute
+from lateinit._program import Plan, Program, Step, plan_storages
+from lateinit._progress import Progress
+from lateinit._replay import Session, execution_of, one_thread
+from lateinit._tensors import (
+    Cast,
+    Only,
+    Wanted,
+    bound_in,
+    is_deferred_tensor,
+    modules_in,
+    unbind,
+    wanted_in,
+)
+from lateinit._torch import held_by_script, is_out_of_memory, without_modes
+from lateinit.errors import ConstantChangedError, MaterializeError, OutOfMemoryError
+
+
+class _Planned(NamedTuple):
+    group: Wanted
+    plan: Plan
+    session: Session
+
+
+class Filling:
+    """The deferred tensors of a target, about to be given their values.
+
+    Args:
+        target: a module, a tensor, or a container of them.
+        only: which tensors; by default all deferred ones.
+        cast: the device and dtype asked for.
+        seed: replaces the recorded random state; None keeps it.
+    """
+
+    def __init__(self, target: Any, only: Only | None, cast: Cast, seed: int | None = None) -> None:
+        self._target = target
+        self._whole = only is None
+        self._cast = cast
+        self._seed = seed
+        scripts = list(modules_in(target))
+        check_script_constants(scripts)
+        # Held from before the walk: as long as they live, the walk finds these tensor objects.
+        self._held = held_by_script(scripts)
+        self._wanted = wanted_in(target, only)
+        for group in self._wanted:
+            check_shards(group)
+
+    def left(self) -> dict[Program, dict[str, Tensor]]:
+        """The shards that are to be computed, by name, for each program that has some."""
+        found = {group.program: group.shards() for group in self._wanted}
+        return {program: shards for program, shards in found.items() if shards}
+
+    def check(self) -> None:
+        """Check what can fail before a tensor changes. ``run`` does so too."""
+        with one_thread:
+            self._planned()
+
+    def run(self, *, threads: int | None = None, progress: bool = False) -> None:
+        """Give the tensors their values."""
+        # Other ranks are not waited for while this is held.
+        with one_thread:
+            planned = self._planned()
+            total = sum(s.record.nbytes for g in self._wanted for s in g.storages.values())
+            try:
+                with Progress("materialise", total, shown=progress) as bar:
+                    for group, plan, session in planned:
+                        group.program.seed = self._seed
+                        _run(group, plan, session, self._cast, threads, bar)
+                self._put_back()
+            except BaseException:
+                self._put_back()
+                raise
+        if self._whole:
+            unbind(self._target)
+
+    def _planned(self) -> list[_Planned]:
+        wanted = self._wanted
+        for program in bound_in(self._target) | dict.fromkeys(g.program for g in wanted):
+            check_seed(program, self._seed)
+        for group in wanted:
+            _leave_real(group)
+            check_shared(group, self._cast)
+        planned = [
+            _Planned(g, plan_of(g), execution_of(g.program, self._seed).session()) for g in wanted
+        ]
+        for group, plan, session in planned:
+            check_constants(group, plan, session)
+            check_holes(group, plan, session)
+        return planned
+
+    def _put_back(self) -> None:
+        for script in self._held:
+            script.put_back()
+
+
+def plan_of(group: Wanted, storages: Iterable[int] | None = None) -> Plan:
+    """The plan that computes the tensors of one program.
+
+    Args:
+        group: the selected tensors.
+        storages: the storages to compute, by default all that are not real yet.
+    """
+    wanted = group.to_compute() if storages is None else storages
+    names = tuple((deferred.name, deferred.ref) for deferred in group.tensors())
+    return Plan(group.program, tuple(plan_storages(group.program, wanted)), names)
+
+
+def _leave_real(group: Wanted) -> None:
+    """Drop the tensors that another thread has materialised since ``group`` was collected."""
+    for number, shared in list(group.storages.items()):
+        if shared.slot.real is not None:
+            shared.tensors = [d for d in shared.tensors if is_deferred_tensor(d.tensor)]
+            if not shared.tensors:
+                del group.storages[number]
+
+
+def _run(
+    group: Wanted,
+    plan_: Plan,
+    session: Session,
+    cast: Cast,
+    threads: int | None,
+    bar: Progress,
+) -> None:
+    """Run the plan of one program, and realise each storage as soon as it has its values."""
+    left = dict.fromkeys(number for step in plan_.steps for number in step.gives)
+    with without_modes():
+        # The other storages became real in an earlier call. The tensors left on them only share the
+        # memory.
+        for number in group.storages.keys() - left.keys():
+            group.storages[number].share()
+    running: Step | None = None
+    try:
+        with session:
+            for step, run in execute(session, plan_.steps, threads):
+                running = step
+                results = run()
+                for number in step.gives:
+                    shared = group.storages[number]
+                    shared.give(results.pop(number), cast)
+                    bar.advance(shared.record.nbytes)
+                    del left[number]
+                running = None
+    except Exception as error:
+        # No step is running if `execute` failed while it started a later one, for example in
+        # allocating memory: then everything that is left is named.
+        names = group.names(left if running is None else running.gives)
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"out of memory while materialising {names}; what was done before stands: free "
+                "memory and call materialize() again, or materialise a part"
+            ) from error
+        if isinstance(error, (MaterializeError, ConstantChangedError)):
+            raise type(error)(f"{names!r}: {error}") from (error.__cause__ or error)
+        raise

@@ -1,0 +1,108 @@
+"""Ranks that fail, differ, are lost or try again, by real processes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lateinit
+from tests.sharding import faults, together
+from tests.sharding.launch import launch
+from tests.sharding.placements import Block
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+
+
+def checkpoints(folder: Path) -> Path:
+    """Files that the cases load: two of all tensors, and one of a part of them."""
+    for name, seed in (("model", together.SEED), ("other", 4)):
+        torch.manual_seed(seed)
+        lateinit.save_checkpoint(lateinit.deferred_init(Block), folder / f"{name}.safetensors")
+    torch.manual_seed(together.SEED)
+    part = lateinit.deferred_init(Block)
+    del part.norm, part.down
+    lateinit.save_checkpoint(part, folder / "part.safetensors")
+    return folder
+
+
+PLACES = "the ranks are not in the same call: in materialize\\(\\), {}, on rank 0; in {}, on rank 1"
+AGAIN = PLACES.format("filling shards", "materialize\\(\\), preparing")
+OTHER = PLACES.format("preparing", "load_checkpoint\\(\\), planning")
+STATES = r"from different random states: seed {} on rank 0; seed.{} on rank 1\. Call torch"
+FILES = r"load different files: 7 tensors in [\d,]+ bytes .*\) on rank 0; 7 tensors .* on rank 1\. "
+# What ranks 0 and 1 see; then both have the right values.
+SEEN: dict[str, tuple[list[str], list[str]]] = {
+    "a_failure_in_the_middle": (
+        [r"materialize\(\) failed, filling shards, on rank 1: OSError: no such luck\. What is"],
+        ["OSError: no such luck"],
+    ),
+    "a_file_that_ends_in_the_middle": (
+        [r"load_checkpoint\(\) failed, loading, on rank 1: OSError: the disk is gone\. "],
+        ["OSError: the disk is gone"],
+    ),
+    "a_missing_file": (
+        [r"load_checkpoint\(\) failed, planning, on rank 1: CorruptCheckpointError: .*not exist"],
+        ["CorruptCheckpointError: .* does not exist"],
+    ),
+    "a_wrong_pattern": (
+        [r"materialize\(\) failed, preparing, on rank 1: PatternError: only='\*\.wait' matches"],
+        [r"PatternError: only='\*\.wait' matches no tensor"],
+    ),
+    "an_interrupt": ([AGAIN], ["KeyboardInterrupt", AGAIN]),
+    "another_call": ([OTHER], [OTHER]),
+    "no_question": ([], []),
+    "nothing_is_left": ([], []),
+    "other_files": ([FILES], [FILES]),
+    "what_is_left_differs": (
+        [r"failed, filling shards, on rank 1: OSError", STATES.format("3", "9")],
+        ["OSError", STATES.format("3", "9")],
+    ),
+    "what_the_file_lacks_differs": ([STATES.format("3", "5")], [STATES.format("3", "5")]),
+}
+HEARD = r"materialize\(\) failed, filling shards, on rank 1: OSError: no such luck"
+ON_FOUR: dict[str, tuple[list[str], ...]] = {
+    "stages": ([HEARD], ["OSError"], [], []),
+    "two_axes": ([HEARD], ["OSError"], [HEARD], [HEARD]),
+}
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(2, SEEN), (4, ON_FOUR)], ids=["two", "four"])
+def test_what_goes_wrong_on_one_rank_is_heard_on_all_and_can_be_tried_again(
+    ranks: int, expected: dict[str, tuple[list[str], ...]], tmp_path: Path
+) -> None:
+    folder = checkpoints(tmp_path)
+    ended = launch("tests.sharding.together", ranks, tmp_path, str(folder), seconds=200)
+    for rank, end in enumerate(ended):
+        assert end.code == 0, end.output
+        lines = [line.split(" | ") for line in end.output.splitlines() if " | " in line]
+        assert [line[0] for line in lines] == list(expected)
+        for name, *seen, last in lines:
+            wanted = expected[name][rank]
+            assert len(seen) == len(wanted), end.output
+            for message, pattern in zip(seen, wanted, strict=True):
+                assert re.search(pattern, message), message
+            assert last == "right", name
+
+
+LOST = {
+    "killed filling": r"materialize\(\), filling shards",
+    "killed loading": r"load_checkpoint\(\), loading",
+    "never arrives": r"materialize\(\), preparing",
+}
+
+
+@pytest.mark.parametrize("way", faults.WAYS)
+def test_a_rank_that_is_lost_is_missed_in_time_by_the_others(way: str, tmp_path: Path) -> None:
+    folder = checkpoints(tmp_path)
+    first, lost = launch("tests.sharding.faults", 2, tmp_path, way, str(folder), seconds=60)
+    assert lost.code == 3
+    assert first.code == 0, first.output
+    assert re.search(f"lost: {LOST[way]}: not all of the ranks 0, 1 answered", first.output)
+    assert "in time: True" in first.output
