@@ -71,13 +71,16 @@ KERNELS = {
 def test_ranks_with_other_kernels_say_so(tmp_path: Path) -> None:
     said = torch.backends.cpu.get_cpu_capability()
     settings = {1: {"ATEN_CPU_CAPABILITY": "default", "SAID": said}}
-    ended = launch("tests.sharding.failing", 2, tmp_path, *KERNELS, seconds=120, settings=settings)
+    ended = launch(
+        "tests.sharding.failing", 2, tmp_path, *KERNELS, "sent", seconds=120, settings=settings
+    )
     for rank in ended:
         assert rank.code == 0, rank.output
         for way, message in KERNELS.items():
             found = lines_of(rank.output)[way]
             assert re.search(f"compute with different kernels.*{message}", found), found
             assert "deferred still: True" in found
+        assert lines_of(rank.output)["sent"].startswith("loaded: "), rank.output
 
 
 def test_a_rank_that_dies_is_missed_by_the_others(tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import lateinit
+from lateinit._distributed import ranks_of
+from lateinit._tensors import shards_in
 from tests.sharding import faults, together
+from tests.sharding.alone import alone_as
 from tests.sharding.launch import launch
-from tests.sharding.placements import Block
+from tests.sharding.placements import Block, fsdp, line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,6 +93,23 @@ def test_what_goes_wrong_on_one_rank_is_heard_on_all_and_can_be_tried_again(
             for message, pattern in zip(seen, wanted, strict=True):
                 assert re.search(pattern, message), message
             assert last == "right", name
+
+
+def test_the_shards_that_patterns_select_are_asked_for_and_no_function_is_called() -> None:
+    def never(name: str, tensor: torch.Tensor) -> bool:
+        raise AssertionError(name, tensor)
+
+    with alone_as(0, 2):
+        with lateinit.deferred():
+            model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        fsdp(model, line(2))
+        every = set(shards_in(model, None))
+        assert every == {"0.weight", "0.bias", "1.weight", "1.bias"}
+        assert set(shards_in(model, ["*.bias"])) == {"0.bias", "1.bias"}
+        assert set(shards_in(model, "nothing")) == set(shards_in(model, never)) == every
+        assert not ranks_of(model, "materialize()")  # nobody is behind a fake group
+        lateinit.materialize(model)
+        assert set(shards_in(model, None)) == every
 
 
 LOST = {

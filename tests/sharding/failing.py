@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ def main(rank: int, ranks: int, store: str, ways: list[str]) -> int:
         "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=TIMEOUT
     )
     for way in ways:
-        sys.stdout.write(f"{way} | {tried(way, rank, ranks)}\n")
+        found = sent(ranks, Path(store)) if way == "sent" else tried(way, rank, ranks)
+        sys.stdout.write(f"{way} | {found}\n")
         sys.stdout.flush()
     os._exit(0)  # another rank may be dead
 
@@ -63,6 +65,18 @@ def tried(way: str, rank: int, ranks: int) -> str:
     except ShardingError as error:
         return f"refused: {error}; deferred still: {lateinit.is_deferred(model)}"
     return f"filled: {[p.full_tensor().sum().item() for p in model.parameters()]}"
+
+
+def sent(ranks: int, store: Path) -> str:
+    """Compute on one host, and send: what ranks with other kernels can do."""
+    torch.manual_seed(0)
+    model, path = lateinit.deferred_init(Block), store.with_suffix(".safetensors")
+    if dist.get_rank() == 0:
+        lateinit.save_checkpoint(model, path)
+    dist.barrier()
+    fsdp(model, line(ranks))
+    lateinit.load_checkpoint(model, path)
+    return f"loaded: {[p.full_tensor().sum().item() for p in model.parameters()]}"
 
 
 if __name__ == "__main__":

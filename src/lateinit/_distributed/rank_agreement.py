@@ -27,7 +27,6 @@ from lateinit.errors import ShardingError
 # Bytes kept of each op's digest. They only locate the first difference; equality is decided by a
 # full SHA-256 over all of them.
 _HASH = 8
-Left = Mapping[Program, Mapping[str, Any]]
 
 
 class Draws(NamedTuple):
@@ -44,19 +43,23 @@ class Agreement:
 
     Args:
         shards: all shards, deferred or real, by fully qualified name.
-        left: those that are to be computed, by program.
+        left: those that are to be computed.
         seed: the seed that replaces the recorded random state.
         files: the files that are loaded, in words that tell them apart.
     """
 
     def __init__(
-        self, shards: Mapping[str, Any], left: Left, seed: int | None, files: str = ""
+        self,
+        shards: Mapping[str, Any],
+        left: Iterable[Deferred],
+        seed: int | None,
+        files: str = "",
     ) -> None:
         self._placed = {name: _placed(tensor) for name, tensor in shards.items()}
-        self._left = left
+        self._left = list(left)
         self._seed = seed
         self._files = files
-        self._account = _account(left, seed)
+        self._account = _account(self._left, seed)
 
     @property
     def summary(self) -> tuple[Any, ...]:
@@ -73,13 +76,12 @@ class Agreement:
             common = ranks.gather(
                 frozenset(self._names()), lambda said: said[0].intersection(*said)
             )
-            left = {p: {n: t for n, t in s.items() if n in common} for p, s in self._left.items()}
-            self._account = _account({p: s for p, s in left.items() if s}, self._seed)
+            self._account = _account([d for d in self._left if d.name in common], self._seed)
         if len(ranks.say((_sha(self._placed), self._files, self._account.summary))) > 1:
             raise ShardingError(self._difference(ranks))
 
     def _names(self) -> list[str]:
-        return [name for shards in self._left.values() for name in shards]
+        return [deferred.name for deferred in self._left]
 
     def _difference(self, ranks: Ranks) -> str:
         """In what the ranks differ; all of them call it."""
@@ -170,15 +172,18 @@ class _Account:
         return self.start, ops, _sha(self.samples), self.setting
 
 
-def _account(left: Left, seed: int | None) -> _Account:
+def _account(left: Iterable[Deferred], seed: int | None) -> _Account:
+    # A shard without elements is made of a parameter too, but does not depend on its ops.
+    whole: dict[Program, set[int]] = {}
+    for shard in left:
+        program = shard.program
+        whole.setdefault(program, set()).add(program.origin(shard.ref.storage))
     ops: list[Op | Draws] = []
     hashes: list[bytes] = []
     samples: dict[str, dict[str, None]] = {}
-    for program, shards in left.items():
+    for program, storages in whole.items():
         # Only these are there on every rank: what no tensor of a rank needs is dropped (``keep``).
-        # A shard without elements is made of a parameter too, but does not depend on its ops.
-        whole = {program.origin(Deferred.of(tensor).ref.storage) for tensor in shards.values()}
-        needed = [program.ops[number] for number in sorted(needed_for(program, whole))]
+        needed = [program.ops[number] for number in sorted(needed_for(program, storages))]
         # By what they write, and not by number: dead ops are not there, so that only the ops on one
         # storage can be set against each other.
         needed.sort(key=lambda op: [ref.storage for ref in op.written()])
@@ -191,7 +196,7 @@ def _account(left: Left, seed: int | None) -> _Account:
             found = [sample_of(program, op) for op in own]
         for kernel, sample in (item for each in found for item in each.items()):
             samples.setdefault(kernel, {})[sample] = None
-    start = "; ".join(dict.fromkeys(_start(program, seed) for program in left))
+    start = "; ".join(dict.fromkeys(_start(program, seed) for program in whole))
     short = b"".join(each[:_HASH] for each in hashes)
     setting = (
         f"torch {torch.__version__}, lateinit {__version__}, "

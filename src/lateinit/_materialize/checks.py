@@ -10,7 +10,7 @@ from lateinit._distributed import reads_nothing, refuse_sums
 from lateinit._program import Plan, Program
 from lateinit._replay import Session, execution_of
 from lateinit._tensors import Cast, Wanted, described, is_deferred_tensor
-from lateinit._torch import constants_of_script, digest, is_dtensor, name_of_class, without_modes
+from lateinit._torch import constants_of_script, digest, name_of_class, without_modes
 from lateinit.errors import (
     ConstantChangedError,
     DeferredTensorError,
@@ -58,8 +58,8 @@ def check_seed(program: Program, seed: int | None) -> None:
 
 def check_shards(group: Wanted) -> None:
     """Raise ``ShardingError`` for shards that cannot be computed alone."""
-    refuse_sums(group.shards())
-    shards = [deferred for deferred in group.tensors() if is_dtensor(deferred.tensor)]
+    shards = group.shards()
+    refuse_sums({shard.name: shard.tensor for shard in shards})
     empty = [s.name for s in shards if reads_nothing(group.program, s.ref.storage)]
     if empty:
         raise ShardingError(

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from lateinit._materialize.checks import (
     check_constants,
     check_holes,
@@ -21,11 +19,12 @@ from lateinit._materialize.checks import (
     check_shared,
 )
 from lateinit._materialize.scheduler import execute
-from lateinit._program import Plan, Program, Step, plan_storages
+from lateinit._program import Plan, Step, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of, one_thread
 from lateinit._tensors import (
     Cast,
+    Deferred,
     Only,
     Wanted,
     bound_in,
@@ -67,10 +66,10 @@ class Filling:
         for group in self._wanted:
             check_shards(group)
 
-    def left(self) -> dict[Program, dict[str, Tensor]]:
-        """The shards that are to be computed, by name, for each program that has some."""
-        found = {group.program: group.shards() for group in self._wanted}
-        return {program: shards for program, shards in found.items() if shards}
+    def left(self) -> list[Deferred]:
+        """The shards that are to be computed."""
+        shards = (shard for group in self._wanted for shard in group.shards())
+        return [shard for shard in shards if shard.slot.real is None]
 
     def check(self) -> None:
         """Check what can fail before a tensor changes. ``run`` does so too."""

@@ -48,9 +48,9 @@ class Wanted:
         """The tensors, storage by storage."""
         return (deferred for shared in self.storages.values() for deferred in shared.tensors)
 
-    def shards(self) -> dict[str, Tensor]:
-        """The tensors that are a ``DTensor``, by name."""
-        return {d.name: d.tensor for d in self.tensors() if is_dtensor(d.tensor)}
+    def shards(self) -> list[Deferred]:
+        """The tensors that are a ``DTensor``."""
+        return [deferred for deferred in self.tensors() if is_dtensor(deferred.tensor)]
 
     def names(self, storages: Iterable[int]) -> str:
         """The names of the tensors on some storages, for a message."""

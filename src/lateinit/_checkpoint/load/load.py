@@ -29,7 +29,7 @@ from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
 from lateinit._replay import execution_of
-from lateinit._tensors import Cast, Found, Wanted, held, is_deferred_tensor, wanted_in
+from lateinit._tensors import Cast, Deferred, Found, Wanted, held, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, RecordingError, UninitializedError, listing
@@ -191,15 +191,11 @@ def load_into(
         return _load(plan, path, progress=progress)
 
 
-def _shards_left(plan: LoadPlan) -> dict[Program, dict[str, Tensor]]:
-    """The shards that the checkpoint lacks, by name, for each program that has some."""
-    found: dict[Program, dict[str, Tensor]] = {}
+def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
+    """The shards that the checkpoint lacks."""
     for group, rest in zip(plan.groups, plan.rest, strict=True):
         computed = {number for step in rest.steps for number in step.gives}
-        for deferred in group.tensors():
-            if is_dtensor(deferred.tensor) and deferred.ref.storage in computed:
-                found.setdefault(group.program, {})[deferred.name] = deferred.tensor
-    return found
+        yield from (shard for shard in group.shards() if shard.ref.storage in computed)
 
 
 def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
