@@ -154,6 +154,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     key: str | None = None,
     prefix: str | None = None,
     rename: Rename | None = None,
+    source_rank: int | None = None,
 ) -> Loaded:
     """Give a module the values of a checkpoint, without initialising it first.
 
@@ -202,6 +203,9 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         rename: gives a name in that dict, after the prefix, the module's name for it, or None to
             leave it out: a function, or a dict of the names that change. No prefix is looked for
             then.
+        source_rank: the only rank that looks at ``path``. It sends each other rank of the default
+            process group what that rank loads, one tensor at a time. Every rank must make this
+            call, also those that hold no shards. By default each rank reads for itself.
 
     Returns:
         What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
@@ -237,6 +241,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     if not isinstance(module, nn.Module):
         raise TypeError(f"load_checkpoint takes a module, not {type(module)}")
     choice = Choice(key, prefix, rename)
+    if source_rank is not None and type(source_rank) is not int:
+        raise TypeError(f"source_rank: the number of a rank is meant, not {type(source_rank)}")
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             f"path: a file or a folder is meant, not {type(path)}; a state dict is loaded by "
@@ -257,6 +263,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 progress=progress,
                 check=check,
                 choice=choice,
+                source_rank=source_rank,
             )
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, LateinitError) or not is_out_of_memory(error):

@@ -5,6 +5,7 @@ Until the plan is made nothing changes, so that every error before that leaves t
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.selection import AS_FOUND, Choice, selected
+from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
@@ -133,13 +135,12 @@ class LoadPlan:
 
 
 def plan_load(
-    module: nn.Module, path: Path, cast: Cast, *, strict: bool, choice: Choice = AS_FOUND
+    module: nn.Module, reader: Reader, cast: Cast, *, strict: bool, choice: Choice = AS_FOUND
 ) -> LoadPlan:
     """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
 
     The module is left as it was.
     """
-    reader = open_checkpoint(path)
     ours = TensorNames(module).saved()
     if choice or reader.homes:
         return _planned(module, selected(module, ours, reader, choice) or reader, cast, strict)
@@ -215,14 +216,18 @@ def load_into(
     progress: bool,
     check: bool,
     choice: Choice = AS_FOUND,
+    source_rank: int | None = None,
 ) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
     ranks = ranks_of(module, "load_checkpoint()", ask=check)
-    with ranks.together("planning") as phase:
-        plan = plan_load(module, path, cast, strict=strict, choice=choice)
+    link = None if source_rank is None else Link(source_rank)
+    serving = contextlib.nullcontext if link is None else link.serving
+    opened = open_checkpoint if link is None else link.open
+    with ranks.together("planning") as phase, serving():
+        plan = plan_load(module, opened(path), cast, strict=strict, choice=choice)
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
-    with ranks.together("loading"):
+    with ranks.together("loading"), serving():
         return _load(plan, path, progress=progress)
 
 

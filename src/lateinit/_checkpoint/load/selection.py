@@ -181,7 +181,7 @@ def _stem(
     if best:
         told = [f"{_said(stem, reader, fitting[stem])}: {most} names" for stem in best]
         raise MismatchError(
-            f"{reader} has {len(fitting)} parts that fit {kind}, which is left as it was: "
+            f"{reader} has {len(best)} parts that fit {kind}, which is left as it was: "
             f"{listing(told)}. Name the one to load: load_checkpoint(..., "
             f"{_said(best[0], reader, fitting[best[0]])})"
         )
