@@ -104,18 +104,6 @@ def test_all_missing_names_are_told_and_what_to_do(tmp_path: Path) -> None:
     assert "strict=False" in str(caught.value)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.net."])
-def test_a_prefix_that_the_checkpoint_has_is_told(
-    prefix: str, state: State, tmp_path: Path
-) -> None:
-    eager, model = twins()
-    path = write({prefix + name: tensor for name, tensor in state.items()}, tmp_path)
-    for strict in (True, False):
-        with pytest.raises(MismatchError, match=f"names of the checkpoint start with '{prefix}'"):
-            lateinit.load_checkpoint(model, path, strict=strict)
-    assert_untouched(eager, model)
-
-
 def test_a_prefix_that_the_model_has_is_told(state: State, tmp_path: Path) -> None:
     model = lateinit.deferred_init(lambda: Bag(net=Net()))
     with pytest.raises(MismatchError, match=r"load it into that part, .*model\.net, "):

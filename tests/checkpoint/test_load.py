@@ -222,7 +222,7 @@ def test_a_plan_of_a_load_can_be_read_and_has_changed_nothing(tmp_path: Path) ->
     weight = torch.randn(3, 3)
     save_file({"first.weight": weight, "second.weight": weight.clone()}, path)
     model = lateinit.deferred_init(Tied)
-    plan = plan_load(model, path, AS_RECORDED, strict=False)
+    plan = plan_load(model, open_checkpoint(path), AS_RECORDED, strict=False)
     lines = str(plan).splitlines()
     assert lines[:4] == [
         f"{path}: 2 copies, 72 B",
@@ -244,6 +244,6 @@ def test_a_plan_of_a_load_with_hooks_says_so(tmp_path: Path) -> None:
     model.register_load_state_dict_pre_hook(
         lambda _, state, *__: state.update(bias=state["bias"] * 2)
     )
-    lines = str(plan_load(model, path, AS_RECORDED, strict=True)).splitlines()
+    lines = str(plan_load(model, open_checkpoint(path), AS_RECORDED, strict=True)).splitlines()
     assert lines[0].endswith("2 copies, 36 B, by load_state_dict and its hooks")
     assert lines[1:3] == ["  weight <- weight", "  bias <- a value that a hook computes"]

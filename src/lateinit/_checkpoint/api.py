@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lateinit._checkpoint.load import Loaded, load_into
+from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
     Item,
     ShardFile,
@@ -142,7 +142,7 @@ def save_checkpoint(
 
 @restoring
 @unhurried
-def load_checkpoint(
+def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     module: nn.Module,
     path: str | os.PathLike[str],
     *,
@@ -151,6 +151,10 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     check: bool = True,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    source_rank: int | None = None,
 ) -> Loaded:
     """Give a module the values of a checkpoint, without initialising it first.
 
@@ -190,6 +194,18 @@ def load_checkpoint(
             whether they load the same files into the same shards, and afterwards whether all have
             finished. Every rank must make this call. With False no rank is asked. A module without
             shards asks nobody.
+        key: where the module's state dict is in the checkpoint of a training run, such as
+            ``"model"`` or ``"state_dict"``; keys inside of keys are joined by dots, and ``""`` is
+            the outermost dict. By default it is found, if only one fits.
+        prefix: what the names in that dict begin with and those of the module do not, such as
+            ``"module."``; what begins otherwise is left out. By default it is found too. The names
+            that ``torch.compile`` and activation checkpointing add are passed over on both sides.
+        rename: gives a name in that dict, after the prefix, the module's name for it, or None to
+            leave it out: a function, or a dict of the names that change. No prefix is looked for
+            then.
+        source_rank: the only rank that looks at ``path``. It sends each other rank of the default
+            process group what that rank loads, one tensor at a time. Every rank must make this
+            call, also those that hold no shards. By default each rank reads for itself.
 
     Returns:
         What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
@@ -211,7 +227,8 @@ def load_checkpoint(
         DeferredTensorError: this was called inside a ``deferred()`` block.
         OutOfMemoryError: memory ran out. Tensors that were loaded stay so, and another call
             continues.
-        TypeError: ``module`` is no module, or ``path`` no path.
+        TypeError: ``module`` is no module, or ``path`` no path; or ``key``, ``prefix`` or
+            ``rename`` is of another type.
 
     Example:
         >>> _ = lateinit.save_checkpoint(torch.nn.Linear(4, 2), tmp_path / "saved.safetensors")
@@ -223,6 +240,9 @@ def load_checkpoint(
     cast = cast_to(device, dtype)
     if not isinstance(module, nn.Module):
         raise TypeError(f"load_checkpoint takes a module, not {type(module)}")
+    choice = Choice(key, prefix, rename)
+    if source_rank is not None and type(source_rank) is not int:
+        raise TypeError(f"source_rank: the number of a rank is meant, not {type(source_rank)}")
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             f"path: a file or a folder is meant, not {type(path)}; a state dict is loaded by "
@@ -236,7 +256,14 @@ def load_checkpoint(
     with outside(), torch.set_grad_enabled(grad):  # as hooks always see it
         try:
             return load_into(
-                module, Path(path), cast, strict=strict, progress=progress, check=check
+                module,
+                Path(path),
+                cast,
+                strict=strict,
+                progress=progress,
+                check=check,
+                choice=choice,
+                source_rank=source_rank,
             )
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, LateinitError) or not is_out_of_memory(error):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._checkpoint.formats import Reader, open_checkpoint
-from lateinit._checkpoint.load import translated
+from lateinit._checkpoint.load import AS_FOUND, selected, translated
 from lateinit._checkpoint.save import Item, TensorComputer, batches, collect
 from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
@@ -59,9 +59,12 @@ def verify(
         >>> verify(layer, tmp_path / "verified.safetensors", seed=0).equal
         True
     """
-    reader = translated(module, open_checkpoint(path))
     items = collect(module, dtype)
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
+    reader = open_checkpoint(path)
+    if reader.homes:
+        reader = selected(module, known, reader, AS_FOUND) or reader
+    reader = translated(module, reader)
     differences = [(name, "not in the model") for name in reader.entries if name not in known]
     values = TensorComputer(None)
     for batch in batches(items):

@@ -209,6 +209,7 @@ from lateinit._torch.transforms import (
     tell_of_wrapped,
     unwrapped,
 )
+from lateinit._torch.wrapper_names import without_wrappers
 from lateinit._torch.wrappers import (
     FakeMode,
     axes_as_sharded,
@@ -411,4 +412,5 @@ __all__ = [
     "without_functions",
     "without_modes",
     "without_subclass_functions",
+    "without_wrappers",
 ]

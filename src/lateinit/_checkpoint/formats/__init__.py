@@ -5,13 +5,16 @@ structure of its files when it is opened, and knows no module. It imports ``_tor
 only. Start with ``base.py``.
 """
 
-from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of
+from lateinit._checkpoint.formats.base import Objects, Reader, StoredTensor, block_of
 from lateinit._checkpoint.formats.open import open_checkpoint
+from lateinit._checkpoint.formats.renamed import Renamed
 from lateinit._checkpoint.formats.safetensors import DTYPES
 
 __all__ = [
     "DTYPES",
+    "Objects",
     "Reader",
+    "Renamed",
     "StoredTensor",
     "block_of",
     "open_checkpoint",

@@ -6,7 +6,7 @@ import abc
 import hashlib
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +35,25 @@ class StoredTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class Objects(Mapping[str, Any]):
+    """Values by name, each read when it is first asked for."""
+
+    def __init__(self, reads: Mapping[str, Callable[[], Any]]) -> None:
+        self._reads = dict(reads)
+        self._found: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._found:
+            self._found[name] = self._reads[name]()
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reads)
+
+    def __len__(self) -> int:
+        return len(self._reads)
+
+
 class Reader(abc.ABC):
     """An open checkpoint whose structure has been checked. It knows no module.
 
@@ -42,24 +61,32 @@ class Reader(abc.ABC):
         path: the file or folder, for messages.
         entries: the dtype and shape of every tensor, by name.
         objects: values that are no plain tensors, such as the extra state of a module, by name.
+        homes: for a tensor or an object in a dict inside the checkpoint's dict, the keys that lead
+            to that dict, joined by dots. Its name begins with them.
         aliases: names of tied tensors that were not written, each with the name that was.
         shared: for a tensor that shares its memory with others, the names of all of them.
         versions: the ``_metadata`` of a state dict, if the format keeps it.
         origins: for a tensor that is called otherwise in the files, its names there.
         hint: a sentence to add to a message about names that do not fit.
+        under: what all names begin with in the files and not here.
         headers: the size of each file, with a digest of what it says of its data.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, StoredTensor] = {}
-        self.objects: dict[str, Any] = {}
+        self.objects: Mapping[str, Any] = {}
+        self.homes: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.shared: dict[str, list[str]] = {}
         self.versions: Mapping[str, Any] | None = None
         self.origins: dict[str, list[str]] = {}
         self.hint = ""
+        self.under = ""
         self.headers: list[tuple[int, str]] = []
+
+    def __str__(self) -> str:
+        return f"{self.path} (under {self.under!r})" if self.under else str(self.path)
 
     def note_header(self, path: Path, header: bytes) -> None:
         """Add a file to ``headers``."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lateinit._checkpoint.formats.base import (
+    Objects,
     Reader,
     StoredTensor,
     block_of,
@@ -103,9 +106,11 @@ class DcpReader(Reader):
     def _describe(self, metadata: Any) -> None:
         stored = metadata.storage_data.items()
         places = {(i.fqn, None if i.offset is None else tuple(i.offset)): at for i, at in stored}
+        objects: dict[str, Callable[[], Any]] = {}
         for name, about in metadata.state_dict_metadata.items():
             if not hasattr(about, "chunks"):
-                self.objects[name] = self._object(self._place(name, places.get((name, None))))
+                at = self._place(name, places.get((name, None)))
+                objects[name] = partial(self._object, at)
                 continue
             self.entries[name] = StoredTensor(name, about.properties.dtype, tuple(about.size))
             self._blocks[name] = [
@@ -113,7 +118,8 @@ class DcpReader(Reader):
                 for chunk in about.chunks
             ]
             self._check_cover(name)
-        self._join(metadata.planner_data or {})
+        self._join(metadata.planner_data or {}, objects)
+        self.objects = Objects(objects)
 
     def _place(self, name: str, place: Any) -> _Bytes:
         """Check the place of a block, and map its file."""
@@ -184,25 +190,33 @@ class DcpReader(Reader):
                 f"it is not unpickled, or it is corrupt: {str(error).partition(chr(10))[0]}"
             ) from error
 
-    def _join(self, paths: dict[str, Any]) -> None:
-        """Put the extra state of a module back together.
+    def _join(self, paths: dict[str, Any], objects: dict[str, Callable[[], Any]]) -> None:
+        """Find the dicts that tensors and objects were in; put extra states back together.
 
         DCP flattens nested dicts and lists when it writes (``flatten_state_dict``), and keeps the
         path of each leaf in ``planner_data``.
         """
+        extra: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], Callable[[], Any]]]] = {}
         for name, path in paths.items():
-            if isinstance(path, tuple) and len(path) > 1 and str(path[0]).endswith("_extra_state"):
-                value = self.objects.pop(name) if name in self.objects else self.read(name).clone()
+            if not isinstance(path, tuple) or name != _dotted(path):
+                continue
+            depth = next((i for i, key in enumerate(path, 1) if _is_extra(key)), len(path))
+            if depth < len(path):
+                read = objects.pop(name, None) or partial(self._copied, name, self.entries[name])
                 self.entries.pop(name, None)
-                _put(self.objects, path, value)
-        for name in [name for name in self.objects if name.endswith("_extra_state")]:
-            self.objects[name] = _with_lists(self.objects[name])
+                extra.setdefault(path[:depth], []).append((path[depth:], read))
+            if depth > 1:
+                self.homes[_dotted(path[:depth])] = _dotted(path[: depth - 1])
+        objects |= {_dotted(path): partial(_joined, leaves) for path, leaves in extra.items()}
+
+    def _copied(self, name: str, entry: StoredTensor) -> Tensor:
+        return self._read(name, (0,) * len(entry.shape), entry.shape).clone()
 
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         blocks = self._blocks[name]
         if len(blocks) == 1:
             return block_of(self._open(blocks[0]), offsets, sizes)
-        result = torch.empty(sizes, dtype=self.entries[name].dtype, device="cpu")
+        result = torch.empty(sizes, dtype=self._blocks[name][0].layout.dtype, device="cpu")
         for part in blocks:
             start = [max(a, b) for a, b in zip(offsets, part.offsets, strict=True)]
             ends = [
@@ -233,6 +247,22 @@ def _metadata(path: Path) -> Any:
             f"{path} is not what torch.distributed.checkpoint writes, so it is not unpickled: "
             f"{str(error) or type(error).__name__}"
         ) from error
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def _is_extra(key: Any) -> bool:
+    return isinstance(key, str) and key.endswith("_extra_state")
+
+
+def _joined(leaves: list[tuple[tuple[Any, ...], Callable[[], Any]]]) -> Any:
+    """An extra state from its leaves, each at the end of a path."""
+    found: dict[Any, Any] = {}
+    for path, read in leaves:
+        _put(found, path, read())
+    return _with_lists(found)
 
 
 def _put(target: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:

@@ -114,7 +114,7 @@ class _Sharded(Reader):
             # Tensors that the index leaves out count too, since they are in the files.
             self._shards = dict.fromkeys(shard.entries, shard) | self._shards
             self.aliases |= shard.aliases
-            self.objects |= shard.objects
+            self.objects = {**self.objects, **shard.objects}
         self.shared = {n: s.shared[n] for n, s in self._shards.items() if n in s.shared}
         self.entries = {name: shard.entries[name] for name, shard in self._shards.items()}
         self.aliases = {k: v for k, v in self.aliases.items() if k not in self.entries}

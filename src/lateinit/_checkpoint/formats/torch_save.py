@@ -13,34 +13,32 @@ from torch import Tensor
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
 from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit._torch import is_out_of_memory, is_wrapper, storage_key
-from lateinit.errors import CorruptCheckpointError, listing
+from lateinit.errors import CorruptCheckpointError, MismatchError
 
 
 class TorchReader(Reader):
-    """A file of ``torch.save`` that holds a state dict."""
+    """A file of ``torch.save`` that holds a state dict, or several among other things."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         size_of(path)
         state, header = _load(path)
         self.note_header(path, header)
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+        if not named and not _holds_dict(state):
             raise CorruptCheckpointError(
                 f"{path} holds a {type(state).__name__}, no state dict: save model.state_dict()"
             )
-        self._tensors = {name: value for name, value in state.items() if _plain(value)}
-        self.objects = {k: v for k, v in state.items() if k not in self._tensors}
-        if state.keys() == {"state", "param_groups"} and not self._tensors:
-            raise CorruptCheckpointError(
+        if isinstance(state, dict) and state.keys() == {"state", "param_groups"}:
+            raise MismatchError(
                 f"{path} holds the state of an optimizer, not of a module: "
                 "give it to optimizer.load_state_dict()"
             )
-        nested = [k for k, v in self.objects.items() if _is_state(v)]
-        if nested and not self._tensors:
-            raise CorruptCheckpointError(
-                f"{path} holds a dict of {listing(self.objects)}, no state dict: save what is "
-                f"under {listing(map(repr, nested))} alone, or give it to module.load_state_dict()"
-            )
+        self._tensors: dict[str, Tensor] = {}
+        self._others: dict[str, Any] = {}
+        versions: dict[str, Any] = {}
+        self._flatten(state, "", versions)
+        self.objects, self.versions = self._others, versions or None
         self.entries = {
             name: StoredTensor(name, value.dtype, tuple(value.shape))
             for name, value in self._tensors.items()
@@ -49,7 +47,22 @@ class TorchReader(Reader):
         for name, value in self._tensors.items():
             places.setdefault(storage_key(value.untyped_storage()), []).append(name)
         self.shared = {name: names for names in places.values() for name in names if names[1:]}
-        self.versions = getattr(state, "_metadata", None)
+
+    def _flatten(self, state: Any, home: str, versions: dict[str, Any]) -> None:
+        """Collect the tensors of a dict or list, and of those in it that hold any."""
+        for path, version in (getattr(state, "_metadata", None) or {}).items():
+            versions[".".join(filter(None, (home, path)))] = version
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            name = f"{home}.{key}" if home else str(key)
+            if name in self._tensors or name in self._others:
+                raise CorruptCheckpointError(f"{self.path} has two values for {name!r}")
+            # An extra state is one value of a module, whatever it holds.
+            if _holds_tensor(value) and not name.endswith("_extra_state"):
+                self._flatten(value, name, versions)
+                continue
+            (self._tensors if _plain(value) else self._others)[name] = value
+            if home:
+                self.homes[name] = home
 
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         return block_of(self._tensors[name].detach(), offsets, sizes)
@@ -108,5 +121,17 @@ def _plain(value: Any) -> bool:
     )
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values())
+def _holds_dict(value: Any) -> bool:
+    """Whether a value is a list with a dict in it that holds tensors."""
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(item, dict) and _holds_tensor(item) for item in value
+    )
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Whether a value is a dict or list with a tensor in it, or in a dict or list in it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return type(value) in (list, tuple) and any(
+        isinstance(item, Tensor) or _holds_tensor(item) for item in value
+    )

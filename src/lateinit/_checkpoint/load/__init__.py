@@ -7,9 +7,14 @@ out what loading would do, ``compatibility.py`` judges it, and ``assign.py`` put
 
 from lateinit._checkpoint.load.load import Loaded, load_into
 from lateinit._checkpoint.load.renamed import translated
+from lateinit._checkpoint.load.selection import AS_FOUND, Choice, Rename, selected
 
 __all__ = [
+    "AS_FOUND",
+    "Choice",
     "Loaded",
+    "Rename",
     "load_into",
+    "selected",
     "translated",
 ]

@@ -127,7 +127,7 @@ def fit(
     if problems:
         count = len(problems)
         raise MismatchError(
-            f"{reader.path} does not fit {type(module).__name__}, which is left as it was; "
+            f"{reader} does not fit {type(module).__name__}, which is left as it was; "
             f"{count} problem{'s' * (count != 1)}:\n  " + "\n  ".join(problems)
         )
     missing = list(dict.fromkeys([*missing, *(n for n in names.saved() if n not in done)]))
@@ -242,15 +242,9 @@ def _near(name: str, others: Collection[str], mine: list[str]) -> str:
 
 
 def _prefix(ours: list[str], theirs: list[str]) -> str | None:
-    """Advice if the names would fit but for a prefix that all names of one side have."""
+    """Advice if the names would fit but for a prefix that all names of the model have."""
     if set(ours) & set(theirs):
         return None
-    for prefix in _prefixes(theirs):
-        if {name.removeprefix(prefix) for name in theirs} & set(ours):
-            return (
-                f"all names of the checkpoint start with {prefix!r}, and those of the model do "
-                "not: it was saved from a module that had this one inside; save that part alone"
-            )
     for prefix in _prefixes(ours):
         if {name.removeprefix(prefix) for name in ours} & set(theirs):
             return (

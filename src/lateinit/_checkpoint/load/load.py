@@ -5,6 +5,7 @@ Until the plan is made nothing changes, so that every error before that leaves t
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from lateinit._checkpoint.load.assign import Placer
 from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
 from lateinit._checkpoint.load.renamed import translated
+from lateinit._checkpoint.load.selection import AS_FOUND, Choice, selected
+from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
@@ -32,7 +35,13 @@ from lateinit._replay import execution_of
 from lateinit._tensors import Cast, Deferred, Found, Wanted, held, is_deferred_tensor, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
-from lateinit.errors import CheckpointError, RecordingError, UninitializedError, listing
+from lateinit.errors import (
+    CheckpointError,
+    MismatchError,
+    RecordingError,
+    UninitializedError,
+    listing,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,8 @@ class Loaded:
         computed: deferred tensors that no checkpoint holds, such as non-persistent buffers.
         unexpected: the tensors of the checkpoint that the model lacks.
         nbytes: the bytes that were loaded, tied tensors counted once.
+        under: what the names of the checkpoint begin with and those of the module do not: the keys
+            of the state dict in the file, and a prefix.
     """
 
     path: Path
@@ -55,9 +66,12 @@ class Loaded:
     computed: tuple[StoredTensor, ...]
     unexpected: tuple[StoredTensor, ...]
     nbytes: int
+    under: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {len(self.loaded)} tensors loaded, {format_bytes(self.nbytes)}"]
+        under = f" (under {self.under!r})" if self.under else ""
+        size = format_bytes(self.nbytes)
+        lines = [f"{self.path}{under}: {len(self.loaded)} tensors loaded, {size}"]
         for what, entries in (
             ("initialised", self.initialised),
             ("computed", self.computed),
@@ -111,7 +125,7 @@ class LoadPlan:
     def __str__(self) -> str:
         hooks = "" if self.rehearsal.plain else ", by load_state_dict and its hooks"
         count = len(self.rehearsal.copies)
-        lines = [f"{self.reader.path}: {count} copies, {format_bytes(self.nbytes)}{hooks}"]
+        lines = [f"{self.reader}: {count} copies, {format_bytes(self.nbytes)}{hooks}"]
         for number, (target, source) in enumerate(self.rehearsal.copies):
             name = next(iter(self.names.of(target)), "a tensor of a hook")
             origin = source if isinstance(source, str) else "a value that a hook computes"
@@ -120,12 +134,27 @@ class LoadPlan:
         return "\n".join([*lines, *map(str, self.rest)])
 
 
-def plan_load(module: nn.Module, path: Path, cast: Cast, *, strict: bool) -> LoadPlan:
+def plan_load(
+    module: nn.Module, reader: Reader, cast: Cast, *, strict: bool, choice: Choice = AS_FOUND
+) -> LoadPlan:
     """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
 
     The module is left as it was.
     """
-    reader = open_checkpoint(path)
+    ours = TensorNames(module).saved()
+    if choice or reader.homes:
+        return _planned(module, selected(module, ours, reader, choice) or reader, cast, strict)
+    try:
+        return _planned(module, reader, cast, strict)
+    except MismatchError:
+        # After all the ways in which a module can load it as it is: hooks, translated names.
+        part = selected(module, ours, reader, choice)
+        if part is None:
+            raise
+    return _planned(module, part, cast, strict)
+
+
+def _planned(module: nn.Module, reader: Reader, cast: Cast, strict: bool) -> LoadPlan:
     files = reader.described()
     names, state = TensorNames(module), plain_state(module)
     groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
@@ -179,15 +208,26 @@ def _check_drawn(
 
 
 def load_into(
-    module: nn.Module, path: Path, cast: Cast, *, strict: bool, progress: bool, check: bool
+    module: nn.Module,
+    path: Path,
+    cast: Cast,
+    *,
+    strict: bool,
+    progress: bool,
+    check: bool,
+    choice: Choice = AS_FOUND,
+    source_rank: int | None = None,
 ) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
     ranks = ranks_of(module, "load_checkpoint()", ask=check)
-    with ranks.together("planning") as phase:
-        plan = plan_load(module, path, cast, strict=strict)
+    link = None if source_rank is None else Link(source_rank)
+    serving = contextlib.nullcontext if link is None else link.serving
+    opened = open_checkpoint if link is None else link.open
+    with ranks.together("planning") as phase, serving():
+        plan = plan_load(module, opened(path), cast, strict=strict, choice=choice)
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
-    with ranks.together("loading"):
+    with ranks.together("loading"), serving():
         return _load(plan, path, progress=progress)
 
 
@@ -345,6 +385,7 @@ def _report(
         computed=_entries(names, [found.name for found in computed]),
         unexpected=tuple(reader.entries[n] for n in fitting.unexpected if n in reader.entries),
         nbytes=sum(distinct.values()),
+        under=reader.under,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats import Reader, StoredTensor, block_of
+from lateinit._checkpoint.formats import Reader, Renamed, StoredTensor, block_of
 from lateinit._integrations import Conversion, transformers_names
 from lateinit._tensors import is_placeholder
 from lateinit._torch import as_bytes
@@ -60,7 +60,7 @@ def _fits(tensor: Any, entry: StoredTensor) -> bool:
     return is_placeholder(tensor) or tuple(getattr(tensor, "shape", ())) == entry.shape
 
 
-class Translated(Reader):
+class Translated(Renamed):
     """A reader whose tensors have other names, or are made from several stored ones.
 
     A conversion runs when one of its results is read. Its other results are kept until another
@@ -70,15 +70,11 @@ class Translated(Reader):
     def __init__(
         self, module: nn.Module, reader: Reader, names: transformers_names.Translation
     ) -> None:
-        super().__init__(reader.path)
-        self._reader = reader
-        self.objects, self.versions = reader.objects, reader.versions
-        self._plain = {new: old[0] for new, old in names.renamed.items()}
-        self._plain |= {name: name for name in names.strangers}
-        self.entries = {
-            new: StoredTensor(new, reader.entries[old].dtype, reader.entries[old].shape)
-            for new, old in self._plain.items()
-        }
+        plain = {new: old[0] for new, old in names.renamed.items()}
+        plain |= {name: name for name in names.strangers}
+        others = {name: name for name in (*reader.objects, *reader.aliases)}
+        super().__init__(reader, others | plain)
+        self.versions = reader.versions
         self._computed: dict[str, Conversion] = {}
         self._kept: dict[str, Tensor] = {}
         problems = [*self._doubled(names), *self._add(names.conversions)]
@@ -87,18 +83,9 @@ class Translated(Reader):
                 f"{self.path} cannot be loaded into {type(module).__name__}, which is left as it "
                 "was:\n  " + "\n  ".join(problems)
             )
-        self.origins = {new: [old] for new, old in self._plain.items()} | {
+        self.origins |= {
             new: [name for name, _ in conversion.sources]
             for new, conversion in self._computed.items()
-        }
-        forward = {old: new for new, old in self._plain.items()}
-        self.shared = {
-            new: [forward[other] for other in reader.shared[old] if other in forward]
-            for old, new in forward.items()
-            if old in reader.shared
-        }
-        self.aliases = {
-            alias: forward[kept] for alias, kept in reader.aliases.items() if kept in forward
         }
 
     def _doubled(self, names: transformers_names.Translation) -> list[str]:
@@ -140,8 +127,8 @@ class Translated(Reader):
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        if name in self._plain:
-            return self._reader.read(self._plain[name], offsets, sizes)
+        if name not in self._computed:
+            return super()._read(name, offsets, sizes)
         found = self._kept.pop(name, None)  # given away: it may become a parameter's memory
         if found is None:
             self._kept.clear()

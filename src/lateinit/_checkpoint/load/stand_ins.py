@@ -108,7 +108,7 @@ class Stands(StandIns):
     def fresh(self) -> OrderedDict[str, Any]:
         """The state dict for one run, in which everything but the stand-ins is a copy."""
         state = copy.copy(self.state)
-        state.update(copy.deepcopy(self.reader.objects))
+        state.update(copy.deepcopy(dict(self.reader.objects)))
         vars(state)["_metadata"] = copy.deepcopy(self.reader.versions)  # as state_dict() has it
         return state
 

@@ -1,0 +1,215 @@
+"""A checkpoint that one rank reads for all: each rank asks it for the blocks that it loads.
+
+The other ranks open nothing. They are sent what the files say of their tensors, and make the same
+plan as if they had opened them. While a rank loads, it asks for one block after another. The source
+loads its own tensors first, and then answers until every rank has said that it is done. So ranks
+may load different tensors, in any order, and only one block is on its way at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lateinit._checkpoint.formats import Objects, Reader, open_checkpoint
+from lateinit.errors import ShardingError, listing
+
+_DONE, _TENSOR, _OBJECT = range(3)
+# The most dims of a tensor in torch (at::kMaxDims is 64 where it matters), each with two numbers.
+_LONGEST = 2 * 64
+# Bytes that are sent at once (64 MiB).
+_PIECE = 1 << 26
+# Characters of an error that other ranks are told.
+_LONGEST_ERROR = 1000
+# What the other ranks are told of the files; see `Reader`.
+_TOLD = ("aliases", "entries", "headers", "homes", "shared", "versions")
+
+
+class Link:
+    """The ranks of the default process group, one of which reads the files.
+
+    Args:
+        source: that rank.
+
+    Raises:
+        ShardingError: there is no process group, or another rank named another source.
+    """
+
+    def __init__(self, source: int) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ShardingError(
+                f"source_rank={source}: there is no process group; call "
+                "torch.distributed.init_process_group() on every rank first"
+            )
+        ranks = dist.get_world_size()
+        if not 0 <= source < ranks:
+            raise ShardingError(f"source_rank={source}: the ranks are 0 to {ranks - 1}")
+        self._source = source
+        self._is_source = dist.get_rank() == source
+        # Blocks are in memory of the CPU, which NCCL cannot send.
+        on_cpu = "cpu:" in dist.get_backend_config()
+        self._group = None if on_cpu else dist.new_group(backend="gloo")
+        self._reader: Reader | None = None
+        said: list[Any] = [None] * ranks
+        with _told("asking which rank reads the files"):
+            dist.all_gather_object(said, source, group=self._group)
+        if len(set(said)) > 1:
+            raise ShardingError(f"source_rank: the ranks say {said}: name one rank on all of them")
+
+    def open(self, path: Path) -> Reader:
+        """The checkpoint; a collective operation."""
+        told: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self._is_source:
+            try:
+                self._reader = open_checkpoint(path)
+                values = {name: getattr(self._reader, name) for name in _TOLD}
+                told = [values, list(self._reader.objects)]
+            except Exception as error:  # noqa: BLE001 - raised below, when the others know
+                failure = error
+                told = [None, f"{type(error).__name__}: {error}"]
+        with _told("opening the checkpoint"):
+            dist.broadcast_object_list(told, self._source, self._group, torch.device("cpu"))
+        if failure is not None:
+            raise failure
+        if told[0] is None:
+            raise ShardingError(f"rank {self._source} cannot open the checkpoint: {told[1]}")
+        return self._reader or _Sent(self, path, *told)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Run a block in which ranks read; the source answers the others at its end.
+
+        Raises:
+            ShardingError: another rank failed in it, or did not answer.
+        """
+        try:
+            yield
+        except Exception as error:
+            # A second error would hide the first.
+            with contextlib.suppress(ShardingError):
+                self._end(f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
+            raise
+        self._end("")
+
+    def _end(self, error: str) -> None:
+        with _told("sending tensors"):
+            if self._is_source:
+                self._answer()
+            else:
+                dist.send(_header(_DONE), self._source, self._group)
+            said: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(said, error, group=self._group)
+        failed = [f"on rank {rank}: {words}" for rank, words in enumerate(said) if words]
+        if failed and not error:
+            raise ShardingError(
+                f"load_checkpoint() failed {listing(failed)}. What is done stands: when that is "
+                "mended, call it again on every rank"
+            )
+
+    def _answer(self) -> None:
+        waiting = dist.get_world_size() - 1
+        while waiting:
+            header = _header(_DONE)
+            rank = dist.recv(header, None, self._group)
+            kind, number, dims, *rest = header.tolist()
+            if kind == _DONE:
+                waiting -= 1
+                continue
+            try:
+                assert self._reader is not None
+                if kind == _OBJECT:
+                    found = self._reader.objects[list(self._reader.objects)[number]]
+                else:
+                    name = list(self._reader.entries)[number]
+                    found = self._reader.read(name, rest[:dims], rest[dims : 2 * dims])
+            except Exception as error:  # noqa: BLE001 - raised by the rank that asked
+                dist.send(torch.ones(1, dtype=torch.int64), rank, self._group)
+                dist.send_object_list([f"{type(error).__name__}: {error}"], rank, self._group)
+                continue
+            dist.send(torch.zeros(1, dtype=torch.int64), rank, self._group)
+            if kind == _OBJECT:
+                dist.send_object_list([found], rank, self._group)
+            else:
+                for piece in _pieces(found.detach().contiguous()):
+                    dist.send(piece, rank, self._group)
+
+    def ask_object(self, number: int) -> Any:
+        """An object of the checkpoint, by its number."""
+        with _told("asking for an extra state"):
+            self._ask(_OBJECT, number)
+            return self._object()
+
+    def ask_block(
+        self, number: int, dtype: torch.dtype, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> Tensor:
+        """A block of a tensor of the checkpoint, by its number."""
+        result = torch.empty(sizes, dtype=dtype, device="cpu")
+        if result.numel():
+            with _told("asking for a tensor"):
+                self._ask(_TENSOR, number, len(sizes), *offsets, *sizes)
+                for piece in _pieces(result):
+                    dist.recv(piece, self._source, self._group)
+        return result
+
+    def _ask(self, *numbers: int) -> None:
+        dist.send(_header(*numbers), self._source, self._group)
+        status = torch.zeros(1, dtype=torch.int64)
+        dist.recv(status, self._source, self._group)
+        if status.item():
+            raise ShardingError(f"rank {self._source} cannot read what was asked: {self._object()}")
+
+    def _object(self) -> Any:
+        found: list[Any] = [None]
+        dist.recv_object_list(found, self._source, self._group)
+        return found[0]
+
+
+class _Sent(Reader):
+    """A checkpoint that another rank reads."""
+
+    def __init__(self, link: Link, path: Path, values: dict[str, Any], objects: list[str]) -> None:
+        super().__init__(path)
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._link = link
+        self._numbers = {name: number for number, name in enumerate(self.entries)}
+        self.objects = Objects(
+            {name: partial(link.ask_object, number) for number, name in enumerate(objects)}
+        )
+
+    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        dtype = self.entries[name].dtype
+        return self._link.ask_block(self._numbers[name], dtype, offsets, sizes)
+
+
+def _header(*numbers: int) -> Tensor:
+    return torch.tensor([*numbers, *[0] * (3 + _LONGEST - len(numbers))], dtype=torch.int64)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.view(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _PIECE):
+        yield flat[start : start + _PIECE]
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise errors of the process group as ``ShardingError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ShardingError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ShardingError(
+            f"load_checkpoint(), {what}: a rank has ended, or did not make this call with the same "
+            f"source_rank ({reason})"
+        ) from error
