@@ -46,7 +46,8 @@ def agree(shards: dict[str, Any], program: Program, seed: int | None) -> None:
     account, groups = _account(shards, program, seed), list(_groups(shards.values()))
     told = _spread(frozenset({account.summary}), groups, lambda a: frozenset().union(*a))
     if len(told) > 1:
-        raise ShardingError(_difference(account, groups))
+        early = [name for name, tensor in shards.items() if _is_construction(program, tensor)]
+        raise ShardingError(_difference(account, groups, early))
 
 
 class Draws(NamedTuple):
@@ -97,6 +98,11 @@ def _account(shards: dict[str, Any], program: Program, seed: int | None) -> _Acc
     hashes = (hashlib.sha256(repr(_plain(op, program, names)).encode()).digest() for op in ops)
     placed = {name: _placed(tensor) for name, tensor in shards.items()}
     return _Account(_start(program, seed), placed, ops, b"".join(h[:_HASH] for h in hashes))
+
+
+def _is_construction(program: Program, tensor: Any) -> bool:
+    """Whether the local part of a shard was made by the construction itself."""
+    return not program.storages[Deferred.of(tensor).ref.storage].followed
 
 
 def _in_block(program: Program, op: Op) -> bool:
@@ -168,8 +174,14 @@ def _spread(value: T, groups: list[dist.ProcessGroup], merge: Callable[[list[T]]
     return value
 
 
-def _difference(account: _Account, groups: list[dist.ProcessGroup]) -> str:
-    """In what the ranks differ. A collective operation: all of them call it."""
+def _difference(account: _Account, groups: list[dist.ProcessGroup], early: list[str]) -> str:
+    """In what the ranks differ. A collective operation: all of them call it.
+
+    Args:
+        account: what this rank recorded.
+        groups: the process groups to ask.
+        early: the names of shards that the construction itself has made.
+    """
 
     def by_rank(value: T) -> dict[int, T]:
         spread = _spread({dist.get_rank(): value}, groups, lambda a: dict(ChainMap(*a)))
@@ -179,6 +191,12 @@ def _difference(account: _Account, groups: list[dist.ProcessGroup]) -> str:
     place = _first_difference(list(hashes.values()))
     ops = by_rank(str(account.ops[place]) if place < len(account.ops) else "nothing more")
     starts, placed = by_rank(account.start), by_rank(account.placed)
+    if len(set(hashes.values())) > 1 and early:
+        return (
+            f"{listing(early)}: sharded inside `with lateinit.deferred():`, in a way that was "
+            "recorded as a part of the construction. So that differs between the ranks, first at "
+            f"op {place}: {_told(ops)}. Shard the model after the block, before materialize()"
+        )
     if len(set(hashes.values())) > 1:
         return (
             f"the ranks recorded different constructions, first at op {place}: {_told(ops)}. Build "

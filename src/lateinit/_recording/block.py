@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._identity import IdentityMap
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import guard, watch_fully_shard
+from lateinit._recording.guard import guard, watch_sharding
 from lateinit._recording.holes import Hole, close, hole_of, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.recorder import Recorder
@@ -209,6 +209,7 @@ class Recording:
         with one_thread:  # not while another thread drops ops
             self.writer.program.recording = True
         let_full_collections_wait(self)
+        watch_sharding(self.writer.program)
         self._patches.enter()
         self._modules.enter()
         here.writer = self.writer
@@ -238,7 +239,7 @@ class Recording:
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
         watch(self.writer.program)
-        watch_fully_shard(self.writer.program)
+        watch_sharding(self.writer.program)  # also if the block has imported it
         _guard_all(self.writer, self._modules)
         let_full_collections_begin(self)
 

@@ -34,6 +34,7 @@ from lateinit._torch.callers import (
     attention_without_fused_kernel,
     call_path,
     caller,
+    calling_modules,
     class_of_new_parameter,
     collective_that_compares,
     innermost_foreign_line,
@@ -205,6 +206,7 @@ from lateinit._torch.transforms import (
     unwrapped,
 )
 from lateinit._torch.wrappers import (
+    Cut,
     FakeMode,
     block_of_shard,
     enter_fake_mode,
@@ -215,6 +217,7 @@ from lateinit._torch.wrappers import (
     kept_by_fsdp,
     local_part,
     rewrap,
+    tell_of_cuts,
     tell_of_fsdp_parameters,
     tell_of_new_dtensors,
 )
@@ -240,6 +243,7 @@ __all__ = [
     "Asked",
     "CallPath",
     "Caller",
+    "Cut",
     "DispatchMode",
     "FakeMode",
     "FillOp",
@@ -270,6 +274,7 @@ __all__ = [
     "by_name",
     "call_path",
     "caller",
+    "calling_modules",
     "checksum",
     "class_of_new_parameter",
     "collective_that_compares",
@@ -383,6 +388,7 @@ __all__ = [
     "swap_implementation",
     "swap_with_hooks",
     "takes_default_device",
+    "tell_of_cuts",
     "tell_of_fsdp_parameters",
     "tell_of_new_dtensors",
     "tell_of_script_saves",
