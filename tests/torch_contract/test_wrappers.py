@@ -150,6 +150,7 @@ def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dim", [0, 1])
 def test_fsdp_keeps_one_chunk_of_a_parameter_in_padded_memory(rows: int, dim: int) -> None:
     """torch/distributed/fsdp/_fully_shard/_fsdp_param.py: FSDPParam._init_sharded_param."""
+    tell_of_fsdp_parameters(None)
     weight, states, constructor = torch.randn(rows, 3), [], FSDPParam.__init__
 
     def told(make: Callable[[], None], state: object, parameter: torch.Tensor) -> None:
@@ -186,6 +187,7 @@ def test_fsdp_keeps_one_chunk_of_a_parameter_in_padded_memory(rows: int, dim: in
 @pytest.mark.parametrize("rows", [1, 2, 5, 6])
 def test_distribute_tensor_takes_one_chunk_along_each_axis(rows: int, source: int | None) -> None:
     """torch/distributed/tensor/placement_types.py: Shard._shard_tensor, as torch.chunk cuts."""
+    tell_of_cuts(None)
     weight, cuts = torch.randn(2, rows, device="meta"), []
     original, of_replicas = Shard._shard_tensor, Replicate._make_replicate_tensor
 

@@ -8,13 +8,14 @@ for a check that is missing, or for the order of two checks.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lateinit._distributed import agree, reads_nothing
-from lateinit._materialize.scheduler import execute
+from lateinit._materialize.scheduler import computed_whole, execute
 from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of, one_thread
@@ -188,7 +189,8 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         only: which tensors, as for ``materialize``.
 
     Returns:
-        A ``Plan``; ``print`` it to see every op, with its place in the random stream.
+        A ``Plan``; ``print`` it to see every op, with its place in the random stream, and which
+        tensors a rank computes whole to keep a shard of them.
 
     Raises:
         ValueError: the tensors were recorded in several separate blocks, so that they have no
@@ -209,7 +211,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         raise ValueError("the target was recorded in several blocks: plan one part at a time")
     if not groups:
         return Plan(Program(), ())
-    return plan_of(groups[0])
+    return replace(plan_of(groups[0]), whole=computed_whole)
 
 
 def plan_of(group: Wanted, storages: Iterable[int] | None = None) -> Plan:

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._program import Ambient, Op, Program, Storage, TensorRef
 from lateinit._recording.after_block import named_after
 from lateinit._recording.shards import guard_shard
-from lateinit._recording.writer import ProgramWriter, current
+from lateinit._recording.writer import current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
     PLAIN_CLASSES,
     Deferred,
     Guarded,
+    Slot,
+    attach,
     held,
     is_deferred_tensor,
     original_class,
@@ -34,12 +37,14 @@ from lateinit._tensors import (
 )
 from lateinit._torch import (
     META,
+    ZERO,
     Args,
     Cut,
     Kwargs,
     below_python,
     here,
     inference_mode,
+    is_deterministic,
     kept_by_fsdp,
     outside,
     set_grad_enabled,
@@ -88,9 +93,12 @@ def take_part(guard: Guard, cut: Cut) -> Tensor:
                 start, length = _chunk(cut, source.size(cut.dim))
                 # Another torch may cut otherwise, or make no copy.
                 if slot_of(part) is None and part.size(cut.dim) == length:
-                    return _record_part(
-                        part, source.detach().narrow(cut.dim, start, length), source, guard
+                    made = torch.empty_strided(
+                        part.size(), part.stride(), dtype=part.dtype, device=META
                     )
+                    _record(made, made, Deferred.of(source), cut.dim, start, zeros=False)
+                    guard(made)
+                    return made
         return cut.take(source)
 
 
@@ -171,41 +179,44 @@ def _unguarded(parameter: Tensor, source: Tensor) -> Iterator[None]:
 
 def _record_kept(state: Any, source: Tensor, guard: Guard) -> None:
     """Record how the memory that FSDP2 has kept was made, and guard the tensors on it."""
-    kept, deferred = kept_by_fsdp(state), Deferred.of(source)
-    writer = ProgramWriter(deferred.program, drawing=False)
-    with without_subclass_functions(), below_python():
-        writer.made(kept.memory, deferred.device, ("aten::zero_", ()))
-        if kept.length:
-            part = source.detach().narrow(kept.dim, kept.start, kept.length)
-            writer.copy(kept.local, part)
-    _name(kept.memory, deferred)
+    kept = kept_by_fsdp(state)
+    _record(kept.memory, kept.local, Deferred.of(source), kept.dim, kept.start, zeros=True)
     guard(kept.memory)
     guard(kept.local)
     guard_shard(kept.shard)
 
 
-def _record_part(part: Tensor, seen: Tensor, source: Tensor, guard: Guard) -> Tensor:
-    """Record how a part was made, and return it guarded, without the padding of short chunks.
+def _record(
+    memory: Tensor, part: Tensor, source: Deferred, dim: int, start: int, *, zeros: bool
+) -> None:
+    """Record that new memory has a chunk of a deferred tensor.
+
+    Written into the program directly: this is done for each parameter of a model, and a
+    ``ProgramWriter`` of its own takes as long as all of it.
 
     Args:
-        part: the part that torch has made.
-        seen: the window on the source that has its values.
+        memory: a tensor on all of the memory.
+        part: the tensor on it that has the values.
         source: the deferred tensor.
-        guard: guards a new deferred tensor.
+        dim: the dim of it that was cut.
+        start: where in that dim the chunk starts.
+        zeros: whether the memory has zeros elsewhere.
     """
-    deferred = Deferred.of(source)
-    made = torch.empty_strided(part.size(), part.stride(), dtype=part.dtype, device=META)
-    writer = ProgramWriter(deferred.program, drawing=False)
-    writer.made(made, deferred.device, None if made.numel() else ("aten::zero_", ()))
-    if made.numel():
-        writer.copy(made, seen)
-    _name(made, deferred)
-    guard(made)
-    return made
-
-
-def _name(made: Tensor, source: Deferred) -> None:
-    """Name a part as the tensor that it was made of, for which it waits."""
-    slot = slot_of(made)
-    assert slot is not None
+    program, number = source.program, len(source.program.storages)
+    if not program.ambients:
+        program.ambients.append(Ambient(torch.get_default_dtype(), is_deterministic(), None))
+    with without_subclass_functions():
+        storage, slot = memory.untyped_storage(), Slot(program, number)
+        attach(storage, slot)
+        program.storages.append(Storage(storage.nbytes(), source.device, followed=True))
+        into, whole = TensorRef.of(part, number), source.ref
+        if zeros or not into.numel:
+            _append(program, ZERO, TensorRef.of(memory, number))
+    if into.numel:
+        offset = whole.offset + start * whole.stride[dim]
+        _append(program, "aten::copy_", into, whole._replace(size=into.size, offset=offset))
     named_after(slot, source.slot).waits = True
+
+
+def _append(program: Program, name: str, *args: TensorRef) -> None:
+    program.ops.append(Op(name, args, {}, (), None, len(program.ambients) - 1, None))
