@@ -24,7 +24,7 @@ from torch import nn
 
 from lateinit._checkpoint.api import save_checkpoint
 from lateinit._checkpoint.formats import DTYPES
-from lateinit._distributed import mesh_cost
+from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._recording import deferred_init
 from lateinit._report import Verification, parity
@@ -85,7 +85,7 @@ def _common(
 
 
 @app.command()
-def inspect(
+def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     spec: Spec,
     kwargs: Kwargs = None,
     only: Annotated[
@@ -93,23 +93,50 @@ def inspect(
     ] = None,
     mesh: Annotated[
         str | None,
-        typer.Option("--mesh", metavar="AXES", help="What a rank of it would hold: fsdp=64,tp=8"),
+        typer.Option(
+            "--mesh",
+            metavar="AXES",
+            help="What a rank of it would hold: fsdp=64,tp=8; also replicate, pp and ep",
+        ),
     ] = None,
     tp_plan: Annotated[
         str | None,
         typer.Option("--tp-plan", metavar="JSON", help='How tp cuts: \'{"*.up": "colwise"}\''),
     ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="POLICY",
+            help="With --mesh: add gradients and AdamW's state. recorded: in the model's dtype; "
+            "mixed: that, and FSDP2 computes in bfloat16; bfloat16: all of it; master: bfloat16 "
+            "and a float32 copy",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="With --train: sequences of a micro-batch")
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option("--sequence", min=1, help="With --batch: tokens of a sequence")
+    ] = None,
+    recompute: Annotated[
+        str, typer.Option("--recompute", help="Activations not kept: none, selective or full")
+    ] = "selective",
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a model and how it is initialised, without allocating the model."""
     with _errors():
         axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
+        policy = None if train is None else training_cost.policy_named(train)
+        computed = _batch(batch, sequence, recompute)
+        if (policy is not None and axes is None) or (computed is not None and policy is None):
+            raise typer.BadParameter("--train goes with --mesh, and --batch with --train")
         plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
         model = deferred_init(
             _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
         )
         if axes is not None:
-            share = mesh_cost.share_of_rank(model, axes, plan)
+            share = mesh_cost.share_of_rank(model, axes, plan, policy, computed)
             if as_json:
                 _print_json({"spec": spec, **share.to_dict()})
             else:
@@ -229,6 +256,15 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name not in known:
         raise typer.BadParameter(f"--dtype {name} is none of {', '.join(known)}")
     return known[name]
+
+
+def _batch(size: int | None, length: int | None, recompute: str) -> training_cost.Batch | None:
+    if recompute not in training_cost.RECOMPUTED:
+        known = ", ".join(training_cost.RECOMPUTED)
+        raise typer.BadParameter(f"--recompute {recompute} is none of {known}")
+    if (size is None) != (length is None):
+        raise typer.BadParameter("--batch and --sequence go together")
+    return training_cost.Batch(size, length, recompute) if size and length else None
 
 
 def _size(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,27 @@ def test_fsdp_along_another_dim(rank: int) -> None:
         fully_shard(model, mesh=line(4), shard_placement_fn=last)
         lateinit.materialize(model, check=False)
         assert differences(expected, model) == []
+
+
+def test_a_plan_tells_what_is_computed_whole_for_shards() -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(600, 500), nn.Linear(300, 600), nn.Linear(7, 3))
+        nn.init.orthogonal_(model[1].weight)
+        return model
+
+    with alone_as(1, 2):
+        model = lateinit.deferred_init(build)
+        assert "computed whole" not in str(lateinit.plan(model))
+        fully_shard(model, mesh=line(2))
+        text = str(lateinit.plan(model))
+    orthogonal = re.search(r"-> 1\.weight \(a shard of ([\d,]+) bytes, computed whole\)", text)
+    assert orthogonal is not None
+    assert int(orthogonal[1].replace(",", "")) >= 4 * 300 * 600
+    assert "-> 2.weight (a shard of 84 bytes, computed whole)" in text  # small
+    assert re.search(r"-> 0\.weight$", text, re.MULTILINE)
+    assert re.search(
+        r"^\d steps for shards computed whole: [\d,]+ bytes, [\d,]+ at once$", text, re.MULTILINE
+    )
 
 
 def test_optimizers_hooks_and_names_stay() -> None:

@@ -21,6 +21,7 @@ import lateinit
 from lateinit.errors import DeferredTensorError, LateinitError, RecordingError
 from tests.sharding.alone import alone_as
 from tests.sharding.placements import line
+from tests.torch_contract.listeners import function_of
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor")
 
@@ -529,6 +530,27 @@ def test_a_collective_in_a_constructor_is_refused() -> None:
 
     with alone_as(0, 2), pytest.raises(RecordingError, match="c10d::broadcast_ exchanges values"):
         lateinit.deferred_init(build)
+
+
+def test_deepspeed_is_told_how_to_partition_a_deferred_model() -> None:
+    """deepspeed/runtime/zero/partition_parameters.py: Init has rank 0 send each parameter."""
+    zero = "deepspeed.runtime.zero.partition_parameters"
+    send = function_of(zero, "broadcast(tensors[0], 0)", broadcast=dist.broadcast, tensors=[])
+    recipe = r"partitions real parameters: .* lateinit.materialize\(layer\) and deepspeed\.zero"
+
+    def build() -> nn.Module:
+        made = layer()
+        send.__globals__["tensors"] = [made.weight.data]
+        send()
+        return made
+
+    with alone_as(0, 2):
+        with pytest.raises(RecordingError, match=recipe):
+            lateinit.deferred_init(build)
+        late = lateinit.deferred_init(layer)
+        send.__globals__["tensors"] = [late.weight.data]
+        with pytest.raises(DeferredTensorError, match=rf"'weight' .* with other ranks.*{recipe}"):
+            send()
 
 
 # Shards.

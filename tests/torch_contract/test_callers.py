@@ -34,6 +34,7 @@ from lateinit._torch.callers import (
     call_path,
     caller,
     callers,
+    calling_modules,
     class_of_new_parameter,
     close_contexts,
     collective_that_compares,
@@ -121,6 +122,14 @@ def test_callers_are_told_innermost_first_and_not_the_one_that_asks() -> None:
     assert layer(1) == ["<lambda>", "_call_impl", "_wrapped_call_impl"]
     here = "test_callers_are_told_innermost_first_and_not_the_one_that_asks"
     assert function_of("a", "ask(1)", ask=lambda n: next(callers(n)).f_code.co_name)() == here
+
+
+def test_the_modules_of_callers_are_told_innermost_first() -> None:
+    """A frame has the name of its module among its globals."""
+    ask = function_of("some.module", "ask()", ask=lambda: list(calling_modules()))
+    told = ask()
+    assert told[:3] == [__name__, "some.module", __name__]
+    assert "_pytest.python" in told
 
 
 def test_loading_asks_a_parameter_whether_it_is_on_meta() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -18,6 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from lateinit._torch.swap import swap
 from lateinit._torch.wrappers import (
+    Cut,
     FakeMode,
     KeptByFsdp,
     axes_as_sharded,
@@ -30,6 +31,7 @@ from lateinit._torch.wrappers import (
     kept_by_fsdp,
     local_part,
     rewrap,
+    tell_of_cuts,
     tell_of_fsdp_parameters,
     tell_of_new_dtensors,
 )
@@ -194,6 +196,53 @@ def test_fsdp_keeps_one_chunk_of_a_parameter_in_padded_memory(rows: int, dim: in
             assert kept.local.size(dim) == kept.length
             padded = weight.chunk(3, dim)[0].numel()
             assert len(kept.memory) == padded
+
+
+@pytest.mark.parametrize("source", [None, 0])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_distribute_tensor_takes_one_chunk_along_each_axis(rows: int, source: int | None) -> None:
+    """torch/distributed/tensor/placement_types.py: Shard._shard_tensor, as torch.chunk cuts."""
+    tell_of_cuts(None)
+    weight, cuts = torch.randn(2, rows, device="meta"), []
+    original, of_replicas = Shard._shard_tensor, Replicate._make_replicate_tensor
+
+    def told(cut: Cut) -> torch.Tensor:
+        cuts.append(cut)
+        return cut.take(cut.tensor)
+
+    for rank in range(3):
+        with alone_as(rank, 3):
+            mesh = init_device_mesh("cpu", (3,))
+            assert tell_of_cuts(told)
+            assert tell_of_cuts(told)  # the last listener alone is told
+            shard = distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=source)
+            distribute_tensor(weight, mesh, [Replicate()], src_data_rank=source)
+            strided = [_StridedShard(1, split_factor=1)]
+            distribute_tensor(weight, mesh, strided, src_data_rank=None)
+            assert tell_of_cuts(None)
+            distribute_tensor(weight, mesh, [Shard(0)])
+        simple, replica, other = cuts[-3:]
+        assert len(cuts) == 3 * (rank + 1)
+        assert (simple.dim, simple.chunks, simple.chunk) == (1, 3, rank)
+        assert simple.tensor.shape == weight.shape
+        assert (replica.dim, other.dim) == (None, None)
+        chunks = weight.chunk(3, 1)
+        length = chunks[rank].size(1) if rank < len(chunks) else 0
+        assert local_part(shard).shape == (2, length)
+    assert Shard._shard_tensor is original
+    assert Replicate._make_replicate_tensor == of_replicas
+
+
+def test_a_rank_outside_of_the_mesh_takes_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch/distributed/device_mesh.py: get_coordinate is None there."""
+    cuts: list[Cut] = []
+    with alone_as(2, 3):
+        assert tell_of_cuts(lambda cut: cuts.append(cut) or cut.take(cut.tensor))
+        distribute_tensor(torch.ones(4), DeviceMesh("cpu", [0, 1]), [Shard(0)])
+        assert tell_of_cuts(None)
+    assert cuts[0].dim is None
+    monkeypatch.delitem(sys.modules, "torch.distributed.tensor.placement_types")
+    assert not tell_of_cuts(None)
 
 
 def test_a_fake_mode_is_entered_by_its_method() -> None:

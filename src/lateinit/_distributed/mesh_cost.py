@@ -1,32 +1,46 @@
 """How much of a deferred model one rank of a mesh would hold and draw, without any rank.
 
 The axes are ``replicate`` (a full copy on each), ``fsdp`` (parameters cut along their first dim, as
-``fully_shard`` does) and ``tp`` (cut by the model's own tensor-parallel plan, or by a given one).
-The figures are those of rank 0, which has the largest of uneven shards. ``lateinit inspect --mesh``
-shows them.
+``fully_shard`` does), ``tp`` (cut by the model's own tensor-parallel plan, or by a given one),
+``pp`` (the longest list of layers divided into stages, what comes before it in the first stage, and
+the rest in the last) and ``ep``: experts are divided along it, and all other parameters are cut by
+FSDP along ``fsdp`` and ``ep`` together, as torchtitan does. The figures are those of the first rank
+of a stage, which has the largest of uneven shards, and of the stage that holds most.
+``lateinit inspect --mesh`` shows them.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from lateinit._distributed.mesh_cuts import Cutting
+from lateinit._distributed.training_cost import (
+    Batch,
+    Policy,
+    Training,
+    activation_bytes,
+    bytes_of,
+    transformer_of,
+)
 from lateinit._program import Program, Step, plan_storages
 from lateinit._replay import fill_of
 from lateinit._tensors import Deferred, Found, find_tensors
 from lateinit._units import format_bytes
-from lateinit.errors import ShardingError, candidates, listing
+from lateinit.errors import ShardingError, candidates
 
-AXES = ("replicate", "fsdp", "tp")
+AXES = ("replicate", "fsdp", "tp", "pp", "ep")
 # Elements that are drawn to measure how fast this machine draws: 16 MiB.
 _TRIAL = 1 << 22
+# What torch's own part of `fully_shard` takes for a parameter, beside the views of all ranks'
+# chunks: measured on meta with torch 2.13, 8 ranks.
+_SECONDS_TO_SHARD = 3e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,11 @@ class Share:
         threads: the threads that the estimate is for.
         whole: the largest tensor that is computed in full for a shard, if any.
         whole_bytes: its bytes.
+        whole_tensors: how many are computed in full.
+        whole_elements: their elements, all of which are drawn on every rank.
+        seconds_to_shard: an estimate of the time that ``fully_shard`` takes.
+        stage: the number of the pipeline stage, from 0.
+        training: what training takes, if it was asked for.
     """
 
     mesh: dict[str, int]
@@ -58,6 +77,11 @@ class Share:
     threads: int
     whole: str | None
     whole_bytes: int
+    whole_tensors: int = 0
+    whole_elements: int = 0
+    seconds_to_shard: float = 0.0
+    stage: int = 0
+    training: Training | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -67,20 +91,28 @@ class Share:
         ranks = math.prod(self.mesh.values())
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
         whole = (
-            f"{self.whole}, {format_bytes(self.whole_bytes)}"
+            f"{self.whole}, {format_bytes(self.whole_bytes)}, the largest of {self.whole_tensors}"
             if self.whole
             else "none of its shards"
         )
-        return (
-            f"{axes}: {ranks:,} rank{'s' * (ranks != 1)}\n"
-            f"the model    {self.parameters:,} parameters, {format_bytes(self.model_bytes)}\n"
-            f"each rank    {self.rank_parameters:,} parameters, {format_bytes(self.rank_bytes)}, "
-            f"of which {format_bytes(self.buffer_bytes)} are buffers and other tensors\n"
-            f"at once      {format_bytes(self.rank_bytes + self.whole_bytes)} at most; computed "
-            f"whole on the way to a shard: {whole}\n"
-            f"time         about {self.seconds:.2g} s to draw {self.drawn:,} elements, by "
-            f"{self.threads} thread{'s' * (self.threads != 1)} of this machine"
-        )
+        stage = f"stage {self.stage}, " if self.mesh.get("pp", 1) > 1 else ""
+        many = "s" * (self.threads != 1)
+        buffers = f"{format_bytes(self.buffer_bytes)} are buffers and other tensors"
+        held = f"{self.rank_parameters:,} parameters, {format_bytes(self.rank_bytes)}"
+        peak = format_bytes(self.rank_bytes + self.whole_bytes)
+        time_to = f"{self.seconds:.2g} s to draw {self.drawn:,} elements"
+        lines = [
+            f"{axes}: {ranks:,} rank{'s' * (ranks != 1)}",
+            f"the model    {self.parameters:,} parameters, {format_bytes(self.model_bytes)}",
+            f"each rank    {stage}{held}, of which {buffers}",
+            f"at once      {peak} at most; computed whole on the way to a shard: {whole}",
+            f"time         about {time_to}, by {self.threads} thread{many} of this machine",
+            f"sharding     about {self.seconds_to_shard:.2g} s for fully_shard",
+        ]
+        if self.training is not None:
+            held = format_bytes(self.training.total + self.buffer_bytes)
+            lines.append(f"training     {held}: {self.training}")
+        return "\n".join(lines)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -102,9 +134,13 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def share_of_rank(
-    model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None = None
+    model: nn.Module,
+    mesh: Mapping[str, int],
+    plan: Mapping[str, str] | None = None,
+    policy: Policy | None = None,
+    batch: Batch | None = None,
 ) -> Share:
-    """What rank 0 of a mesh would hold of a deferred model, and how long it would draw.
+    """What a rank of a mesh would hold of a deferred model, and how long it would draw.
 
     Args:
         model: a deferred module; nothing of it is changed.
@@ -112,53 +148,118 @@ def share_of_rank(
         plan: how parameters are cut along ``tp``: globs on the fully qualified names of modules or
             parameters, each with a style that has ``colwise`` or ``rowwise`` in its name, as in
             ``transformers``. By default the model's own plan.
+        policy: what training keeps for each element; None leaves training out.
+        batch: what a rank computes at a time, for an estimate of the activations.
 
     Raises:
-        ShardingError: there is a ``tp`` axis and no plan, or a pattern of the plan matches nothing.
+        ShardingError: there is a ``tp`` axis and no plan, or a pattern of the plan matches nothing;
+            there is a ``pp`` axis and fewer layers; there is an ``ep`` axis and no experts; or a
+            batch is given and the model does not tell its sizes.
     """
-    dims = _cut_by_plan(model, mesh, plan)
-    held = parameters = rank_parameters = buffers = drawn = 0
-    largest: tuple[int, str | None] = (0, None)
-    total = 0
-    for found in find_tensors(model):
-        nbytes = found.tensor.numel() * found.tensor.element_size()
-        total += nbytes
-        if found.kind != "parameter":
-            buffers += nbytes
-            held += nbytes
-            continue
-        shape = _shard(tuple(found.tensor.shape), dims.get(found.name), mesh)
-        count = math.prod(shape)
-        parameters += found.tensor.numel()
-        rank_parameters += count
-        held += count * found.tensor.element_size()
-        cost, whole = _cost(found, shape)
-        drawn += cost
-        if whole:
-            largest = max(largest, (nbytes, found.name))
+    cutting = Cutting.of(model, mesh, plan)
+    found = find_tensors(model)
+    stages = [_Held() for _ in range(mesh.get("pp", 1))]
+    for tensor in found:
+        shape = cutting.shape(tensor) if tensor.kind == "parameter" else None
+        cost = (0, False) if shape is None else _cost(tensor, shape)
+        for number in cutting.stages(tensor):
+            stages[number].add(tensor, shape, cost, cutting)
+    most = max(range(len(stages)), key=lambda number: stages[number].nbytes)
+    held = stages[most]
     threads = torch.get_num_threads()
+    training = None
+    if policy is not None:
+        kept = None if batch is None else _activations(model, mesh, plan, batch)
+        training = held.training(policy, kept)
+    parameters = [t.tensor for t in found if t.kind == "parameter"]
     return Share(
         mesh=dict(mesh),
-        model_bytes=total,
-        rank_bytes=held,
-        parameters=parameters,
-        rank_parameters=rank_parameters,
-        buffer_bytes=buffers,
-        drawn=drawn,
-        seconds=drawn * _seconds_to_draw() / threads,
+        model_bytes=sum(t.tensor.numel() * t.tensor.element_size() for t in found),
+        rank_bytes=held.nbytes,
+        parameters=sum(p.numel() for p in parameters),
+        rank_parameters=held.parameters,
+        buffer_bytes=held.buffers,
+        drawn=held.drawn,
+        seconds=held.drawn * _seconds_to_draw() / threads,
         threads=threads,
-        whole=largest[1],
-        whole_bytes=largest[0],
+        whole=held.largest[1],
+        whole_bytes=held.largest[0],
+        whole_tensors=held.whole,
+        whole_elements=held.whole_elements,
+        seconds_to_shard=held.tensors * _seconds_to_shard(cutting.fsdp),
+        stage=most,
+        training=training,
     )
 
 
-def _shard(shape: tuple[int, ...], dim: int | None, mesh: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of rank 0's shard: cut along ``dim`` by ``tp``, then along dim 0 by FSDP."""
-    sizes = list(shape)
-    for place, parts in ((dim, mesh.get("tp", 1)), (0, mesh.get("fsdp", 1))):
-        if place is not None and sizes:
-            sizes[place] = -(-sizes[place] // parts)
-    return tuple(sizes)
+@dataclass(slots=True)
+class _Held:
+    """What the first rank of a pipeline stage holds, summed up."""
+
+    nbytes: int = 0
+    parameters: int = 0
+    buffers: int = 0
+    drawn: int = 0
+    tensors: int = 0
+    whole: int = 0
+    whole_elements: int = 0
+    largest: tuple[int, str | None] = (0, None)
+    frozen: int = 0
+    trainable: dict[int, int] = field(default_factory=dict)
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(
+        self, found: Found, shape: tuple[int, ...] | None, cost: tuple[int, bool], cut: Cutting
+    ) -> None:
+        """Count a tensor; ``shape`` is that of its shard, None if the rank has none."""
+        size = found.tensor.element_size()
+        if found.kind != "parameter":
+            self.buffers += found.tensor.numel() * size
+            self.nbytes += found.tensor.numel() * size
+        elif shape is not None:
+            count = math.prod(shape)
+            self.tensors += 1
+            self.parameters += count
+            self.nbytes += count * size
+            if found.tensor.requires_grad:
+                self.trainable[size] = self.trainable.get(size, 0) + count
+            else:
+                self.frozen += count * size
+            layer, gathered = cut.layer(found.name), count * cut.fsdp_of(found.name)
+            self.layers[layer] = (self.layers.get(layer, (0, 0))[0] + gathered, size)
+            self.drawn += cost[0]
+            if cost[1]:
+                self.whole += 1
+                self.whole_elements += found.tensor.numel()
+                self.largest = max(self.largest, (found.tensor.numel() * size, found.name))
+
+    def training(self, policy: Policy, activations: int | None) -> Training:
+        """What training with a policy takes."""
+
+        def total(each: int) -> int:
+            return sum(bytes_of(each, count, size) for size, count in self.trainable.items())
+
+        layers = sorted(bytes_of(policy.gathered, *layer) for layer in self.layers.values())
+        return Training(
+            total(policy.parameters) + self.frozen,
+            total(policy.gradients),
+            total(policy.optimizer),
+            sum(layers[-2:]),
+            activations,
+        )
+
+
+def _activations(
+    model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None, batch: Batch
+) -> int:
+    known = plan if plan is not None else getattr(model, "_tp_plan", None) or {}
+    return activation_bytes(
+        transformer_of(model),
+        batch,
+        tensor=mesh.get("tp", 1),
+        pipeline=mesh.get("pp", 1),
+        sequence=any("sequence" in style for style in known.values()),
+    )
 
 
 def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:
@@ -182,52 +283,6 @@ def _in_ranges(program: Program, step: Step) -> bool:
     return fill is not None and len(fill.ops) == len(step.ops)
 
 
-def _cut_by_plan(
-    model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None
-) -> dict[str, int]:
-    """The dim along which tensor parallelism cuts each parameter."""
-    if mesh.get("tp", 1) == 1:
-        return {}
-    known = plan if plan is not None else getattr(model, "_tp_plan", None)
-    if not known:
-        raise ShardingError(
-            f"{type(model).__name__} has no plan of tensor parallelism of its own: give one, as in "
-            '--tp-plan \'{"*.up": "colwise", "*.down": "rowwise"}\''
-        )
-    found: dict[str, int] = {}
-    parameters = dict(model.named_parameters())
-    unmatched = []
-    for pattern, style in known.items():
-        names = [n for n in parameters if _matches(n, pattern)]
-        # A model's own plan may name modules that this configuration lacks.
-        if not names and plan is not None:
-            unmatched.append(pattern)
-        for name in names:
-            dim = _dim(style, parameters[name].dim(), name)
-            if dim is not None:
-                found[name] = dim
-    if unmatched:
-        near = candidates(unmatched[0], parameters)
-        raise ShardingError(
-            f"the plan's {listing(unmatched)} matches no parameter; there are: {near}"
-        )
-    return found
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.rpartition(".")[0]))
-
-
-def _dim(style: str, dims: int, name: str) -> int | None:
-    if "embedding" in style:
-        return 0
-    if "colwise" in style:
-        return max(0, dims - 2)
-    if "rowwise" in style and dims > 1 and not name.endswith(".bias"):
-        return dims - 1
-    return None
-
-
 def _seconds_to_draw() -> float:
     """The time that one thread of this machine takes to draw an element: the best of three."""
     trial, generator = torch.empty(_TRIAL), torch.Generator()
@@ -237,3 +292,14 @@ def _seconds_to_draw() -> float:
         trial.normal_(generator=generator)
         times.append(time.perf_counter() - started)
     return min(times) / _TRIAL
+
+
+def _seconds_to_shard(ranks: int) -> float:
+    """The time that ``fully_shard`` takes for a parameter: it makes a view for each rank."""
+    trial = torch.empty(ranks, 1, device="meta")
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        trial.chunk(ranks)
+        times.append(time.perf_counter() - started)
+    return min(times) + _SECONDS_TO_SHARD

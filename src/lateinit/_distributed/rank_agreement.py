@@ -22,7 +22,7 @@ from lateinit._replay import costs_of, needed_for, one_thread, recorded_seed, sa
 from lateinit._tensors import Deferred
 from lateinit._torch import digest
 from lateinit._version import __version__
-from lateinit.errors import ShardingError
+from lateinit.errors import ShardingError, listing
 
 # Bytes kept of each op's digest. They only locate the first difference; equality is decided by a
 # full SHA-256 over all of them.
@@ -95,6 +95,14 @@ class Agreement:
             return (
                 f"the ranks compute with different kernels, which give different bits: "
                 f"{by_words(settings)}. {_WAYS_OUT}"
+            )
+        early = [deferred.name for deferred in self._left if _is_construction(deferred)]
+        if len(hashes) > 1 and early:
+            return (
+                f"{listing(early)}: sharded inside `with lateinit.deferred():`, in a way that was "
+                "recorded as a part of the construction. So that differs between the ranks, first "
+                f"at op {place}: {by_words(ops)}. Shard the model after the block, before "
+                "materialize()"
             )
         if len(hashes) > 1:
             return (
@@ -204,6 +212,11 @@ def _account(left: Iterable[Deferred], seed: int | None) -> _Account:
     )
     kernels = {kernel: _sha(list(found))[:12] for kernel, found in sorted(samples.items())}
     return _Account(start, ops, short, kernels, setting if kernels else "")
+
+
+def _is_construction(shard: Deferred) -> bool:
+    """Whether the local part of a shard was made by the construction itself."""
+    return not shard.storage.followed
 
 
 def _in_block(program: Program, op: Op) -> bool:

@@ -2,13 +2,13 @@
 
 ``model_specs`` turns a text such as ``transformers:gpt2`` into a constructor, for the command.
 ``transformers_names`` knows under which names ``transformers`` saves a model, for ``_checkpoint``.
-``offloading`` knows who reads a tensor's device to move it, ``pfn_extras`` which lazy layers are
-pytorch-pfn-extras'.
+``offloading`` knows who reads a tensor's device to move it, and who sends its values, and
+``pfn_extras`` which lazy layers are pytorch-pfn-extras'.
 The room may import only ``errors`` and the other leaves. A library is imported only when a
 specification asks for it. Start with ``model_specs.py``.
 """
 
-from lateinit._integrations.offloading import NEEDS_VALUES, SEES_RECORDED
+from lateinit._integrations.offloading import NEEDS_VALUES, SEES_RECORDED, before_sending
 from lateinit._integrations.pfn_extras import is_pfn_class, is_pfn_layer
 from lateinit._integrations.transformers_names import (
     Conversion,
@@ -22,6 +22,7 @@ __all__ = [
     "NEEDS_VALUES",
     "SEES_RECORDED",
     "Conversion",
+    "before_sending",
     "is_pfn_class",
     "is_pfn_layer",
     "left_out",

@@ -1,8 +1,8 @@
-"""Code of other libraries that reads the device of a tensor and must not see ``meta``."""
+"""Code of other libraries that reads the device of a tensor, or sends its values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -22,3 +22,16 @@ NEEDS_VALUES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "accelerate.utils.modeling": _places_without_value,
 }
 """By the name of a module: whether its function with these local variables needs the values."""
+
+_SENDS = {
+    # deepspeed/runtime/zero/partition_parameters.py: Init cuts real parameters that rank 0 sends.
+    "deepspeed": "DeepSpeed ZeRO partitions real parameters: build the model inside "
+    "`with lateinit.deferred():` alone, then for one layer after the other call "
+    "lateinit.materialize(layer) and deepspeed.zero.Init(module=layer)",
+}
+
+
+def before_sending(modules: Iterable[str]) -> str | None:
+    """What to do before values are sent to other ranks, by the modules that have them sent."""
+    packages = (name.partition(".")[0] for name in modules)
+    return next((_SENDS[name] for name in packages if name in _SENDS), None)

@@ -5,6 +5,7 @@ Arguments are checked here, and ranks asked. What is done is in ``filling.py``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lateinit._distributed import Agreement, ranks_of
 from lateinit._materialize.filling import Filling, plan_of
+from lateinit._materialize.scheduler import computed_whole
 from lateinit._program import Plan, Program
 from lateinit._tensors import Only, cast_to, find_tensors, wanted_in
 from lateinit._torch import restoring, unhurried
@@ -126,7 +128,8 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         only: which tensors, as for ``materialize``.
 
     Returns:
-        A ``Plan``; ``print`` it to see every op, with its place in the random stream.
+        A ``Plan``; ``print`` it to see every op, with its place in the random stream, and which
+        tensors a rank computes whole to keep a shard of them.
 
     Raises:
         ValueError: the tensors were recorded in several separate blocks, so that they have no
@@ -147,7 +150,7 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         raise ValueError("the target was recorded in several blocks: plan one part at a time")
     if not groups:
         return Plan(Program(), ())
-    return plan_of(groups[0])
+    return replace(plan_of(groups[0]), whole=computed_whole)
 
 
 @restoring

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from lateinit._distributed import Shard, groups, run_leaves, shards_of
-from lateinit._program import Draw, Program, Step
+from lateinit._program import Draw, Plan, Program, Step
 from lateinit._replay import (
     PIECE,
     ChunkedFill,
@@ -110,6 +110,20 @@ def execute(
                 crew.pool.shutdown()
             finally:
                 crew.pool.shutdown()  # again: the first may have been interrupted
+
+
+def computed_whole(plan: Plan) -> dict[Step, int]:
+    """The steps that ``execute`` has compute full tensors for their shards, and the bytes of those.
+
+    They are small, or filled by ops that do not work in flat order, such as ``orthogonal_``.
+    """
+    program, found = plan.program, {}
+    for step, fill in _fills(program, plan.steps):
+        passed = {r.storage for n in step.ops for r in program.ops[n].written()} - {*step.gives}
+        sharded = any(program.storages[number].followed for number in step.gives)
+        if sharded and passed and (fill is None or shards_of(program, step, fill) is None):
+            found[step] = sum(program.storages[number].nbytes for number in passed)
+    return found
 
 
 def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedFill | None]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,11 +30,20 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps that compute some tensors, in order; ``names`` has the tensors for printing."""
+    """The steps that compute some tensors, in order.
+
+    Attributes:
+        program: the program.
+        steps: the steps.
+        names: the tensors, for printing.
+        whole: for printing, finds the steps that compute full tensors of which only shards are
+            kept, and the bytes of those.
+    """
 
     program: Program
     steps: tuple[Step, ...]
     names: tuple[tuple[str, TensorRef], ...] = ()
+    whole: Callable[[Plan], dict[Step, int]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +59,15 @@ class Plan:
         recorded = f"{needed} of {len(self.program.ops)} recorded ops"
         steps = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"
         lines = [f"{steps}, {recorded}, {self.nbytes:,} bytes"]
+        whole = {} if self.whole is None else self.whole(self)
+        if whole:
+            count = f"{len(whole)} step{'s' * (len(whole) != 1)}"
+            total, most = sum(whole.values()), max(whole.values())
+            lines.append(f"{count} for shards computed whole: {total:,} bytes, {most:,} at once")
         for step in self.steps:
+            cost = f" (a shard of {whole[step]:,} bytes, computed whole)" if step in whole else ""
             lines += [f"  {number:>5}  {self.program.ops[number]}" for number in step.ops]
-            lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}" for g in step.gives]
+            lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}{cost}" for g in step.gives]
         return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lateinit._integrations import before_sending
 from lateinit._program import Program
 from lateinit._recording.kinds import written
 from lateinit._recording.recorder import RecordingMode
@@ -40,6 +41,7 @@ from lateinit._torch import (
     OpInfo,
     asks_for_values,
     below_python,
+    calling_modules,
     default_generator,
     fake_like,
     flat,
@@ -262,9 +264,10 @@ class Follower(RecordingMode):
         op = spoken(info.name)
         if info.collective:  # whether a tensor is real may differ between ranks
             self.final = True
+            instead = before_sending(calling_modules()) or "call lateinit.materialize() first"
             raise DeferredTensorError(
                 f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
-                "which has none yet: call lateinit.materialize() first"
+                f"which has none yet: {instead}"
             )
         for changed in written(info, args, kwargs):
             if not changed.is_meta and not is_fake(changed):

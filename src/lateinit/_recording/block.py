@@ -19,7 +19,7 @@ from lateinit._identity import IdentityMap
 from lateinit._integrations import is_pfn_layer
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
-from lateinit._recording.guard import watch_fully_shard
+from lateinit._recording.guard import watch_sharding
 from lateinit._recording.holes import Hole, close, hole_of, reserve
 from lateinit._recording.patches import Patches
 from lateinit._recording.postponed import (
@@ -210,6 +210,7 @@ class Recording:
             self.writer.program.recording = True
         let_full_collections_wait(self)
         watch(self.writer.program)
+        watch_sharding(self.writer.program)
         self._patches.enter()
         self._modules.enter()
         here.writer = self.writer
@@ -265,7 +266,7 @@ class Recording:
         self._modules.leave()
         self._patches.leave()
         # After an error too: tensors that outlive a failed block must still refuse to be read.
-        watch_fully_shard(self.writer.program)
+        watch_sharding(self.writer.program)  # also if the block has imported it
         guard_all(self.writer, self._modules)
         let_full_collections_begin(self)
 

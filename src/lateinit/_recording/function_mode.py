@@ -21,9 +21,11 @@ from lateinit._recording.argument_checks import EMPTY, check_data
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.conversions import computed, of_deferred
+from lateinit._recording.sharding import call_on_shards
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
     PLAIN_CLASSES,
+    GuardedShard,
     address_of,
     copied_by_deepcopy,
     is_deferred_tensor,
@@ -70,6 +72,8 @@ class Masquerade(FunctionMode):
         # Within an op (busy) the caller is torch's own Python code, which must see meta tensors.
         if handler is _asks or writer.busy:
             return func(*args, **kwargs) if kwargs else func(*args)
+        if types and func not in _OF_DEVICES and any(issubclass(t, GuardedShard) for t in types):
+            return call_on_shards(func, args, kwargs or {})
         writer.call = args, kwargs
         if kwargs and "out" in kwargs:
             kwargs = _on_the_device_of_out(writer, func, kwargs)
@@ -329,6 +333,18 @@ def _become(writer: ProgramWriter, target: Tensor, source: Tensor) -> None:
 
 
 _tensor = torch.Tensor
+_OF_DEVICES = frozenset(
+    {
+        _tensor.device.__get__,
+        _tensor.is_meta.__get__,  # type: ignore[attr-defined]
+        _tensor.is_cpu.__get__,  # type: ignore[attr-defined]
+        _tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+        _tensor.get_device,
+        torch.get_device,
+    }
+)
+"""What the block answers of a shard too: the recorded device."""
+
 _HANDLERS: dict[Any, Handler] = {
     set_grad_enabled: _asks,
     _tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
-from lateinit._program import TensorRef
+from lateinit._program import Program, TensorRef
 from lateinit._recording import composite_ops
 from lateinit._recording.after_block import (
     Follower,
@@ -47,8 +47,8 @@ from lateinit._recording.answers import (
 from lateinit._recording.argument_checks import EMPTY, check_data
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
-from lateinit._recording.fsdp import shard_by_fsdp
 from lateinit._recording.recorder import in_force
+from lateinit._recording.sharding import shard_by_fsdp, take_part
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.unheard import watch
 from lateinit._recording.watched import Watched
@@ -100,6 +100,7 @@ from lateinit._torch import (
     restoring,
     set_eval_frame,
     set_functions_state,
+    tell_of_cuts,
     tell_of_fsdp_parameters,
     tensors_in,
     why_is_meta,
@@ -393,8 +394,7 @@ def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispat
         deferred = [t for t in deferred if is_deferred_tensor(t)]
         if deferred and (at_dispatch or not _is_for_values(func, tensors, deferred)):
             program = Deferred.of(deferred[0]).program
-            watch_new_shards(program)
-            watch_fully_shard(program)
+            watch_sharding(program)
             follower = Follower(program, guard)
             if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
                 follower.meant = deferred[0]
@@ -590,7 +590,17 @@ watch_fully_shard = Watched(
     partial(tell_of_fsdp_parameters, partial(shard_by_fsdp, guard)),
     partial(tell_of_fsdp_parameters, None),
 ).add
-"""Have FSDP2 shard the deferred parameters of a program at the speed of meta from now on."""
+watch_cuts = Watched(
+    partial(tell_of_cuts, partial(take_part, guard)), partial(tell_of_cuts, None)
+).add
+
+
+def watch_sharding(program: Program) -> None:
+    """Hear from now on of what is made of the deferred tensors of a program in sharding them."""
+    watch_new_shards(program)
+    watch_fully_shard(program)
+    watch_cuts(program)
+
 
 # What Parameter.__new__ calls of data that is no plain tensor (torch/nn/parameter.py).
 _MAKING = (torch.Tensor.detach, torch.Tensor.requires_grad_)

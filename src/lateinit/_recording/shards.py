@@ -34,6 +34,7 @@ from lateinit._recording.watched import Watched
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
     Deferred,
+    Guarded,
     GuardedShard,
     held,
     is_deferred_tensor,
@@ -82,10 +83,12 @@ def _guarding(cls: type[Tensor]) -> type[Tensor]:
 
 def guard_shard(tensor: Tensor) -> None:
     """Give a ``DTensor`` whose local part is deferred the class that guards it, in place."""
-    in_torch = _here.calling or current() is not None
+    # In a block those that were cut there are guarded, and the others at its end.
+    local = held(tensor)
+    in_torch = _here.calling or (current() is not None and not isinstance(local, Guarded))
     if not in_torch and not isinstance(tensor, GuardedShard) and is_deferred_tensor(tensor):
         tensor.__class__ = _guarding(type(tensor))
-        slot = slot_of(held(tensor))
+        slot = slot_of(local)
         if slot is not None:
             slot.waits = True
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lateinit._integrations import before_sending
 from lateinit._program import (
     Ambient,
     Const,
@@ -41,6 +42,7 @@ from lateinit._torch import (
     FillOp,
     Kwargs,
     OpInfo,
+    calling_modules,
     default_generator,
     device_of_result,
     flat,
@@ -181,9 +183,10 @@ class ProgramWriter:
             ref, device = self.ref(args[0]), self.device_of(args[0])
             argument_checks.check_numbers(info, ref, device, args[1:], **kwargs)
         if info.collective:
+            instead = before_sending(calling_modules()) or "call it after materialising"
             raise RecordingError(
-                f"{info.name} exchanges values with other ranks, which cannot be recorded: call it "
-                "after materialising"
+                f"{info.name} exchanges values with other ranks, which cannot be recorded: "
+                f"{instead}"
             )
         device = self.device_for(kwargs, deferred)
         try:

@@ -34,6 +34,7 @@ from lateinit._torch.callers import (
     attention_without_fused_kernel,
     call_path,
     caller,
+    calling_modules,
     class_of_new_parameter,
     collective_that_compares,
     innermost_foreign_line,
@@ -211,6 +212,7 @@ from lateinit._torch.transforms import (
 )
 from lateinit._torch.wrapper_names import without_wrappers
 from lateinit._torch.wrappers import (
+    Cut,
     FakeMode,
     axes_as_sharded,
     enter_fake_mode,
@@ -222,6 +224,7 @@ from lateinit._torch.wrappers import (
     kept_by_fsdp,
     local_part,
     rewrap,
+    tell_of_cuts,
     tell_of_fsdp_parameters,
     tell_of_new_dtensors,
 )
@@ -248,6 +251,7 @@ __all__ = [
     "Asked",
     "CallPath",
     "Caller",
+    "Cut",
     "DispatchMode",
     "FakeMode",
     "FillOp",
@@ -279,6 +283,7 @@ __all__ = [
     "by_name",
     "call_path",
     "caller",
+    "calling_modules",
     "checksum",
     "class_of_new_parameter",
     "collective_that_compares",
@@ -395,6 +400,7 @@ __all__ = [
     "swap_implementation",
     "swap_with_hooks",
     "takes_default_device",
+    "tell_of_cuts",
     "tell_of_fsdp_parameters",
     "tell_of_new_dtensors",
     "tell_of_script_saves",

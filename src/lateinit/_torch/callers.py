@@ -66,6 +66,11 @@ def callers(skip: int = 0) -> Iterator[FrameType]:
     return _upwards(_frame(1 + skip))
 
 
+def calling_modules() -> Iterator[str]:
+    """The names of the modules whose functions are running, innermost first."""
+    return (str(frame.f_globals.get("__name__")) for frame in _upwards(_frame(0)))
+
+
 class Asked(NamedTuple):
     """Why a function of torch reads ``is_meta`` of a tensor.
 

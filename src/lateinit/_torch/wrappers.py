@@ -123,6 +123,80 @@ def kept_by_fsdp(state: Any) -> KeptByFsdp:
     return KeptByFsdp(state._sharded_param_data, shard, local, dim, start, local.size(dim))
 
 
+class Cut(NamedTuple):
+    """A call in which torch takes this rank's part of a tensor along one axis of a mesh.
+
+    Attributes:
+        take: does it, to the tensor that it is given.
+        tensor: the tensor.
+        dim: the dim that ``torch.chunk`` cuts; None if the part is made in another way.
+        chunks: the number of chunks.
+        chunk: the number of this rank's.
+    """
+
+    take: Callable[[Tensor], Tensor]
+    tensor: Tensor
+    dim: int | None
+    chunks: int
+    chunk: int
+
+
+def tell_of_cuts(listener: Callable[[Cut], Tensor] | None) -> bool:
+    """Have ``distribute_tensor`` take parts of tensors by ``listener``; None ends that.
+
+    Returns:
+        Whether anyone has imported ``DTensor`` yet; else there is nothing to listen to.
+    """
+    module = sys.modules.get("torch.distributed.tensor.placement_types")
+    if module is None:
+        return False
+    for cls in (module.Shard, module._StridedShard):
+        original = getattr(cls._shard_tensor, "_lateinit_original", cls._shard_tensor)
+        cls._shard_tensor = original if listener is None else _told_of_shard(original, listener)
+    cls, name = module.Replicate, "_make_replicate_tensor"
+    if name in vars(cls):  # torch before 2.12 has one method less
+        original = vars(cls)[name].__func__
+        original = getattr(original, "_lateinit_original", original)
+        told = original if listener is None else _told_of_replica(original, listener)
+        setattr(cls, name, classmethod(told))
+    else:
+        name = "_replicate_tensor"
+        original = getattr(vars(cls)[name], "_lateinit_original", vars(cls)[name])
+        told = original if listener is None else _told_of_replica(original, listener)
+        setattr(cls, name, told)
+    return True
+
+
+def _told_of_shard(original: Any, listener: Callable[[Cut], Tensor]) -> Any:
+    @functools.wraps(original)
+    def told(self: Any, tensor: Tensor, mesh: Any, mesh_dim: int, *rest: Any, **more: Any) -> Any:
+        def take(tensor: Tensor) -> Any:
+            return original(self, tensor, mesh, mesh_dim, *rest, **more)
+
+        place = mesh.get_coordinate()
+        if place is None:  # this rank is not part of the mesh
+            return listener(Cut(take, tensor, None, 0, 0))
+        # A _StridedShard is no subclass of Shard, and takes several pieces.
+        simple = type(self).__name__ == "Shard"
+        dim = self.dim if simple and 0 <= self.dim < tensor.dim() else None
+        return listener(Cut(take, tensor, dim, mesh.size(mesh_dim), place[mesh_dim]))
+
+    told._lateinit_original = original  # type: ignore[attr-defined]
+    return told
+
+
+def _told_of_replica(original: Any, listener: Callable[[Cut], Tensor]) -> Any:
+    @functools.wraps(original)
+    def told(owner: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def take(tensor: Tensor) -> Any:
+            return original(owner, tensor, *args, **kwargs)
+
+        return listener(Cut(take, tensor, None, 0, 0))
+
+    told._lateinit_original = original  # type: ignore[attr-defined]
+    return told
+
+
 FakeMode = FakeTensorMode
 """The dispatch mode that makes fake tensors."""
 

@@ -1,0 +1,222 @@
+"""Shard deferred tensors at the speed of ``meta``, by FSDP2 and by ``distribute_tensor``.
+
+torch cuts a tensor into as many views as there are ranks, keeps one of them, and copies it. Each
+view would have to be guarded. Instead torch cuts a plain ``meta`` tensor, and what it has kept is
+recorded afterwards, as the ops that it was made by.
+
+In a block that is done as if the block were over: a shard is no part of the construction, which is
+the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit._program import Ambient, Op, Program, Storage, TensorRef
+from lateinit._recording.after_block import named_after
+from lateinit._recording.shards import guard_shard
+from lateinit._recording.writer import current
+from lateinit._replay import one_thread
+from lateinit._tensors import (
+    PLAIN_CLASSES,
+    Deferred,
+    Guarded,
+    Slot,
+    attach,
+    held,
+    is_deferred_tensor,
+    original_class,
+    share_real_storage,
+    slot_of,
+    unguard,
+)
+from lateinit._torch import (
+    META,
+    ZERO,
+    Args,
+    Cut,
+    Kwargs,
+    below_python,
+    here,
+    inference_mode,
+    is_deterministic,
+    kept_by_fsdp,
+    outside,
+    set_grad_enabled,
+    swap_with_hooks,
+    tensors_in,
+    without_subclass_functions,
+)
+from lateinit.errors import DeferredTensorError
+
+Guard = Callable[[Tensor], None]
+
+
+def shard_by_fsdp(guard: Guard, make: Callable[[], None], state: Any, parameter: Tensor) -> None:
+    """Have FSDP2 shard a parameter.
+
+    Args:
+        guard: guards a new deferred tensor.
+        make: shards the parameter, and fills in ``state``.
+        state: FSDP2's own object for the parameter.
+        parameter: the parameter, which may be a ``DTensor`` already.
+    """
+    source = held(parameter)
+    with one_thread, _block_left([source], guard):
+        share_real_storage(source)
+        if not _is_usual(source):
+            make()
+            return
+        with without_subclass_functions(), _unguarded(parameter, source):
+            make()
+        _record_kept(state, source, guard)
+
+
+def take_part(guard: Guard, cut: Cut) -> Tensor:
+    """Have torch take this rank's part of a tensor.
+
+    Args:
+        guard: guards a new deferred tensor.
+        cut: the call of torch.
+    """
+    source = cut.tensor
+    with one_thread, _block_left([source], guard):
+        share_real_storage(source)
+        if cut.dim is not None and _is_usual(source) and not source.requires_grad:
+            with without_subclass_functions(), below_python():
+                part = cut.take(source.detach())
+                start, length = _chunk(cut, source.size(cut.dim))
+                # Another torch may cut otherwise, or make no copy.
+                if slot_of(part) is None and part.size(cut.dim) == length:
+                    made = torch.empty_strided(
+                        part.size(), part.stride(), dtype=part.dtype, device=META
+                    )
+                    _record(made, made, Deferred.of(source), cut.dim, start, zeros=False)
+                    guard(made)
+                    return made
+        return cut.take(source)
+
+
+def _chunk(cut: Cut, size: int) -> tuple[int, int]:
+    """Where the chunk of this rank starts and how long it is: the last ones are shorter."""
+    length = -(-size // cut.chunks)
+    start = min(size, cut.chunk * length)
+    return start, min(length, size - start)
+
+
+def _is_usual(source: Tensor) -> bool:
+    """Whether torch may cut a bare ``meta`` tensor in the place of this one.
+
+    FSDP2 takes no inference tensors, and calls methods of tensors that have them.
+    """
+    usual = original_class(source) in PLAIN_CLASSES and not source.is_inference()
+    return usual and is_deferred_tensor(source)
+
+
+def call_on_shards(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Call a torch function on the shards of deferred tensors in a block, as it is called after it.
+
+    A random value would be another one on each rank.
+    """
+    with _block_left(tensors_in(args, kwargs)):
+        try:
+            return func(*args, **kwargs)
+        except DeferredTensorError as error:
+            raise DeferredTensorError(
+                f"{str(error).partition(': ')[0]}: it is sharded, inside `with "
+                "lateinit.deferred():`; do this before it is sharded, or after "
+                "lateinit.materialize()"
+            ) from error
+
+
+@contextlib.contextmanager
+def _block_left(tensors: list[Tensor], guard: Guard | None = None) -> Iterator[None]:
+    """Leave the block that runs in this thread, if any.
+
+    Args:
+        tensors: tensors that are used meanwhile.
+        guard: guards those of them that are deferred, as the end of the block would.
+    """
+    writer = current()
+    if writer is None or not any(map(is_deferred_tensor, tensors)):
+        yield
+        return
+    if writer.shared:
+        writer.take_back(tensors)
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    with outside(), inference_mode(inference):
+        here.writer = None
+        try:
+            set_grad_enabled(grad)
+            for tensor in tensors:
+                if guard and is_deferred_tensor(tensor) and not isinstance(tensor, Guarded):
+                    guard(tensor)
+            yield
+        finally:
+            here.writer = writer
+
+
+@contextlib.contextmanager
+def _unguarded(parameter: Tensor, source: Tensor) -> Iterator[None]:
+    """A block in which a parameter and its local part are plain ``meta`` tensors."""
+    classes = type(parameter), type(source)
+    with below_python():
+        bare = source.detach().requires_grad_(source.requires_grad)
+    swap_with_hooks(source, bare)
+    unguard(source)
+    unguard(parameter)
+    try:
+        yield
+    finally:
+        swap_with_hooks(source, bare)
+        parameter.__class__, source.__class__ = classes
+
+
+def _record_kept(state: Any, source: Tensor, guard: Guard) -> None:
+    """Record how the memory that FSDP2 has kept was made, and guard the tensors on it."""
+    kept = kept_by_fsdp(state)
+    _record(kept.memory, kept.local, Deferred.of(source), kept.dim, kept.start, zeros=True)
+    guard(kept.memory)
+    guard(kept.local)
+    guard_shard(kept.shard)
+
+
+def _record(
+    memory: Tensor, part: Tensor, source: Deferred, dim: int, start: int, *, zeros: bool
+) -> None:
+    """Record that new memory has a chunk of a deferred tensor.
+
+    Written into the program directly: this is done for each parameter of a model, and a
+    ``ProgramWriter`` of its own takes as long as all of it.
+
+    Args:
+        memory: a tensor on all of the memory.
+        part: the tensor on it that has the values.
+        source: the deferred tensor.
+        dim: the dim of it that was cut.
+        start: where in that dim the chunk starts.
+        zeros: whether the memory has zeros elsewhere.
+    """
+    program, number = source.program, len(source.program.storages)
+    if not program.ambients:
+        program.ambients.append(Ambient(torch.get_default_dtype(), is_deterministic()))
+    with without_subclass_functions():
+        storage, slot = memory.untyped_storage(), Slot(program, number)
+        attach(storage, slot)
+        program.storages.append(Storage(storage.nbytes(), source.device, followed=True))
+        into, whole = TensorRef.of(part, number), source.ref
+        if zeros or not into.numel:
+            _append(program, ZERO, TensorRef.of(memory, number))
+    if into.numel:
+        offset = whole.offset + start * whole.stride[dim]
+        _append(program, "aten::copy_", into, whole._replace(size=into.size, offset=offset))
+    named_after(slot, source.slot).waits = True
+
+
+def _append(program: Program, name: str, *args: TensorRef) -> None:
+    program.ops.append(Op(name, args, {}, (), None, len(program.ambients) - 1, None))
