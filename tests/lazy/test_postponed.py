@@ -280,6 +280,49 @@ def test_what_pfn_extras_placeholders_lose_before_they_are_registered_is_refused
         lateinit.deferred_init(lambda: lazy.UninitializedParameter().data.fill_(1))
 
 
+def buffered(mixin: Any) -> Any:
+    class Centre(mixin, nn.Module):  # type: ignore[misc]
+        lazy_buffer_names = ("mean",)
+
+    return Centre()
+
+
+BUFFERED: dict[str, Callable[[], Any]] = {
+    "pfn-extras' own": lambda: (
+        buffered(
+            pytest.importorskip("pytorch_pfn_extras").nn.modules.lazy.LazyInitializationMixin
+        ).mean
+    ),
+    "pfn-extras' own layer": lambda: (
+        pytest.importorskip("pytorch_pfn_extras").nn.LazyBatchNorm1d(None).half().running_mean
+    ),
+    "ours": lambda: buffered(lateinit.pfn_extras.LazyInitializationMixin).double().mean,
+}
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda buffer: buffer.fill_(7),
+        lambda buffer: buffer.data.normal_(),
+        lambda buffer: buffer.copy_(torch.ones(1)),
+        init.ones_,
+    ],
+)
+@pytest.mark.parametrize("kind", sorted(BUFFERED))
+def test_in_a_block_a_lazy_buffer_refuses_a_fill_that_would_be_lost(kind: str, fill: Any) -> None:
+    with pytest.raises(UninitializedError, match=r"mean has no shape yet.*in another deferred"):
+        lateinit.deferred_init(lambda: fill(BUFFERED[kind]()))
+
+
+def test_an_empty_tensor_that_is_no_lazy_buffer_may_be_filled_beside_one() -> None:
+    def build() -> torch.Tensor:
+        BUFFERED["ours"]()
+        return torch.empty(0).fill_(3)
+
+    assert lateinit.materialize(lateinit.deferred_init(build)).shape == (0,)
+
+
 class Scale(lateinit.pfn_extras.LazyInitializationMixin, nn.Module):
     lazy_parameter_names = ("weight",)
 

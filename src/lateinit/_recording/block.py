@@ -211,6 +211,7 @@ class Recording:
         let_full_collections_wait(self)
         watch(self.writer.program)
         watch_sharding(self.writer.program)
+        self.writer.lazy_buffer_of = self._modules.lazy_buffer_of
         self._patches.enter()
         self._modules.enter()
         here.writer = self.writer

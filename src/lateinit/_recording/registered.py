@@ -16,6 +16,7 @@ from lateinit._tensors import (
     ON_META,
     PLAIN_CLASSES,
     Guarded,
+    Slot,
     attach,
     is_deferred_tensor,
     own_tensors,
@@ -25,6 +26,8 @@ from lateinit._torch import (
     REGISTRATION_HOOKS,
     as_subclass,
     held_by_script,
+    name_of_class,
+    own_buffers,
     swap_with_hooks,
     without_modes,
 )
@@ -75,6 +78,20 @@ class Registered:
 
     def all(self) -> list[nn.Module]:
         return list(self._found)
+
+    def lazy_buffer_of(self, slot: Slot) -> str | None:
+        """The name of the lazy buffer that has a storage; None if it is none.
+
+        Under pytorch-pfn-extras' protocol a module names its lazy buffers, when it has registered
+        them, and ``Module._apply`` replaces them without any hook: they are known by their owner.
+        """
+        for module in self._found:
+            if hasattr(module, "lazy_buffer_names"):
+                for name in module.lazy_buffer_names:  # type: ignore[union-attr]
+                    buffer = own_buffers(module).get(name)
+                    if buffer is not None and slot_of(buffer) is slot:
+                        return f"{name_of_class(module)}.{name}"
+        return None
 
     def path(self, module: nn.Module, depth: int = 0) -> str:
         """The fqn of a module in the outermost module that contains it, with a final dot."""

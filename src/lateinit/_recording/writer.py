@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class ProgramWriter:
         born: the tensors that were made, weakly.
         scripts: the modules of TorchScript that were made, weakly.
         kept: the real tensors of bytes that modules hold, by name.
+        lazy_buffer_of: answers of which lazy buffer a storage is, that has no shape yet.
         busy: whether an op is being recorded: what torch's Python kernels call below it are no
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
@@ -94,6 +95,7 @@ class ProgramWriter:
         self.born: list[weakref.ref[Tensor]] = []
         self.scripts: list[weakref.ref[nn.Module]] = []
         self.kept: list[tuple[str, Tensor]] = []
+        self.lazy_buffer_of: Callable[[Slot], str | None] = _of_none
         self.busy = False
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
         self._ambient_key: tuple[Any, ...] = ()
@@ -244,7 +246,7 @@ class ProgramWriter:
             self.take_back([tensor])
         ref = self._ref(slot, tensor)  # first: it may absorb a program and so renumber the ops
         if ref.size == argument_checks.EMPTY:
-            argument_checks.check_kept(slot)
+            self._check_kept(slot)
         draw = None
         device = self.program.storages[ref.storage].device
         argument_checks.check_fill(info, ref, device, values)
@@ -401,7 +403,7 @@ class ProgramWriter:
                 self.ref(args[changed])  # raises: the write would be lost
             elif changed < len(args) and _takes_all(*referred[changed:]):
                 for tensor in flat(args[changed]):
-                    argument_checks.check_kept(slot_of(tensor))
+                    self._check_kept(slot_of(tensor))
         outs = tuple(
             self.ref(leaf) if isinstance(leaf, Tensor) and leaf.is_meta else None
             for leaf in results
@@ -412,6 +414,12 @@ class ProgramWriter:
         # the draw is noted under this op's number. If anything fails, no draw is left without op.
         draw = self.draw(info, args, kwargs)
         self.append(Op(info.name, referred, written, outs, draw, ambient, label))
+
+    def _check_kept(self, slot: Slot | None) -> None:
+        """Raise if a write to an empty tensor would be lost, since its shape is not known yet."""
+        if slot is not None and slot.lazy is None:
+            slot.lazy = self.lazy_buffer_of(slot)
+        argument_checks.check_kept(slot)
 
     def append(self, op: Op) -> None:
         """Append an op, and show its results where memory or a generator is shared."""
@@ -452,6 +460,10 @@ class ProgramWriter:
         tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
         self.adopt(tensor, device)
         return tensor
+
+
+def _of_none(slot: Slot) -> None:
+    return None
 
 
 def _takes_all(written: Any, *others: Any) -> bool:
