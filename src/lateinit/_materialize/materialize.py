@@ -179,6 +179,7 @@ def _put_back(held: Iterable[Held]) -> None:
 
 
 @restoring
+@unhurried
 def plan(target: Any, *, only: Only | None = None) -> Plan:
     """The plan that ``materialize(target, only=only)`` makes and runs; this only makes it.
 
