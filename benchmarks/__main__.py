@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from benchmarks import loading, materialize, native
+from benchmarks.clusters import clusters
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Goal, Row, Run, machine
 from benchmarks.lazy import architectures, inference
@@ -51,6 +52,7 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "write": loading.writing,
     "tiny-model": materialize.tiny_model,
     "sharding": sharding,
+    "clusters": clusters,
     **{f"small-modules-{name}": small_modules(name) for name in MODELS},
     "small-modules-growth": growth,
 }

@@ -118,6 +118,7 @@ def materialize(
 
 
 @restoring
+@unhurried
 def plan(target: Any, *, only: Only | None = None) -> Plan:
     """The plan that ``materialize(target, only=only)`` makes and runs; this only makes it.
 
