@@ -233,3 +233,31 @@ def test_a_parameter_made_of_other_tensors_is_refused_with_its_name() -> None:
     model = lateinit.deferred_init(build)
     with pytest.raises(NotRecordedError, match=r"made of other tensors, .* weight"):
         lateinit.materialize(model)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_a_sparse_product_whose_kernel_asks_for_gradients_is_refused(
+    which: int, reduce: str
+) -> None:
+    def build() -> None:
+        given = torch.eye(3).to_sparse_csr(), torch.randn(3, 2)
+        given[which].requires_grad_()
+        torch.sparse.mm(*given, reduce).sum().backward()
+
+    with pytest.raises(RecordingError, match=f"{reduce}.*require a gradient"):
+        lateinit.deferred_init(build)
+
+
+def test_a_gradient_of_a_real_and_a_deferred_tensor_is_refused_at_its_line() -> None:
+    outside = torch.nn.Parameter(torch.ones(3))
+
+    def build() -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.randn(3))
+        with pytest.raises(RecordingError, match="made outside the block"):
+            (outside * weight).sum().backward()
+        return torch.ones(2)
+
+    assert lateinit.materialize(lateinit.deferred_init(build)).tolist() == [1, 1]
+    assert outside.grad is None

@@ -12,6 +12,7 @@ from lateinit._torch.messages import (
     asks_for_values,
     is_lazy_misuse,
     is_misfit,
+    is_of_mixed_graph,
     is_out_of_memory,
     reaches_for_memory,
 )
@@ -118,3 +119,21 @@ def test_a_kernel_for_real_tensors_says_that_meta_has_no_data() -> None:
         torch._sobol_engine_initialize_state_(state, 3)
     assert reaches_for_memory(caught.value)
     assert not reaches_for_memory(RuntimeError("of any other kind"))
+
+
+def test_a_graph_of_real_and_meta_tensors_has_an_invalid_gradient() -> None:
+    """torch/csrc/autograd/engine.cpp: validate_outputs compares the devices."""
+
+    class Crossing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.to("meta")
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    error = said_by(lambda: Crossing.apply(x).sum().backward())  # type: ignore[no-untyped-call]
+    assert is_of_mixed_graph(error)
+    assert not is_of_mixed_graph(RuntimeError("expected device cpu but got meta"))

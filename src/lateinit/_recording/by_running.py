@@ -10,6 +10,7 @@ from torch import Tensor
 from lateinit._program import Op, Read
 from lateinit._replay import Memory, execution_of
 from lateinit._torch import META, Args, Kwargs, OpInfo, is_plain, restoring, tensors_in
+from lateinit.errors import RecordingError
 
 if TYPE_CHECKING:
     from lateinit._recording.writer import ProgramWriter
@@ -28,6 +29,7 @@ def record_by_running(
         kwargs: its keyword arguments.
         deferred: the deferred tensors among the arguments.
     """
+    _check_without_graph(info, args)
     op, results = _run(writer, info, args, kwargs)
     is_random = info.random or writer.values.are_random(op.read())
     # Sparse, quantised and nested tensors have no windows on a storage: they stay real.
@@ -58,6 +60,21 @@ def record_by_running(
     if not made:
         return None
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _check_without_graph(info: OpInfo, args: Args) -> None:
+    """Refuse an op whose results depend on whether a gradient is needed, if one is.
+
+    aten/src/ATen/native/sparse/SparseCsrTensorMath.cpp: the indices of amax and amin are made only
+    if an argument requires a gradient, which none does in a replay. The kernel of the backward pass
+    follows them without a check, and the process would die.
+    """
+    finds = info.name == "aten::_sparse_mm_reduce_impl" and args[2] in ("amax", "amin")
+    if finds and any(t.requires_grad for t in tensors_in(args, {})):
+        raise RecordingError(
+            f'torch.sparse.mm(..., "{args[2]}") of tensors that require a gradient cannot be '
+            "recorded: call it under torch.no_grad(), or after lateinit.materialize()"
+        )
 
 
 def _run(

@@ -41,6 +41,7 @@ from lateinit._torch import (
     device_number,
     is_any_autocast_enabled,
     is_copying_shallowly,
+    is_of_mixed_graph,
     is_plain,
     is_pointer_followed,
     is_storage_pickled,
@@ -54,6 +55,7 @@ from lateinit._torch import (
     untraced,
     without_modes,
 )
+from lateinit.errors import RecordingError
 
 Handler = Callable[..., Any]
 
@@ -88,6 +90,8 @@ class Masquerade(FunctionMode):
             try:
                 return func(*args, **kwargs) if kwargs else func(*args)
             except RuntimeError as error:
+                if is_of_mixed_graph(error):
+                    raise _mixed_graph(func) from error
                 if not any(op.draw for op in writer.program.ops[recorded:]):
                     result = _on_real_data(writer, func, args, kwargs or {})
                     if result is not NotImplemented:
@@ -98,6 +102,14 @@ class Masquerade(FunctionMode):
                     return _with_real_indices(writer, func, args, kwargs or {}, error)
                 raise
         return handler(writer, func, args, kwargs or {})
+
+
+def _mixed_graph(func: Any) -> RecordingError:
+    return RecordingError(
+        f"{func.__name__} needs the gradient of a real tensor that was made outside the block, or "
+        "of a sparse one, and of deferred tensors at once, which autograd keeps apart by device: "
+        "make that tensor in the block, or compute the gradient after lateinit.materialize()"
+    )
 
 
 def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:

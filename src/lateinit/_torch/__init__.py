@@ -72,6 +72,7 @@ from lateinit._torch.messages import (
     asks_for_values,
     is_lazy_misuse,
     is_misfit,
+    is_of_mixed_graph,
     is_out_of_memory,
     reaches_for_memory,
 )
@@ -334,6 +335,7 @@ __all__ = [
     "is_making_parameter",
     "is_misfit",
     "is_module_converting",
+    "is_of_mixed_graph",
     "is_on_stack",
     "is_optimizer_stepping",
     "is_out_of_memory",

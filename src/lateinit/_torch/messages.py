@@ -12,6 +12,7 @@ _OUT_OF_MEMORY = (
 )
 _WITHOUT_MEMORY = ("meta", "unallocated storage")
 _NO_DATA = "its data is not allocated yet"  # c10/core/TensorImpl.h
+_MIXED_GRAPH = "returned an invalid gradient at index"  # torch/csrc/autograd/engine.cpp
 _LAZY = "Attempted to use an uninitialized parameter"  # torch/nn/parameter.py
 _MISFIT = "Error(s) in loading state_dict for "
 
@@ -36,6 +37,12 @@ def asks_for_values(error: BaseException) -> bool:
 def reaches_for_memory(error: BaseException) -> bool:
     """Whether an exception says that a kernel for real tensors looked for memory on meta."""
     return _NO_DATA in str(error)
+
+
+def is_of_mixed_graph(error: BaseException) -> bool:
+    """Whether an exception says that a graph joins tensors on meta with real ones."""
+    said = str(error)
+    return _MIXED_GRAPH in said and "expected device" in said and "meta" in said
 
 
 def is_misfit(error: BaseException) -> bool:
