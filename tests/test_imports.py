@@ -23,6 +23,7 @@ OPTIONAL = {
     *("timm", "torchvision", "transformers", "lateinit._integrations.transformers_models"),
     # It takes long, and is there where it is needed.
     "torch._functorch",
+    "lateinit._checkpoint.save.sharded",  # torch.distributed.checkpoint
 }
 NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
 

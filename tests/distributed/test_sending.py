@@ -26,8 +26,8 @@ SOURCES = r"ShardingError: source_rank: the ranks say \[0, 1, 2\]: name one rank
 SEEN: dict[str, tuple[list[str], ...]] = {
     "a_misfit_on_one_rank": (
         [r"MismatchError: .*model\.safetensors has 3 parts that fit Linear"],
-        [r"ShardingError: .* failed on rank 0: MismatchError"],
-        [r"ShardingError: .* failed on rank 0: MismatchError"],
+        [r"ShardingError: .* failed, planning, on rank 0: MismatchError"],
+        [r"ShardingError: .* failed, planning, on rank 0: MismatchError"],
     ),
     "a_missing_file": (
         [r"rank 1 cannot open the checkpoint: Corrupt.*none\.pt does not exist"],

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +21,6 @@ from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
     Item,
     ShardFile,
-    Stage,
     check_room,
     check_target,
     collect,
@@ -30,16 +31,23 @@ from lateinit._checkpoint.save import (
     was_interrupted,
     write_shards,
 )
+from lateinit._distributed import Agreement, is_running, ranks_of
 from lateinit._integrations import saved_config
-from lateinit._materialize import check_seed
+from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
-from lateinit._tensors import bound_in, cast_to
-from lateinit._torch import is_out_of_memory, outside, restoring, unhurried
+from lateinit._tensors import AS_RECORDED, bound_in, cast_to
+from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
-from lateinit.errors import DeferredTensorError, LateinitError, OutOfMemoryError
+from lateinit.errors import (
+    CheckpointError,
+    DeferredTensorError,
+    LateinitError,
+    OutOfMemoryError,
+    ShardingError,
+)
 
 _INDEX = "model.safetensors.index.json"
 # Bytes of tensors in memory at once while a single file is written: the default of
@@ -49,13 +57,29 @@ _ROOM = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What ``save_checkpoint`` wrote; ``nbytes`` counts the tensors' bytes, without headers."""
+    """What ``save_checkpoint`` wrote; ``nbytes`` counts the tensors' bytes, without headers.
+
+    With ``wait=False`` it is still being written, and ``files`` are those of ``result()``.
+    """
 
     path: Path
     files: tuple[str, ...]
     tensors: int
     nbytes: int
     seed: int | None
+    _future: Future[Saved] | None = field(default=None, repr=False, compare=False)
+
+    def result(self, timeout: float | None = None) -> Saved:
+        """What was written, when it is in its place.
+
+        Args:
+            timeout: the most seconds to wait.
+
+        Raises:
+            TimeoutError: it took longer.
+            CheckpointError: a rank could not write. The earlier output is as it was.
+        """
+        return self if self._future is None else self._future.result(timeout)
 
     def __str__(self) -> str:
         files = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
@@ -63,7 +87,7 @@ class Saved:
 
 
 @restoring
-def save_checkpoint(
+def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     module: nn.Module,
     path: str | os.PathLike[str],
     *,
@@ -73,6 +97,8 @@ def save_checkpoint(
     progress: bool = False,
     seed: int | None = None,
     resume: bool = False,
+    format: Literal["dcp", "safetensors"] | None = None,  # noqa: A002 - as users say
+    wait: bool = True,
 ) -> Saved:
     """Write the state dict of a module as safetensors, in the layout of the Hugging Face hub.
 
@@ -83,6 +109,10 @@ def save_checkpoint(
     The output appears whole or not at all: it is written beside its place, synced to disk, and
     renamed. A killed process leaves the earlier output as it was, and ``resume=True`` continues its
     work. If the call is interrupted (Ctrl-C), the same call in the same process continues it.
+
+    Of a sharded module each rank writes its shards, through ``torch.distributed.checkpoint`` (DCP),
+    and no rank holds more than those. Every rank of the default process group makes this call, with
+    a path on a file system that all share.
 
     Args:
         module: any module, deferred, real or in part.
@@ -95,6 +125,13 @@ def save_checkpoint(
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
         resume: continue a save that was killed. The files are those that it would have written.
+            Shards are written again.
+        format: ``"safetensors"``, or ``"dcp"`` for a folder of DCP, the default for a sharded
+            module. For shards in safetensors torch's own writer is used, which needs the
+            ``safetensors`` library: one rank then joins the files of all, on disk.
+        wait: if False, the shards are copied to the CPU, DCP writes them in the background, and a
+            the call returns. The output appears when all ranks have written; ``result()`` of what
+            is returned waits for that.
 
     Returns:
         What was written: path, files, tensors, bytes, and the seed if it is known.
@@ -108,6 +145,8 @@ def save_checkpoint(
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         OutOfMemoryError: memory ran out while a tensor was computed.
+        ShardingError: the ranks would write shards of different models, one of them failed, or did
+            not answer. The earlier output is as it was.
 
     Example:
         >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2)
@@ -120,6 +159,15 @@ def save_checkpoint(
     target = Path(os.path.realpath(path))
     one_file = target.suffix == ".safetensors"
     limit = parse_bytes(max_shard_size)
+    if format not in {None, "dcp", "safetensors"}:
+        raise ValueError(f"format={format!r}: 'dcp' or 'safetensors' is meant")
+    if format == "dcp" or any(is_dtensor(t) for t in module.parameters()):
+        if one_file:
+            raise CheckpointError(f"{target}: shards are written into a folder; name one")
+        asked = _Asked(dtype, limit, force or was_interrupted(target), seed, resume, format, wait)
+        return _save_shards(module, target, asked)
+    if not wait:
+        raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
     check_target(target, force=force or was_interrupted(target))  # `staged` looks again
     items = collect(module, dtype)
     shards = divide(items, None if one_file else limit, target.name if one_file else None)
@@ -134,7 +182,8 @@ def save_checkpoint(
             room = _ROOM if one_file else limit
             write_shards(stage, shards, metadata, seed=seed, room=room, bar=bar)
         if not one_file:
-            _describe(stage, module, shards)
+            for name, text in _texts(module, shards).items():
+                stage.write_text(name, text)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
     return returned(target, saved)
@@ -297,16 +346,74 @@ def _metadata(seed: int | None) -> dict[str, str]:
     return {"format": "pt", "lateinit": __version__, "torch": torch.__version__, **known}
 
 
-def _describe(stage: Stage, module: nn.Module, shards: list[ShardFile]) -> None:
-    """Write the index of several shards, and the configuration of a ``transformers`` model."""
+def _texts(module: nn.Module, shards: list[ShardFile]) -> dict[str, str]:
+    """The index of several shards, and the configuration of a ``transformers`` model, by file."""
+    found = {}
     if len(shards) > 1:
         places = {item.entry.name: shard.file for shard in shards for item in shard.items}
         index = {
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
             "weight_map": dict(sorted(places.items())),
         }
-        stage.write_text(_INDEX, json.dumps(index, indent=2) + "\n")
+        found[_INDEX] = json.dumps(index, indent=2) + "\n"
     config = getattr(module, "config", None)
     if hasattr(config, "to_json_string"):
         floats = (i.entry.dtype for s in shards for i in s.items if i.entry.dtype.is_floating_point)
-        stage.write_text("config.json", saved_config(config, module, next(floats, None)))
+        found["config.json"] = saved_config(config, module, next(floats, None))
+    return found
+
+
+class _Asked(NamedTuple):
+    """What the caller of ``save_checkpoint`` asks of shards."""
+
+    dtype: torch.dtype | None
+    limit: int
+    force: bool
+    seed: int | None
+    resume: bool
+    format: str | None
+    wait: bool
+
+
+def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
+    """Have each rank write its shards."""
+    # It imports torch.distributed.checkpoint, which takes more than a second.
+    from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
+
+    if not (asked.wait or is_running()):
+        raise ShardingError(
+            "wait=False: there is no process group; call torch.distributed.init_process_group() "
+            "on every rank first"
+        )
+    ranks = ranks_of(module, "save_checkpoint()")
+    with ranks.together("preparing") as phase:
+        items = collect(module, asked.dtype, sharded=True)
+        known, seed = _seeds(module, items, asked.seed)
+        filling = Filling(module, None, AS_RECORDED, seed)
+        filling.check()
+        if ranks:
+            phase.compared = Agreement(ranks.shards, filling.left(), seed)
+        shards = divide(items, asked.limit, None)
+        numbers = {i.entry.name: n for n, s in enumerate(shards, 1) for i in s.items}
+        # The state dict of a model with ties has every name, and so has what DCP loads into it.
+        named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
+        if asked.format == "safetensors":
+            named = {item.entry.name: item for item in items}
+        save = ShardedSave(target, named, numbers if asked.format == "safetensors" else None, seed)
+    nbytes = sum(item.entry.nbytes for item in items)
+    shown = known if seed is None else seed
+
+    def done() -> Saved:
+        files = tuple(sorted(path.name for path in target.iterdir()))
+        return Saved(target, files, len(items), nbytes, shown)
+
+    try:
+        texts = _texts(module, [ShardFile("", tuple(items))])
+        save.open(texts, force=asked.force, discard=asked.force or asked.resume)
+        if not asked.wait:
+            return Saved(target, (), len(items), nbytes, shown, save.start(done))
+        save.run()
+    except BaseException:
+        save.close()
+        raise
+    return done()

@@ -6,20 +6,26 @@ the command the cost of a mesh (``mesh_cost``). It may import ``_tensors`` and e
 that, but not ``_recording``, its neighbour. Start with ``shard_ranges.py``.
 """
 
-from lateinit._distributed.placement import parts_of, refuse_sums
+from lateinit._distributed.placement import Part, parts_of, refuse_sums, whole_part
 from lateinit._distributed.rank_agreement import Agreement
 from lateinit._distributed.ranks import Ranks, ranks_of
 from lateinit._distributed.shard_ranges import Shard, groups, reads_nothing, run_leaves, shards_of
+from lateinit._distributed.world import answered, everyone, is_running
 
 __all__ = [
     "Agreement",
+    "Part",
     "Ranks",
     "Shard",
+    "answered",
+    "everyone",
     "groups",
+    "is_running",
     "parts_of",
     "ranks_of",
     "reads_nothing",
     "refuse_sums",
     "run_leaves",
     "shards_of",
+    "whole_part",
 ]

@@ -54,6 +54,12 @@ def parts_of(shard: Any, name: str) -> list[Part]:
     return [Part(*_boxes(place)) for place in itertools.product(*along)]
 
 
+def whole_part(shape: Sequence[int]) -> Part:
+    """The one box of a tensor that a rank holds as a whole."""
+    box = Box((0,) * len(shape), tuple(shape))
+    return Part(box, box)
+
+
 def refuse_sums(shards: Mapping[str, Any]) -> None:
     """Raise ``ShardingError`` for shards that hold terms of a sum, and no parts of a tensor."""
     names = [n for n, s in shards.items() if any(p.is_partial() for p in s.placements)]

@@ -223,11 +223,11 @@ def load_into(
     link = None if source_rank is None else Link(source_rank)
     serving = contextlib.nullcontext if link is None else link.serving
     opened = open_checkpoint if link is None else link.open
-    with ranks.together("planning") as phase, serving():
+    with ranks.together("planning") as phase, serving("planning"):
         plan = plan_load(module, opened(path), cast, strict=strict, choice=choice)
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
-    with ranks.together("loading"), serving():
+    with ranks.together("loading"), serving("loading"):
         return _load(plan, path, progress=progress)
 
 

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lateinit._checkpoint.formats import Objects, Reader, open_checkpoint
-from lateinit.errors import ShardingError, listing
+from lateinit._distributed import answered, everyone, is_running
+from lateinit.errors import ShardingError
 
 _DONE, _TENSOR, _OBJECT = range(3)
 # The most dims of a tensor in torch (at::kMaxDims is 64 where it matters), each with two numbers.
 _LONGEST = 2 * 64
 # Bytes that are sent at once (64 MiB).
 _PIECE = 1 << 26
-# Characters of an error that other ranks are told.
-_LONGEST_ERROR = 1000
+_CALL = "load_checkpoint()"
 # What the other ranks are told of the files; see `Reader`.
 _TOLD = ("aliases", "entries", "headers", "homes", "shared", "versions")
 
@@ -43,7 +43,7 @@ class Link:
     """
 
     def __init__(self, source: int) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_running():
             raise ShardingError(
                 f"source_rank={source}: there is no process group; call "
                 "torch.distributed.init_process_group() on every rank first"
@@ -58,7 +58,7 @@ class Link:
         self._group = None if on_cpu else dist.new_group(backend="gloo")
         self._reader: Reader | None = None
         said: list[Any] = [None] * ranks
-        with _told("asking which rank reads the files"):
+        with answered(_CALL, "asking which rank reads the files"):
             dist.all_gather_object(said, source, group=self._group)
         if len(set(said)) > 1:
             raise ShardingError(f"source_rank: the ranks say {said}: name one rank on all of them")
@@ -75,7 +75,7 @@ class Link:
             except Exception as error:  # noqa: BLE001 - raised below, when the others know
                 failure = error
                 told = [None, f"{type(error).__name__}: {error}"]
-        with _told("opening the checkpoint"):
+        with answered(_CALL, "opening the checkpoint"):
             dist.broadcast_object_list(told, self._source, self._group, torch.device("cpu"))
         if failure is not None:
             raise failure
@@ -84,35 +84,31 @@ class Link:
         return self._reader or _Sent(self, path, *told)
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
+    def serving(self, phase: str) -> Iterator[None]:
         """Run a block in which ranks read; the source answers the others at its end.
+
+        Args:
+            phase: what is done in the block, for messages.
 
         Raises:
             ShardingError: another rank failed in it, or did not answer.
         """
-        try:
-            yield
-        except Exception as error:
-            # A second error would hide the first.
-            with contextlib.suppress(ShardingError):
-                self._end(f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
-            raise
-        self._end("")
+        with everyone(_CALL, phase, self._group):
+            try:
+                yield
+            except Exception:
+                # A second error would hide the first.
+                with contextlib.suppress(ShardingError):
+                    self._end()
+                raise
+            self._end()
 
-    def _end(self, error: str) -> None:
-        with _told("sending tensors"):
+    def _end(self) -> None:
+        with answered(_CALL, "sending tensors"):
             if self._is_source:
                 self._answer()
             else:
                 dist.send(_header(_DONE), self._source, self._group)
-            said: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(said, error, group=self._group)
-        failed = [f"on rank {rank}: {words}" for rank, words in enumerate(said) if words]
-        if failed and not error:
-            raise ShardingError(
-                f"load_checkpoint() failed {listing(failed)}. What is done stands: when that is "
-                "mended, call it again on every rank"
-            )
 
     def _answer(self) -> None:
         waiting = dist.get_world_size() - 1
@@ -143,7 +139,7 @@ class Link:
 
     def ask_object(self, number: int) -> Any:
         """An object of the checkpoint, by its number."""
-        with _told("asking for an extra state"):
+        with answered(_CALL, "asking for an extra state"):
             self._ask(_OBJECT, number)
             return self._object()
 
@@ -153,7 +149,7 @@ class Link:
         """A block of a tensor of the checkpoint, by its number."""
         result = torch.empty(sizes, dtype=dtype, device="cpu")
         if result.numel():
-            with _told("asking for a tensor"):
+            with answered(_CALL, "asking for a tensor"):
                 self._ask(_TENSOR, number, len(sizes), *offsets, *sizes)
                 for piece in _pieces(result):
                     dist.recv(piece, self._source, self._group)
@@ -198,18 +194,3 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     flat = tensor.view(-1).view(torch.uint8)
     for start in range(0, flat.numel(), _PIECE):
         yield flat[start : start + _PIECE]
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Raise errors of the process group as ``ShardingError``."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, ShardingError):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ShardingError(
-            f"load_checkpoint(), {what}: a rank has ended, or did not make this call with the same "
-            f"source_rank ({reason})"
-        ) from error

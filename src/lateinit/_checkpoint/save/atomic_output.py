@@ -28,7 +28,14 @@ from lateinit.errors import CheckpointError, OutputError, OutputExistsError, lis
 
 R = TypeVar("R")
 # The files that a folder of a checkpoint may hold. A folder with any other file is never replaced.
-_OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_OURS = (
+    "*.distcp",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    ".metadata",
+    "config.json",
+    "generation_config.json",
+)
 
 # Saves that this process has begun and that have not returned, so that they were interrupted: by
 # place, the digest of the save, and the inode of its output if that was about to be put in place.

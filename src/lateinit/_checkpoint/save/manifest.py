@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lateinit._checkpoint.formats import DTYPES, StoredTensor
 from lateinit._integrations import preferred_name, tied_targets
-from lateinit._tensors import Deferred, is_deferred_tensor, is_placeholder, window_key
-from lateinit._torch import is_wrapper
+from lateinit._tensors import Deferred, held, is_deferred_tensor, is_placeholder, window_key
+from lateinit._torch import is_dtensor, is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
 
@@ -46,12 +46,13 @@ class ShardFile:
         return sum(item.entry.nbytes for item in self.items)
 
 
-def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
+def collect(module: nn.Module, dtype: torch.dtype | None, *, sharded: bool = False) -> list[Item]:
     """The tensors of a module's state dict, tied ones once.
 
     Args:
         module: the module.
         dtype: cast floating-point tensors to this dtype.
+        sharded: whether tensors may be shards.
 
     Raises:
         CheckpointError: the module holds something that safetensors cannot.
@@ -59,12 +60,14 @@ def collect(module: nn.Module, dtype: torch.dtype | None) -> list[Item]:
     """
     # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others may
     # fail over them.
-    _check({n: p for n, p in module.named_parameters() if is_placeholder(p)}, dtype)
+    lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
+    _check(lazy, dtype, sharded=sharded)
     state = module.state_dict(keep_vars=True)
-    _check(state, dtype)
+    _check(state, dtype, sharded=sharded)
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
-        tied.setdefault(window_key(tensor), []).append(name)
+        key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
+        tied.setdefault(key, []).append(name)
     targets = tied_targets(module)
     return [_item(preferred_name(names, targets), names, state, dtype) for names in tied.values()]
 
@@ -85,7 +88,7 @@ def _saved_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+def _check(state: Mapping[str, Any], dtype: torch.dtype | None, *, sharded: bool) -> None:
     """Collect everything that cannot be written, and raise once."""
     if dtype is not None and not dtype.is_floating_point:
         raise CheckpointError(f"dtype={dtype} is no floating-point dtype")
@@ -96,7 +99,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
             wrong.append(f"{name} is a {type(value).__name__}, no tensor")
         elif is_placeholder(value):
             wrong.append(f"{name} is lazy: lateinit.infer_shapes() first")
-        elif is_wrapper(value):
+        elif is_wrapper(value) and not (sharded and is_dtensor(value)):
             wrong.append(f"{name} is a {type(value).__name__}")
         elif value.layout is not torch.strided or value.is_quantized:
             wrong.append(f"{name} has the layout {value.layout}")
@@ -105,7 +108,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None) -> None:
         elif is_deferred_tensor(value):
             if _is_cast(value):
                 wrong.append(f"{name} shares its memory with a tensor that was materialised cast")
-        elif value.is_meta:
+        elif held(value).is_meta:
             unknown.append(name)
     if wrong:
         raise CheckpointError(f"a checkpoint cannot hold this: {listing(wrong)}")
