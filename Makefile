@@ -13,7 +13,7 @@ QUIET_CORES := OMP_NUM_THREADS=1
 MATRIX := 2.13.0 2.14.1 2.15.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick matrix lint format zoo shards sweep bench clean
+.PHONY: help demo test quick matrix lint format zoo shards recipes sweep bench clean
 
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
@@ -24,6 +24,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
+	@echo "make recipes every recipe of docs/recipes.md whose library is installed"
 	@echo "make sweep   every operator on every kind of deferred tensor, in every layout (long)"
 	@echo "make bench   construction time and memory against the alternatives"
 
@@ -82,6 +83,9 @@ sweep: $(STAMP)
 
 shards: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.sharding
+
+recipes: $(STAMP)
+	$(QUIET_CORES) $(BIN)/python -m pytest -rs tests/test_recipes.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

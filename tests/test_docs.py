@@ -50,7 +50,11 @@ def run_block(code: str, names: dict[str, Any], path: Path, line: int) -> None:
     names.update(test.globs)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+# Recipes are run by tests/test_recipes.py, each alone.
+SHOWN = [path for path in DOCUMENTS if path.name != "recipes.md"]
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.name)
 def test_every_python_block_of_a_document_does_what_it_shows(path: Path) -> None:
     text = path.read_text()
     names: dict[str, Any] = {"__name__": path.stem}

@@ -1,0 +1,62 @@
+"""Every recipe of docs/recipes.md does what it shows, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import lateinit
+
+ROOT = Path(__file__).parents[1]
+SOURCE = str(Path(lateinit.__file__).parents[1])
+TEXT = (ROOT / "docs" / "recipes.md").read_text()
+# What stands after "python" is the name of the recipe and the libraries that it needs.
+FENCE = re.compile(r"^```python ?(?P<said>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {block["said"]: block["code"] for block in FENCE.finditer(TEXT)}
+START = BLOCKS.pop("") + BLOCKS.pop("ranks")
+END = "\nif dist.is_initialized():\n    dist.destroy_process_group()\n"
+
+
+@pytest.mark.parametrize("said", sorted(BLOCKS))
+def test_a_recipe_does_what_it_shows(said: str, tmp_path: Path) -> None:
+    name, _, needed = said.partition(" needs ")
+    for library in filter(None, needed.split(", ")):
+        there = torch.cuda.is_available() if library == "cuda" else find_spec(library)
+        if not there:
+            pytest.skip(f"{library} is not there")
+    start = START
+    if name in {"fsdp_plugin", "lightning", "fabric"}:  # they begin the group themselves
+        start = start[: start.index("dist.init_process_group")]
+    script = tmp_path / "recipe.py"
+    script.write_text(start + BLOCKS[said] + END)
+    own = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            **(own if start != START else {}),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_recipes() -> None:
+    assert len(BLOCKS) >= 15
