@@ -51,7 +51,9 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("original", [False, True])
 def test_fsdp1_fills_a_deferred_model_by_materialize_alone(original: bool) -> None:
     given: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": original}
-    with pytest.raises(DeferredTensorError, match=r"pass param_init_fn=lateinit\.materialize"):
+    with pytest.raises(
+        DeferredTensorError, match=r"pass param_init_fn=lateinit\.materialize.*recipes\.md"
+    ):
         FullyShardedDataParallel(late(), **given)
     wrapped = FullyShardedDataParallel(late(), param_init_fn=lateinit.materialize, **given)
     assert torch.equal(wrapped(X), eager()(X))
@@ -60,7 +62,9 @@ def test_fsdp1_fills_a_deferred_model_by_materialize_alone(original: bool) -> No
 @pytest.mark.usefixtures("alone")
 def test_data_parallel_training_needs_values() -> None:
     model = late()
-    with pytest.raises(DeferredTensorError, match=r"DistributedDataParallel.*'up\.weight'"):
+    with pytest.raises(
+        DeferredTensorError, match=r"DistributedDataParallel.*'up\.weight'.*recipes\.md"
+    ):
         nn.parallel.DistributedDataParallel(model)
     wrapped = nn.parallel.DistributedDataParallel(lateinit.materialize(model))
     assert torch.equal(wrapped(X), eager()(X))

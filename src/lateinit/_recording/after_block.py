@@ -57,9 +57,10 @@ from lateinit.errors import DeferredTensorError, LateinitError
 
 def needs_values(what: str, tensor: Tensor) -> DeferredTensorError:
     """The error for something that needs the values of a deferred tensor."""
+    recipe = " (docs/recipes.md)" if what == Meant.PARALLEL.value else ""
     return DeferredTensorError(
         f"{what} needs the values of {described(tensor)}, which has none yet: call "
-        "lateinit.materialize() first"
+        f"lateinit.materialize() first{recipe}"
     )
 
 
@@ -188,7 +189,8 @@ class Follower(RecordingMode):
             raise DeferredTensorError(
                 f"Module.to_empty would lose the recorded values of {described(deferred[0])}, and "
                 "leave memory without values: call lateinit.materialize(module, device=...) "
-                "instead, or pass param_init_fn=lateinit.materialize to FullyShardedDataParallel"
+                "instead, or pass param_init_fn=lateinit.materialize to FullyShardedDataParallel "
+                "(docs/recipes.md)"
             )
         if deferred and info.name.startswith("aten::set_") and not _is_recorded(*args[1:2]):
             raise would_change("set_", deferred[0])
