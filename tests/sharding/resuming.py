@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import lateinit
 from lateinit._checkpoint.load import sending
 from tests.sharding.placements import Block, fsdp, line, spread
-from tests.sharding.together import SEED, Run
+from tests.sharding.together import SEED, Run, play
 
 SOURCE = 1
 # Where files are that no rank but the source may look at.
@@ -180,25 +179,6 @@ CASES = {
 }
 
 
-def main(rank: int, ranks: int, store: str, folder: Path) -> int:
-    torch.set_num_threads(1)
-    sending._PIECE = 1000  # several for each tensor
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, ranks),
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=30),
-    )
-    for name, case in CASES.items():
-        run = Run(rank, folder)
-        end = case(run)
-        sys.stdout.write(f"{name} | {' | '.join([*run.seen, end])}\n")
-        sys.stdout.flush()
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
+    sending._PIECE = 1000  # several for each tensor
+    sys.exit(play(CASES))

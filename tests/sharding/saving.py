@@ -21,7 +21,7 @@ import lateinit
 from lateinit._checkpoint.save import sharded
 from tests.sharding.placements import Block, fsdp, line, on_both_axes, spread
 from tests.sharding.resuming import deferred_block, expected_block, same, whole
-from tests.sharding.together import TIMEOUT, Run
+from tests.sharding.together import Run, play
 
 
 def sharded_block(place: Any = fsdp, mesh: Any = None, **options: Any) -> nn.Module:
@@ -160,20 +160,5 @@ def two_axes(run: Run) -> str:
 ON_FOUR = {"two_axes": two_axes}
 
 
-def main(rank: int, ranks: int, store: str, folder: Path) -> int:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=TIMEOUT
-    )
-    for name, case in (ON_FOUR if ranks == 4 else CASES).items():
-        run = Run(rank, folder)
-        end = case(run)
-        dist.barrier()
-        sys.stdout.write(f"{name} | {' | '.join([*run.seen, end])}\n")
-        sys.stdout.flush()
-    dist.destroy_process_group()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
+    sys.exit(play(ON_FOUR if int(sys.argv[2]) == 4 else CASES))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -142,22 +142,22 @@ def no_question(run: Run) -> nn.Module:
     return model
 
 
-def other_files(run: Run) -> nn.Module:
+def loaded_again(run: Run, wrong: str) -> nn.Module:
+    """Load, on one rank at first by the name of a wrong file."""
     model = built()
-    name = "other" if run.other else "model"
+    name = wrong if run.other else "model"
     run.call(lateinit.load_checkpoint, model, run.folder / f"{name}.safetensors")
     assert lateinit.is_deferred(model)
     run.call(lateinit.load_checkpoint, model, run.folder / "model.safetensors")
     return model
+
+
+def other_files(run: Run) -> nn.Module:
+    return loaded_again(run, "other")
 
 
 def a_missing_file(run: Run) -> nn.Module:
-    model = built()
-    name = "none" if run.other else "model"
-    run.call(lateinit.load_checkpoint, model, run.folder / f"{name}.safetensors")
-    assert lateinit.is_deferred(model)
-    run.call(lateinit.load_checkpoint, model, run.folder / "model.safetensors")
-    return model
+    return loaded_again(run, "none")
 
 
 def a_file_that_ends_in_the_middle(run: Run) -> nn.Module:
@@ -251,21 +251,31 @@ def right(model: nn.Module) -> bool:
     return True
 
 
-def main(rank: int, ranks: int, store: str, folder: Path) -> int:
+def ending(case: Callable[[Run], nn.Module]) -> Callable[[Run], str]:
+    return lambda run: "right" if right(case(run)) else "wrong"
+
+
+def play(cases: Mapping[str, Callable[[Run], str]]) -> int:
+    """Run cases as the rank that the arguments of the process name, and print what each came to."""
+    rank, ranks, store, folder = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=TIMEOUT
+        "gloo",
+        store=dist.FileStore(store, int(ranks)),
+        rank=int(rank),
+        world_size=int(ranks),
+        timeout=TIMEOUT,
     )
-    for name, case in (ON_FOUR if ranks == 4 else CASES).items():
-        run = Run(rank, folder)
-        model = case(run)
-        end = "right" if right(model) else "wrong"
+    for name, case in cases.items():
+        run = Run(int(rank), Path(folder))
+        end = case(run)
+        dist.barrier()
         sys.stdout.write(f"{name} | {' | '.join([*run.seen, end])}\n")
         sys.stdout.flush()
-    dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
+    chosen = ON_FOUR if int(sys.argv[2]) == 4 else CASES
+    sys.exit(play({name: ending(case) for name, case in chosen.items()}))

@@ -14,22 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-
-class Labelled(Tensor):
-    """A user's class of tensors."""
-
-
-class Doubled(torch.autograd.Function):
-    """A function of autograd in Python."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+from tests.support.uses import Double, Labelled
 
 
 class Changed(torch.autograd.Function):
@@ -143,11 +128,11 @@ WAYS: dict[str, Callable[[], Any]] = {
     "dlpack": lambda: torch.from_dlpack(table()),
     "set_": lambda: (torch.tensor([]).set_(table()), torch.empty(0).set_(table().storage())),
     "attribute": lambda: setattr(made := table(), "kept", table()) or made.kept,
-    "Function": lambda: (Doubled.apply(weight()), Changed.apply(table())),
+    "Function": lambda: (Double.apply(weight()), Changed.apply(table())),
     "saved by a graph": lambda: (
         (weight() * weight()).grad_fn._saved_self,
         weight().exp().grad_fn._saved_result,
-        Doubled.apply(weight()).grad_fn.saved_tensors,
+        Double.apply(weight()).grad_fn.saved_tensors,
         (weight() * 2).grad_fn.next_functions[0][0].variable,
     ),
     "saved_tensors_hooks": saved_by_hooks,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from torch.nn import init
 
+from lateinit._recording.postponed import INITIALISERS
 from lateinit._torch import Rerouted
 
 
@@ -38,19 +39,7 @@ def test_calls_of_a_function_go_elsewhere_by_every_name_and_come_back() -> None:
     assert not vars(doubled)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dirac_",
-        "eye_",
-        "kaiming_normal_",
-        "orthogonal_",
-        "sparse_",
-        "trunc_normal_",
-        "xavier_normal_",
-        "xavier_uniform_",
-    ],
-)
+@pytest.mark.parametrize("name", [heard.function.__name__ for heard in INITIALISERS])
 def test_initialisers_have_no_closure_and_no_keyword_only_arguments_of_that_name(name: str) -> None:
     """torch/nn/init.py: plain functions, so that their code can be exchanged."""
     function = getattr(init, name)

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lateinit._torch.swap import (
     as_subclass,
@@ -21,6 +19,7 @@ from lateinit._torch.swap import (
     view_as_subclass,
 )
 from lateinit.errors import DeferredTensorError
+from tests.torch_contract.listeners import Functions, Operators
 
 
 class WithInit(Tensor):
@@ -49,28 +48,12 @@ def test_swapping_implementations_exchanges_values_and_no_objects() -> None:
 @pytest.mark.parametrize("make", ["make", "view"])
 def test_no_mode_hears_of_a_tensor_of_another_class(make: str) -> None:
     """torch/csrc/autograd/python_variable.cpp: both stash all modes, and need no patch if not."""
-    heard: list[Any] = []
-
-    class Ops(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            heard.append(op)
-            return op(*args, **(kwargs or {}))
-
-    class Functions(TorchFunctionMode):
-        def __torch_function__(
-            self, fn: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            heard.append(fn)
-            return fn(*args, **(kwargs or {}))
-
     data = torch.ones(2)
-    with Ops(), Functions():
+    with Operators() as operators, Functions() as functions:
         made = make_subclass(WithInit, data) if make == "make" else view_as_subclass(data, WithInit)
     assert type(made) is WithInit
     assert made.data_ptr() == data.data_ptr()
-    assert heard == []
+    assert (operators.heard, functions.heard) == ([], [])
 
 
 def test_a_tensor_that_somebody_holds_weakly_can_be_swapped() -> None:

@@ -22,6 +22,7 @@ from lateinit._torch.wrappers import (
     FakeMode,
     KeptByFsdp,
     axes_as_sharded,
+    chunk_of,
     enter_fake_mode,
     fake_like,
     indices_of_part,
@@ -158,6 +159,15 @@ def test_python_code_makes_dtensors_by_the_constructor(monkeypatch: pytest.Monke
     assert DTensor.__init__ is constructor
     monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
     assert not tell_of_new_dtensors(made.append)
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 6, 7])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_chunks_are_those_that_torch_cuts(length: int, parts: int) -> None:
+    """aten/src/ATen/native/TensorShape.cpp: chunk; fewer chunks than parts may be left."""
+    cut = [chunk.tolist() for chunk in torch.arange(length).chunk(parts)]
+    cut += [[]] * (parts - len(cut))
+    assert [list(chunk_of(length, parts, part)) for part in range(parts)] == cut
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6])
