@@ -93,13 +93,7 @@ class Cutting:
         held = set()
         for name in found.names:
             if name.startswith(path):
-                # As torch.tensor_split divides.
-                number, more = int(name[len(path) :].partition(".")[0]), layers % count
-                each = layers // count
-                early = more * (each + 1)
-                held.add(
-                    number // (each + 1) if number < early else more + (number - early) // each
-                )
+                held.add(_stage(int(name[len(path) :].partition(".")[0]), layers, count))
             else:
                 held.add(0 if self._is_before(name) else count - 1)
         return sorted(held)

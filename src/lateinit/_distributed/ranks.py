@@ -22,13 +22,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from lateinit._distributed.world import is_running, reason, told
 from lateinit._tensors import Only, shards_in
 from lateinit.errors import ShardingError, listing
 
 T = TypeVar("T")
 _Word = tuple[str, str, str, tuple[Any, ...]]  # call, phase, error, and a summary to compare
-# Characters of an error that other ranks are told.
-_LONGEST = 1000
 
 
 class Compared(Protocol):
@@ -88,26 +87,26 @@ class Ranks:
             yield phase
         except Exception as error:
             with contextlib.suppress(ShardingError):
-                self._say(name, f"{type(error).__name__}: {error}"[:_LONGEST])
+                self._say(name, told(error))
             raise
         compared = phase.compared
-        told = self._say(name, "", () if compared is None else compared.summary)
-        failed = {words: ranks for (_, _, words, _), ranks in told.items() if words}
+        said = self._say(name, "", () if compared is None else compared.summary)
+        failed = {words: ranks for (_, _, words, _), ranks in said.items() if words}
         if failed:
-            said = "; ".join(f"on rank {listing(map(str, w))}: {e}" for e, w in failed.items())
+            errors = "; ".join(f"on rank {listing(map(str, w))}: {e}" for e, w in failed.items())
             raise ShardingError(
-                f"{self._call} failed, {name}, {said}. What is done stands: when that is mended, "
+                f"{self._call} failed, {name}, {errors}. What is done stands: when that is mended, "
                 "call it again on every rank of the mesh"
             )
         places: dict[str, tuple[int, ...]] = {}
-        for (call, where, _, _), who in told.items():
+        for (call, where, _, _), who in said.items():
             places[f"in {call}, {where},"] = (*places.get(f"in {call}, {where},", ()), *who)
         if len(places) > 1:
             raise ShardingError(
                 f"the ranks are not in the same call: {by_words(places)}. Call "
                 f"{self._call} on every rank of the mesh, in the same order"
             )
-        if len(told) > 1 and compared is not None:
+        if len(said) > 1 and compared is not None:
             compared.compare(self)
 
     def gather(self, value: T, merge: Callable[[list[T]], T]) -> T:
@@ -135,11 +134,10 @@ class Ranks:
                 dist.all_gather_object(answers, value, group=group)
             except Exception as error:
                 ranks = listing(map(str, dist.get_process_group_ranks(group)))
-                reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise ShardingError(
                     f"{self._call}, {phase}: not all of the ranks {ranks} answered. One of them "
                     f"has ended, is busy for longer than the timeout of the process group, or did "
-                    f"not call it on the same shards ({reason})"
+                    f"not call it on the same shards ({reason(error)})"
                 ) from error
             value = merge(answers)
         return value
@@ -147,8 +145,7 @@ class Ranks:
 
 def ranks_of(target: Any, call: str, *, only: Only | None = None, ask: bool = True) -> Ranks:
     """The ranks that hold the shards of a target, real or deferred; none if ``ask`` is False."""
-    running = ask and dist.is_available() and dist.is_initialized()
-    return Ranks(shards_in(target, only) if running else {}, call)
+    return Ranks(shards_in(target, only) if ask and is_running() else {}, call)
 
 
 def by_words(found: Mapping[Any, Iterable[int]]) -> str:

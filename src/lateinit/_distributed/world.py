@@ -23,6 +23,16 @@ def is_running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def told(error: Exception) -> str:
+    """An error in the words that other ranks are told."""
+    return f"{type(error).__name__}: {error}"[:_LONGEST]
+
+
+def reason(error: Exception) -> str:
+    """Why ranks could not be asked: the first line of an error of the process group."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def everyone(call: str, phase: str, group: Any = None) -> Iterator[None]:
     """Run a block as a phase of a call of all ranks.
@@ -40,7 +50,7 @@ def everyone(call: str, phase: str, group: Any = None) -> Iterator[None]:
     except Exception as error:
         # A second error would hide the first.
         with contextlib.suppress(ShardingError):
-            _say(f"{type(error).__name__}: {error}"[:_LONGEST], call, phase, group)
+            _say(told(error), call, phase, group)
         raise
     failed = _say("", call, phase, group)
     if failed:
@@ -68,8 +78,7 @@ def answered(call: str, phase: str) -> Iterator[None]:
     except LateinitError:
         raise
     except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ShardingError(
             f"{call}, {phase}: not all ranks answered. One of them has ended, or did not make the "
-            f"same call ({reason})"
+            f"same call ({reason(error)})"
         ) from error

@@ -55,12 +55,11 @@ from lateinit._torch import (
 from lateinit.errors import DeferredTensorError, LateinitError
 
 
-def needs_values(what: str, tensor: Tensor) -> DeferredTensorError:
-    """The error for something that needs the values of a deferred tensor."""
-    recipe = " (docs/recipes.md)" if what == Meant.PARALLEL.value else ""
+def needs_values(what: str, tensor: Tensor, see: str = "") -> DeferredTensorError:
+    """The error for something that needs the values of a deferred tensor; ``see``: a page."""
     return DeferredTensorError(
         f"{what} needs the values of {described(tensor)}, which has none yet: call "
-        f"lateinit.materialize() first{recipe}"
+        f"lateinit.materialize() first{see and f' ({see})'}"
     )
 
 
@@ -140,7 +139,8 @@ def device_to(meant: Meant, tensor: Tensor) -> torch.device:
     if is_real(tensor) or (meant is Meant.META and waits(tensor)):
         return tensor.device
     if meant.needs_values and (waits(tensor) or meant is Meant.INVERSE):
-        raise needs_values(meant.value, tensor)
+        page = "docs/recipes.md" if meant is Meant.PARALLEL else ""
+        raise needs_values(meant.value, tensor, page)
     return Deferred.of(tensor).destination(AS_RECORDED)
 
 
@@ -255,10 +255,10 @@ class Follower(RecordingMode):
     def _name(self, result: Any, source: Tensor) -> list[tuple[Tensor, Slot]]:
         """Name new deferred tensors, and return them with their slots."""
         origin = slot_of(source)
-        slots = [(leaf, slot_of(leaf)) for leaf in flat(result) if isinstance(leaf, Tensor)]
-        return [
-            (t, named_after(s, origin)) for t, s in slots if s is not None and origin is not None
-        ]
+        made = [(leaf, slot_of(leaf)) for leaf in flat(result) if isinstance(leaf, Tensor)]
+        if origin is None:
+            return []
+        return [(t, named_after(slot, origin)) for t, slot in made if slot is not None]
 
     def _refuse_values(
         self, info: OpInfo, args: Args, kwargs: Kwargs, deferred: list[Tensor], *, among_meta: bool

@@ -266,8 +266,8 @@ class Recording:
         self._mode.ended = self._recorder.ended = True
         self._modules.leave()
         self._patches.leave()
+        watch_sharding(self.writer.program)  # again: the block may have imported it
         # After an error too: tensors that outlive a failed block must still refuse to be read.
-        watch_sharding(self.writer.program)  # also if the block has imported it
         guard_all(self.writer, self._modules)
         let_full_collections_begin(self)
 

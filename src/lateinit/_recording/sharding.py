@@ -42,6 +42,7 @@ from lateinit._torch import (
     Cut,
     Kwargs,
     below_python,
+    chunk_of,
     here,
     inference_mode,
     is_deterministic,
@@ -90,23 +91,16 @@ def take_part(guard: Guard, cut: Cut) -> Tensor:
         if cut.dim is not None and _is_usual(source) and not source.requires_grad:
             with without_subclass_functions(), below_python():
                 part = cut.take(source.detach())
-                start, length = _chunk(cut, source.size(cut.dim))
+                chunk = chunk_of(source.size(cut.dim), cut.chunks, cut.chunk)
                 # Another torch may cut otherwise, or make no copy.
-                if slot_of(part) is None and part.size(cut.dim) == length:
+                if slot_of(part) is None and part.size(cut.dim) == len(chunk):
                     made = torch.empty_strided(
                         part.size(), part.stride(), dtype=part.dtype, device=META
                     )
-                    _record(made, made, Deferred.of(source), cut.dim, start, zeros=False)
+                    _record(made, made, Deferred.of(source), cut.dim, chunk.start, zeros=False)
                     guard(made)
                     return made
         return cut.take(source)
-
-
-def _chunk(cut: Cut, size: int) -> tuple[int, int]:
-    """Where the chunk of this rank starts and how long it is: the last ones are shorter."""
-    length = -(-size // cut.chunks)
-    start = min(size, cut.chunk * length)
-    return start, min(length, size - start)
 
 
 def _is_usual(source: Tensor) -> bool:

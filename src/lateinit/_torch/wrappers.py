@@ -7,6 +7,7 @@ Their modules take long to import, so they are looked up among the imported ones
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -43,20 +44,29 @@ def tell_of_new_dtensors(listener: Callable[[Any], None] | None) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return False
-    cls = module.DTensor
-    initialise = getattr(cls.__init__, "_lateinit_original", cls.__init__)
-    if listener is None:
-        cls.__init__ = initialise
-        return True
 
-    @functools.wraps(initialise)
-    def told(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialise(self, *args, **kwargs)
-        listener(self)
+    def telling(initialise: Any) -> Any:
+        def told(self: Any, *args: Any, **kwargs: Any) -> None:
+            initialise(self, *args, **kwargs)
+            listener(self)  # type: ignore[misc]
 
-    told._lateinit_original = initialise  # type: ignore[attr-defined]
-    cls.__init__ = told
+        return told
+
+    _replace(module.DTensor, "__init__", telling if listener else None)
     return True
+
+
+def _replace(owner: Any, name: str, telling: Callable[[Any], Any] | None) -> None:
+    """Put ``telling(original)`` in the place of a method, or the original back if it is None."""
+    found = inspect.getattr_static(owner, name)  # which may be inherited
+    bound = isinstance(found, classmethod)
+    function = found.__func__ if bound else found
+    original = getattr(function, "_lateinit_original", function)
+    new: Any = original
+    if telling is not None:
+        new = functools.wraps(original)(telling(original))
+        new._lateinit_original = original
+    setattr(owner, name, classmethod(new) if bound else new)
 
 
 class KeptByFsdp(NamedTuple):
@@ -99,17 +109,15 @@ def tell_of_fsdp_parameters(
     cls = module.FSDPParam
     if not cls.__annotations__.keys() >= _KEPT:  # another torch; it is slower, and as right
         return True
-    initialise = getattr(cls.__init__, "_lateinit_original", cls.__init__)
-    if listener is None:
-        cls.__init__ = initialise
-        return True
 
-    @functools.wraps(initialise)
-    def told(self: Any, param: Tensor, *args: Any, **kwargs: Any) -> None:
-        listener(lambda: initialise(self, param, *args, **kwargs), self, param)
+    def telling(initialise: Any) -> Any:
+        def told(self: Any, param: Tensor, *args: Any, **kwargs: Any) -> None:
+            make = functools.partial(initialise, self, param, *args, **kwargs)
+            listener(make, self, param)  # type: ignore[misc]
 
-    told._lateinit_original = initialise  # type: ignore[attr-defined]
-    cls.__init__ = told
+        return told
+
+    _replace(cls, "__init__", telling if listener else None)
     return True
 
 
@@ -150,25 +158,18 @@ def tell_of_cuts(listener: Callable[[Cut], Tensor] | None) -> bool:
     module = sys.modules.get("torch.distributed.tensor.placement_types")
     if module is None:
         return False
+    shard = listener and functools.partial(_telling_of_shard, listener)
     for cls in (module.Shard, module._StridedShard):
-        original = getattr(cls._shard_tensor, "_lateinit_original", cls._shard_tensor)
-        cls._shard_tensor = original if listener is None else _told_of_shard(original, listener)
-    cls, name = module.Replicate, "_make_replicate_tensor"
-    if name in vars(cls):  # torch before 2.12 has one method less
-        original = vars(cls)[name].__func__
-        original = getattr(original, "_lateinit_original", original)
-        told = original if listener is None else _told_of_replica(original, listener)
-        setattr(cls, name, classmethod(told))
-    else:
-        name = "_replicate_tensor"
-        original = getattr(vars(cls)[name], "_lateinit_original", vars(cls)[name])
-        told = original if listener is None else _told_of_replica(original, listener)
-        setattr(cls, name, told)
+        _replace(cls, "_shard_tensor", shard)
+    # torch before 2.12 has one method less.
+    names = ("_make_replicate_tensor", "_replicate_tensor")
+    name = next(name for name in names if name in vars(module.Replicate))
+    replica = listener and functools.partial(_telling_of_replica, listener)
+    _replace(module.Replicate, name, replica)
     return True
 
 
-def _told_of_shard(original: Any, listener: Callable[[Cut], Tensor]) -> Any:
-    @functools.wraps(original)
+def _telling_of_shard(listener: Callable[[Cut], Tensor], original: Any) -> Any:
     def told(self: Any, tensor: Tensor, mesh: Any, mesh_dim: int, *rest: Any, **more: Any) -> Any:
         def take(tensor: Tensor) -> Any:
             return original(self, tensor, mesh, mesh_dim, *rest, **more)
@@ -181,19 +182,16 @@ def _told_of_shard(original: Any, listener: Callable[[Cut], Tensor]) -> Any:
         dim = self.dim if simple and 0 <= self.dim < tensor.dim() else None
         return listener(Cut(take, tensor, dim, mesh.size(mesh_dim), place[mesh_dim]))
 
-    told._lateinit_original = original  # type: ignore[attr-defined]
     return told
 
 
-def _told_of_replica(original: Any, listener: Callable[[Cut], Tensor]) -> Any:
-    @functools.wraps(original)
+def _telling_of_replica(listener: Callable[[Cut], Tensor], original: Any) -> Any:
     def told(owner: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         def take(tensor: Tensor) -> Any:
             return original(owner, tensor, *args, **kwargs)
 
         return listener(Cut(take, tensor, None, 0, 0))
 
-    told._lateinit_original = original  # type: ignore[attr-defined]
     return told
 
 
@@ -245,6 +243,18 @@ def axes_as_sharded(shard: Any) -> Sequence[int]:
     return [axis for entry in order for axis in entry.mesh_dims]
 
 
+def chunk_of(length: int, parts: int, part: int) -> range:
+    """The indices that one of some parts has, as ``torch.chunk`` cuts: the last parts are shorter.
+
+    Args:
+        length: how many indices there are.
+        parts: into how many parts they are cut.
+        part: which of them.
+    """
+    chunk = -(-length // parts)
+    return range(min(length, part * chunk), min(length, (part + 1) * chunk))
+
+
 def indices_of_part(placement: Any, length: int, parts: int, part: int) -> Sequence[int] | None:
     """The indices along the dim of a placement that one of some parts has; None if it cuts no dim.
 
@@ -254,10 +264,9 @@ def indices_of_part(placement: Any, length: int, parts: int, part: int) -> Seque
         parts: into how many parts, the size of the axis.
         part: which of them.
     """
-    # Whoever made the placement has imported its class. As torch.chunk cuts: so it is documented.
+    # Whoever made the placement has imported its class. It cuts so by its documentation.
     if type(placement) is sys.modules["torch.distributed.tensor"].Shard:
-        chunk = -(-length // parts)
-        return range(min(length, part * chunk), min(length, (part + 1) * chunk))
+        return chunk_of(length, parts, part)
     # `_StridedShard`, whose uneven parts differ between torch versions, is asked itself.
     split = getattr(placement, "_split_tensor", None)
     if split is None:
