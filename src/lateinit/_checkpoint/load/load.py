@@ -298,6 +298,7 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
     """Run ``load_state_dict`` on stand-ins for the checkpoint; each copy puts real values."""
     module, reader, rehearsal = plan.module, plan.reader, plan.rehearsal
     stands = Stands(reader, plan.names.found)
+    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     copies = 0
 
     def on_copy(target: Tensor, source: Tensor) -> None:
@@ -308,7 +309,9 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         if name is None:
             stands.reveal(source)
             placer.reveal(source)
-        read = partial(block_of, source) if name is None else partial(reader.read, name)
+        read = partial(block_of, source)
+        if name is not None:  # a rank reads its share only
+            read = partial(reader.read, name, alone=sharded)
         values = partial(_values_for, target, source, read, plan.names)
         if name is None:
             placer.put(target, values(), take=False)
@@ -327,7 +330,6 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
     # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
-    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(
