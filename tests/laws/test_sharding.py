@@ -272,8 +272,11 @@ def test_a_plan_tells_what_is_computed_whole_for_shards() -> None:
     assert int(orthogonal[1].replace(",", "")) >= 4 * 300 * 600
     assert "-> 2.weight (a shard of 84 bytes, computed whole)" in text  # small
     assert re.search(r"-> 0\.weight$", text, re.MULTILINE)
+    drawn = 600 * 300 + 3 * 7 + 500 + 600 + 3
+    kept = 4 * (300 * 300 + 2 * 7 + 250 + 300 + 2)  # FSDP2 pads
+    assert f"{drawn:,} elements drawn, of which {kept:,} bytes are kept\n" in text
     assert re.search(
-        r"^\d steps for shards computed whole: [\d,]+ bytes, [\d,]+ at once$", text, re.MULTILINE
+        r"^5 steps for shards computed whole: [\d,]+ bytes, [\d,]+ at once, and", text, re.M
     )
 
 

@@ -61,14 +61,30 @@ class Plan:
         lines = [f"{steps}, {recorded}, {self.nbytes:,} bytes"]
         whole = {} if self.whole is None else self.whole(self)
         if whole:
-            count = f"{len(whole)} step{'s' * (len(whole) != 1)}"
-            total, most = sum(whole.values()), max(whole.values())
-            lines.append(f"{count} for shards computed whole: {total:,} bytes, {most:,} at once")
+            lines.append(self._cost_of(whole))
         for step in self.steps:
             cost = f" (a shard of {whole[step]:,} bytes, computed whole)" if step in whole else ""
             lines += [f"  {number:>5}  {self.program.ops[number]}" for number in step.ops]
             lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}{cost}" for g in step.gives]
         return "\n".join(lines)
+
+    def _cost_of(self, whole: dict[Step, int]) -> str:
+        """What the steps that compute full tensors compute, and what is kept of it."""
+        ops, storages = self.program.ops, self.program.storages
+        drawn = sum(
+            ref.numel
+            for step in whole
+            for number in step.ops
+            if ops[number].draw is not None
+            for ref in ops[number].written()
+        )
+        kept = sum(storages[number].nbytes for step in whole for number in step.gives)
+        total, most = sum(whole.values()), max(whole.values())
+        return (
+            f"{len(whole)} step{'s' * (len(whole) != 1)} for shards computed whole: {total:,} "
+            f"bytes, {most:,} at once, and {drawn:,} elements drawn, of which {kept:,} bytes are "
+            "kept"
+        )
 
 
 def plan_storages(program: Program, wanted: Iterable[int], before: int | None = None) -> list[Step]:
