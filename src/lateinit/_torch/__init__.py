@@ -166,6 +166,7 @@ from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
     REBUILD_TENSOR,
     REBUILD_TENSOR_WITH_DTYPE,
+    stored_by_dcp,
 )
 from lateinit._torch.storage import (
     LARGE,
@@ -401,6 +402,7 @@ __all__ = [
     "spoken",
     "stack_depth",
     "storage_key",
+    "stored_by_dcp",
     "swap_implementation",
     "swap_with_hooks",
     "takes_default_device",
