@@ -5,18 +5,24 @@ from __future__ import annotations
 import importlib
 import io
 import pickletools
+import warnings
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
     REBUILD_TENSOR,
     REBUILD_TENSOR_WITH_DTYPE,
+    stored_by_dcp,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def named_in(saved: Any) -> list[tuple[str, str]]:
@@ -56,3 +62,19 @@ def test_a_tensor_of_a_newer_dtype_is_rebuilt_from_bytes_and_the_dtype(dtype: to
 def test_a_parameter_is_rebuilt_around_a_tensor() -> None:
     """torch/nn/parameter.py: __reduce_ex__ gives _rebuild_parameter and the data."""
     assert named_in(nn.Parameter(torch.ones(2)))[:2] == [REBUILD_PARAMETER, REBUILD_TENSOR]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_dcp_looks_for_a_block_where_its_record_says(tmp_path: Path) -> None:
+    """torch/distributed/checkpoint/filesystem.py: read_data seeks to offset, and reads length."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.save({"a": torch.ones(3)}, checkpoint_id=tmp_path)
+    (found,) = dcp.FileSystemReader(tmp_path).read_metadata().storage_data.values()
+    assert found == stored_by_dcp(found.relative_path, found.offset, found.length)
+    with (tmp_path / found.relative_path).open("rb") as file:
+        file.seek(found.offset)
+        block = torch.load(io.BytesIO(file.read(found.length)))
+    assert block.equal(torch.ones(3))

@@ -119,8 +119,13 @@ class ShardedSave:
 
         def finished(future: Any) -> None:
             try:
-                with self._told():
-                    future.result()
+                try:
+                    with self._told():
+                        future.result()
+                finally:
+                    # Before the result is known: whoever waits for it may end all groups then, and
+                    # a group that two threads end at once aborts the process.
+                    dist.destroy_process_group(group)
                 found = done()
             except BaseException as error:  # noqa: BLE001 - it is the result
                 self.close()
