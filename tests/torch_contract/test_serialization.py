@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import pickletools
 import warnings
 import zipfile
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,8 +16,11 @@ from torch import nn
 
 from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
+    REBUILD_PARAMETER_WITH_STATE,
     REBUILD_TENSOR,
+    REBUILD_TENSOR_WITH_ATTRIBUTES,
     REBUILD_TENSOR_WITH_DTYPE,
+    rebuild,
     stored_by_dcp,
 )
 
@@ -38,8 +41,14 @@ def named_in(saved: Any) -> list[tuple[str, str]]:
 
 def test_the_names_are_those_of_functions() -> None:
     """torch/_utils.py: the functions that unpickling calls."""
-    for module, name in (REBUILD_TENSOR, REBUILD_TENSOR_WITH_DTYPE, REBUILD_PARAMETER):
-        assert callable(getattr(importlib.import_module(module), name))
+    for name in (
+        REBUILD_PARAMETER,
+        REBUILD_PARAMETER_WITH_STATE,
+        REBUILD_TENSOR,
+        REBUILD_TENSOR_WITH_ATTRIBUTES,
+        REBUILD_TENSOR_WITH_DTYPE,
+    ):
+        assert callable(rebuild(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -62,6 +71,19 @@ def test_a_tensor_of_a_newer_dtype_is_rebuilt_from_bytes_and_the_dtype(dtype: to
 def test_a_parameter_is_rebuilt_around_a_tensor() -> None:
     """torch/nn/parameter.py: __reduce_ex__ gives _rebuild_parameter and the data."""
     assert named_in(nn.Parameter(torch.ones(2)))[:2] == [REBUILD_PARAMETER, REBUILD_TENSOR]
+
+
+def test_attributes_of_tensors_come_with_the_function_that_has_built_them() -> None:
+    """torch/_tensor.py: __reduce_ex__, and torch/nn/parameter.py."""
+    tensor, parameter = torch.ones(2), nn.Parameter(torch.ones(2))
+    tensor.tag = parameter.tag = "marked"
+    assert named_in(tensor)[:2] == [REBUILD_TENSOR_WITH_ATTRIBUTES, REBUILD_TENSOR]
+    assert ("torch", "Tensor") in named_in(tensor)
+    assert named_in(parameter)[:2] == [REBUILD_PARAMETER_WITH_STATE, REBUILD_TENSOR]
+    data, state = torch.ones(2), {"tag": "marked"}
+    built = rebuild(REBUILD_PARAMETER_WITH_STATE)(data, True, OrderedDict(), state)
+    assert built.tag == "marked"
+    assert rebuild(REBUILD_PARAMETER)(data, True, OrderedDict()).equal(built)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
