@@ -164,8 +164,12 @@ from lateinit._torch.script import (
 )
 from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
+    REBUILD_PARAMETER_WITH_STATE,
     REBUILD_TENSOR,
+    REBUILD_TENSOR_WITH_ATTRIBUTES,
     REBUILD_TENSOR_WITH_DTYPE,
+    rebuild,
+    stored_by_dcp,
 )
 from lateinit._torch.storage import (
     LARGE,
@@ -242,7 +246,9 @@ __all__ = [
     "OP_TABLE",
     "OWN_ATTRIBUTES",
     "REBUILD_PARAMETER",
+    "REBUILD_PARAMETER_WITH_STATE",
     "REBUILD_TENSOR",
+    "REBUILD_TENSOR_WITH_ATTRIBUTES",
     "REBUILD_TENSOR_WITH_DTYPE",
     "REGISTRATION_HOOKS",
     "TRUNCATED",
@@ -386,6 +392,7 @@ __all__ = [
     "reaches_for_memory",
     "read_autocast",
     "read_determinism",
+    "rebuild",
     "register",
     "remove_hook",
     "replace_forward_pre_hook",
@@ -401,6 +408,7 @@ __all__ = [
     "spoken",
     "stack_depth",
     "storage_key",
+    "stored_by_dcp",
     "swap_implementation",
     "swap_with_hooks",
     "takes_default_device",

@@ -20,7 +20,14 @@ from torch.nn.parameter import is_lazy
 from lateinit._checkpoint.formats import Reader, StoredTensor, block_of, open_checkpoint
 from lateinit._checkpoint.load.assign import Placer
 from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
-from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
+from lateinit._checkpoint.load.dry_run import (
+    Rehearsal,
+    caught,
+    plain_state,
+    refuse_foreign,
+    rehearse,
+    run,
+)
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.selection import AS_FOUND, Choice, selected
 from lateinit._checkpoint.load.sending import Link
@@ -164,6 +171,7 @@ def _planned(module: nn.Module, reader: Reader, cast: Cast, strict: bool) -> Loa
         parts_of(shard, name)  # raises if it is not known where it lies
     for group in groups:
         check_shared(group, cast)
+    refuse_foreign(reader, state)
     reader = translated(module, reader, state)
     rehearsal = rehearse(module, reader, cast, state, strict=strict)
     sized: dict[str, nn.Module] = {}
