@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import pickle
 import pickletools
 import zipfile
 from typing import Any
@@ -16,14 +17,22 @@ from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
     REBUILD_TENSOR,
     REBUILD_TENSOR_WITH_DTYPE,
+    REBUILDING,
+    bytes_loaded,
+    rebuild_tensor,
 )
+
+
+def archived(saved: Any) -> io.BytesIO:
+    archive = io.BytesIO()
+    torch.save(saved, archive)
+    archive.seek(0)
+    return archive
 
 
 def named_in(saved: Any) -> list[tuple[str, str]]:
     """The functions and classes that ``torch.save`` has the pickle of an object name, in order."""
-    archive = io.BytesIO()
-    torch.save(saved, archive)
-    with zipfile.ZipFile(archive) as opened:
+    with zipfile.ZipFile(archived(saved)) as opened:
         (name,) = (name for name in opened.namelist() if name.endswith("/data.pkl"))
         pickled = opened.read(name)
     found = [arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"]
@@ -56,3 +65,28 @@ def test_a_tensor_of_a_newer_dtype_is_rebuilt_from_bytes_and_the_dtype(dtype: to
 def test_a_parameter_is_rebuilt_around_a_tensor() -> None:
     """torch/nn/parameter.py: __reduce_ex__ gives _rebuild_parameter and the data."""
     assert named_in(nn.Parameter(torch.ones(2)))[:2] == [REBUILD_PARAMETER, REBUILD_TENSOR]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+def test_a_tensor_that_is_loaded_is_rebuilt_by_one_function(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch/_utils.py: _rebuild_tensor_v2 and _rebuild_tensor_v3."""
+    found = []
+
+    def listening(storage: Any, *args: Any) -> torch.Tensor:
+        found.append(bytes_loaded(storage))
+        return rebuild_tensor(storage, *args)
+
+    monkeypatch.setattr(*REBUILDING, listening)
+    for data in (pickle.dumps(torch.ones(3).to(dtype)), archived(torch.ones(3).to(dtype))):
+        loads = pickle.loads if isinstance(data, bytes) else torch.load
+        assert torch.equal(loads(data), torch.ones(3).to(dtype))
+    assert found == [3 if dtype is torch.uint8 else None] * 2
+
+
+def test_a_state_that_is_unpickled_into_a_generator_is_read_from_memory() -> None:
+    """torch/csrc/Generator.cpp: no mode hears of it, and an error in it is an internal one."""
+    state = torch.Generator().get_state()
+    with pytest.raises(SystemError, match="__setstate__"):
+        torch.Generator().__setstate__((1, None, state.to("meta")))
