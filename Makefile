@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The kernels in C; without a compiler they are left out, and so is this.
 NATIVE := $(VENV)/.native
+# What builds the site. The demo does without it.
+SITE := $(VENV)/.site
 
 # No hub is asked for anything, and two test workers do not fight over the cores.
 export HF_HUB_OFFLINE := 1
@@ -13,7 +15,7 @@ QUIET_CORES := OMP_NUM_THREADS=1
 MATRIX := 2.13.0 2.14.1 2.15.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick matrix lint format zoo shards recipes sweep bench clean
+.PHONY: help demo test quick matrix lint format docs zoo shards recipes sweep bench clean
 
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
@@ -22,6 +24,7 @@ help:
 	@echo "make matrix  the same under three torch versions and six CPU settings (long)"
 	@echo "make lint    ruff, mypy and the walls between rooms"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make docs    the site, into build/site"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
 	@echo "make recipes every recipe of docs/recipes.md whose library is installed"
@@ -55,13 +58,21 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[docs]'
+	@touch $@
+
+# Without the notice that mkdocs-material is maintained until May 2027 and has a successor.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The second run uses the kernels of a CPU without vector extensions: tests must pass on any CPU. The
 # others do without the native kernels, which must have been built for the first ones.
-test: lint $(NATIVE)
+test: lint docs $(NATIVE)
 	! command -v cc > /dev/null || $(BIN)/python -c 'import lateinit._native._kernels'
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2
 	$(QUIET_CORES) ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 -q --quick
