@@ -92,6 +92,24 @@ class DataFile:
                     )
                 into = into[count:]
 
+    def place_of(self, address: int) -> int | None:
+        """Which byte of the file is at an address; None if it is not mapped there.
+
+        Also None where the system does not tell. ``torch.load(mmap=True)`` says of no storage where
+        in the file it is.
+        """
+        try:
+            lines = Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines()
+        except OSError:
+            return None
+        own = os.fstat(self._file.fileno()).st_ino
+        for line in lines:  # man 5 proc: first-last, permissions, place, device, inode, path
+            addresses, _, place, _, inode, *_ = line.split(maxsplit=5)
+            first, last = (int(number, 16) for number in addresses.split("-"))
+            if first <= address < last:
+                return int(place, 16) + address - first if int(inode) == own else None
+        return None
+
     def _fill(self, out: Tensor, start: int, layout: Tensor) -> None:
         if layout.is_contiguous():
             first = start + int(layout.storage_offset()) * layout.dtype.itemsize
@@ -138,20 +156,3 @@ def _map(number: int) -> mmap.mmap:
         flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(number, 0, flags=flags, prot=access)
     return mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
-
-
-def place_in_file(address: int) -> int | None:
-    """Which byte of a mapped file is at an address; None where the system does not tell.
-
-    ``torch.load(mmap=True)`` says of no storage where in the file it is.
-    """
-    try:
-        lines = Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines()
-    except OSError:
-        return None
-    for line in lines:  # man 5 proc: first-last, permissions, place, device, inode, path
-        addresses, _, place, _, inode, *_ = line.split(maxsplit=5)
-        first, last = (int(number, 16) for number in addresses.split("-"))
-        if first <= address < last:
-            return int(place, 16) + address - first if inode != "0" else None
-    return None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
-from lateinit._checkpoint.formats.data_file import DataFile, place_in_file
+from lateinit._checkpoint.formats.data_file import DataFile
+from lateinit._checkpoint.formats.foreign_classes import without_foreign_classes
 from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit._torch import is_out_of_memory, is_wrapper, storage_key
 from lateinit.errors import CorruptCheckpointError, MismatchError
@@ -78,7 +79,7 @@ class TorchReader(Reader):
         """The first byte of a tensor's storage in the file; None if it is not known."""
         address = tensor.untyped_storage().data_ptr()
         if self._mapped is None:
-            start = place_in_file(address)
+            start = self._file.place_of(address)
             self._mapped = None if start is None else address - start
         # torch maps the file in one piece.
         start = None if self._mapped is None else address - self._mapped
@@ -96,7 +97,7 @@ def _load(path: Path) -> tuple[Any, bytes, set[int]]:
             header, starts = repr(records.directory).encode(), records.starts()
         # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
         # that a mapping relies on.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        found = _unpickled(path, is_zip=is_zip)
     except pickle.UnpicklingError as error:
         raise CorruptCheckpointError(
             f"{path} is a pickle of more than tensors and plain data, or a corrupt one. It could "
@@ -110,6 +111,16 @@ def _load(path: Path) -> tuple[Any, bytes, set[int]]:
             f"{path} is no whole file of torch.save: {_first_line(error)}; fetch or write it again"
         ) from error
     return found, header, starts
+
+
+def _unpickled(path: Path, *, is_zip: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError:
+        found = without_foreign_classes(path) if is_zip else None
+        if not _holds_tensor([found]):
+            raise
+        return found
 
 
 def starts_as_zip(path: Path) -> bool:
