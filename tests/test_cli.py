@@ -110,6 +110,15 @@ def test_inspect_prints_json_and_a_part() -> None:
     assert [t["name"] for t in data["tensors"]] == ["weight", "bias"]
 
 
+def test_inspect_shows_modules_down_to_a_depth() -> None:
+    arguments = ("inspect", "transformers:gpt2", "--kwargs", TINY, "--depth", 2)
+    shown = lateinit_command(*arguments).stdout
+    assert "transformer.h  " in shown
+    assert "transformer.h." not in shown
+    data = json.loads(lateinit_command(*arguments, "--json").stdout)
+    assert data["modules"][0]["parameters"] == data["totals"]["parameters"]
+
+
 def test_inspect_of_a_terminal_is_a_rich_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_is_terminal", lambda: True)
     shown = lateinit_command("inspect", *LINEAR).stdout

@@ -124,6 +124,34 @@ def infer_shapes(
     return left
 
 
+@restoring
+@unhurried
+def observe_forward(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observer: Callable[[nn.Module], contextlib.AbstractContextManager[object]],
+    *,
+    real: bool = False,
+) -> None:
+    """Run a forward pass as ``infer_shapes`` does, and leave the model as it was, lazy modules too.
+
+    Args:
+        module: the model.
+        args: the arguments of its ``forward``.
+        kwargs: the arguments by keyword.
+        observer: makes the context in which the pass runs. Hooks that it puts on modules are taken
+            off again.
+        real: run the pass with values.
+    """
+    names = IdentityMap((part, name) for name, part in module.named_modules())
+    _Run(names, real, observer).forward(module, args, kwargs)
+
+
+def _unobserved(_: nn.Module) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext()
+
+
 class _Run:
     """One forward pass, in which lazy modules are initialised by way of trial.
 
@@ -135,9 +163,12 @@ class _Run:
         lending: makes the stand-ins.
     """
 
-    def __init__(self, names: IdentityMap[nn.Module, str], real: bool) -> None:
+    def __init__(
+        self, names: IdentityMap[nn.Module, str], real: bool, observer: Any = _unobserved
+    ) -> None:
         self.names = names
         self.real = real
+        self._observer = observer
         self.met: IdentityMap[nn.Module, tuple[Any, Any, UpToEnd | None]] = IdentityMap()
         self.done: IdentityMap[nn.Module, None] = IdentityMap()
         self.lending = Lending(self._with_values if real else counting_stand_in)
@@ -176,7 +207,7 @@ class _Run:
         if self.real:
             left += self._values_left(everything, module)
         self._prepare(module)
-        with self._mode(), _said_where(self.real):
+        with self._mode(), _said_where(self.real), self._observer(module):
             module(*args, **kwargs)
 
     def _values_left(self, graph: Any, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

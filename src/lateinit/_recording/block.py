@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ from lateinit._torch import (
 from lateinit.errors import RecordingError, UninitializedError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 # A block keeps its place in the random stream as a token in the default generator (see
 # ``generators``). All threads share that generator, so only one thread records at a time.
 _one_thread = turn()
@@ -383,7 +384,7 @@ def _like(tensor: Tensor) -> Tensor:
 _PATCHES = ((LazyModuleMixin, "_infer_parameters", _inferred),)
 
 
-def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+def deferred_init(make: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``make(*args, **kwargs)`` in a ``deferred()`` block.
 
     Example:
