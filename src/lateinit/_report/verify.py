@@ -16,6 +16,7 @@ from lateinit._checkpoint.save import Item, TensorComputer, batches, collect
 from lateinit._progress import Progress
 from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
+from lateinit._tensors import DTypes, casting
 from lateinit._torch import as_bytes
 from lateinit._units import format_bytes
 
@@ -37,7 +38,7 @@ class Verification(Comparison):
 
 
 def verify(
-    module: nn.Module, path: Path, *, seed: int, dtype: torch.dtype | None = None
+    module: nn.Module, path: Path, *, seed: int, dtype: DTypes | None = None
 ) -> Verification:
     """Compare a checkpoint with the values of a deferred module, which stays deferred.
 
@@ -60,7 +61,7 @@ def verify(
         >>> verify(layer, tmp_path / "verified.safetensors", seed=0).equal
         True
     """
-    items = collect(module, dtype)
+    items = collect(module, casting(None, dtype))
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
     reader = open_checkpoint(path)
     if reader.homes:
