@@ -31,6 +31,7 @@ from lateinit._lazy.protocols import (
 )
 from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, is_readable, needs_values, readable
+from lateinit._log import log
 from lateinit._rng import RandomStates
 from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_parameter, own_copy
 from lateinit._torch import (
@@ -121,6 +122,7 @@ def infer_shapes(
         )
     run.initialise()
     close_holes(module)
+    log.info("inferred the shapes of %d lazy modules; %d left", len(run.met), len(left))
     return left
 
 

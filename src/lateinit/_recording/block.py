@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lateinit._identity import IdentityMap
 from lateinit._integrations import is_pfn_layer
+from lateinit._log import log
 from lateinit._program import Program
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.guard import watch_sharding
@@ -161,6 +162,9 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         recording.rest()
         _one_thread.release()
         self._release()
+        program = recording.writer.program
+        done = "recorded" if error is None else "gave up after"
+        log.info("%s %d ops on %d storages", done, len(program.ops), len(program.storages))
 
     def abandon(self, trace: TracebackType | None = None) -> None:
         """End the block wherever it was interrupted, as if it had not been entered.
