@@ -334,6 +334,9 @@ def test_info_says_what_a_bug_report_needs() -> None:
     shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert shown["torch"] == torch.__version__
     assert shown["lateinit"] == lateinit.__version__
+    assert len(shown["processor"]) > 3
+    assert shown["memory"].endswith("B")
+    assert (shown["accelerators"] == "none") is not torch.cuda.is_available()
     assert f"{torch.get_num_threads()} of " in shown["threads"]
     assert torch.backends.cpu.get_cpu_capability() in done.stdout
 
