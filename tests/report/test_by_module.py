@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -139,6 +140,46 @@ def test_depth_bounds_what_is_shown_and_not_what_counts(depth: int, names: list[
     assert found[""].parameters == 6 + 9
 
 
+def test_a_module_that_calls_itself_counts_once() -> None:
+    class Again(nn.Linear):
+        def forward(self, x: torch.Tensor, left: int = 2) -> torch.Tensor:
+            return self(super().forward(x), left - 1) if left else x
+
+    found = modules(Again(3, 3), example=torch.ones(2, 3))[""]
+    assert (found.flops, found.calls) == (2 * 36, 3)
+
+
+def test_a_call_that_fails_and_is_caught_counts_what_it_did() -> None:
+    class Failing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError(super().forward(x).shape)
+
+    class Catching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.failing = nn.Linear(3, 3), Failing(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for _ in range(2):
+                with contextlib.suppress(KeyError):
+                    self.failing(x)
+            return x
+
+    found = modules(Catching(), example=torch.ones(2, 3))
+    assert {name: each.flops for name, each in found.items()} == {
+        "": 3 * 36,
+        "first": 36,
+        "failing": 2 * 36,
+    }
+    assert found["failing"].outputs == ()
+
+
+def test_a_named_tuple_is_one_input() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2, 3)])
+    assert modules(nn.LSTM(3, 4), example=packed)[""].calls == 1
+
+
 def test_repeated_modules_share_a_line() -> None:
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(40)])
     shown = str(lateinit.summary(model, example=torch.ones(2, 3)))
@@ -167,6 +208,8 @@ def test_the_data_are_json() -> None:
     ("options", "error", "said"),
     [
         ({"depth": -1}, ValueError, "depth=-1"),
+        ({"depth": 1.5}, ValueError, "depth=1.5"),
+        ({"depth": "1"}, ValueError, "depth='1'"),
         ({"example": (1, 3, 9, 9)}, TypeError, "holds no tensor"),
         ({"example": {}}, TypeError, "holds no tensor"),
         ({"example": IMAGES[0, 0, 0]}, errors.ShapeError, "0: "),

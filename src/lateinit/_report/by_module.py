@@ -68,10 +68,15 @@ class Calls:
 
 @dataclass(slots=True)
 class Observer:
-    """Notes the calls of modules in one forward pass."""
+    """Notes the calls of modules in one forward pass.
+
+    Attributes:
+        met: the modules that were called.
+        _open: the calls that have not returned, with the operations counted before each.
+    """
 
     met: IdentityMap[nn.Module, Calls] = field(default_factory=IdentityMap)
-    _begun: list[int] = field(default_factory=list)
+    _open: list[tuple[nn.Module, int]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
@@ -80,19 +85,29 @@ class Observer:
 
             def before(module: nn.Module, args: Any, kwargs: Any) -> None:
                 self.met.setdefault(module, Calls(_shapes((args, kwargs))))
-                self._begun.append(counter.get_total_flops())
+                self._open.append((module, counter.get_total_flops()))
 
             def after(module: nn.Module, args: Any, result: Any) -> None:
+                if not self._is_open(module):  # a hook of the module's own failed before ours
+                    return
+                part, start = self._open.pop()
+                while part is not module:
+                    part, start = self._open.pop()
                 found = self.met[module]
-                found.flops += counter.get_total_flops() - self._begun.pop()
+                if not self._is_open(module):  # else its call by itself is part of the first one
+                    found.flops += counter.get_total_flops() - start
                 found.outputs = found.outputs if found.calls else _shapes(result)
                 found.calls += 1
 
             for part in model.modules():
                 if not isinstance(part, ScriptModule):  # takes no hooks of Python functions
                     part.register_forward_pre_hook(before, with_kwargs=True)
-                    part.register_forward_hook(after)
+                    # Also after a call that failed, which the model may catch.
+                    part.register_forward_hook(after, always_call=True)
             yield
+
+    def _is_open(self, module: nn.Module) -> bool:
+        return any(part is module for part, _ in self._open)
 
 
 def observed(model: nn.Module, example: Any, *, real: bool) -> IdentityMap[nn.Module, Calls]:
@@ -115,15 +130,22 @@ def observed(model: nn.Module, example: Any, *, real: bool) -> IdentityMap[nn.Mo
     if isinstance(example, Mapping):
         args, kwargs = (), dict(example)
     else:
-        args, kwargs = tuple(example) if isinstance(example, (tuple, list)) else (example,), {}
+        # A named tuple, such as a PackedSequence, is one argument.
+        args, kwargs = tuple(example) if type(example) in (tuple, list) else (example,), {}
     observe_forward(model, args, kwargs, observer.watch, real=real)
     return observer.met
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    leaves: list[Any] = []
-    map_leaves(leaves.append, values)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return leaf  # containers are made anew, and some look at what they are given
+
+    map_leaves(note, values)
+    return found
 
 
 def _shapes(values: Any) -> Shapes:

@@ -176,7 +176,7 @@ def summary(
         ShapeError: the example does not fit a lazy module.
         TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given for what is no
             module.
-        ValueError: ``depth`` is negative.
+        ValueError: ``depth`` is no whole number, or negative.
 
     Example:
         >>> with lateinit.deferred():
@@ -192,8 +192,11 @@ def summary(
         >>> found.modules[0].outputs, found.modules[0].flops
         (((3, 2),), 48)
     """
-    if depth is not None and depth < 0:
-        raise ValueError(f"depth={depth}: 0 shows the model alone, 1 its children too")
+    level: object = depth
+    if level is not None and not (isinstance(level, int) and level >= 0):
+        raise ValueError(
+            f"depth={depth!r} is no level: 0 shows the model alone, 1 its children too"
+        )
     if (depth is not None or example is not None) and not isinstance(module, nn.Module):
         raise TypeError(f"depth= and example= are for a module, not {type(module)}")
     found = entries(module, only)
