@@ -15,6 +15,7 @@ from benchmarks import loading, materialize, native
 from benchmarks.clusters import clusters
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Goal, Row, Run, machine
+from benchmarks.importing import importing
 from benchmarks.lazy import architectures, inference
 from benchmarks.materialize import against_eager
 from benchmarks.reading import reading
@@ -57,6 +58,7 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "clusters": clusters,
     **{f"small-modules-{name}": small_modules(name) for name in MODELS},
     "small-modules-growth": growth,
+    "import": importing,
 }
 
 

@@ -33,6 +33,7 @@ from lateinit._checkpoint.save import (
 )
 from lateinit._distributed import Agreement, is_running, ranks_of
 from lateinit._integrations import saved_config
+from lateinit._log import log
 from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
@@ -190,6 +191,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 stage.write_text(name, text)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+    log.info("saved %s", saved)
     return returned(target, saved)
 
 

@@ -15,10 +15,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lateinit._program.ops import TensorRef
 from lateinit._program.program import Program
+from lateinit._text import as_html, folded
 
 
 class Step(NamedTuple):
@@ -51,10 +52,33 @@ class Plan:
         storages = self.program.storages
         return sum(storages[number].nbytes for step in self.steps for number in step.gives)
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data: the ops of each step in words, and what it computes."""
+        names = self._names()
+        steps = [
+            {
+                "ops": [str(self.program.ops[number]) for number in step.ops],
+                "gives": [name for g in step.gives for name in names.get(g, [f"%{g}"])],
+            }
+            for step in self.steps
+        ]
+        return {"steps": steps, "recorded_ops": len(self.program.ops), "bytes": self.nbytes}
+
+    def __repr__(self) -> str:
+        return "\n".join(folded(str(self).splitlines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
+
+    def _names(self) -> dict[int, list[str]]:
+        """The names of the tensors on each storage."""
         names: dict[int, list[str]] = {}
         for name, ref in self.names:
             names.setdefault(ref.storage, []).append(name)
+        return names
+
+    def __str__(self) -> str:
+        names = self._names()
         needed = sum(len(step.ops) for step in self.steps)
         recorded = f"{needed} of {len(self.program.ops)} recorded ops"
         steps = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"

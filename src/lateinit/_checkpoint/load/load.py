@@ -34,6 +34,7 @@ from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
+from lateinit._log import log
 from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
@@ -271,7 +272,10 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
     else:
         names = TensorNames(module)
     Filling(left, _is_known, plan.casts).run(progress=progress)
-    return _report(names, path, plan.reader, plan.fitting, computed)
+    found = _report(names, path, plan.reader, plan.fitting, computed)
+    counts = len(found.loaded), len(found.initialised), len(found.computed)
+    log.info("%s: %d tensors loaded, %d initialised, %d computed", path, *counts)
+    return found
 
 
 def _is_known(_: str, tensor: Tensor) -> bool:
