@@ -42,6 +42,7 @@ ERRORS = {
     "ConstantChangedError": RuntimeError,
     "CorruptCheckpointError": ValueError,
     "DeferredTensorError": RuntimeError,
+    "DeviceError": RuntimeError,
     "MaterializeError": RuntimeError,
     "MismatchError": ValueError,
     "NeedsValuesError": RuntimeError,

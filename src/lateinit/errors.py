@@ -8,7 +8,8 @@ Every exception is a ``LateinitError`` and also one of Python's own, given in pa
      +-- NotRecordedError      (RuntimeError)             a meta tensor that was never recorded
      +-- ConstantChangedError  (RuntimeError)             real data that a program reads has changed
      +-- SeedError             (ValueError)               another seed would build another model
-     +-- PatternError          (ValueError)               `only=` matches nothing
+     +-- PatternError          (ValueError)               a pattern matches nothing, or two disagree
+      +-- DeviceError           (RuntimeError)             `device=` names a device that is not there
      +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
      +-- ShardingError         (RuntimeError)             shards cannot be computed, or do not fit
      +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
@@ -56,7 +57,11 @@ class SeedError(LateinitError, ValueError):
 
 
 class PatternError(LateinitError, ValueError):
-    """A pattern of ``only=`` matches no tensor."""
+    """A pattern matches no tensor, or two patterns say different things of one tensor."""
+
+
+class DeviceError(LateinitError, RuntimeError):
+    """``device=`` names a device that this machine does not have."""
 
 
 class MaterializeError(LateinitError, RuntimeError):
