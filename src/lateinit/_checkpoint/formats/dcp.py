@@ -56,12 +56,38 @@ _KNOWN = {
 }
 
 
+class _Properties:
+    """The dtype of a tensor: all that is read of its ``TensorProperties``."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """As torch/distributed/checkpoint/metadata.py writes it."""
+        self.dtype = state[0]
+
+
+# Neither a memory format nor a layout is read; `torch.Size` has no subclasses.
+_STAND_INS = {
+    "Size": tuple,
+    "TensorProperties": _Properties,
+    "_MEM_FORMAT_ENCODING": int,
+    "_get_layout": str,
+}
+
+
 class _Unpickler(pickle.Unpickler):
+    """Makes objects of the classes that belong there, and changes nothing else.
+
+    A pickle can set attributes of whatever it names (``load_build`` in Lib/pickle.py), classes
+    included. So it is given subclasses that go with it.
+    """
+
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _KNOWN.get(module, ()):
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)
+        return type(name, (_STAND_INS.get(name) or super().find_class(module, name),), {})
 
 
 @dataclass(frozen=True, slots=True)

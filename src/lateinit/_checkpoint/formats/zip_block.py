@@ -10,6 +10,7 @@ import io
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILDERS:
-            return _REBUILDERS[module, name]
+            # A pickle can set attributes of what it is given (`load_build` in Lib/pickle.py).
+            return partial(_REBUILDERS[module, name])
         if (module, name) in STORAGES:
             return STORAGES[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
