@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 import warnings
 import zipfile
@@ -20,7 +21,10 @@ from lateinit._torch.serialization import (
     REBUILD_TENSOR,
     REBUILD_TENSOR_WITH_ATTRIBUTES,
     REBUILD_TENSOR_WITH_DTYPE,
+    REBUILDING,
+    bytes_loaded,
     rebuild,
+    rebuild_tensor,
     stored_by_dcp,
 )
 
@@ -28,11 +32,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def named_in(saved: Any) -> list[tuple[str, str]]:
-    """The functions and classes that ``torch.save`` has the pickle of an object name, in order."""
+def archived(saved: Any) -> io.BytesIO:
     archive = io.BytesIO()
     torch.save(saved, archive)
-    with zipfile.ZipFile(archive) as opened:
+    archive.seek(0)
+    return archive
+
+
+def named_in(saved: Any) -> list[tuple[str, str]]:
+    """The functions and classes that ``torch.save`` has the pickle of an object name, in order."""
+    with zipfile.ZipFile(archived(saved)) as opened:
         (name,) = (name for name in opened.namelist() if name.endswith("/data.pkl"))
         pickled = opened.read(name)
     found = [arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"]
@@ -100,3 +109,28 @@ def test_dcp_looks_for_a_block_where_its_record_says(tmp_path: Path) -> None:
         file.seek(found.offset)
         block = torch.load(io.BytesIO(file.read(found.length)))
     assert block.equal(torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+def test_a_tensor_that_is_loaded_is_rebuilt_by_one_function(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch/_utils.py: _rebuild_tensor_v2 and _rebuild_tensor_v3."""
+    found = []
+
+    def listening(storage: Any, *args: Any) -> torch.Tensor:
+        found.append(bytes_loaded(storage))
+        return rebuild_tensor(storage, *args)
+
+    monkeypatch.setattr(*REBUILDING, listening)
+    for data in (pickle.dumps(torch.ones(3).to(dtype)), archived(torch.ones(3).to(dtype))):
+        loads = pickle.loads if isinstance(data, bytes) else torch.load
+        assert torch.equal(loads(data), torch.ones(3).to(dtype))
+    assert found == [3 if dtype is torch.uint8 else None] * 2
+
+
+def test_a_state_that_is_unpickled_into_a_generator_is_read_from_memory() -> None:
+    """torch/csrc/Generator.cpp: no mode hears of it, and an error in it is an internal one."""
+    state = torch.Generator().get_state()
+    with pytest.raises(SystemError, match="__setstate__"):
+        torch.Generator().__setstate__((1, None, state.to("meta")))

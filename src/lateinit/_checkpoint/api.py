@@ -37,7 +37,7 @@ from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
-from lateinit._tensors import AS_RECORDED, bound_in, cast_to
+from lateinit._tensors import Casting, Devices, DTypes, bound_in, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
@@ -92,7 +92,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
-    dtype: torch.dtype | None = None,
+    dtype: DTypes | None = None,
     force: bool = False,
     progress: bool = False,
     seed: int | None = None,
@@ -159,18 +159,21 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     target = Path(os.path.realpath(path))
     one_file = target.suffix == ".safetensors"
     limit = parse_bytes(max_shard_size)
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise CheckpointError(f"dtype={dtype} is no floating-point dtype")
+    casts = casting(None, dtype)
     if format not in {None, "dcp", "safetensors"}:
         raise ValueError(f"format={format!r}: 'dcp' or 'safetensors' is meant")
     if format == "dcp" or any(is_dtensor(t) for t in module.parameters()):
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
         again = force or was_interrupted(target)
-        asked = _Asked(dtype, limit, again, seed, resume, format, wait, progress)
+        asked = _Asked(casts, limit, again, seed, resume, format, wait, progress)
         return _save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
     check_target(target, force=force or was_interrupted(target))  # `staged` looks again
-    items = collect(module, dtype)
+    items = collect(module, casts)
     shards = divide(items, None if one_file else limit, target.name if one_file else None)
     recorded, seed = _seeds(module, items, seed)
     metadata = _metadata(recorded if seed is None else seed)
@@ -197,8 +200,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Devices | None = None,
+    dtype: DTypes | None = None,
     progress: bool = False,
     check: bool = True,
     key: str | None = None,
@@ -287,7 +290,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         >>> [entry.name for entry in report.loaded], lateinit.is_deferred(layer)
         (['weight', 'bias'], False)
     """
-    cast = cast_to(device, dtype)
+    casts = casting(device, dtype)
     if not isinstance(module, nn.Module):
         raise TypeError(f"load_checkpoint takes a module, not {type(module)}")
     choice = Choice(key, prefix, rename)
@@ -308,7 +311,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             return load_into(
                 module,
                 Path(path),
-                cast,
+                casts,
                 strict=strict,
                 progress=progress,
                 check=check,
@@ -367,7 +370,7 @@ def _texts(module: nn.Module, shards: list[ShardFile]) -> dict[str, str]:
 class _Asked(NamedTuple):
     """What the caller of ``save_checkpoint`` asks of shards."""
 
-    dtype: torch.dtype | None
+    casts: Casting
     limit: int
     force: bool
     seed: int | None
@@ -390,9 +393,9 @@ def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
         )
     ranks = ranks_of(module, "save_checkpoint()")
     with ranks.together("preparing") as phase:
-        items = collect(module, asked.dtype, sharded=True)
+        items = collect(module, asked.casts, sharded=True)
         known, seed = _seeds(module, items, asked.seed)
-        filling = Filling(module, None, AS_RECORDED, seed)
+        filling = Filling(module, seed=seed)
         filling.check()
         if ranks:
             phase.compared = Agreement(ranks.shards, filling.left(), seed)

@@ -22,7 +22,7 @@ from lateinit._checkpoint.formats import Reader, foreign_in
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy import on_meta
-from lateinit._tensors import Cast, find_tensors, is_ordinary
+from lateinit._tensors import Casts, find_tensors, is_ordinary
 from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, CorruptCheckpointError, LateinitError, listing
 
@@ -144,7 +144,7 @@ def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
 def rehearse(
     module: nn.Module,
     reader: Reader,
-    cast: Cast,
+    casts: Casts,
     state: dict[str, Tensor] | None = None,
     *,
     strict: bool = False,
@@ -154,7 +154,7 @@ def rehearse(
     Args:
         module: the module.
         reader: the checkpoint.
-        cast: where deferred tensors will be placed.
+        casts: the device and dtype that each deferred tensor gets.
         state: the ``plain_state`` of the module. With it, nothing has to run if all shapes fit.
         strict: handed on to a class's own ``load_state_dict``.
 
@@ -165,7 +165,7 @@ def rehearse(
     if plainly is not None:
         return plainly
     names = {name for found in find_tensors(module) for name in found.names}
-    found, failure = _rehearse(module, Stands(reader, names), cast, strict=strict)
+    found, failure = _rehearse(module, Stands(reader, names), casts, strict=strict)
     if isinstance(failure, LateinitError):
         raise failure
     if failure is not None and is_misfit(failure):
@@ -178,11 +178,11 @@ def rehearse(
 
 
 def _rehearse(
-    module: nn.Module, stands: Stands, cast: Cast, *, strict: bool
+    module: nn.Module, stands: Stands, casts: Casts, *, strict: bool
 ) -> tuple[Rehearsal, Exception | None]:
     result = Rehearsal()
     failure: Exception | None = None
-    with shadowed(module, stands, cast) as shadows, caught(module) as lists:
+    with shadowed(module, stands, casts) as shadows, caught(module) as lists:
 
         def on_copy(target: Tensor, source: Tensor) -> None:
             stands.reveal(target)
