@@ -9,7 +9,7 @@ Every exception is a ``LateinitError`` and also one of Python's own, given in pa
      +-- ConstantChangedError  (RuntimeError)             real data that a program reads has changed
      +-- SeedError             (ValueError)               another seed would build another model
      +-- PatternError          (ValueError)               a pattern matches nothing, or two disagree
-      +-- DeviceError           (RuntimeError)             `device=` names a device that is not there
+     +-- DeviceError           (RuntimeError)             `device=` names a device that is not there
      +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
      +-- ShardingError         (RuntimeError)             shards cannot be computed, or do not fit
      +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
