@@ -21,6 +21,7 @@ from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
     Item,
     ShardFile,
+    WholeFiles,
     check_room,
     check_target,
     collect,
@@ -385,7 +386,6 @@ class _Asked(NamedTuple):
 def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
     """Have each rank write its shards."""
     # It imports torch.distributed.checkpoint, which takes more than a second.
-    from lateinit._checkpoint.save.shard_writers import WholeFiles  # noqa: PLC0415
     from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
 
     if not (asked.wait or is_running()):
