@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from lateinit._recording.autocast import is_cast_already
 from lateinit._recording.conversions import computed
+from lateinit._recording.value_checks import check_values
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor, take_place
 from lateinit._torch import (
@@ -188,6 +189,9 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             given = tensors_in(args, kwargs)
             op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             requiring = tuple(tensor.requires_grad for tensor in given)
+            info = by_name(op) if name == op else None
+            if info is not None and info.checks_values and not autocast:
+                check_values(writer, info, args, kwargs)
             options = op, torch.is_grad_enabled(), autocast, requiring
             shapes = [leaf.detach() for leaf in flat(result)]
             call = _Call(writer, options, args, kwargs, shapes)
