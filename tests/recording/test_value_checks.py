@@ -26,6 +26,11 @@ def far() -> Tensor:
     return torch.tensor([5])
 
 
+def late_in_the_row() -> Tensor:
+    """Probabilities of which the last one is none."""
+    return torch.cat([0.5 * ones(20), 2 * ones(1)])
+
+
 def none() -> Tensor:
     """Integers to divide by."""
     return zeros(3, dtype=torch.int64)
@@ -36,13 +41,11 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "multinomial": lambda: torch.multinomial(zeros(3), 1),
     "multinomial of less than zero": lambda: torch.multinomial(-ones(3), 1),
     "bernoulli": lambda: torch.bernoulli(2 * ones(5)),
-    "bernoulli when it has drawn": lambda: torch.bernoulli(
-        torch.cat([0.5 * ones(20), 2 * ones(1)])
-    ),
+    "bernoulli when it has drawn": lambda: torch.bernoulli(late_in_the_row()),
     "bernoulli_": lambda: zeros(5).bernoulli_(2 * ones(5)),
     "bernoulli of a number": lambda: torch.bernoulli(ones(3), 2.0),
     "bernoulli from another generator": lambda: torch.bernoulli(
-        torch.cat([0.5 * ones(20), 2 * ones(1)]), generator=torch.Generator().manual_seed(2)
+        late_in_the_row(), generator=torch.Generator().manual_seed(2)
     ),
     "normal": lambda: torch.normal(zeros(3), -ones(3)),
     "normal around a number": lambda: torch.normal(0.0, -ones(3)),
@@ -117,7 +120,7 @@ def test_a_refusal_of_values_can_be_caught_in_a_constructor_as_eagerly(name: str
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: torch.bernoulli(torch.cat([0.5 * ones(20), 2 * ones(1)])),
+        lambda: torch.bernoulli(late_in_the_row()),
         lambda: torch.bernoulli(torch.full((20,), 2.0) + torch.rand(20)),
     ],
     ids=["the generator was moved", "the values were random"],
@@ -151,3 +154,11 @@ def test_the_values_of_a_large_tensor_are_looked_at_when_they_are_computed() -> 
         model.register_buffer("rows", torch.randn(1000, 100)[torch.tensor([2000])])
     with pytest.raises(lateinit.errors.MaterializeError, match="index 2000 is out of bounds"):
         lateinit.materialize(model)
+
+
+def test_the_probabilities_of_a_large_tensor_are_refused_by_name_at_the_end_of_the_block() -> None:
+    with (
+        pytest.raises(lateinit.errors.MaterializeError, match=r"bernoulli.* to be true"),
+        lateinit.deferred(),
+    ):
+        torch.bernoulli(torch.full((300, 300), 2.0))

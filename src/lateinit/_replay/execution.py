@@ -15,6 +15,7 @@ from lateinit._replay.session import Computed, Memory, Session, failed
 from lateinit._replay.streams import Streams
 from lateinit._rng import set_state, state_of
 from lateinit._torch import is_out_of_memory, operators, turn, without_modes
+from lateinit.errors import LateinitError
 
 one_thread = turn()
 """Held by whoever realises tensors.
@@ -68,7 +69,9 @@ class Execution(Streams):
             try:
                 session.call(op, memory, generator)
             except RuntimeError as error:
-                raise error if is_out_of_memory(error) else failed(number, op, error) from error
+                if is_out_of_memory(error) or isinstance(error, LateinitError):
+                    raise
+                raise failed(number, op, error) from error
 
 
 _Key = tuple[int | None, Any]
