@@ -189,7 +189,7 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             given = tensors_in(args, kwargs)
             op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             requiring = tuple(tensor.requires_grad for tensor in given)
-            info = by_name(op) if name == op else None
+            info = None if name in _IN_PYTHON else by_name(op)
             if info is not None and info.checks_values and not autocast:
                 check_values(writer, info, args, kwargs)
             options = op, torch.is_grad_enabled(), autocast, requiring

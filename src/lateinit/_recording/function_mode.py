@@ -53,6 +53,7 @@ from lateinit._torch import (
     takes_default_device,
     tensors_in,
     untraced,
+    view_as_subclass,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -224,7 +225,8 @@ def _get_device(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
 
 
 def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> int:
-    if is_pointer_followed(between=2):  # of_deferred and __torch_function__
+    followed = is_pointer_followed(between=2)  # of_deferred and __torch_function__
+    if followed or writer.shared.has(writer.ref(args[0])):
         with without_modes():
             return writer.expose(args[0]).data_ptr()
     return address_of(args[0])
@@ -275,7 +277,10 @@ def _read(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Answer a read, such as ``tolist`` or ``repr``, from the computed values."""
     value = computed(writer, args[0])
     with without_modes():
-        return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
+        value.requires_grad_(args[0].requires_grad)
+        if type(args[0]) not in PLAIN_CLASSES:
+            value = view_as_subclass(value, type(args[0]))
+        return func(value, *args[1:], **kwargs)
 
 
 def _numpy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
