@@ -40,6 +40,7 @@ from lateinit._torch import (
     overload_for,
     register,
     tensors_in,
+    with_autograd,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -85,7 +86,7 @@ def _run_backward(grads: Any, name: str, *call: Any, **kwargs: Any) -> Any:
 
 
 def _called(name: str, graph: bool, autocast: Autocast, args: Any, kwargs: Any) -> list[Tensor]:
-    with torch.set_grad_enabled(graph), autocast_in_force(autocast):
+    with with_autograd(), torch.set_grad_enabled(graph), autocast_in_force(autocast):
         return tensors_in(flat(_callable(name)(*args, **kwargs)), {})
 
 

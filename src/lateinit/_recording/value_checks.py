@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lateinit._program import TensorRef, needed_ops
-from lateinit._torch import Args, Kwargs, OpInfo, map_tensors, tensors_in, without_modes
+from lateinit._torch import (
+    Args,
+    Kwargs,
+    OpInfo,
+    copied_with_strides,
+    map_tensors,
+    tensors_in,
+    without_modes,
+)
 from lateinit.errors import LateinitError
 
 if TYPE_CHECKING:
@@ -49,7 +57,8 @@ def check_values(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
 
     def values() -> tuple[Args, Kwargs]:  # anew for each run, which may write to them
         def value(tensor: Tensor) -> Tensor:
-            return (held[writer.ref(tensor)] if tensor.is_meta else tensor.detach()).clone()
+            # In its layout: the order in which a kernel draws depends on it.
+            return copied_with_strides(held[writer.ref(tensor)] if tensor.is_meta else tensor)
 
         return map_tensors(args, value), map_tensors(kwargs, value)
 
