@@ -166,11 +166,15 @@ from lateinit._torch.script import (
 )
 from lateinit._torch.serialization import (
     REBUILD_PARAMETER,
+    REBUILD_PARAMETER_WITH_STATE,
     REBUILD_TENSOR,
+    REBUILD_TENSOR_WITH_ATTRIBUTES,
     REBUILD_TENSOR_WITH_DTYPE,
     REBUILDING,
     bytes_loaded,
+    rebuild,
     rebuild_tensor,
+    stored_by_dcp,
 )
 from lateinit._torch.storage import (
     LARGE,
@@ -254,7 +258,9 @@ __all__ = [
     "OWN_ATTRIBUTES",
     "REBUILDING",
     "REBUILD_PARAMETER",
+    "REBUILD_PARAMETER_WITH_STATE",
     "REBUILD_TENSOR",
+    "REBUILD_TENSOR_WITH_ATTRIBUTES",
     "REBUILD_TENSOR_WITH_DTYPE",
     "REGISTRATION_HOOKS",
     "SWAPPING",
@@ -404,6 +410,7 @@ __all__ = [
     "reaches_for_memory",
     "read_autocast",
     "read_determinism",
+    "rebuild",
     "rebuild_tensor",
     "register",
     "remove_hook",
@@ -420,6 +427,7 @@ __all__ = [
     "spoken",
     "stack_depth",
     "storage_key",
+    "stored_by_dcp",
     "swap_implementation",
     "swap_with_hooks",
     "takes_default_device",

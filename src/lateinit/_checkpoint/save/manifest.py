@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from lateinit._checkpoint.formats import DTYPES, StoredTensor
 from lateinit._integrations import preferred_name, tied_targets
-from lateinit._tensors import Deferred, held, is_deferred_tensor, is_placeholder, window_key
+from lateinit._tensors import (
+    AS_IT_IS,
+    Casting,
+    Casts,
+    Deferred,
+    find_tensors,
+    held,
+    is_deferred_tensor,
+    is_placeholder,
+    window_key,
+)
 from lateinit._torch import is_dtensor, is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
@@ -46,12 +56,14 @@ class ShardFile:
         return sum(item.entry.nbytes for item in self.items)
 
 
-def collect(module: nn.Module, dtype: torch.dtype | None, *, sharded: bool = False) -> list[Item]:
+def collect(
+    module: nn.Module, casting: Casting | None = None, *, sharded: bool = False
+) -> list[Item]:
     """The tensors of a module's state dict, tied ones once.
 
     Args:
         module: the module.
-        dtype: cast floating-point tensors to this dtype.
+        casting: the dtypes to cast to; by default each tensor keeps its own.
         sharded: whether tensors may be shards.
 
     Raises:
@@ -61,37 +73,35 @@ def collect(module: nn.Module, dtype: torch.dtype | None, *, sharded: bool = Fal
     # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others may
     # fail over them.
     lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
-    _check(lazy, dtype, sharded=sharded)
+    casts = (casting or AS_IT_IS).over(module, find_tensors(module))
+    _check(lazy, casts, sharded=sharded)
     state = module.state_dict(keep_vars=True)
-    _check(state, dtype, sharded=sharded)
+    _check(state, casts, sharded=sharded)
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
         key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
         tied.setdefault(key, []).append(name)
     targets = tied_targets(module)
-    return [_item(preferred_name(names, targets), names, state, dtype) for names in tied.values()]
+    return [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
 
 
-def _item(
-    name: str, names: list[str], state: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> Item:
+def _item(name: str, names: list[str], state: Mapping[str, Tensor], casts: Casts) -> Item:
     tensor = state[name]
     return Item(
-        entry=StoredTensor(name, _saved_dtype(tensor, dtype), tuple(tensor.shape)),
+        entry=StoredTensor(name, _saved_dtype(name, tensor, casts), tuple(tensor.shape)),
         tensor=tensor,
         aliases=tuple(other for other in names if other != name),
         deferred=Deferred.of(tensor) if is_deferred_tensor(tensor) else None,
     )
 
 
-def _saved_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _saved_dtype(name: str, tensor: Tensor, casts: Casts) -> torch.dtype:
+    dtype = casts.of_saved(name, tensor).dtype
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def _check(state: Mapping[str, Any], dtype: torch.dtype | None, *, sharded: bool) -> None:
+def _check(state: Mapping[str, Any], casts: Casts, *, sharded: bool) -> None:
     """Collect everything that cannot be written, and raise once."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype={dtype} is no floating-point dtype")
     wrong: list[str] = []
     unknown: list[str] = []
     for name, value in state.items():
@@ -103,7 +113,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None, *, sharded: bool
             wrong.append(f"{name} is a {type(value).__name__}")
         elif value.layout is not torch.strided or value.is_quantized:
             wrong.append(f"{name} has the layout {value.layout}")
-        elif _saved_dtype(value, dtype) not in DTYPES:
+        elif _saved_dtype(name, value, casts) not in DTYPES:
             wrong.append(f"{name} is {value.dtype}")
         elif is_deferred_tensor(value):
             if _is_cast(value):
