@@ -35,7 +35,7 @@ _TWIST = 0x9908B0DF  # the last row of the twist matrix
 # Byte offsets in a state (aten/src/ATen/CPUGeneratorImpl.cpp): left, seeded and next; the 624
 # words, 8 bytes each; the cached normals, of which y (double) and its flag are used.
 _POSITION = struct.Struct("=ii Q")
-_POSITION_AT, _WORDS_AT, _NORMALS_AT, _SIZE = 8, 24, 5016, 5056
+_POSITION_AT, _WORDS_AT, _NORMALS_AT, STATE_BYTES = 8, 24, 5016, 5056
 _NORMAL_Y_AT, _NORMAL_VALID_AT = 5024, 5040
 
 # Draws from which on leaping is faster than drawing. Measured: 1.5 ns for a draw, 0.55 ms for a
@@ -142,8 +142,8 @@ def _drawn(state: bytes) -> int:
     Raises:
         ValueError: this is no state of a CPU generator.
     """
-    if len(state) != _SIZE:
-        raise ValueError(f"a CPU generator's state has {_SIZE} bytes; this has {len(state)}")
+    if len(state) != STATE_BYTES:
+        raise ValueError(f"a CPU generator's state has {STATE_BYTES} bytes; this has {len(state)}")
     # Seeding sets left to 1 and next to 0: the first draw makes a new block.
     left, _, drawn = _POSITION.unpack_from(state, _POSITION_AT)
     if (left, drawn) == (1, 0):
