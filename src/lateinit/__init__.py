@@ -2,11 +2,11 @@
 
 Declare a model now; decide its shapes, memory, device and values later, and get exactly the model
 that eager construction would have given. These names, and those of ``lateinit.nn``,
-``lateinit.pfn_extras`` and ``lateinit.errors``, are the public API; everything with an underscore
-is not.
+``lateinit.init``, ``lateinit.pfn_extras`` and ``lateinit.errors``, are the public API; everything
+with an underscore is not.
 """
 
-from lateinit import errors, nn, pfn_extras
+from lateinit import errors, init, nn, pfn_extras
 from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
 from lateinit._lazy import discard, infer_shapes, lazy, settle_rng, size
 from lateinit._materialize import is_deferred, plan
@@ -22,6 +22,7 @@ __all__ = [
     "discard",
     "errors",
     "infer_shapes",
+    "init",
     "is_deferred",
     "lazy",
     "load_checkpoint",

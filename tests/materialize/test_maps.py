@@ -297,9 +297,7 @@ def test_maps_are_honoured_by_loading(tmp_path: Any) -> None:
     lateinit.load_checkpoint(model, tmp_path / "a.safetensors", dtype=GIVEN, device={"": "cpu"})
     assert dtypes(model) == dtypes(expected)
     assert torch.equal(model.layers[1].weight, source.layers[1].weight.to(BF))
-    with pytest.raises(
-        PatternError, match=r"map matches 'rope', 'embed\.weight'"
-    ):
+    with pytest.raises(PatternError, match=r"map matches 'rope', 'embed\.weight'"):
         lateinit.load_checkpoint(net(), tmp_path / "a.safetensors", device={"layers": "cpu"})
 
 

@@ -24,10 +24,12 @@ from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of, one_thread
 from lateinit._tensors import (
     AS_IT_IS,
+    NO_RULES,
     Casting,
     Casts,
     Deferred,
     Only,
+    Rules,
     Wanted,
     bound_in,
     is_deferred_tensor,
@@ -53,6 +55,7 @@ class Filling:
         only: which tensors; by default all deferred ones.
         casts: the device and dtype that each of them gets.
         seed: replaces the recorded random state; None keeps it.
+        rules: the initialisers that act on finished values.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Filling:
         only: Only | None = None,
         casts: Casting | Casts = AS_IT_IS,
         seed: int | None = None,
+        rules: Rules = NO_RULES,
     ) -> None:
         self._target = target
         self._whole = only is None
@@ -72,6 +76,7 @@ class Filling:
         self._wanted = wanted_in(target, only, casts)
         for group in self._wanted:
             check_shards(group)
+            group.extend(rules, seed)
 
     def left(self) -> list[Deferred]:
         """The shards that are to be computed."""
@@ -93,7 +98,7 @@ class Filling:
             try:
                 with Progress("materialise", total, shown=progress) as bar:
                     for group, plan, session in planned:
-                        group.program.seed = self._seed
+                        group.recorded.seed = self._seed
                         _run(group, plan, session, threads, bar)
                 self._put_back()
             except BaseException:
@@ -103,11 +108,12 @@ class Filling:
             unbind(self._target, programs)
 
     def _programs(self) -> dict[Program, None]:
-        return bound_in(self._target) | dict.fromkeys(group.program for group in self._wanted)
+        return bound_in(self._target) | dict.fromkeys(group.recorded for group in self._wanted)
 
     def _planned(self) -> list[_Planned]:
         wanted = self._wanted
-        for program in self._programs():
+        extended = (group.program for group in wanted if group.program is not group.recorded)
+        for program in (*self._programs(), *extended):
             check_seed(program, self._seed)
         for group in wanted:
             _leave_real(group)

@@ -20,7 +20,18 @@ from torch import Tensor
 from lateinit._lazy import known_shape, show
 from lateinit._program import describe_initialisation
 from lateinit._report.name_folding import fold
-from lateinit._tensors import Deferred, Found, Kind, Only, find_tensors, is_placeholder, select
+from lateinit._tensors import (
+    Deferred,
+    Found,
+    Init,
+    Kind,
+    Only,
+    Rules,
+    find_tensors,
+    is_placeholder,
+    select,
+    told,
+)
 from lateinit._torch import restoring, storage_key, without_subclass_functions
 from lateinit._units import format_bytes
 from lateinit.errors import listing
@@ -189,7 +200,7 @@ class Summary:
 
 
 @restoring
-def summary(module: Any, *, only: Only | None = None) -> Summary:
+def summary(module: Any, *, only: Only | None = None, init: Init | None = None) -> Summary:
     """A table of every tensor of a model: what it is, and how it will be initialised.
 
     Nothing is allocated, run or changed.
@@ -198,12 +209,14 @@ def summary(module: Any, *, only: Only | None = None) -> Summary:
         module: a module, a tensor, or a list, tuple or dict of them.
         only: which tensors: a glob on their fully qualified names, several globs, or a predicate
             ``(fqn, tensor) -> bool``.
+        init: initialisers by name, as for ``materialize``; they are shown.
 
     Returns:
         A ``Summary``, in the order of the module. When printed, repeated layers share a line.
 
     Raises:
-        PatternError: a pattern of ``only`` matches no tensor.
+        PatternError: a pattern of ``only`` or ``init`` matches no tensor.
+        InitError: a value of ``init`` is no initialiser.
 
     Example:
         >>> with lateinit.deferred():
@@ -219,8 +232,10 @@ def summary(module: Any, *, only: Only | None = None) -> Summary:
     rows: list[Row] = []
     first: dict[int, str] = {}  # the first name on each storage, by its key
     sizes: dict[int, _Memory] = {}
-    for found in select(find_tensors(module), only):
-        row, key = _row(found, first), _storage_key(found.tensor)
+    every = find_tensors(module)
+    rules = Rules(init, every)
+    for found in select(every, only):
+        row, key = _row(found, first, rules), _storage_key(found.tensor)
         rows.append(row)
         if row.nbytes is not None:
             sizes.setdefault(key, _Memory(row)).add(row.nbytes, found.tensor)
@@ -240,10 +255,13 @@ class _Memory:
         self.nbytes = min(self.nbytes + nbytes, max(_storage_bytes(tensor), nbytes))
 
 
-def _row(found: Found, first: dict[int, str]) -> Row:
+def _row(found: Found, first: dict[int, str], rules: Rules) -> Row:
     tensor = found.tensor
     shape = known_shape(tensor)
     state, device, init = _state(found)
+    rule = rules.of(tensor)
+    if state == "deferred" and rule is not None:
+        init = told(rule)
     owner = first.setdefault(_storage_key(tensor), found.name)
     return Row(
         names=tuple(found.names),

@@ -20,6 +20,8 @@ from lateinit._tensors.casts import (
 )
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
 from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.init_rules import NO_RULES, Rules
+from lateinit._tensors.initialisers import Init, Initialiser, initialiser, told
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
     SharedStorage,
@@ -75,6 +77,7 @@ from lateinit._tensors.walk import (
 __all__ = [
     "AS_IT_IS",
     "AS_RECORDED",
+    "NO_RULES",
     "ON_META",
     "PLAIN_CLASSES",
     "Cast",
@@ -88,10 +91,13 @@ __all__ = [
     "Found",
     "Guarded",
     "GuardedShard",
+    "Init",
+    "Initialiser",
     "Kind",
     "Only",
     "Reach",
     "Real",
+    "Rules",
     "SharedStorage",
     "Slot",
     "Wanted",
@@ -112,6 +118,7 @@ __all__ = [
     "find_tensors",
     "held",
     "home",
+    "initialiser",
     "is_deferred_tensor",
     "is_of_waiting",
     "is_ordinary",
@@ -128,6 +135,7 @@ __all__ = [
     "show",
     "slot_of",
     "take_place",
+    "told",
     "unbind",
     "unguard",
     "waits",

@@ -37,6 +37,8 @@ from lateinit._tensors import (
     Casts,
     Deferred,
     Found,
+    Init,
+    Rules,
     Wanted,
     held,
     is_deferred_tensor,
@@ -105,6 +107,7 @@ class LoadPlan:
         reader: the checkpoint, with the names of the module.
         casts: the device and dtype that each deferred tensor gets.
         strict: whether both sides must have the same names.
+        rules: the initialisers of what the checkpoint lacks.
         names: the tensors of the module.
         groups: its deferred tensors, by program.
         rehearsal: every copy. If it is ``plain``, nothing but these copies is done; otherwise
@@ -118,6 +121,7 @@ class LoadPlan:
     reader: Reader
     casts: Casts
     strict: bool
+    rules: Rules
     names: TensorNames
     groups: list[Wanted]
     rehearsal: Rehearsal
@@ -144,7 +148,13 @@ class LoadPlan:
 
 
 def plan_load(
-    module: nn.Module, reader: Reader, casting: Casting, *, strict: bool, choice: Choice = AS_FOUND
+    module: nn.Module,
+    reader: Reader,
+    casting: Casting,
+    *,
+    strict: bool,
+    choice: Choice = AS_FOUND,
+    init: Init | None = None,
 ) -> LoadPlan:
     """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
 
@@ -152,18 +162,21 @@ def plan_load(
     """
     ours = TensorNames(module).saved()
     if choice or reader.homes:
-        return _planned(module, selected(module, ours, reader, choice) or reader, casting, strict)
+        reader = selected(module, ours, reader, choice) or reader
+        return _planned(module, reader, casting, init, strict)
     try:
-        return _planned(module, reader, casting, strict)
+        return _planned(module, reader, casting, init, strict)
     except MismatchError:
         # After all the ways in which a module can load it as it is: hooks, translated names.
         part = selected(module, ours, reader, choice)
         if part is None:
             raise
-    return _planned(module, part, casting, strict)
+    return _planned(module, part, casting, init, strict)
 
 
-def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) -> LoadPlan:
+def _planned(
+    module: nn.Module, reader: Reader, casting: Casting, init: Init | None, strict: bool
+) -> LoadPlan:
     files = reader.described()
     names, state = TensorNames(module), plain_state(module)
     casts = casting.over(module, names.distinct)
@@ -183,16 +196,21 @@ def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) 
         rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, casts), strict=strict)
     loaded = set(fitting.loaded)
+    rules = Rules(init, names.distinct)
+    rules.leave(names.found[name].tensor for name in loaded)
+    for group in groups:
+        group.extend(rules, None)
     rest = tuple(plan_of(group, _left(group, loaded)) for group in groups)
     filled = {hole.resolve() for part in sized.values() if (hole := hole_of(part)) is not None}
     for group, plan in zip(groups, rest, strict=True):
         session = execution_of(group.program).session()
         check_constants(group, plan, session)
         check_holes(
-            group, plan, session, {n for program, n, _ in filled if program is plan.program}
+            group, plan, session, {n for program, n, _ in filled if program is group.recorded}
         )
     _check_drawn(sized, filled, loaded)
-    return LoadPlan(module, reader, casts, strict, names, groups, rehearsal, fitting, rest, files)
+    told = names, groups, rehearsal, fitting, rest, files
+    return LoadPlan(module, reader, casts, strict, rules, *told)
 
 
 def _check_drawn(
@@ -218,7 +236,7 @@ def _check_drawn(
             raise RecordingError(f"{listing(drawn)!r}: {error}") from None
 
 
-def load_into(
+def load_into(  # noqa: PLR0913 - options, all of them by keyword
     module: nn.Module,
     path: Path,
     casting: Casting,
@@ -227,6 +245,7 @@ def load_into(
     progress: bool,
     check: bool,
     choice: Choice = AS_FOUND,
+    init: Init | None = None,
     source_rank: int | None = None,
 ) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
@@ -235,7 +254,7 @@ def load_into(
     serving = contextlib.nullcontext if link is None else link.serving
     opened = open_checkpoint if link is None else link.open
     with ranks.together("planning") as phase, serving("planning"):
-        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice)
+        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice, init=init)
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
     with ranks.together("loading"), serving("loading"):
@@ -262,7 +281,7 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
-    Filling(left, _is_known, plan.casts).run(progress=progress)
+    Filling(left, _is_known, plan.casts, rules=plan.rules).run(progress=progress)
     return _report(names, path, plan.reader, plan.fitting, computed)
 
 
