@@ -32,6 +32,7 @@ from lateinit._report.environment import environment
 from lateinit._report.summary import summary
 from lateinit._report.verify import verify
 from lateinit._rng import seed_all
+from lateinit._tensors import DTypes
 from lateinit._units import parse_bytes
 from lateinit._version import __version__
 from lateinit.errors import LateinitError
@@ -56,6 +57,12 @@ Spec = Annotated[
 Kwargs = Annotated[
     str | None,
     typer.Option("--kwargs", metavar="JSON", help="Arguments: '{\"hidden_size\": 64}'"),
+]
+Rules = Annotated[
+    str | None,
+    typer.Option(
+        "--init", metavar="JSON", help='Initialise by name: \'{"lm_head": "normal(std=0.02)"}\''
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="As torch.manual_seed(SEED) before construction")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
@@ -161,6 +168,7 @@ def check(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="With --checkpoint: cast, as init --dtype does")
     ] = None,
+    rules: Rules = None,
     kwargs: Kwargs = None,
     as_json: Json = False,
 ) -> None:
@@ -175,10 +183,12 @@ def check(
         build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
         found: parity.Parity | Verification
         if checkpoint is None:
-            found = parity.check_parity(build, seed=seed)
+            found = parity.check_parity(build, seed=seed, init=_rules(rules))
         else:
             seed_all(seed)
-            found = verify(deferred_init(build), checkpoint, seed=seed, dtype=cast)
+            found = verify(
+                deferred_init(build), checkpoint, seed=seed, dtype=cast, init=_rules(rules)
+            )
         if as_json:
             _print_json({"spec": spec, **found.to_dict()})
         else:
@@ -195,8 +205,12 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     ],
     seed: Seed = 0,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Cast floating-point tensors: bfloat16")
+        str | None,
+        typer.Option(
+            "--dtype", help='Cast: bfloat16, or by name: \'{"*norm*": "float32", "*": "bfloat16"}\''
+        ),
     ] = None,
+    rules: Rules = None,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Bytes to a file: 2GB, 500MB")
     ] = "5GB",
@@ -215,6 +229,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
             output,
             max_shard_size=_size(max_shard_size),
             dtype=cast,
+            init=_rules(rules),
             force=force,
             resume=resume,
             seed=seed,
@@ -249,9 +264,26 @@ def _is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def _dtype(name: str | None) -> DTypes | None:
     if name is None:
         return None
+    if name.lstrip().startswith("{"):
+        return {p: _one_dtype(str(d)) for p, d in _json(name, "--dtype").items()}
+    return _one_dtype(name)
+
+
+def _rules(text: str | None) -> dict[str, Any] | None:
+    return None if text is None else _json(text, "--init")
+
+
+def _json(text: str, option: str) -> dict[str, Any]:
+    try:
+        return model_specs.parse_kwargs(text, option)
+    except LateinitError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _one_dtype(name: str) -> torch.dtype:
     known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
     if name not in known:
         raise typer.BadParameter(f"--dtype {name} is none of {', '.join(known)}")

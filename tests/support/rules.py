@@ -31,10 +31,10 @@ def apply_rules(
         state: the random state before the construction.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.random.fork_rng(devices=()), torch.no_grad():
+    with torch.random.fork_rng(devices=()):
         for name, rule in rules.items():
             torch.set_rng_state(start_of(state, name))
-            with torch.inference_mode(tensors[name].is_inference()):
+            with torch.inference_mode(tensors[name].is_inference()), torch.no_grad():
                 rule(tensors[name])
     return model
 

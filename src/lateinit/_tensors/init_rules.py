@@ -11,15 +11,18 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lateinit._identity import IdentityMap
 from lateinit._program import Draw, Program, Ruled
 from lateinit._replay import execution_of
+from lateinit._rng import set_state, state_from, state_of
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.initialisers import Init, Rule, rules_by_name, told
 from lateinit._tensors.slots import Slot
-from lateinit._tensors.walk import Found
+from lateinit._tensors.walk import Found, find_tensors
+from lateinit._torch import is_dtensor
 from lateinit.errors import DeferredTensorError, InitError
 
 
@@ -105,18 +108,10 @@ class Rules:
         windows: dict[Any, tuple[str, Rule]] = {}
         keys: dict[str, int] = {}
         for deferred in every:
-            found, slot = self._rules.get(deferred.tensor), deferred.slot
-            if found is None or deferred.ref.numel == 0:
+            found = self._rules.get(deferred.tensor)
+            if found is None:
                 continue
             item, rule = found
-            if slot.real is not None:
-                if slot in self._recorded:
-                    continue
-                raise DeferredTensorError(
-                    f"init=: {item.name!r} shares its memory with a tensor that is materialised, "
-                    f"so that {told(rule)} would change both: call it on the tensor itself, after "
-                    "lateinit.materialize()"
-                )
             known = windows.get(deferred.ref)
             if known is not None and known[1] != rule:
                 raise InitError(
@@ -126,15 +121,61 @@ class Rules:
             if known is not None:
                 continue  # once for each window
             windows[deferred.ref] = item.name, rule
-            self._recorded.add(slot)
-            # By the name in the model that was recorded, whatever part of it is the target.
-            key = slot.name or item.name
-            if not deferred.is_whole():
-                key = f"{key}{list(deferred.ref.size)}+{deferred.ref.offset}"
+            key = _key(deferred, item.name)
             keys[key] = keys.get(key, -1) + 1  # two models of one block may have equal names
-            yield Ruled(
-                item.name, deferred.tensor, deferred.ref, rule, _digest(state, key, keys[key])
+            if deferred.ref.numel and self._is_left(deferred, rule):
+                start = _digest(state, key, keys[key])
+                yield Ruled(item.name, deferred.tensor, deferred.ref, rule, start)
+
+    def _is_left(self, deferred: Deferred, rule: Rule) -> bool:
+        """Whether the values of a tensor are still to be computed.
+
+        Raises:
+            DeferredTensorError: another tensor on the storage is real, without the rule.
+        """
+        slot = deferred.slot
+        if slot.real is None:
+            self._recorded.add(slot)
+        elif slot not in self._recorded:
+            raise DeferredTensorError(
+                f"init=: {deferred.name!r} shares its memory with a tensor that is materialised, "
+                f"so that {told(rule)} would change both: call it on the tensor itself, after "
+                "lateinit.materialize()"
             )
+        return slot.real is None
+
+
+def _key(deferred: Deferred, name: str) -> str:
+    """What tells a tensor from others: its name in the model that was recorded, if it has one.
+
+    Whatever part of that model is the target, and whatever part of the tensor a rank holds.
+    """
+    key, ref = deferred.slot.name or name, deferred.ref
+    if is_dtensor(deferred.tensor) or deferred.is_whole():
+        return key
+    return f"{key}{list(ref.size)}+{ref.offset}"
+
+
+def call_rules(model: nn.Module, init: Init | None, state: bytes) -> None:
+    """Call rules on a real model, as ``init=`` has them act on a deferred one.
+
+    Args:
+        model: the model.
+        init: the rules.
+        state: the random state before its construction.
+    """
+    found = find_tensors(model)
+    rules, cpu = Rules(init, found), torch.default_generator
+    before = state_of(cpu)
+    try:
+        for each in found:
+            rule = rules.of(each.tensor)
+            if rule is not None:
+                set_state(cpu, state_from(_digest(state, each.name, 0), cpu.device))
+                with torch.no_grad():
+                    rule(each.tensor)
+    finally:
+        set_state(cpu, before)
 
 
 NO_RULES = Rules(None)

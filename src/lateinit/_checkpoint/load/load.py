@@ -179,7 +179,7 @@ def _planned(
 ) -> LoadPlan:
     files = reader.described()
     names, state = TensorNames(module), plain_state(module)
-    casts = casting.over(module, names.distinct)
+    casts, rules = casting.over(module, names.distinct), Rules(init, names.distinct)
     shaped = {f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}
     groups = wanted_in(shaped, None, casts)
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
@@ -196,7 +196,6 @@ def _planned(
         rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, casts), strict=strict)
     loaded = set(fitting.loaded)
-    rules = Rules(init, names.distinct)
     rules.leave(names.found[name].tensor for name in loaded)
     for group in groups:
         group.extend(rules, None)
