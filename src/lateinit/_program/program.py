@@ -174,6 +174,7 @@ class Program:
         self.merged_into: tuple[Program, Bases] | None = None
         self.recording = False
         self.record_rules: Callable[[Program, list[Ruled]], Program] | None = None
+        self.rules_at: int | None = None  # in an extension: the first stream of its rules
         self.gone, self.drop_at = 0, NEVER
         self._reset()
 
@@ -215,6 +216,7 @@ class Program:
         shared = self.__getstate__()
         copied = {k: list(v) if isinstance(v, list) else v for k, v in shared.items()}
         program.__dict__.update(copied)
+        program.rules_at = len(self.streams)
         for number in changed:  # a temporary tensor that dies marks its storage as gone
             program.storages[number] = replace(self.storages[number])
         return program
