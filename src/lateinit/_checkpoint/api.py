@@ -206,6 +206,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     device: Devices | None = None,
     dtype: DTypes | None = None,
     init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
     check: bool = True,
     key: str | None = None,
@@ -249,6 +250,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             by default each keeps its own. Or a map of names, as for ``materialize``.
         init: initialisers by name, as for ``materialize``, for deferred tensors that the checkpoint
             lacks.
+        offload_folder: where ``device="disk"`` writes, as for ``materialize``, once all is loaded.
         progress: show a progress bar on stderr.
         check: of a sharded module, ask the other ranks of its mesh, before anything is put,
             whether they load the same files into the same shards, and afterwards whether all have
@@ -324,6 +326,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 Path(path),
                 casts,
                 init=init,
+                offload_folder=offload_folder,
                 strict=strict,
                 progress=progress,
                 check=check,

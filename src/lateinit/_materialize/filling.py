@@ -18,6 +18,7 @@ from lateinit._materialize.checks import (
     check_shards,
     check_shared,
 )
+from lateinit._materialize.offload import Offload
 from lateinit._materialize.scheduler import execute
 from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
@@ -56,6 +57,7 @@ class Filling:
         casts: the device and dtype that each of them gets.
         seed: replaces the recorded random state; None keeps it.
         rules: the initialisers that act on finished values.
+        offload: takes what goes to disk.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class Filling:
         casts: Casting | Casts = AS_IT_IS,
         seed: int | None = None,
         rules: Rules = NO_RULES,
+        offload: Offload | None = None,
     ) -> None:
         self._target = target
         self._whole = only is None
         self._seed = seed
+        self._offload = offload
         scripts = list(modules_in(target))
         check_script_constants(scripts)
         # Held from before the walk: as long as they live, the walk finds these tensor objects.
@@ -99,11 +103,13 @@ class Filling:
                 with Progress("materialise", total, shown=progress) as bar:
                     for group, plan, session in planned:
                         group.recorded.seed = self._seed
-                        _run(group, plan, session, threads, bar)
+                        _run(group, plan, session, threads, bar, self._offload)
                 self._put_back()
             except BaseException:
                 self._put_back()
                 raise
+        if self._offload is not None:
+            self._offload.finish()
         if self._whole:
             unbind(self._target, programs)
 
@@ -118,6 +124,8 @@ class Filling:
         for group in wanted:
             _leave_real(group)
             check_shared(group)
+            if self._offload is not None:
+                self._offload.check(group.storages.values())
         planned = [
             _Planned(g, plan_of(g), execution_of(g.program, self._seed).session()) for g in wanted
         ]
@@ -158,6 +166,7 @@ def _run(
     session: Session,
     threads: int | None,
     bar: Progress,
+    offload: Offload | None = None,
 ) -> None:
     """Run the plan of one program, and realise each storage as soon as it has its values."""
     left = dict.fromkeys(number for step in plan_.steps for number in step.gives)
@@ -175,6 +184,8 @@ def _run(
                 for number in step.gives:
                     shared = group.storages[number]
                     shared.give(results.pop(number))
+                    if offload is not None:
+                        offload.take(deferred.tensor for deferred in shared.tensors)
                     bar.advance(shared.record.nbytes)
                     del left[number]
                 running = None

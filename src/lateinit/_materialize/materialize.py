@@ -5,6 +5,7 @@ Arguments are checked here, and ranks asked. What is done is in ``filling.py``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from lateinit._distributed import Agreement, ranks_of
 from lateinit._materialize.filling import Filling, plan_of
+from lateinit._materialize.offload import offload_of
 from lateinit._materialize.scheduler import computed_whole
 from lateinit._program import Plan, Program
 from lateinit._tensors import (
     AS_IT_IS,
     NO_RULES,
+    Casting,
     Casts,
     Devices,
     DTypes,
@@ -45,6 +48,7 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
     device: Devices | None = None,
     dtype: DTypes | None = None,
     init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: bool = False,
@@ -74,7 +78,10 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
             offloading). Values are computed on the recorded device and then copied. Or a map of
             names, as those of accelerate: ``{"encoder": "cuda:0", "*": "cpu"}``. A pattern is a
             glob, or the name of a tensor, or of a module and all below it; the most specific one
-            wins. A map has to say something of every parameter and buffer.
+            wins. A map has to say something of every parameter and buffer. ``"auto"`` is the map
+            that accelerate makes. ``"disk"``, for everything or in a map, writes parameters to
+            ``offload_folder`` one at a time and leaves them on ``meta``, with accelerate's hooks,
+            which load them in each forward.
         dtype: cast floating-point parameters and buffers of the state dict to this dtype. By
             default each tensor keeps the dtype it has now, as do other buffers, plain attributes,
             and what ``transformers`` or ``diffusers`` keep in float32. Or a map of names:
@@ -87,6 +94,7 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
             what it matches; if there are none, for all of it. Each draws from a generator of its
             own, which starts from the recorded random state and the name. No other value changes,
             and what was computed from the old value keeps it.
+        offload_folder: where ``device="disk"`` writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
         threads: how many threads fill large tensors, by default ``torch.get_num_threads()``. The
@@ -131,7 +139,7 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
         >>> lateinit.is_deferred(layer.bias)
         True
     """
-    casts = casting(device, dtype)
+    casts: Casting | Casts = casting(device, dtype)
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one thread has to fill tensors")
     if not isinstance(target, (nn.Module, Tensor, dict, list, tuple, set, frozenset)):
@@ -140,7 +148,12 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
         )
     ranks = ranks_of(target, "materialize()", only=only, ask=check)
     with ranks.together("preparing") as phase:
-        filling = Filling(target, only, casts, seed, _rules(target, init))
+        rules, offload = _rules(target, init), None
+        if device is not None:
+            found = find_tensors(target)
+            casts = casts.over(target, found)
+            offload = offload_of(target, found, casts, offload_folder, only)
+        filling = Filling(target, only, casts, seed, rules, offload)
         if ranks:
             filling.check()
             phase.compared = Agreement(ranks.shards, filling.left(), seed)

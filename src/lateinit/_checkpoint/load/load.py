@@ -6,6 +6,7 @@ Until the plan is made nothing changes, so that every error before that leaves t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
-from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
+from lateinit._materialize import (
+    Filling,
+    check_constants,
+    check_holes,
+    check_shared,
+    offload_of,
+    plan_of,
+)
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
@@ -245,6 +253,7 @@ def load_into(  # noqa: PLR0913 - options, all of them by keyword
     check: bool,
     choice: Choice = AS_FOUND,
     init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     source_rank: int | None = None,
 ) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
@@ -254,10 +263,17 @@ def load_into(  # noqa: PLR0913 - options, all of them by keyword
     opened = open_checkpoint if link is None else link.open
     with ranks.together("planning") as phase, serving("planning"):
         plan = plan_load(module, opened(path), casting, strict=strict, choice=choice, init=init)
+        offload = offload_of(module, plan.names.distinct, plan.casts, offload_folder, None)
+        if offload is not None:
+            for group in plan.groups:
+                offload.check(group.storages.values())
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
     with ranks.together("loading"), serving("loading"):
-        return _load(plan, path, progress=progress)
+        loaded = _load(plan, path, progress=progress)
+        if offload is not None:
+            offload.finish()
+    return loaded
 
 
 def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
