@@ -8,43 +8,64 @@ commands are their help.
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
-from lateinit._checkpoint.api import save_checkpoint
-from lateinit._checkpoint.formats import DTYPES
-from lateinit._distributed import mesh_cost, training_cost
-from lateinit._integrations import model_specs
-from lateinit._recording import deferred_init
-from lateinit._report import Verification, parity
-from lateinit._report.environment import environment
-from lateinit._report.summary import summary
-from lateinit._report.verify import verify
-from lateinit._rng import seed_all
-from lateinit._tensors import DTypes
-from lateinit._units import parse_bytes
+from lateinit._progress import Working
 from lateinit._version import __version__
 from lateinit.errors import LateinitError
+
+
+def _on_first_use(name: str) -> ModuleType:
+    """The module, imported when an attribute of it is first read (a recipe of importlib's page)."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if TYPE_CHECKING:
+    from lateinit import _commands
+else:
+    _commands = _on_first_use("lateinit._commands")  # needs torch, as no help text does
 
 app = typer.Typer(
     name="lateinit",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Deferred initialisation of PyTorch models, bit for bit what eager construction gives.",
 )
+
+
+def _seed(value: int) -> int:
+    """A seed that ``torch.manual_seed`` takes, or an error that says which those are."""
+    if not -(2**63) <= value < 2**64:
+        raise typer.BadParameter(f"{value} is no seed: torch takes -2**63 to 2**64 - 1")
+    return value
+
+
+def _path(text: str) -> Path:
+    """A path; ``Path("")`` would be the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("the path is empty: name a file or a folder")
+    return Path(text)
+
 
 Spec = Annotated[
     str,
@@ -64,7 +85,10 @@ Rules = Annotated[
         "--init", metavar="JSON", help='Initialise by name: \'{"lm_head": "normal(std=0.02)"}\''
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="As torch.manual_seed(SEED) before construction")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", callback=_seed, help="As torch.manual_seed(SEED) before construction"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 
 
@@ -75,14 +99,15 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"lateinit {__version__} (torch {torch.__version__})")
+        typer.echo(f"lateinit {__version__} (torch {importlib.metadata.version('torch')})")
         raise typer.Exit
 
 
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version"),
     ] = False,
 ) -> None:
     del version
@@ -97,6 +122,12 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     kwargs: Kwargs = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth", min=0, help="Show modules, down to this level, in place of tensors"
+        ),
     ] = None,
     mesh: Annotated[
         str | None,
@@ -132,30 +163,17 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a model and how it is initialised, without allocating the model."""
-    with _errors():
-        axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
-        policy = None if train is None else training_cost.policy_named(train)
-        computed = _batch(batch, sequence, recompute)
-        if (policy is not None and axes is None) or (computed is not None and policy is None):
-            raise typer.BadParameter("--train goes with --mesh, and --batch with --train")
-        plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
-        model = deferred_init(
-            _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
-        )
-        if axes is not None:
-            share = mesh_cost.share_of_rank(model, axes, plan, policy, computed)
-            if as_json:
-                _print_json({"spec": spec, **share.to_dict()})
-            else:
-                typer.echo(f"{spec} on {share}")
-            return
-        table = summary(model, only=only)
-        if as_json:
-            _print_json({"spec": spec, **table.to_dict()})
-        elif _is_terminal():
-            Console().print(table)
-        else:
-            typer.echo(str(table))
+    rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
+    with _working():
+        found = _commands.inspect(spec, kwargs, only, depth, rank)
+    if as_json:
+        _print_json({"spec": spec, **found.to_dict()})
+    elif mesh is not None:
+        typer.echo(f"{spec} on {found}")
+    elif _is_terminal():
+        Console().print(found)
+    else:
+        typer.echo(str(found))
 
 
 @app.command()
@@ -163,7 +181,13 @@ def check(
     spec: Spec,
     seed: Seed = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Compare this with what the seed gives")
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            parser=_path,
+            metavar="PATH",
+            help="Compare this with what the seed gives",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="With --checkpoint: cast, as init --dtype does")
@@ -176,38 +200,34 @@ def check(
 
     With --checkpoint, compare the checkpoint with the values of the seed, one tensor at a time.
     """
-    cast = _dtype(dtype)
-    if cast is not None and checkpoint is None:
-        raise typer.BadParameter("--dtype is for --checkpoint")
-    with _errors():
-        build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
-        found: parity.Parity | Verification
-        if checkpoint is None:
-            found = parity.check_parity(build, seed=seed, init=_rules(rules))
-        else:
-            seed_all(seed)
-            found = verify(
-                deferred_init(build), checkpoint, seed=seed, dtype=cast, init=_rules(rules)
-            )
-        if as_json:
-            _print_json({"spec": spec, **found.to_dict()})
-        else:
-            typer.echo(f"{spec}: {found}")
-        if not found.equal:
-            raise typer.Exit(1)
+    with _working():
+        found = _commands.check(spec, kwargs, seed, checkpoint, dtype, rules)
+    if as_json:
+        _print_json({"spec": spec, **found.to_dict()})
+    else:
+        typer.echo(f"{spec}: {found}")
+    if not found.equal:
+        raise typer.Exit(1)
 
 
 @app.command()
 def init(  # noqa: PLR0913, PLR0917 - the options of a command
     spec: Spec,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder to make, or a file: OUT.safetensors")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=_path,
+            metavar="PATH",
+            help="A folder to make, or a file: OUT.safetensors",
+        ),
     ],
     seed: Seed = 0,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help='Cast: bfloat16, or by name: \'{"*norm*": "float32", "*": "bfloat16"}\''
+            "--dtype", help='Cast: bfloat16, or by name: \'{"*norm*": "fp32", "*": "bf16"}\''
         ),
     ] = None,
     rules: Rules = None,
@@ -220,40 +240,38 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     as_json: Json = False,
 ) -> None:
     """Write an initialised checkpoint, without ever holding the model in memory."""
-    cast = _dtype(dtype)
-    with _errors():
-        build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
-        seed_all(seed)
-        saved = save_checkpoint(
-            deferred_init(build),
+    with _working():
+        saved = _commands.init(
+            spec,
+            kwargs,
             output,
-            max_shard_size=_size(max_shard_size),
-            dtype=cast,
-            init=_rules(rules),
+            seed=seed,
+            dtype=dtype,
+            rules=rules,
+            max_shard_size=max_shard_size,
             force=force,
             resume=resume,
-            seed=seed,
-            progress=sys.stderr.isatty(),
         )
-        if as_json:
-            _print_json(
-                {
-                    "spec": spec,
-                    "path": str(saved.path),
-                    "files": saved.files,
-                    "tensors": saved.tensors,
-                    "bytes": saved.nbytes,
-                    "seed": seed,
-                }
-            )
-        else:
-            typer.echo(str(saved))
+    if as_json:
+        _print_json(
+            {
+                "spec": spec,
+                "path": str(saved.path),
+                "files": saved.files,
+                "tensors": saved.tensors,
+                "bytes": saved.nbytes,
+                "seed": seed,
+            }
+        )
+    else:
+        typer.echo(str(saved))
 
 
 @app.command()
 def info(as_json: Json = False) -> None:
     """Show versions, the processor and which native kernels are used: what a bug report needs."""
-    found = environment()
+    with _working():
+        found = _commands.info()
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -264,82 +282,22 @@ def _is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def _dtype(name: str | None) -> DTypes | None:
-    if name is None:
-        return None
-    if name.lstrip().startswith("{"):
-        return {p: _one_dtype(str(d)) for p, d in _json(name, "--dtype").items()}
-    return _one_dtype(name)
-
-
-def _rules(text: str | None) -> dict[str, Any] | None:
-    return None if text is None else _json(text, "--init")
-
-
-def _json(text: str, option: str) -> dict[str, Any]:
-    try:
-        return model_specs.parse_kwargs(text, option)
-    except LateinitError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _one_dtype(name: str) -> torch.dtype:
-    known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
-    if name not in known:
-        raise typer.BadParameter(f"--dtype {name} is none of {', '.join(known)}")
-    return known[name]
-
-
-def _batch(size: int | None, length: int | None, recompute: str) -> training_cost.Batch | None:
-    if recompute not in training_cost.RECOMPUTED:
-        known = ", ".join(training_cost.RECOMPUTED)
-        raise typer.BadParameter(f"--recompute {recompute} is none of {known}")
-    if (size is None) != (length is None):
-        raise typer.BadParameter("--batch and --sequence go together")
-    return training_cost.Batch(size, length, recompute) if size and length else None
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--max-shard-size {error}") from error
-
-
-class _ConstructionError(Exception):
-    """A model's own constructor raised."""
-
-
-def _building(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """The same function, with its errors told apart from lateinit's own."""
-
-    @functools.wraps(build)
-    def building() -> nn.Module:
-        try:
-            return build()
-        except LateinitError:
-            raise
-        except Exception as error:
-            raise _ConstructionError from error
-
-    return building
-
-
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Print an expected error on stderr, and exit with 2."""
+def _working() -> Iterator[None]:
+    """Show progress; print an expected error on stderr, and exit with 2."""
     try:
-        yield
-    except LateinitError as error:
-        typer.echo(f"lateinit: {error}", err=True)
-        raise typer.Exit(2) from error
-    except _ConstructionError as error:
-        traceback.print_exception(error.__cause__)
-        typer.echo("lateinit: the model's constructor raised this", err=True)
-        raise typer.Exit(2) from error
+        with Working():
+            yield
     except KeyboardInterrupt as error:
         typer.echo("lateinit: interrupted; `init` can be continued with --resume", err=True)
         raise typer.Exit(130) from error
+    except LateinitError as error:
+        typer.echo(f"lateinit: {error}", err=True)
+        raise typer.Exit(2) from error
+    except _commands.ConstructionError as error:
+        traceback.print_exception(error.__cause__)
+        typer.echo("lateinit: the model's constructor raised this", err=True)
+        raise typer.Exit(2) from error
 
 
 def _print_json(data: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
     Item,
     ShardFile,
+    WholeFiles,
     check_room,
     check_target,
     collect,
@@ -33,6 +34,7 @@ from lateinit._checkpoint.save import (
 )
 from lateinit._distributed import Agreement, is_running, ranks_of
 from lateinit._integrations import saved_config
+from lateinit._log import log
 from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
@@ -124,15 +126,15 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             does.
         init: initialisers for deferred tensors by name, as for ``materialize``.
         force: overwrite an existing checkpoint, or discard an unfinished one.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; of a sharded module, of what this rank writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
         resume: continue a save that was killed. The files are those that it would have written.
             Shards are written again.
         format: ``"safetensors"``, or ``"dcp"`` for a folder of DCP, the default for a sharded
-            module. For shards in safetensors torch's own writer is used, which needs the
-            ``safetensors`` library: one rank then joins the files of all, on disk.
-        wait: if False, the shards are copied to the CPU, DCP writes them in the background, and a
+            module. In safetensors every rank writes its shards at their places in files of whole
+            tensors.
+        wait: if False, the shards are copied to the CPU, DCP writes them in the background, and
             the call returns. The output appears when all ranks have written; ``result()`` of what
             is returned waits for that.
 
@@ -170,8 +172,8 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     if format == "dcp" or any(is_dtensor(t) for t in module.parameters()):
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
-        force = force or was_interrupted(target)
-        asked = _Asked(casts, init, limit, force, seed, resume, format, wait)
+        again = force or was_interrupted(target)
+        asked = _Asked(casts, init, limit, again, seed, resume, format, wait, progress)
         return _save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
@@ -193,6 +195,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 stage.write_text(name, text)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+    log.info("saved %s", saved)
     return returned(target, saved)
 
 
@@ -393,6 +396,7 @@ class _Asked(NamedTuple):
     resume: bool
     format: str | None
     wait: bool
+    progress: bool
 
 
 def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
@@ -413,23 +417,24 @@ def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
         filling.check()
         if ranks:
             phase.compared = Agreement(ranks.shards, filling.left(), seed)
-        shards = divide(items, asked.limit, None)
-        numbers = {i.entry.name: n for n, s in enumerate(shards, 1) for i in s.items}
+        shown = known if seed is None else seed
         # The state dict of a model with ties has every name, and so has what DCP loads into it.
         named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
+        shards, files = [ShardFile("", tuple(items))], None
         if asked.format == "safetensors":
             named = {item.entry.name: item for item in items}
-        save = ShardedSave(target, named, numbers if asked.format == "safetensors" else None, seed)
+            shards = divide(items, asked.limit, None)
+            files = WholeFiles(shards, _metadata(shown))
+        save = ShardedSave(target, named, files, seed, shown=asked.progress)
     nbytes = sum(item.entry.nbytes for item in items)
-    shown = known if seed is None else seed
 
     def done() -> Saved:
         files = tuple(sorted(path.name for path in target.iterdir()))
         return Saved(target, files, len(items), nbytes, shown)
 
     try:
-        texts = _texts(module, [ShardFile("", tuple(items))])
-        save.open(texts, force=asked.force, discard=asked.force or asked.resume)
+        texts = _texts(module, shards)
+        save.open(texts, nbytes, force=asked.force, discard=asked.force or asked.resume)
         if not asked.wait:
             return Saved(target, (), len(items), nbytes, shown, save.start(done))
         save.run()

@@ -33,6 +33,7 @@ from lateinit._recording.kinds import fits
 from lateinit._recording.layouts import LayoutUnknownError, as_kernel_lays_out
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.small_results import layouts_of_small
+from lateinit._recording.value_checks import check_values
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, Deferred, Slot, attach, described, slot_of
@@ -42,6 +43,7 @@ from lateinit._torch import (
     FillOp,
     Kwargs,
     OpInfo,
+    WeakTensor,
     calling_modules,
     default_generator,
     device_of_result,
@@ -94,7 +96,7 @@ class ProgramWriter:
         self._alone = alone
         self._drawing = drawing
         self.generators = Generators(program)
-        self.born: list[weakref.ref[Tensor]] = []
+        self.born: list[WeakTensor] = []
         self.scripts: list[weakref.ref[nn.Module]] = []
         self.kept: list[tuple[str, Tensor]] = []
         self.lazy_buffer_of: Callable[[Slot], str | None] = _of_none
@@ -184,13 +186,13 @@ class ProgramWriter:
         if floating and argument_checks.are_usual(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
-        # Meta kernels accept numbers that real ones refuse: complex ones, 1e30 for float16, and an
-        # integer factor for a tensor of truth values.
-        checked = complex in map(type, args[1:])
-        checked = checked or (info.usual is not None if floating else not info.random)
+        # Meta kernels accept numbers that real ones refuse: complex ones, 1e30 for float16, an
+        # integer factor for a tensor of truth values, and an empty range of random integers.
+        checked = not floating or info.usual is not None or complex in map(type, args[1:])
         if alone and checked and not has_tensor(args[1:]):
             ref, device = self.ref(args[0]), self.device_of(args[0])
-            argument_checks.check_numbers(info, ref, device, args[1:], **kwargs)
+            named = {key: value for key, value in kwargs.items() if key != "generator"}
+            argument_checks.check_numbers(info, ref, device, args[1:], **named)
         if info.collective:
             instead = before_sending(calling_modules()) or "call it after materialising"
             raise RecordingError(
@@ -209,6 +211,8 @@ class ProgramWriter:
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
             return record_by_running(self, info, args, kwargs, deferred)
+        if info.checks_values:
+            check_values(self, info, args, kwargs)
         self._note(info, args, kwargs, device, result)
         return result
 
@@ -218,7 +222,7 @@ class ProgramWriter:
         storage = tensor.untyped_storage()
         attach(storage, Slot(self.program, number))
         self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
-        self.born.append(weakref.ref(tensor))
+        self.born.append(WeakTensor(tensor))
         if fill is not None:
             name, values = fill
             args = (TensorRef.of(tensor, number), *values)
@@ -395,11 +399,11 @@ class ProgramWriter:
         if slot is None:
             attach(storage, Slot(self.program, len(self.program.storages)))
             self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
-            self.born.append(weakref.ref(tensor))
+            self.born.append(WeakTensor(tensor))
             return True
         program, number = slot.resolve()
         program.storages[number].nbytes = storage.nbytes()
-        self.born.append(weakref.ref(tensor))
+        self.born.append(WeakTensor(tensor))
         return False
 
     def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:

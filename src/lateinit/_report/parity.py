@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._materialize.materialize import materialize
+from lateinit._progress import Progress
 from lateinit._recording import deferred_init
 from lateinit._report.comparison import Comparison
 from lateinit._rng import RandomStates, seed_all, state_of
@@ -115,7 +116,8 @@ def _check(eagerly: Build, build: Build, seed: int, init: Init | None) -> Parity
     seconds: dict[str, float] = {}
     seed_all(seed)
     eager = _timed(seconds, "eager", eagerly)
-    expected, state = facts(eager), torch.get_rng_state()
+    with Progress("digest", None):
+        expected, state = facts(eager), torch.get_rng_state()
     del eager
     gc.collect()  # modules refer to each other in circles: free the eager twin now
     seed_all(seed)
@@ -129,8 +131,8 @@ def _check(eagerly: Build, build: Build, seed: int, init: Init | None) -> Parity
         return _parity([("(construction)", what)], [], seed, seconds)
     found_state = torch.get_rng_state()
     _timed(seconds, "materialise", lambda: materialize(late, only=_has_shape, init=init))
-    found = facts(late)
-    differences = compare(expected, found)
+    with Progress("digest", None):
+        differences = compare(expected, facts(late))
     if any("values" in what for _, what in differences):
         seed_all(seed)
         differences = _with_values(differences, eagerly(), late)
@@ -164,7 +166,8 @@ def _numel(tensor: Tensor) -> int:
 
 def _timed(seconds: dict[str, float], what: str, call: Callable[[], Any]) -> Any:
     start = time.perf_counter()
-    result = call()
+    with Progress(what, None):
+        result = call()
     seconds[what] = round(time.perf_counter() - start, 3)
     return result
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lateinit._checkpoint.formats import Reader, open_checkpoint
 from lateinit._checkpoint.load import AS_FOUND, selected, translated
 from lateinit._checkpoint.save import Item, TensorComputer, batches, collect
+from lateinit._progress import Progress
 from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
 from lateinit._tensors import DTypes, Init, casting
@@ -74,14 +75,17 @@ def verify(
     reader = translated(module, reader)
     differences = [(name, "not in the model") for name in reader.entries if name not in known]
     values = TensorComputer(None)
-    for batch in batches(items):
-        for item, value in zip(batch, values.of(batch), strict=True):
-            differences += _differences(reader, item, value)
+    nbytes = sum(item.entry.nbytes for item in items)
+    with Progress("compare", nbytes) as bar:
+        for batch in batches(items):
+            for item, value in zip(batch, values.of(batch), strict=True):
+                differences += _differences(reader, item, value)
+                bar.advance(item.entry.nbytes)
     return Verification(
         path=path,
         differences=tuple(differences),
         tensors=len(items),
-        nbytes=sum(item.entry.nbytes for item in items),
+        nbytes=nbytes,
         seed=seed,
     )
 

@@ -6,6 +6,7 @@ only. Start with ``base.py``.
 """
 
 from lateinit._checkpoint.formats.base import Objects, Reader, StoredTensor, block_of
+from lateinit._checkpoint.formats.foreign_classes import foreign_in
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.formats.renamed import Renamed
 from lateinit._checkpoint.formats.safetensors import DTYPES
@@ -17,5 +18,6 @@ __all__ = [
     "Renamed",
     "StoredTensor",
     "block_of",
+    "foreign_in",
     "open_checkpoint",
 ]

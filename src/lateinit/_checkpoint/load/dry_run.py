@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats import Reader
+from lateinit._checkpoint.formats import Reader, foreign_in
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy import on_meta
 from lateinit._tensors import Casts, find_tensors, is_ordinary
 from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
-from lateinit.errors import CheckpointError, LateinitError
+from lateinit.errors import CheckpointError, CorruptCheckpointError, LateinitError, listing
 
 # The methods by which a class can change how it loads.
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
@@ -98,6 +98,25 @@ def _collect(
         for name, child in own["_modules"].items()
         if child is not None
     )
+
+
+def refuse_foreign(reader: Reader, state: dict[str, Tensor] | None) -> None:
+    """Raise if a module would get an object whose class is not unpickled.
+
+    Args:
+        reader: what is loaded.
+        state: the tensors of a plain module; None if its hooks may look at anything.
+    """
+    asked = [name for name in reader.objects if state is None or name in state]
+    told = {name: listing(sorted(set(foreign_in(reader.objects[name])))) for name in asked}
+    found = [f"{name} ({classes})" for name, classes in told.items() if classes]
+    if found:
+        first = next(name for name, classes in told.items() if classes)
+        raise CorruptCheckpointError(
+            f"{reader} has objects of classes that are not unpickled, since that could run any "
+            f"code: {listing(found)}. Leave them out by rename={{{first!r}: None}}, or save "
+            "model.state_dict() without them"
+        )
 
 
 def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
