@@ -11,6 +11,7 @@ Number Generators", INFORMS JoC 20(3), 2008, for jumping by a polynomial.
 """
 
 import ctypes
+import hashlib
 import struct
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -111,6 +112,21 @@ def state_of(generator: torch.Generator) -> bytes:
     state = generator.get_state()
     # From raw memory, since in a block numpy() is heard by its modes.
     return ctypes.string_at(state.data_ptr(), state.numel())
+
+
+def state_from(key: bytes, device: torch.device) -> bytes:
+    """A state of a generator that is a pure function of some bytes.
+
+    A seed has 32 bits only on the CPU, so that two of many generators would have equal ones. All
+    words of the state are filled here.
+    """
+    words = hashlib.shake_256(key).digest(4 * _WORDS)
+    if device.type != "cpu":
+        seed = int.from_bytes(words[:8], "little") >> 1
+        return state_of(torch.Generator(device).manual_seed(seed))
+    state = bytearray(state_of(torch.Generator().manual_seed(0)))
+    struct.pack_into(f"={_WORDS}Q", state, _WORDS_AT, *struct.unpack(f"={_WORDS}I", words))
+    return bytes(state)
 
 
 def seed_behind(state: bytes) -> int | None:
