@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
@@ -28,6 +28,7 @@ from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._recording import deferred_init
 from lateinit._report import Verification, parity
+from lateinit._report.contents import contents
 from lateinit._report.environment import environment
 from lateinit._report.summary import summary
 from lateinit._report.verify import verify
@@ -51,6 +52,14 @@ Spec = Annotated[
         metavar="SPEC",
         help="transformers:MODEL_TYPE_OR_CONFIG_JSON, timm:NAME, torchvision:NAME, "
         "package.module:callable or path/file.py:callable",
+    ),
+]
+SpecOrPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC_OR_PATH",
+        help="A model, as for the other commands, or a checkpoint: a .safetensors, .pt, .pth or "
+        ".bin file, its index, or a folder",
     ),
 ]
 Kwargs = Annotated[
@@ -86,7 +95,7 @@ def _common(
 
 @app.command()
 def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
-    spec: Spec,
+    spec: SpecOrPath,
     kwargs: Kwargs = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
@@ -124,8 +133,27 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = "selective",
     as_json: Json = False,
 ) -> None:
-    """Show every tensor of a model and how it is initialised, without allocating the model."""
+    """Show every tensor of a model and how it is initialised, or what a checkpoint holds.
+
+    Nothing is allocated, and of a checkpoint only headers are read. What exists as a file or a
+    folder is a checkpoint; all else is a model.
+    """
     with _errors():
+        path = model_specs.path_named(spec)
+        if path is not None:
+            _only_of_models(
+                path,
+                {
+                    "--kwargs": kwargs,
+                    "--mesh": mesh,
+                    "--tp-plan": tp_plan,
+                    "--train": train,
+                    "--batch": batch,
+                    "--sequence": sequence,
+                },
+            )
+            _show(contents(path, only=only), as_json=as_json)
+            return
         axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
         policy = None if train is None else training_cost.policy_named(train)
         computed = _batch(batch, sequence, recompute)
@@ -238,11 +266,26 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
 @app.command()
 def info(as_json: Json = False) -> None:
     """Show versions, the processor and which native kernels are used: what a bug report needs."""
-    found = environment()
+    _show(environment(), as_json=as_json)
+
+
+def _only_of_models(path: Path, options: dict[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"{path} is a checkpoint: {', '.join(given)} is for models")
+
+
+def _show(found: Shown, *, as_json: bool) -> None:
     if as_json:
         _print_json(found.to_dict())
     else:
         typer.echo(str(found))
+
+
+class Shown(Protocol):
+    """What can be printed, for people and for programs."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def _is_terminal() -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lateinit._lazy import known_shape, show
 from lateinit._program import describe_initialisation
 from lateinit._report.name_folding import fold
+from lateinit._report.tables import in_columns
 from lateinit._tensors import Deferred, Found, Kind, Only, find_tensors, is_placeholder, select
 from lateinit._torch import restoring, storage_key, without_subclass_functions
 from lateinit._units import format_bytes
@@ -131,17 +132,7 @@ class Summary:
         ) + (f"; {t.unsized_tensors:,} of unknown size not counted" if t.unsized_tensors else "")
 
     def __str__(self) -> str:
-        table = [_HEADS, *self.lines]
-        widths = [max(len(line[i]) for line in table) for i in range(len(_HEADS))]
-        sides = [str.rjust if head == "bytes" else str.ljust for head in _HEADS]
-        shown = [
-            "  ".join(
-                side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)
-            ).rstrip()
-            for line in table
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([shown[0], rule, *shown[1:], rule, self.footer])
+        return "\n".join([*in_columns(_HEADS, self.lines), self.footer])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = self._columns(options.max_width)

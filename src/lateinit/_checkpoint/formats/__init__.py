@@ -5,7 +5,7 @@ structure of its files when it is opened, and knows no module. It imports ``_tor
 only. Start with ``base.py``.
 """
 
-from lateinit._checkpoint.formats.base import Objects, Reader, StoredTensor, block_of
+from lateinit._checkpoint.formats.base import Objects, Reader, StoredFile, StoredTensor, block_of
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.formats.renamed import Renamed
 from lateinit._checkpoint.formats.safetensors import DTYPES
@@ -15,6 +15,7 @@ __all__ = [
     "Objects",
     "Reader",
     "Renamed",
+    "StoredFile",
     "StoredTensor",
     "block_of",
     "open_checkpoint",

@@ -52,6 +52,8 @@ _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 class SafetensorsReader(Reader):
     """One safetensors file, mapped into memory."""
 
+    format = "safetensors"
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         size = size_of(path)
@@ -59,18 +61,19 @@ class SafetensorsReader(Reader):
         try:
             base, text = _header(path, size)
             described = _parsed(text)
-            self.metadata = _metadata(described)
+            metadata = _metadata(described)
             self._place(base, size, described)
         except ValueError as error:
             raise CorruptCheckpointError(
                 f"{path} is no whole safetensors file: {error}; fetch or write it again"
             ) from error
-        self.note_header(path, text)
         self.aliases = {
             name: kept
-            for name, kept in self.metadata.items()
+            for name, kept in metadata.items()
             if kept in self.entries and name not in self.entries
         }
+        own = {key: value for key, value in metadata.items() if key not in self.aliases}
+        self.note_file(path, text, own)
         self._data = mapped(path)
 
     def _place(self, base: int, size: int, described: dict[str, Any]) -> None:
