@@ -24,11 +24,14 @@ from torch import nn
 
 from lateinit._checkpoint.api import save_checkpoint
 from lateinit._checkpoint.formats import DTYPES
+from lateinit._checkpoint.load import Choice
 from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._recording import deferred_init
 from lateinit._report import Verification, parity
+from lateinit._report.computed import ComputedReader, opened
 from lateinit._report.contents import contents
+from lateinit._report.differences import differences
 from lateinit._report.environment import environment
 from lateinit._report.summary import summary
 from lateinit._report.verify import verify
@@ -160,9 +163,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
         if (policy is not None and axes is None) or (computed is not None and policy is None):
             raise typer.BadParameter("--train goes with --mesh, and --batch with --train")
         plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
-        model = deferred_init(
-            _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
-        )
+        model = deferred_init(_build(spec, kwargs))
         if axes is not None:
             share = mesh_cost.share_of_rank(model, axes, plan, policy, computed)
             if as_json:
@@ -200,17 +201,64 @@ def check(
     if cast is not None and checkpoint is None:
         raise typer.BadParameter("--dtype is for --checkpoint")
     with _errors():
-        build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
+        build = _build(spec, kwargs)
         found: parity.Parity | Verification
         if checkpoint is None:
             found = parity.check_parity(build, seed=seed)
         else:
-            seed_all(seed)
-            found = verify(deferred_init(build), checkpoint, seed=seed, dtype=cast)
+            found = verify(_seeded(build, seed), checkpoint, seed=seed, dtype=cast)
         if as_json:
             _print_json({"spec": spec, **found.to_dict()})
         else:
             typer.echo(f"{spec}: {found}")
+        if not found.equal:
+            raise typer.Exit(1)
+
+
+@app.command()
+def diff(  # noqa: PLR0913, PLR0917 - the options of a command
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, or a model as for check")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one")],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these names")
+    ] = None,
+    values: Annotated[
+        bool, typer.Option("--values/--no-values", help="Compare values, or headers only")
+    ] = True,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Where the state dict is in B: model")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="What B's names begin with: module.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="OLD=NEW", help="A's name for a name of B"),
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of a model: cast, as init --dtype does")
+    ] = None,
+    kwargs: Kwargs = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints, or a checkpoint with what a seed gives, larger than memory or not.
+
+    Exit status: 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
+    """
+    cast, choice = _dtype(dtype), Choice(key, prefix, _renamed(rename))
+    with _errors():
+
+        def model(spec: str) -> ComputedReader:
+            module = _seeded(_build(spec, kwargs), seed)
+            return ComputedReader(module, f"{spec} from seed {seed}", cast)
+
+        left, right = opened(a, b, model, choice)
+        if (kwargs or dtype) and not any(isinstance(r, ComputedReader) for r in (left, right)):
+            raise typer.BadParameter("--kwargs and --dtype are for models, and these are none")
+        shown = sys.stderr.isatty()
+        found = differences(left, right, only=only, values=values, progress=shown)
+        _show(found, as_json=as_json)
         if not found.equal:
             raise typer.Exit(1)
 
@@ -236,10 +284,9 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     """Write an initialised checkpoint, without ever holding the model in memory."""
     cast = _dtype(dtype)
     with _errors():
-        build = _building(model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs)))
-        seed_all(seed)
+        build = _build(spec, kwargs)
         saved = save_checkpoint(
-            deferred_init(build),
+            _seeded(build, seed),
             output,
             max_shard_size=_size(max_shard_size),
             dtype=cast,
@@ -310,6 +357,13 @@ def _batch(size: int | None, length: int | None, recompute: str) -> training_cos
     return training_cost.Batch(size, length, recompute) if size and length else None
 
 
+def _renamed(pairs: list[str] | None) -> dict[str, str | None] | None:
+    found = [pair.partition("=") for pair in pairs or ()]
+    if not all(old and new for old, _, new in found):
+        raise typer.BadParameter("--rename is OLD=NEW")
+    return {old: new for old, _, new in found} or None
+
+
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -321,8 +375,9 @@ class _ConstructionError(Exception):
     """A model's own constructor raised."""
 
 
-def _building(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """The same function, with its errors told apart from lateinit's own."""
+def _build(spec: str, kwargs: str | None) -> Callable[[], nn.Module]:
+    """What builds a model, with errors of its own told apart from lateinit's."""
+    build = model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs))
 
     @functools.wraps(build)
     def building() -> nn.Module:
@@ -334,6 +389,11 @@ def _building(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
             raise _ConstructionError from error
 
     return building
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    seed_all(seed)
+    return deferred_init(build)
 
 
 @contextlib.contextmanager

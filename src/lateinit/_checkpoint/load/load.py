@@ -143,12 +143,14 @@ def plan_load(
     """
     ours = TensorNames(module).saved()
     if choice or reader.homes:
-        return _planned(module, selected(module, ours, reader, choice) or reader, cast, strict)
+        return _planned(
+            module, selected(type(module).__name__, ours, reader, choice) or reader, cast, strict
+        )
     try:
         return _planned(module, reader, cast, strict)
     except MismatchError:
         # After all the ways in which a module can load it as it is: hooks, translated names.
-        part = selected(module, ours, reader, choice)
+        part = selected(type(module).__name__, ours, reader, choice)
         if part is None:
             raise
     return _planned(module, part, cast, strict)
