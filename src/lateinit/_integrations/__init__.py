@@ -2,6 +2,7 @@
 
 ``model_specs`` turns a text such as ``transformers:gpt2`` into a constructor, for the command.
 ``transformers_names`` knows under which names ``transformers`` saves a model, for ``_checkpoint``.
+``saved_files`` knows how the files are called.
 ``offloading`` knows who reads a tensor's device to move it, and who sends its values, and
 ``pfn_extras`` which lazy layers are pytorch-pfn-extras'.
 The room may import only ``errors`` and the other leaves. A library is imported only when a
@@ -10,11 +11,11 @@ specification asks for it. Start with ``model_specs.py``.
 
 from lateinit._integrations.offloading import NEEDS_VALUES, SEES_RECORDED, before_sending
 from lateinit._integrations.pfn_extras import is_pfn_class, is_pfn_layer
+from lateinit._integrations.saved_files import config_text, weights_stem
 from lateinit._integrations.transformers_names import (
     Conversion,
     left_out,
     preferred_name,
-    saved_config,
     tied_targets,
 )
 
@@ -23,10 +24,11 @@ __all__ = [
     "SEES_RECORDED",
     "Conversion",
     "before_sending",
+    "config_text",
     "is_pfn_class",
     "is_pfn_layer",
     "left_out",
     "preferred_name",
-    "saved_config",
     "tied_targets",
+    "weights_stem",
 ]

@@ -43,6 +43,10 @@ DTYPES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+OWN_KEYS = ("format", "lateinit", "seed", "torch")
+"""Keys of the metadata that name no tied tensor; ``format`` is what ``transformers`` looks for."""
+RESERVED = "__metadata__"
+"""The name in a header under which the metadata are."""
 # The limit of the safetensors library (MAX_HEADER_SIZE in its tensor.rs). Bounds what is read on
 # the word of a file's first 8 bytes.
 _LONGEST_HEADER = 100_000_000
@@ -70,7 +74,7 @@ class SafetensorsReader(Reader):
         self.aliases = {
             name: kept
             for name, kept in metadata.items()
-            if kept in self.entries and name not in self.entries
+            if kept in self.entries and name not in (*self.entries, *OWN_KEYS)
         }
         own = {key: value for key, value in metadata.items() if key not in self.aliases}
         self.note_file(path, text, own)
@@ -127,7 +131,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(described: dict[str, Any]) -> dict[str, str]:
-    found = described.pop("__metadata__", {})
+    found = described.pop(RESERVED, {})
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("its __metadata__ holds something else than strings")
     return found

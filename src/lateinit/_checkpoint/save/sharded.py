@@ -10,6 +10,7 @@ Imported when it is needed: DCP is slow to import.
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,7 @@ class ShardedSave:
         items: what this rank holds, by name.
         files: for safetensors, the number of the file that each tensor belongs in; None for DCP.
         seed: replaces the recorded random state; None keeps it.
+        stem: what the names of safetensors files begin with.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class ShardedSave:
         items: Mapping[str, Item],
         files: Mapping[str, int] | None,
         seed: int | None,
+        stem: str,
     ) -> None:
+        self._stem = stem
         self.stage = Stage(target)
         self._items = items
         self._files = files
@@ -175,7 +179,7 @@ class ShardedSave:
     def _writer(self) -> Any:
         if self._files is None:
             return _DcpWriter(self.stage)
-        return _SafetensorsWriter(self.stage, dict(self._files))
+        return _SafetensorsWriter(self.stage, dict(self._files), self._stem)
 
     def _planner(self, copies: Mapping[str, Tensor]) -> Any:
         read = copies.__getitem__ if copies else self._local
@@ -243,10 +247,13 @@ class _Publishing:
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)  # type: ignore[misc]
-        shutil.rmtree(self.output.files / "sharded", ignore_errors=True)  # joined by now
+        self.joined()
         self.output.publish()
         returned(self.output.target, None)
         self.output.release()
+
+    def joined(self) -> None:
+        """Tidy up what torch has written."""
 
 
 class _DcpWriter(_Publishing, FileSystemWriter):
@@ -258,9 +265,26 @@ class _DcpWriter(_Publishing, FileSystemWriter):
 class _SafetensorsWriter(_Publishing, HuggingFaceStorageWriter):
     """Each rank writes its shards; the first one joins them into whole tensors."""
 
-    def __init__(self, stage: Stage, files: dict[str, int]) -> None:
+    def __init__(self, stage: Stage, files: dict[str, int], stem: str) -> None:
         super().__init__(str(stage.files), files, save_distributed=True, enable_consolidation=True)
         self.output = stage
+        self._stem = stem
+
+    def joined(self) -> None:
+        folder = self.output.files
+        shutil.rmtree(folder / "sharded", ignore_errors=True)
+        # torch calls the files `model-00001-of-00003.safetensors` whatever the model
+        # (torch/distributed/checkpoint/_hf_utils.py).
+        if self._stem != "model":
+            path = folder / "model.safetensors.index.json"
+            index = json.loads(path.read_text())
+            index["weight_map"] = {n: self._named(f) for n, f in index["weight_map"].items()}
+            path.write_text(json.dumps(index, indent=2) + "\n")
+            for file in folder.glob("model[-.]*safetensors*"):
+                file.rename(folder / self._named(file.name))
+
+    def _named(self, file: str) -> str:
+        return self._stem + file.removeprefix("model")
 
 
 def is_first() -> bool:
