@@ -120,9 +120,9 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
         typer.Option(
             "--train",
             metavar="POLICY",
-            help="With --mesh: add gradients and AdamW's state. recorded: in the model's dtype; "
-            "mixed: that, and FSDP2 computes in bfloat16; bfloat16: all of it; master: bfloat16 "
-            "and a float32 copy",
+            help="Add gradients and AdamW's state. recorded: in the model's dtype; "
+            "mixed: that, and FSDP2 or autocast computes in bfloat16; bfloat16: all of it; master: "
+            "bfloat16 and a float32 copy",
         ),
     ] = None,
     batch: Annotated[
@@ -160,8 +160,8 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
         axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
         policy = None if train is None else training_cost.policy_named(train)
         computed = _batch(batch, sequence, recompute)
-        if (policy is not None and axes is None) or (computed is not None and policy is None):
-            raise typer.BadParameter("--train goes with --mesh, and --batch with --train")
+        if computed is not None and policy is None:
+            raise typer.BadParameter("--batch goes with --train")
         plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
         model = deferred_init(_build(spec, kwargs))
         if axes is not None:
@@ -172,12 +172,18 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
                 typer.echo(f"{spec} on {share}")
             return
         table = summary(model, only=only)
+        alone = (
+            None if policy is None else mesh_cost.share_of_rank(model, {}, None, policy, computed)
+        )
         if as_json:
-            _print_json({"spec": spec, **table.to_dict()})
+            training = {} if alone is None else {"training": alone.to_dict()["training"]}
+            _print_json({"spec": spec, **table.to_dict(), **training})
         elif _is_terminal():
             Console().print(table)
         else:
             typer.echo(str(table))
+        if alone is not None and not as_json:
+            typer.echo(alone.training_line)
 
 
 @app.command()

@@ -137,7 +137,7 @@ def differences(
         ...     torch.save({"x": torch.tensor([1.0, 2.0 + n])}, tmp_path / name)
         >>> readers = [open_checkpoint(tmp_path / name) for name in "ab"]
         >>> print(differences(*readers).rows[0].values)
-        1 of 2 elements differ; by 1 at most (relative 0.333); at (1): 2.0, 3.0
+        1 of 2 elements differ, by 1 at most (relative 0.333); at (1,): 2.0, 3.0
     """
     a, b = _Side(left), _Side(right)
     # In the order of a model, whose batches are then computed once.
