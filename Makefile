@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The kernels in C; without a compiler they are left out, and so is this.
 NATIVE := $(VENV)/.native
+# What builds the site, and what builds and checks wheels. The demo does without them.
+SITE := $(VENV)/.site
+SHIP := $(VENV)/.ship
 
 # No hub is asked for anything, and two test workers do not fight over the cores.
 export HF_HUB_OFFLINE := 1
@@ -13,7 +16,7 @@ QUIET_CORES := OMP_NUM_THREADS=1
 MATRIX := 2.13.0 2.14.1 2.15.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick matrix lint format zoo shards recipes sweep bench clean
+.PHONY: help demo test quick matrix lint format docs dist dist-check zoo shards recipes sweep bench clean
 
 help:
 	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
@@ -22,6 +25,8 @@ help:
 	@echo "make matrix  the same under three torch versions and six CPU settings (long)"
 	@echo "make lint    ruff, mypy and the walls between rooms"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make docs    the site, into build/site"
+	@echo "make dist    wheel and sdist, into dist; dist-check installs and tests them (long)"
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
 	@echo "make recipes every recipe of docs/recipes.md whose library is installed"
@@ -36,7 +41,7 @@ help:
 	@touch $@
 
 # A half-made environment leaves no stamp, so the next call makes it again.
-$(STAMP): pyproject.toml constraints-dev.txt
+$(STAMP): pyproject.toml constraints-dev.txt src/lateinit/_version.py
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[dev]'
 	@touch $@ $(NATIVE)
@@ -55,13 +60,36 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[docs]'
+	@touch $@
+
+# Without the notice that mkdocs-material is maintained until May 2027 and has a successor.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(SHIP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[dist]'
+	@touch $@
+
+# The wheel is built from the sdist, and gets the oldest platform tag that its symbols allow. Without
+# a compiler it would be one for any platform, without the kernels: auditwheel refuses that.
+dist: $(SHIP)
+	rm -rf dist build/dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints-dev.txt $(BIN)/python -m build --outdir build/dist
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+
+dist-check: dist
+	$(BIN)/python -m tests.dist
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The second run uses the kernels of a CPU without vector extensions: tests must pass on any CPU. The
 # others do without the native kernels, which must have been built for the first ones.
-test: lint $(NATIVE)
+test: lint docs $(NATIVE)
 	! command -v cc > /dev/null || $(BIN)/python -c 'import lateinit._native._kernels'
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2
 	$(QUIET_CORES) ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 -q --quick

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,43 @@ def test_version_and_help() -> None:
     shown = lateinit_command("--help").stdout
     for name in ("inspect", "check", "init", "info"):
         assert name in shown
+
+
+def test_each_command_has_short_options_for_help_and_the_program_for_its_version() -> None:
+    assert lateinit_command("-V").stdout == lateinit_command("--version").stdout
+    for command in ((), ("inspect",), ("check",), ("init",), ("info",)):
+        assert (
+            lateinit_command(*command, "-h").stdout == lateinit_command(*command, "--help").stdout
+        )
+
+
+def test_a_shell_is_told_the_commands_and_their_options() -> None:
+    shown = {}
+    for words in ("lateinit in", "lateinit init --max"):
+        environment = {
+            "_LATEINIT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        done = CliRunner().invoke(cli.app, [], prog_name="lateinit", env=environment)
+        shown[words] = sorted(done.stdout.split())
+    assert shown == {
+        "lateinit in": ["info", "init", "inspect"],
+        "lateinit init --max": ["--max-shard-size"],
+    }
+    assert "--install-completion" in lateinit_command("--help").stdout
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "init --help", "init -o ''"])
+def test_what_needs_no_model_imports_no_torch(arguments: str) -> None:
+    script = (
+        "import sys; from lateinit.cli import app\n"
+        f"try: app({shlex.split(arguments)!r})\n"
+        "except SystemExit: assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "else: raise AssertionError"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 # -- inspect -------------------------------------------------------------------------------------
@@ -226,6 +264,33 @@ def test_init_takes_dtype_and_shard_size_and_prints_json(tmp_path: Path) -> None
     assert all(tensor.dtype is torch.bfloat16 for tensor in found.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("BF16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+        ("float", torch.float32),
+        ("fp16", torch.float16),
+        ("half", torch.float16),
+        ("torch.float64", torch.float64),
+    ],
+)
+def test_a_dtype_may_be_written_as_people_do(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    done = lateinit_command("init", *LINEAR, "--dtype", name, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert load_file(out)["weight"].dtype is dtype
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_a_seed_is_what_torch_takes(seed: int, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    done = lateinit_command("init", *LINEAR, "--seed", seed, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    torch.manual_seed(seed)
+    assert torch.equal(load_file(out)["weight"], nn.Linear(4, 2).weight)
+
+
 def test_init_refuses_overwrites_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +364,15 @@ def test_info_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
         (("inspect", *LINEAR, "--only", "nothing"), "matches no tensor"),
         (("check", "torch.nn:Linear"), "in_features"),
         (("check", "collections:OrderedDict"), "not an nn.Module"),
-        (("init", *LINEAR, "-o", "x", "--dtype", "int8"), "--dtype int8 is none of"),
+        (("init", *LINEAR, "-o", "x", "--dtype", "int8"), "--dtype 'int8' is none of"),
+        (("init", *LINEAR, "-o", "x", "--dtype", "brain"), "float16, bfloat16"),
+        (("init", *LINEAR, "-o", "x", "--dtype", ""), "--dtype '' is none of"),
+        (("init", *LINEAR, "-o", "x", "--seed", str(2**64)), "torch takes -2**63 to 2**64 - 1"),
+        (("check", *LINEAR, "--seed", str(-(2**63) - 1)), "torch takes -2**63 to 2**64 - 1"),
+        (("check", *LINEAR, "--seed", "x"), "--seed"),
+        (("check", *LINEAR, "--checkpoint", ""), "the path is empty"),
+        (("init", *LINEAR, "-o", ""), "the path is empty"),
+        (("inspect", ""), "names no model"),
         (("init", *LINEAR, "-o", "x", "--max-shard-size", "big"), "is no size"),
         (("init", *LINEAR), "output"),
     ],

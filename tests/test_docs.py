@@ -19,7 +19,7 @@ import torch
 import lateinit
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Those for torchrun are run with it, by tests/test_ranks.py.
 EXAMPLES = [
     path for path in sorted((ROOT / "examples").glob("*.py")) if "torchrun" not in path.read_text()

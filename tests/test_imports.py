@@ -117,6 +117,114 @@ def test_importing_does_not_import_what_is_optional_or_slow() -> None:
     assert run(script) == "[]\n"
 
 
+def test_type_checkers_see_each_public_name_where_it_is_imported_from() -> None:
+    seen = {}
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "typing.TYPE_CHECKING":
+            for statement in node.body:
+                assert isinstance(statement, ast.ImportFrom)
+                for alias in statement.names:
+                    full = f"{statement.module}.{alias.name}"
+                    seen[alias.name] = (
+                        full
+                        if full in ("lateinit.nn", "lateinit.pfn_extras")
+                        else (str(statement.module))
+                    )
+    assert seen == lateinit._HOMES
+    assert sorted([*seen, "errors"]) == lateinit.__all__
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lateinit",
+        "import lateinit.errors; lateinit.errors.LateinitError",
+        "from lateinit import errors",
+        "import lateinit; lateinit.__version__, dir(lateinit)",
+        "import lateinit; assert not hasattr(lateinit, 'materialise')",
+    ],
+)
+def test_torch_is_not_imported_before_a_name_needs_it(statement: str) -> None:
+    run(f"import sys; {statement}; assert 'torch' not in sys.modules")
+
+
+def test_no_module_is_imported_in_a_block() -> None:
+    script = """
+        import sys
+        import torch
+        import lateinit
+        block = lateinit.deferred()
+        before = set(sys.modules)
+        with block:
+            layers = lateinit.nn.LazyLinear(3), lateinit.pfn_extras.LazyLinear(None, 2)
+            net = torch.nn.Sequential(*layers)
+            lateinit.infer_shapes(net, torch.ones(2, 4))
+            lateinit.materialize(torch.nn.Linear(2, 2))
+        print([name for name in set(sys.modules) - before if name.startswith("lateinit")])
+    """
+    assert run(script) == "[]\n"
+
+
+def test_importing_the_names_is_no_op_of_any_mode() -> None:
+    script = """
+        import torch
+        from torch.overrides import TorchFunctionMode
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Functions(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                assert func is torch.device, func
+                return func(*args, **(kwargs or {}))
+
+        class Ops(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                raise AssertionError(func)
+
+        import lateinit
+        with Functions(), Ops():
+            lateinit.plan
+    """
+    run(script)
+
+
+def test_many_threads_may_use_the_first_name() -> None:
+    script = """
+        import threading
+        import lateinit
+        found, start = [], threading.Barrier(16)
+
+        def use(name):
+            start.wait()
+            found.append(getattr(lateinit, name) is not None)
+
+        names = [lateinit.__all__[i % len(lateinit.__all__)] for i in range(16)]
+        threads = [threading.Thread(target=use, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(len(found), all(found))
+    """
+    assert run(script) == "16 True\n"
+
+
+def test_a_pickle_is_read_where_lateinit_was_not_used_before(tmp_path: Path) -> None:
+    write = f"""
+        import pickle, torch, lateinit
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(torch.nn.Linear, 2, 2)
+        pickle.dump((model, lateinit.materialize), open({str(tmp_path / "model")!r}, "wb"))
+    """
+    read = f"""
+        import pickle, torch
+        model, materialize = pickle.load(open({str(tmp_path / "model")!r}, "rb"))
+        torch.manual_seed(0)
+        print(torch.equal(torch.nn.Linear(2, 2).weight, materialize(model).weight))
+    """
+    run(write)
+    assert run(read) == "True\n"
+
+
 UNCHANGED = """
 import types
 import torch

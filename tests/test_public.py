@@ -42,6 +42,7 @@ ERRORS = {
     "ConstantChangedError": RuntimeError,
     "CorruptCheckpointError": ValueError,
     "DeferredTensorError": RuntimeError,
+    "DeviceError": RuntimeError,
     "MaterializeError": RuntimeError,
     "MismatchError": ValueError,
     "NeedsValuesError": RuntimeError,
@@ -155,8 +156,6 @@ def test_error_can_be_pickled(name: str) -> None:
 
 
 def test_version_is_that_of_the_project() -> None:
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'version = "{lateinit.__version__}"' in project
     try:
         installed = metadata.version("lateinit")
     except metadata.PackageNotFoundError:

@@ -6,15 +6,22 @@ that eager construction would have given. These names, and those of ``lateinit.n
 is not.
 """
 
-from lateinit import errors, nn, pfn_extras
-from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
-from lateinit._lazy import discard, infer_shapes, lazy, settle_rng, size
-from lateinit._materialize import is_deferred, plan
-from lateinit._materialize.materialize import materialize
-from lateinit._recording import deferred, deferred_init
-from lateinit._report.summary import summary
-from lateinit._skip_init import skip_init
+import importlib
+import threading
+import typing
+
+from lateinit import errors
 from lateinit._version import __version__ as __version__
+
+if typing.TYPE_CHECKING:
+    from lateinit import nn, pfn_extras
+    from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
+    from lateinit._lazy import discard, infer_shapes, lazy, settle_rng, size
+    from lateinit._materialize import is_deferred, plan
+    from lateinit._materialize.materialize import materialize
+    from lateinit._recording import deferred, deferred_init
+    from lateinit._report.summary import summary
+    from lateinit._skip_init import skip_init
 
 __all__ = [
     "deferred",
@@ -35,3 +42,54 @@ __all__ = [
     "skip_init",
     "summary",
 ]
+
+# Where the names above are that need torch.
+_HOMES = {
+    "deferred": "lateinit._recording",
+    "deferred_init": "lateinit._recording",
+    "discard": "lateinit._lazy",
+    "infer_shapes": "lateinit._lazy",
+    "is_deferred": "lateinit._materialize",
+    "lazy": "lateinit._lazy",
+    "load_checkpoint": "lateinit._checkpoint.api",
+    "materialize": "lateinit._materialize.materialize",
+    "nn": "lateinit.nn",
+    "pfn_extras": "lateinit.pfn_extras",
+    "plan": "lateinit._materialize",
+    "save_checkpoint": "lateinit._checkpoint.api",
+    "settle_rng": "lateinit._lazy",
+    "size": "lateinit._lazy",
+    "skip_init": "lateinit._skip_init",
+    "summary": "lateinit._report.summary",
+}
+# One thread imports. importlib lets a thread that would wait in a circle go on with a module that
+# is half imported (``_DeadlockError`` in importlib/_bootstrap.py).
+_one_thread = threading.RLock()
+
+
+def _resolve() -> dict[str, object]:
+    """Import every public name, and put all of them into this module.
+
+    All and not only the first that is used: while a block replaces functions of torch, no module
+    of lateinit may be imported that would keep the replacements.
+    """
+    with _one_thread:
+        homes = {name: importlib.import_module(home) for name, home in _HOMES.items()}
+        found: dict[str, object] = {
+            name: home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
+            for name, home in homes.items()
+        }
+        for name, thing in found.items():
+            globals().setdefault(name, thing)
+        return found
+
+
+if not typing.TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> object:  # PEP 562: what is not in this module yet
+        if name in _HOMES:
+            return _resolve()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

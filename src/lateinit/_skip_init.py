@@ -13,7 +13,7 @@ from torch import nn
 from lateinit._identity import IdentityMap
 from lateinit._materialize.materialize import materialize
 from lateinit._recording import deferred
-from lateinit._tensors import adopt_uninitialized, cast_to, find_tensors, slot_of
+from lateinit._tensors import adopt_uninitialized, device_of, find_tensors, slot_of
 from lateinit._torch import restoring
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,7 +59,7 @@ def skip_init(
     inside = where if where is not None and "meta" in places else contextlib.nullcontext()
     with deferred(advance_rng=False), inside:
         module = module_cls(*args, **kwargs)
-    where = None if where is not None and where.type == "meta" else cast_to(device, None).device
+    where = None if where is None or where.type == "meta" else device_of(where)
     found = [f for f in find_tensors(module) if f.deferred]
     parameters = IdentityMap((parameter, None) for parameter in module.parameters())
     others = {slot_of(f.tensor) for f in found if f.tensor not in parameters}

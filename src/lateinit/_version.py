@@ -1,3 +1,3 @@
-"""The version, below everything that writes it into files."""
+"""The version. Every file that is written names it, and the metadata of the package takes it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,46 +8,64 @@ commands are their help.
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
-from lateinit._checkpoint.api import save_checkpoint
-from lateinit._checkpoint.formats import DTYPES
-from lateinit._checkpoint.load import Choice
-from lateinit._distributed import mesh_cost, training_cost
-from lateinit._integrations import model_specs
-from lateinit._recording import deferred_init
-from lateinit._report import Verification, parity
-from lateinit._report.computed import ComputedReader, opened
-from lateinit._report.contents import contents
-from lateinit._report.differences import differences
-from lateinit._report.environment import environment
-from lateinit._report.summary import summary
-from lateinit._report.verify import verify
-from lateinit._rng import seed_all
-from lateinit._units import parse_bytes
+from lateinit._progress import Working
 from lateinit._version import __version__
 from lateinit.errors import LateinitError
+
+
+def _on_first_use(name: str) -> ModuleType:
+    """The module, imported when an attribute of it is first read (a recipe of importlib's page)."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if TYPE_CHECKING:
+    from lateinit import _commands
+else:
+    _commands = _on_first_use("lateinit._commands")  # needs torch, as no help text does
 
 app = typer.Typer(
     name="lateinit",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Deferred initialisation of PyTorch models, bit for bit what eager construction gives.",
 )
+
+
+def _seed(value: int) -> int:
+    """A seed that ``torch.manual_seed`` takes, or an error that says which those are."""
+    if not -(2**63) <= value < 2**64:
+        raise typer.BadParameter(f"{value} is no seed: torch takes -2**63 to 2**64 - 1")
+    return value
+
+
+def _path(text: str) -> Path:
+    """A path; ``Path("")`` would be the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("the path is empty: name a file or a folder")
+    return Path(text)
+
 
 Spec = Annotated[
     str,
@@ -69,7 +87,10 @@ Kwargs = Annotated[
     str | None,
     typer.Option("--kwargs", metavar="JSON", help="Arguments: '{\"hidden_size\": 64}'"),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="As torch.manual_seed(SEED) before construction")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", callback=_seed, help="As torch.manual_seed(SEED) before construction"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 
 
@@ -80,14 +101,15 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"lateinit {__version__} (torch {torch.__version__})")
+        typer.echo(f"lateinit {__version__} (torch {importlib.metadata.version('torch')})")
         raise typer.Exit
 
 
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version"),
     ] = False,
 ) -> None:
     del version
@@ -141,49 +163,17 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     Nothing is allocated, and of a checkpoint only headers are read. What exists as a file or a
     folder is a checkpoint; all else is a model.
     """
-    with _errors():
-        path = model_specs.path_named(spec)
-        if path is not None:
-            _only_of_models(
-                path,
-                {
-                    "--kwargs": kwargs,
-                    "--mesh": mesh,
-                    "--tp-plan": tp_plan,
-                    "--train": train,
-                    "--batch": batch,
-                    "--sequence": sequence,
-                },
-            )
-            _show(contents(path, only=only), as_json=as_json)
-            return
-        axes = None if mesh is None else mesh_cost.parse_mesh(mesh)
-        policy = None if train is None else training_cost.policy_named(train)
-        computed = _batch(batch, sequence, recompute)
-        if computed is not None and policy is None:
-            raise typer.BadParameter("--batch goes with --train")
-        plan = model_specs.parse_kwargs(tp_plan, "--tp-plan") if tp_plan is not None else None
-        model = deferred_init(_build(spec, kwargs))
-        if axes is not None:
-            share = mesh_cost.share_of_rank(model, axes, plan, policy, computed)
-            if as_json:
-                _print_json({"spec": spec, **share.to_dict()})
-            else:
-                typer.echo(f"{spec} on {share}")
-            return
-        table = summary(model, only=only)
-        alone = (
-            None if policy is None else mesh_cost.share_of_rank(model, {}, None, policy, computed)
-        )
-        if as_json:
-            training = {} if alone is None else {"training": alone.to_dict()["training"]}
-            _print_json({"spec": spec, **table.to_dict(), **training})
-        elif _is_terminal():
-            Console().print(table)
-        else:
-            typer.echo(str(table))
-        if alone is not None and not as_json:
-            typer.echo(alone.training_line)
+    rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
+    with _working():
+        found = _commands.inspect(spec, kwargs, only, rank)
+    if as_json:
+        _print_json({"spec": spec, **found.to_dict()})
+    elif mesh is not None:
+        typer.echo(f"{spec} on {found}")
+    elif _is_terminal():
+        Console().print(found)
+    else:
+        typer.echo(str(found))
 
 
 @app.command()
@@ -191,7 +181,13 @@ def check(
     spec: Spec,
     seed: Seed = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Compare this with what the seed gives")
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            parser=_path,
+            metavar="PATH",
+            help="Compare this with what the seed gives",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="With --checkpoint: cast, as init --dtype does")
@@ -203,22 +199,14 @@ def check(
 
     With --checkpoint, compare the checkpoint with the values of the seed, one tensor at a time.
     """
-    cast = _dtype(dtype)
-    if cast is not None and checkpoint is None:
-        raise typer.BadParameter("--dtype is for --checkpoint")
-    with _errors():
-        build = _build(spec, kwargs)
-        found: parity.Parity | Verification
-        if checkpoint is None:
-            found = parity.check_parity(build, seed=seed)
-        else:
-            found = verify(_seeded(build, seed), checkpoint, seed=seed, dtype=cast)
-        if as_json:
-            _print_json({"spec": spec, **found.to_dict()})
-        else:
-            typer.echo(f"{spec}: {found}")
-        if not found.equal:
-            raise typer.Exit(1)
+    with _working():
+        found = _commands.check(spec, kwargs, seed, checkpoint, dtype)
+    if as_json:
+        _print_json({"spec": spec, **found.to_dict()})
+    else:
+        typer.echo(f"{spec}: {found}")
+    if not found.equal:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -252,28 +240,29 @@ def diff(  # noqa: PLR0913, PLR0917 - the options of a command
 
     Exit status: 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
     """
-    cast, choice = _dtype(dtype), Choice(key, prefix, _renamed(rename))
-    with _errors():
-
-        def model(spec: str) -> ComputedReader:
-            module = _seeded(_build(spec, kwargs), seed)
-            return ComputedReader(module, f"{spec} from seed {seed}", cast)
-
-        left, right = opened(a, b, model, choice)
-        if (kwargs or dtype) and not any(isinstance(r, ComputedReader) for r in (left, right)):
-            raise typer.BadParameter("--kwargs and --dtype are for models, and these are none")
-        shown = sys.stderr.isatty()
-        found = differences(left, right, only=only, values=values, progress=shown)
-        _show(found, as_json=as_json)
-        if not found.equal:
-            raise typer.Exit(1)
+    options = _commands.Sides(only, values, key, prefix, rename or (), seed, dtype, kwargs)
+    with _working():
+        found = _commands.diff(a, b, options)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
+    if not found.equal:
+        raise typer.Exit(1)
 
 
 @app.command()
 def init(  # noqa: PLR0913, PLR0917 - the options of a command
     spec: Spec,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder to make, or a file: OUT.safetensors")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=_path,
+            metavar="PATH",
+            help="A folder to make, or a file: OUT.safetensors",
+        ),
     ],
     seed: Seed = 0,
     dtype: Annotated[
@@ -288,135 +277,63 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     as_json: Json = False,
 ) -> None:
     """Write an initialised checkpoint, without ever holding the model in memory."""
-    cast = _dtype(dtype)
-    with _errors():
-        build = _build(spec, kwargs)
-        saved = save_checkpoint(
-            _seeded(build, seed),
+    with _working():
+        saved = _commands.init(
+            spec,
+            kwargs,
             output,
-            max_shard_size=_size(max_shard_size),
-            dtype=cast,
+            seed=seed,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
             force=force,
             resume=resume,
-            seed=seed,
-            progress=sys.stderr.isatty(),
         )
-        if as_json:
-            _print_json(
-                {
-                    "spec": spec,
-                    "path": str(saved.path),
-                    "files": saved.files,
-                    "tensors": saved.tensors,
-                    "bytes": saved.nbytes,
-                    "seed": seed,
-                }
-            )
-        else:
-            typer.echo(str(saved))
+    if as_json:
+        _print_json(
+            {
+                "spec": spec,
+                "path": str(saved.path),
+                "files": saved.files,
+                "tensors": saved.tensors,
+                "bytes": saved.nbytes,
+                "seed": seed,
+            }
+        )
+    else:
+        typer.echo(str(saved))
 
 
 @app.command()
 def info(as_json: Json = False) -> None:
     """Show versions, the processor and which native kernels are used: what a bug report needs."""
-    _show(environment(), as_json=as_json)
-
-
-def _only_of_models(path: Path, options: dict[str, object]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise typer.BadParameter(f"{path} is a checkpoint: {', '.join(given)} is for models")
-
-
-def _show(found: Shown, *, as_json: bool) -> None:
+    with _working():
+        found = _commands.info()
     if as_json:
         _print_json(found.to_dict())
     else:
         typer.echo(str(found))
 
 
-class Shown(Protocol):
-    """What can be printed, for people and for programs."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
 def _is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
-    if name not in known:
-        raise typer.BadParameter(f"--dtype {name} is none of {', '.join(known)}")
-    return known[name]
-
-
-def _batch(size: int | None, length: int | None, recompute: str) -> training_cost.Batch | None:
-    if recompute not in training_cost.RECOMPUTED:
-        known = ", ".join(training_cost.RECOMPUTED)
-        raise typer.BadParameter(f"--recompute {recompute} is none of {known}")
-    if (size is None) != (length is None):
-        raise typer.BadParameter("--batch and --sequence go together")
-    return training_cost.Batch(size, length, recompute) if size and length else None
-
-
-def _renamed(pairs: list[str] | None) -> dict[str, str | None] | None:
-    found = [pair.partition("=") for pair in pairs or ()]
-    if not all(old and new for old, _, new in found):
-        raise typer.BadParameter("--rename is OLD=NEW")
-    return {old: new for old, _, new in found} or None
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--max-shard-size {error}") from error
-
-
-class _ConstructionError(Exception):
-    """A model's own constructor raised."""
-
-
-def _build(spec: str, kwargs: str | None) -> Callable[[], nn.Module]:
-    """What builds a model, with errors of its own told apart from lateinit's."""
-    build = model_specs.load_spec(spec, model_specs.parse_kwargs(kwargs))
-
-    @functools.wraps(build)
-    def building() -> nn.Module:
-        try:
-            return build()
-        except LateinitError:
-            raise
-        except Exception as error:
-            raise _ConstructionError from error
-
-    return building
-
-
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    seed_all(seed)
-    return deferred_init(build)
-
-
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Print an expected error on stderr, and exit with 2."""
+def _working() -> Iterator[None]:
+    """Show progress; print an expected error on stderr, and exit with 2."""
     try:
-        yield
-    except LateinitError as error:
-        typer.echo(f"lateinit: {error}", err=True)
-        raise typer.Exit(2) from error
-    except _ConstructionError as error:
-        traceback.print_exception(error.__cause__)
-        typer.echo("lateinit: the model's constructor raised this", err=True)
-        raise typer.Exit(2) from error
+        with Working():
+            yield
     except KeyboardInterrupt as error:
         typer.echo("lateinit: interrupted; `init` can be continued with --resume", err=True)
         raise typer.Exit(130) from error
+    except LateinitError as error:
+        typer.echo(f"lateinit: {error}", err=True)
+        raise typer.Exit(2) from error
+    except _commands.ConstructionError as error:
+        traceback.print_exception(error.__cause__)
+        typer.echo("lateinit: the model's constructor raised this", err=True)
+        raise typer.Exit(2) from error
 
 
 def _print_json(data: dict[str, Any]) -> None:

@@ -2,27 +2,28 @@
 
 Every exception is a ``LateinitError`` and also one of Python's own, given in parentheses.
 
-LateinitError
- +-- RecordingError        (RuntimeError)             the construction cannot be recorded
- +-- DeferredTensorError   (RuntimeError)             a deferred tensor was used as if it had values
- +-- NotRecordedError      (RuntimeError)             a meta tensor that was never recorded
- +-- ConstantChangedError  (RuntimeError)             real data that a program reads has changed
- +-- SeedError             (ValueError)               another seed would have built another model
- +-- PatternError          (ValueError)               `only=` matches nothing
- +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
- +-- ShardingError         (RuntimeError)             shards cannot be computed, or do not fit
- +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
- +-- SpecError             (ValueError)               a model specification names no model
- +-- OutputExistsError     (FileExistsError)          an output would be overwritten
- +-- OutputError           (OSError)                  an output cannot be written
- +-- CheckpointError       (ValueError)               a model cannot be saved, or cannot load
- |    +-- MismatchError         (ValueError, RuntimeError) a checkpoint does not fit the model
- |    +-- CorruptCheckpointError (ValueError)         a file is no complete, safe checkpoint
- +-- ShapeError            (ValueError, RuntimeError) a shape disagrees with a known one
- +-- RuleError             (TypeError)                a rule does not fit its class
- +-- UninitializedError    (RuntimeError, ValueError) a placeholder was used as a tensor
- +-- UnreachedError        (RuntimeError)             the forward never called some lazy modules
- +-- NeedsValuesError      (RuntimeError)             the forward depends on values, not shapes
+    LateinitError
+     +-- RecordingError        (RuntimeError)             the construction cannot be recorded
+     +-- DeferredTensorError   (RuntimeError)             a deferred tensor was used for its values
+     +-- NotRecordedError      (RuntimeError)             a meta tensor that was never recorded
+     +-- ConstantChangedError  (RuntimeError)             real data that a program reads has changed
+     +-- SeedError             (ValueError)               another seed would build another model
+     +-- PatternError          (ValueError)               a pattern matches nothing, or two disagree
+     +-- DeviceError           (RuntimeError)             `device=` names a device that is not there
+     +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
+     +-- ShardingError         (RuntimeError)             shards cannot be computed, or do not fit
+     +-- OutOfMemoryError      (MemoryError)              materialising ran out of memory
+     +-- SpecError             (ValueError)               a model specification names no model
+     +-- OutputExistsError     (FileExistsError)          an output would be overwritten
+     +-- OutputError           (OSError)                  an output cannot be written
+     +-- CheckpointError       (ValueError)               a model cannot be saved, or cannot load
+     |    +-- MismatchError         (ValueError, RuntimeError) a checkpoint does not fit the model
+     |    +-- CorruptCheckpointError (ValueError)         a file is no complete, safe checkpoint
+     +-- ShapeError            (ValueError, RuntimeError) a shape disagrees with a known one
+     +-- RuleError             (TypeError)                a rule does not fit its class
+     +-- UninitializedError    (RuntimeError, ValueError) a placeholder was used as a tensor
+     +-- UnreachedError        (RuntimeError)             the forward never called some lazy modules
+     +-- NeedsValuesError      (RuntimeError)             the forward depends on values, not shapes
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ class SeedError(LateinitError, ValueError):
 
 
 class PatternError(LateinitError, ValueError):
-    """A pattern of ``only=`` matches no tensor."""
+    """A pattern matches no tensor, or two patterns say different things of one tensor."""
+
+
+class DeviceError(LateinitError, RuntimeError):
+    """``device=`` names a device that this machine does not have."""
 
 
 class MaterializeError(LateinitError, RuntimeError):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lateinit
 from lateinit.errors import CheckpointError, ConstantChangedError, LateinitError
+from tests.support.call_sequences import cast_saved
 from tests.support.cases import Bag
 from tests.support.formats import FORMATS
 from tests.support.hook_programs import SAVED, Programmed, random_program
@@ -366,8 +367,7 @@ def test_a_cast_is_what_hooks_see(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({k: v + 1 for k, v in Hooked().state_dict().items()}, path)
     eager, model = twins(lambda: Hooked(branching_on_what_is_not_saved, scaled_by_a_value))
-    eager.bfloat16()
-    eager.note, eager.notes = eager.note.bfloat16(), [eager.notes[0].bfloat16()]
+    cast_saved(eager, torch.bfloat16)
     eager.load_state_dict(load_file(path))
     lateinit.load_checkpoint(model, path, dtype=torch.bfloat16)
     assert_same(eager, model)

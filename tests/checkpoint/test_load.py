@@ -13,7 +13,7 @@ import lateinit
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.dry_run import Rehearsal, plain_state, rehearse
 from lateinit._checkpoint.load.load import plan_load
-from lateinit._tensors import AS_RECORDED, Cast, find_tensors
+from lateinit._tensors import AS_IT_IS, find_tensors
 from tests.support import building
 from tests.support.formats import FORMATS, SAFETENSORS
 from tests.support.models import MODELS
@@ -69,7 +69,7 @@ def test_a_deferred_model_loads_as_its_eager_twin_does(
 
 def known_and_tried(model: nn.Module, path: Path) -> tuple[Rehearsal, Rehearsal]:
     reader = open_checkpoint(path)
-    cast = Cast(None, None)
+    cast = AS_IT_IS.over(model, find_tensors(model))
     return rehearse(model, reader, cast, plain_state(model)), rehearse(model, reader, cast)
 
 
@@ -222,7 +222,7 @@ def test_a_plan_of_a_load_can_be_read_and_has_changed_nothing(tmp_path: Path) ->
     weight = torch.randn(3, 3)
     save_file({"first.weight": weight, "second.weight": weight.clone()}, path)
     model = lateinit.deferred_init(Tied)
-    plan = plan_load(model, open_checkpoint(path), AS_RECORDED, strict=False)
+    plan = plan_load(model, open_checkpoint(path), AS_IT_IS, strict=False)
     lines = str(plan).splitlines()
     assert lines[:4] == [
         f"{path}: 2 copies, 72 B",
@@ -244,6 +244,6 @@ def test_a_plan_of_a_load_with_hooks_says_so(tmp_path: Path) -> None:
     model.register_load_state_dict_pre_hook(
         lambda _, state, *__: state.update(bias=state["bias"] * 2)
     )
-    lines = str(plan_load(model, open_checkpoint(path), AS_RECORDED, strict=True)).splitlines()
+    lines = str(plan_load(model, open_checkpoint(path), AS_IT_IS, strict=True)).splitlines()
     assert lines[0].endswith("2 copies, 36 B, by load_state_dict and its hooks")
     assert lines[1:3] == ["  weight <- weight", "  bias <- a value that a hook computes"]

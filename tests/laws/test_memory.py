@@ -166,3 +166,29 @@ def test_running_out_of_address_space_is_told_and_can_be_repeated(
         assert not lateinit.is_deferred(model)
     """)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_linux
+@pytest.mark.parametrize("form", ["dcp", "safetensors"])
+def test_shards_are_saved_one_after_another(form: str, tmp_path: Path) -> None:
+    done = run(f"""
+        import torch.distributed as dist
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+
+        def save(model, name):
+            fully_shard(model, mesh=mesh)
+            path = {str(tmp_path)!r} + name
+            lateinit.save_checkpoint(model, path, format={form!r}, max_shard_size="1GB")
+
+        save(lateinit.deferred_init(stack, 2, 64), "small")
+        model = lateinit.deferred_init(stack, 16, 2048)
+        allow(128 * MIB)
+        assert sum(p.nbytes for p in model.parameters()) > 256 * MIB
+        save(model, "large")
+        dist.destroy_process_group()
+    """)
+    assert done.returncode == 0, done.stderr

@@ -5,10 +5,12 @@ Every rank prints a line for each case: the errors that it saw, and what it foun
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import lateinit
-from lateinit._checkpoint.save import sharded
 from tests.sharding.placements import Block, fsdp, line, on_both_axes, spread
 from tests.sharding.resuming import deferred_block, expected_block, same, whole
 from tests.sharding.together import Run, play
@@ -79,8 +81,61 @@ def real_shards_by_torch_too(run: Run) -> str:
 def in_safetensors(run: Run) -> str:
     model = sharded_block()
     end = saved(run, model, "hub", format="safetensors", max_shard_size="60kB")
-    assert [p.suffix for p in sorted((run.folder / "hub").iterdir())].count(".safetensors") > 1
+    files = [path.name for path in sorted((run.folder / "hub").iterdir())]
+    assert files.count("model.safetensors.index.json") == 1
+    assert len(files) > 2
     return end
+
+
+def columns_in_safetensors(run: Run) -> str:
+    model = sharded_block(spread, source=None, dims=(1,))
+    return saved(run, model, "columns of the hub", format="safetensors")
+
+
+class Odd(nn.Module):
+    """Tensors without dims and elements, of integers and truth values, tied, and of many dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(()))
+        self.none = nn.Parameter(torch.empty(0, 3))
+        self.cube = nn.Parameter(torch.rand(5, 3, 7, 2))
+        self.low = nn.Parameter(torch.rand(3, 9, dtype=torch.bfloat16))
+        self.same = self.low
+        self.count = nn.Buffer(torch.tensor(7))
+        self.mask = nn.Buffer(torch.rand(4) > 0.5)
+
+
+def odd_tensors(run: Run) -> str:
+    mesh, ends = line(dist.get_world_size()), set()
+    torch.manual_seed(3)
+    expected = Odd().state_dict()
+    for dim in (0, 1, 2, None):
+        for form in ("dcp", "safetensors"):
+            torch.manual_seed(3)
+            model = lateinit.deferred_init(Odd)
+            spread(model, mesh, 0, dims=(dim,))
+            run.call(lateinit.save_checkpoint, model, run.folder / "odd", format=form, force=True)
+            found = lateinit.deferred_init(Odd)
+            lateinit.load_checkpoint(found, run.folder / "odd")
+            ends.add(same(found.state_dict(), expected))
+            dist.barrier()
+    return "right" if ends == {"right"} else "wrong"
+
+
+def several_blocks_in_safetensors(run: Run) -> str:
+    """A rank holds two boxes of the parameter, which lie apart."""
+    mesh = line(dist.get_world_size())
+    model = lateinit.deferred_init(nn.Linear, 3, 16, bias=False)
+    lateinit.materialize(model)
+    full = torch.arange(48.0).view(16, 3)
+    halves = full.view(2, 2, 4, 3)[:, run.rank].reshape(8, 3)
+    placed = DTensor.from_local(halves, mesh, [_StridedShard(0, split_factor=2)])
+    model.weight = nn.Parameter(placed)
+    run.call(lateinit.save_checkpoint, model, run.folder / "apart", format="safetensors")
+    found = lateinit.deferred_init(nn.Linear, 3, 16, bias=False)
+    lateinit.load_checkpoint(found, run.folder / "apart")
+    return same(found.state_dict(), {"weight": full})
 
 
 def in_the_background(run: Run) -> str:
@@ -106,17 +161,28 @@ def over_an_earlier_one(run: Run) -> str:
     return "wrong" if found.up.bias.any() else "right"
 
 
-def a_rank_that_cannot_write(run: Run) -> str:
+@contextlib.contextmanager
+def files_of(nbytes: int) -> Iterator[None]:
+    """A disk on which files have at most so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def a_full_disk(run: Run) -> str:
     """The earlier checkpoint is as it was, and the call can be repeated."""
-    model, local = sharded_block(), sharded.ShardedSave._local
-
-    def failing(saving: Any, name: str) -> torch.Tensor:
-        if run.other:
-            raise OSError(28, "no room")
-        return local(saving, name)
-
-    with mock.patch.object(sharded.ShardedSave, "_local", failing):
-        run.call(lateinit.save_checkpoint, model, run.folder / "real", force=True)
+    model = sharded_block()
+    for options in ({}, {"format": "safetensors"}):
+        with files_of(5000) if run.other else contextlib.nullcontext():
+            run.call(lateinit.save_checkpoint, model, run.folder / "real", force=True, **options)
+        assert back(run.folder / "real") == "right"
+    later = lateinit.save_checkpoint(model, run.folder / "real", force=True, wait=False)
+    with files_of(5000) if run.other else contextlib.nullcontext():
+        run.call(later.result)
+    dist.barrier()
     assert back(run.folder / "real") == "right"
     return saved(run, model, "real", force=True)
 
@@ -140,10 +206,13 @@ CASES = {
         deferred_columns_in_half,
         deferred_rows,
         real_shards_by_torch_too,
-        a_rank_that_cannot_write,
+        a_full_disk,
         another_seed_on_one_rank,
         in_safetensors,
         in_the_background,
+        columns_in_safetensors,
+        several_blocks_in_safetensors,
+        odd_tensors,
         one_file,
         over_an_earlier_one,
     )

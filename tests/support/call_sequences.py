@@ -350,6 +350,12 @@ def both(
     return expected, found
 
 
+def cast_saved(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what one `dtype=` casts in a real model: parameters, and buffers of its state dict."""
+    state = model.state_dict(keep_vars=True).values()
+    cast_together([*model.parameters(), *(t for t in state if isinstance(t, torch.Tensor))], dtype)
+
+
 def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
     """What `materialize(dtype=)` says: floating-point values cast, ties kept."""
     storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -12,6 +12,7 @@ from lateinit._torch.messages import (
     asks_for_values,
     is_lazy_misuse,
     is_misfit,
+    is_of_legacy_type,
     is_of_mixed_graph,
     is_out_of_memory,
     reaches_for_memory,
@@ -137,3 +138,13 @@ def test_a_graph_of_real_and_meta_tensors_has_an_invalid_gradient() -> None:
     error = said_by(lambda: Crossing.apply(x).sum().backward())  # type: ignore[no-untyped-call]
     assert is_of_mixed_graph(error)
     assert not is_of_mixed_graph(RuntimeError("expected device cpu but got meta"))
+
+
+def test_a_legacy_type_says_that_it_was_given_a_tensor_on_meta() -> None:
+    """torch/csrc/utils/tensor_new.cpp: legacy_tensor_generic_ctor_new."""
+    with pytest.raises(TypeError, match="expected TensorOptions") as found:
+        torch.FloatTensor(torch.empty(3, device="meta"))
+    assert is_of_legacy_type(found.value)
+    with pytest.raises(TypeError, match="expected TensorOptions") as found:
+        torch.FloatTensor(torch.empty(3, dtype=torch.int64))
+    assert not is_of_legacy_type(found.value)

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._torch.swap import (
+    ASKING_FOR_REFERENCES,
+    SWAPPING,
+    OthersReferences,
+    WeakTensor,
     as_subclass,
     hears_ops,
     make_subclass,
+    new_tensor,
     swap,
     swap_implementation,
     swap_with_hooks,
@@ -65,6 +70,45 @@ def test_a_tensor_that_somebody_holds_weakly_can_be_swapped() -> None:
     swap_implementation(a, b)
     assert held() is a
     assert a.tolist() == [0, 0]
+
+
+def test_swap_tensors_asks_a_module_of_its_own_for_weak_references(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch/utils/__init__.py: swap_tensors."""
+    a, b = torch.ones(2), torch.zeros(2)
+    held = WeakTensor(a)
+    monkeypatch.setattr(*ASKING_FOR_REFERENCES, OthersReferences())
+    torch.utils.swap_tensors(a, b)
+    assert held() is a
+    assert a.tolist() == [0, 0]
+    others = weakref.ref(b)
+    with pytest.raises(RuntimeError, match="t2 because it has weakref"):
+        torch.utils.swap_tensors(a, b)
+    assert others() is b
+    assert OthersReferences().WeakSet is weakref.WeakSet
+
+
+def test_swap_tensors_exchanges_implementations_by_a_name_in_a_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard = []
+    monkeypatch.setattr(*SWAPPING, lambda *pair: heard.append(pair))
+    a, b = torch.ones(2), torch.zeros(2)
+    torch.utils.swap_tensors(a, b)
+    assert heard == [(a, b)]
+
+
+def test_no_tensor_of_a_subclass_is_made_under_a_dispatch_mode() -> None:
+    """torch/csrc/autograd/python_variable.cpp: THPVariable_NewWithVar."""
+    assert type(new_tensor(WithInit, [1.0])) is WithInit
+    with (
+        pytest.raises(RuntimeError, match="already associated to a python object of type Tensor"),
+        Operators(),
+    ):
+        new_tensor(WithInit, [1.0])
+    with Operators():
+        assert type(new_tensor(Tensor, [1.0])) is Tensor
 
 
 def test_swapping_implementations_leaves_autograd_s_hooks_behind() -> None:

@@ -39,7 +39,7 @@ from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
-from lateinit._tensors import AS_RECORDED, bound_in, cast_to
+from lateinit._tensors import Casting, Devices, DTypes, bound_in, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import format_bytes, parse_bytes
 from lateinit.errors import (
@@ -92,7 +92,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
-    dtype: torch.dtype | None = None,
+    dtype: DTypes | None = None,
     force: bool = False,
     progress: bool = False,
     seed: int | None = None,
@@ -122,15 +122,15 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             larger has a file of its own.
         dtype: cast floating-point tensors to this dtype.
         force: overwrite an existing checkpoint, or discard an unfinished one.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; of a sharded module, of what this rank writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
         resume: continue a save that was killed. The files are those that it would have written.
             Shards are written again.
         format: ``"safetensors"``, or ``"dcp"`` for a folder of DCP, the default for a sharded
-            module. For shards in safetensors torch's own writer is used, which needs the
-            ``safetensors`` library: one rank then joins the files of all, on disk.
-        wait: if False, the shards are copied to the CPU, DCP writes them in the background, and a
+            module. In safetensors every rank writes its shards at their places in files of whole
+            tensors.
+        wait: if False, the shards are copied to the CPU, DCP writes them in the background, and
             the call returns. The output appears when all ranks have written; ``result()`` of what
             is returned waits for that.
 
@@ -170,17 +170,21 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     target = Path(os.path.realpath(path))
     one_file = target.suffix == ".safetensors"
     limit = parse_bytes(max_shard_size)
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise CheckpointError(f"dtype={dtype} is no floating-point dtype")
+    casts = casting(None, dtype)
     if format not in {None, "dcp", "safetensors"}:
         raise ValueError(f"format={format!r}: 'dcp' or 'safetensors' is meant")
     if format == "dcp" or any(map(is_dtensor, _parameters(module))):
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
-        asked = _Asked(dtype, limit, force or was_interrupted(target), seed, resume, format, wait)
+        again = force or was_interrupted(target)
+        asked = _Asked(casts, limit, again, seed, resume, format, wait, progress)
         return _save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
     check_target(target, force=force or was_interrupted(target))  # `staged` looks again
-    items = collect(module, dtype)
+    items = collect(module, casts)
     shards = (
         divide(items, None, target.name)
         if one_file
@@ -211,8 +215,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Devices | None = None,
+    dtype: DTypes | None = None,
     progress: bool = False,
     check: bool = True,
     key: str | None = None,
@@ -301,7 +305,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         >>> [entry.name for entry in report.loaded], lateinit.is_deferred(layer)
         (['weight', 'bias'], False)
     """
-    cast = cast_to(device, dtype)
+    casts = casting(device, dtype)
     if not isinstance(module, nn.Module):
         raise TypeError(f"load_checkpoint takes a module, not {type(module)}")
     choice = Choice(key, prefix, rename)
@@ -322,7 +326,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             return load_into(
                 module,
                 Path(path),
-                cast,
+                casts,
                 strict=strict,
                 progress=progress,
                 check=check,
@@ -362,18 +366,20 @@ def _seeds(
 class _Asked(NamedTuple):
     """What the caller of ``save_checkpoint`` asks of shards."""
 
-    dtype: torch.dtype | None
+    casts: Casting
     limit: int
     force: bool
     seed: int | None
     resume: bool
     format: str | None
     wait: bool
+    progress: bool
 
 
 def _save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: _Asked) -> Saved:
     """Have each rank write its shards."""
     # It imports torch.distributed.checkpoint, which takes more than a second.
+    from lateinit._checkpoint.save.shard_writers import WholeFiles  # noqa: PLC0415
     from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
 
     if not (asked.wait or is_running()):
@@ -383,30 +389,30 @@ def _save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: 
         )
     ranks = ranks_of(module, "save_checkpoint()")
     with ranks.together("preparing") as phase:
-        items = collect(module, asked.dtype, sharded=True)
+        items = collect(module, asked.casts, sharded=True)
         known, seed = _seeds(module, items, asked.seed)
-        filling = Filling(module, None, AS_RECORDED, seed)
+        filling = Filling(module, seed=seed)
         filling.check()
         if ranks:
             phase.compared = Agreement(ranks.shards, filling.left(), seed)
-        shards = divide(items, asked.limit, None)
-        numbers = {i.entry.name: n for n, s in enumerate(shards, 1) for i in s.items}
+        shown = known if seed is None else seed
         # The state dict of a model with ties has every name, and so has what DCP loads into it.
         named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
+        shards, files = [ShardFile("", tuple(items))], None
         if asked.format == "safetensors":
             named = {item.entry.name: item for item in items}
-        files = numbers if asked.format == "safetensors" else None
-        save = ShardedSave(target, named, files, seed, weights_stem(module))
+            shards = divide(items, asked.limit, None, weights_stem(module))
+            files = WholeFiles(shards, metadata_of(shown))
+        save = ShardedSave(target, named, files, seed, shown=asked.progress)
     nbytes = sum(item.entry.nbytes for item in items)
-    shown = known if seed is None else seed
 
     def done() -> Saved:
         written = tuple(sorted(path.name for path in target.iterdir()))
         return Saved(target, written, len(items), nbytes, shown)
 
     try:
-        texts = companions(module, [ShardFile("", tuple(items))])
-        save.open(texts, force=asked.force, discard=asked.force or asked.resume)
+        texts = companions(module, shards)
+        save.open(texts, nbytes, force=asked.force, discard=asked.force or asked.resume)
         if not asked.wait:
             return Saved(target, (), len(items), nbytes, shown, save.start(done))
         save.run()

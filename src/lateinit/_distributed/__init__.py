@@ -9,11 +9,19 @@ that, but not ``_recording``, its neighbour. Start with ``shard_ranges.py``.
 from lateinit._distributed.placement import Part, parts_of, refuse_sums, whole_part
 from lateinit._distributed.rank_agreement import Agreement
 from lateinit._distributed.ranks import Ranks, ranks_of
-from lateinit._distributed.shard_ranges import Shard, groups, reads_nothing, run_leaves, shards_of
+from lateinit._distributed.shard_ranges import (
+    Box,
+    Shard,
+    groups,
+    reads_nothing,
+    run_leaves,
+    shards_of,
+)
 from lateinit._distributed.world import answered, everyone, is_running
 
 __all__ = [
     "Agreement",
+    "Box",
     "Part",
     "Ranks",
     "Shard",

@@ -9,7 +9,7 @@ from torch import nn
 from lateinit._distributed import reads_nothing, refuse_sums
 from lateinit._program import Plan, Program
 from lateinit._replay import Session, execution_of
-from lateinit._tensors import Cast, Wanted, described, is_deferred_tensor
+from lateinit._tensors import Wanted, described, is_deferred_tensor
 from lateinit._torch import constants_of_script, digest, name_of_class, without_modes
 from lateinit.errors import (
     ConstantChangedError,
@@ -68,28 +68,16 @@ def check_shards(group: Wanted) -> None:
         )
 
 
-def check_shared(group: Wanted, cast: Cast) -> None:
-    """Raise if tensors on one storage cannot all have the dtype and device of ``cast``.
-
-    Two cases fail: the tensors have several dtypes and a cast would change one of them, or the
-    storage is real already and was cast or moved otherwise.
-    """
+def check_shared(group: Wanted) -> None:
+    """Raise if a storage is real already, and was cast or moved otherwise than is asked for now."""
     for shared in group.storages.values():
         real = shared.slot.real
-        if shared.as_recorded or (real is None and len(shared.tensors) == 1):
-            continue
-        dtypes = {ref.dtype for ref in shared.refs}
-        if len(dtypes) > 1 and dtypes != {cast.dtype_of(ref) for ref in shared.refs}:
-            raise DeferredTensorError(
-                f"{listing(map(repr, shared.names))} share one storage in several dtypes, so "
-                f"dtype={cast.dtype} cannot be honoured for them"
-            )
-        if real is None:
+        if real is None or shared.as_recorded:
             continue
         for deferred in shared.tensors:
             own, ref, before = deferred.device, deferred.ref, real.cast
-            same_place = (before.device or own) == (cast.device or own)
-            if not same_place or real.window(ref).dtype != cast.dtype_of(ref):
+            same_place = (before.device or own) == (shared.cast.device or own)
+            if not same_place or real.window(ref).dtype != shared.cast.dtype_of(ref):
                 raise DeferredTensorError(
                     f"{deferred.name!r} shares its memory with a tensor that was materialised with "
                     f"device={before.device}, dtype={before.dtype}: ask for the same"

@@ -23,7 +23,9 @@ from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of, one_thread
 from lateinit._tensors import (
-    Cast,
+    AS_IT_IS,
+    Casting,
+    Casts,
     Deferred,
     Only,
     Wanted,
@@ -49,20 +51,25 @@ class Filling:
     Args:
         target: a module, a tensor, or a container of them.
         only: which tensors; by default all deferred ones.
-        cast: the device and dtype asked for.
+        casts: the device and dtype that each of them gets.
         seed: replaces the recorded random state; None keeps it.
     """
 
-    def __init__(self, target: Any, only: Only | None, cast: Cast, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        target: Any,
+        only: Only | None = None,
+        casts: Casting | Casts = AS_IT_IS,
+        seed: int | None = None,
+    ) -> None:
         self._target = target
         self._whole = only is None
-        self._cast = cast
         self._seed = seed
         scripts = list(modules_in(target))
         check_script_constants(scripts)
         # Held from before the walk: as long as they live, the walk finds these tensor objects.
         self._held = held_by_script(scripts)
-        self._wanted = wanted_in(target, only)
+        self._wanted = wanted_in(target, only, casts)
         for group in self._wanted:
             check_shards(group)
 
@@ -87,7 +94,7 @@ class Filling:
                 with Progress("materialise", total, shown=progress) as bar:
                     for group, plan, session in planned:
                         group.program.seed = self._seed
-                        _run(group, plan, session, self._cast, threads, bar)
+                        _run(group, plan, session, threads, bar)
                 self._put_back()
             except BaseException:
                 self._put_back()
@@ -104,7 +111,7 @@ class Filling:
             check_seed(program, self._seed)
         for group in wanted:
             _leave_real(group)
-            check_shared(group, self._cast)
+            check_shared(group)
         planned = [
             _Planned(g, plan_of(g), execution_of(g.program, self._seed).session()) for g in wanted
         ]
@@ -143,7 +150,6 @@ def _run(
     group: Wanted,
     plan_: Plan,
     session: Session,
-    cast: Cast,
     threads: int | None,
     bar: Progress,
 ) -> None:
@@ -162,7 +168,7 @@ def _run(
                 results = run()
                 for number in step.gives:
                     shared = group.storages[number]
-                    shared.give(results.pop(number), cast)
+                    shared.give(results.pop(number))
                     bar.advance(shared.record.nbytes)
                     del left[number]
                 running = None

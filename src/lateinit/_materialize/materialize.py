@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lateinit._distributed import Agreement, ranks_of
 from lateinit._materialize.filling import Filling, plan_of
 from lateinit._materialize.scheduler import computed_whole
 from lateinit._program import Plan, Program
-from lateinit._tensors import Only, cast_to, find_tensors, wanted_in
+from lateinit._tensors import Devices, DTypes, Only, casting, find_tensors, wanted_in
 from lateinit._torch import restoring, unhurried
 
 T = TypeVar("T")
@@ -27,8 +26,8 @@ def materialize(
     target: T,
     *,
     only: Only | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Devices | None = None,
+    dtype: DTypes | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: bool = False,
@@ -99,7 +98,7 @@ def materialize(
         >>> lateinit.is_deferred(layer.bias)
         True
     """
-    cast = cast_to(device, dtype)
+    casts = casting(device, dtype)
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one thread has to fill tensors")
     if not isinstance(target, (nn.Module, Tensor, dict, list, tuple, set, frozenset)):
@@ -108,7 +107,7 @@ def materialize(
         )
     ranks = ranks_of(target, "materialize()", only=only, ask=check)
     with ranks.together("preparing") as phase:
-        filling = Filling(target, only, cast, seed)
+        filling = Filling(target, only, casts, seed)
         if ranks:
             filling.check()
             phase.compared = Agreement(ranks.shards, filling.left(), seed)

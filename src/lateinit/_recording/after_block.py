@@ -136,7 +136,11 @@ def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
 
 def device_to(meant: Meant, tensor: Tensor) -> torch.device:
     """The answer to code that asks for the device of a deferred tensor or shard."""
-    if is_real(tensor) or (meant is Meant.META and waits(tensor)):
+    slot = slot_of(tensor)
+    # First what FSDP2 asks, twice for each parameter.
+    if meant is Meant.META and slot is not None and slot.waits and slot.real is None:
+        return META
+    if is_real(tensor):
         return tensor.device
     if meant.needs_values and (waits(tensor) or meant is Meant.INVERSE):
         page = "docs/recipes.md" if meant is Meant.PARALLEL else ""

@@ -43,6 +43,7 @@ from lateinit._torch import (
     caller,
     here,
     is_frame_of,
+    is_of_legacy_type,
     is_on_stack,
     let_full_collections_begin,
     let_full_collections_wait,
@@ -141,6 +142,11 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
             raise
 
     def _end(self, recording: Recording, error: BaseException | None) -> None:
+        if error is not None and is_of_legacy_type(error):
+            raise RecordingError(
+                "a legacy tensor type, such as torch.FloatTensor, was called with a deferred "
+                "tensor: call tensor.type(...) or tensor.detach() there instead"
+            ) from error
         if error is not None and not isinstance(error, Exception):
             self.abandon(error.__traceback__)
             return

@@ -9,7 +9,6 @@ itself, and the dispatcher records it.
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, cast
@@ -29,6 +28,7 @@ from lateinit._torch import (
     UNIFORM,
     ZERO,
     OpInfo,
+    WeakTensor,
     below_python,
     by_name,
     device_of_result,
@@ -80,7 +80,7 @@ def _data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     with below_python():
         data = func(*args)
-    writer.born.append(weakref.ref(data))
+    writer.born.append(WeakTensor(data))
     return data
 
 

@@ -9,7 +9,6 @@ which function of torch is answered by which handler.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +34,7 @@ from lateinit._tensors import (
 from lateinit._torch import (
     META,
     FunctionMode,
+    WeakTensor,
     as_subclass,
     asks_for_values,
     default_device_in_force,
@@ -245,7 +245,7 @@ def _alike(cls: type[Tensor], data: Tensor, requires_grad: bool, attributes: Any
     made.__dict__.update(attributes)
     writer = current()
     if writer is not None:
-        writer.born.append(weakref.ref(made))
+        writer.born.append(WeakTensor(made))
     return made
 
 
@@ -341,7 +341,7 @@ def _become(writer: ProgramWriter, target: Tensor, source: Tensor) -> None:
     with without_modes():
         source.requires_grad_(target.requires_grad)
     swap_implementation(target, source)
-    writer.born.append(weakref.ref(target))
+    writer.born.append(WeakTensor(target))
 
 
 _tensor = torch.Tensor

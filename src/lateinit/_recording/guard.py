@@ -580,7 +580,6 @@ def _rebuild(
     else:
         tensor.requires_grad_(requires_grad)
     tensor.__dict__.update(state)
-    slot.show(tensor)
     guard(tensor)
     watch(slot.resolve()[0])
     return tensor

@@ -5,6 +5,10 @@
   had. All functions of torch.random, wherever they were imported, ask one global name.
 - ``Tensor._make_subclass``, which makes every parameter, and ``Tensor.as_subclass`` turn all modes
   off (torch/csrc/autograd/python_variable.cpp).
+- ``Tensor.__new__`` cannot make a tensor of a subclass under a dispatch mode, which gives C++ a
+  result that is a plain tensor to Python already (python_variable.cpp: THPVariable_NewWithVar).
+- ``swap_tensors`` refuses tensors that the writer holds weakly, and exchanges them unheard.
+- ``Generator.__setstate__`` and ``set_state`` read a state's memory (torch/csrc/Generator.cpp).
 - Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
 - ``FakeTensorMode`` and ``torch.export`` make tensors that no recording could hold.
@@ -29,15 +33,25 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
 from lateinit._recording.writer import ProgramWriter, current
+from lateinit._rng import state_of
 from lateinit._tensors import is_deferred_tensor, is_placeholder, slot_of
 from lateinit._torch import (
+    ASKING_FOR_REFERENCES,
     GROUPING,
+    REBUILDING,
+    SWAPPING,
     FakeMode,
+    OthersReferences,
     RecursiveScriptModule,
+    WeakTensor,
+    bytes_loaded,
     construct_script_module,
     enter_fake_mode,
     group_tensors,
     make_subclass,
+    new_tensor,
+    rebuild_tensor,
+    swap_implementation,
     tensors_in,
     to_dlpack,
     turn,
@@ -49,6 +63,8 @@ from lateinit.errors import RecordingError
 
 _default = torch.default_generator
 _INHERITED = object()
+# Bytes of a state: of the CPU's generator, and of those that have a seed and an offset.
+_STATES = (len(state_of(_default)), 16)
 
 
 class _Heard:
@@ -92,10 +108,35 @@ def _noted_view(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _noted(view_as_subclass(self, *args, **kwargs))
 
 
+def _made_of_class(*args: Any, **kwargs: Any) -> Tensor:
+    # torch/_dynamo/polyfills/tensor.py, if it is imported now, accepts just this signature.
+    writer, cls = current(), args[0]
+    if writer is None or writer.busy or cls is Tensor:
+        made: Tensor = new_tensor(*args, **kwargs)
+        return made
+    return _noted(view_as_subclass(new_tensor(Tensor, *args[1:], **kwargs), cls))
+
+
+def _swapped(a: Tensor, b: Tensor) -> None:
+    swap_implementation(a, b)
+    writer = current()
+    if writer is not None:
+        writer.born += [WeakTensor(a), WeakTensor(b)]
+
+
+def _rebuilt(storage: Any, *args: Any) -> Tensor:
+    """A tensor that is loaded; one that may be the state of a generator is real."""
+    writer = current()
+    if writer is None or writer.busy or bytes_loaded(storage) not in _STATES:
+        return rebuild_tensor(storage, *args)
+    with without_modes():
+        return rebuild_tensor(storage, *args)
+
+
 def _noted(made: Tensor) -> Tensor:
     writer = current()
     if writer is not None:
-        writer.born.append(weakref.ref(made))
+        writer.born.append(WeakTensor(made))
         if type(made) is not nn.Parameter and is_placeholder(made):
             slot = slot_of(made)
             if slot is not None:
@@ -164,6 +205,10 @@ _PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (nn.init, "_no_grad_trunc_normal_", trunc_normal.recorded),
     (Tensor, "_make_subclass", staticmethod(_noted_subclass)),
     (Tensor, "as_subclass", _noted_view),
+    (Tensor, "__new__", staticmethod(_made_of_class)),
+    (*SWAPPING, _swapped),
+    (*ASKING_FOR_REFERENCES, OthersReferences()),
+    (*REBUILDING, _rebuilt),
     (RecursiveScriptModule, "__init__", _noted_script),
     (FakeMode, "__enter__", _refused_fake_mode),
     (*GROUPING, _grouped),

@@ -8,7 +8,6 @@ decides how a call is treated, and ``Recorder`` has a method for each kind.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -27,6 +26,7 @@ from lateinit._torch import (
     Kwargs,
     OpInfo,
     OpOverload,
+    WeakTensor,
     flat,
     has_own_dispatch,
     here,
@@ -183,7 +183,7 @@ class Recorder(RecordingMode):
                 if slot is None:
                     attach(leaf.untyped_storage(), ON_META)
                 elif slot is not ON_META:
-                    self.writer.born.append(weakref.ref(leaf))
+                    self.writer.born.append(WeakTensor(leaf))
         return result
 
     def _mixed(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lateinit._program import Ambient, Op, Program, Storage, TensorRef
 from lateinit._recording.after_block import named_after
-from lateinit._recording.shards import guard_shard
+from lateinit._recording.shards import guard_shard, none_guarded
 from lateinit._recording.writer import current
 from lateinit._replay import one_thread
 from lateinit._tensors import (
@@ -70,12 +70,14 @@ def shard_by_fsdp(guard: Guard, make: Callable[[], None], state: Any, parameter:
     source = held(parameter)
     with one_thread, _block_left([source], guard):
         share_real_storage(source)
-        if not _is_usual(source):
+        with without_subclass_functions():
+            usual = _is_usual(source)
+            if usual:
+                with _unguarded(parameter, source), none_guarded():
+                    make()
+                _record_kept(state, source, guard)
+        if not usual:
             make()
-            return
-        with without_subclass_functions(), _unguarded(parameter, source):
-            make()
-        _record_kept(state, source, guard)
 
 
 def take_part(guard: Guard, cut: Cut) -> Tensor:
@@ -175,9 +177,9 @@ def _record_kept(state: Any, source: Tensor, guard: Guard) -> None:
     """Record how the memory that FSDP2 has kept was made, and guard the tensors on it."""
     kept = kept_by_fsdp(state)
     _record(kept.memory, kept.local, Deferred.of(source), kept.dim, kept.start, zeros=True)
+    guard_shard(kept.shard)
     guard(kept.memory)
     guard(kept.local)
-    guard_shard(kept.shard)
 
 
 def _record(
@@ -202,11 +204,12 @@ def _record(
     with without_subclass_functions():
         storage, slot = memory.untyped_storage(), Slot(program, number)
         attach(storage, slot)
-        program.storages.append(Storage(storage.nbytes(), source.device, followed=True))
+        elements, nbytes = part.numel(), storage.nbytes()
+        program.storages.append(Storage(nbytes, source.device, followed=True))
         into, whole = TensorRef.of(part, number), source.ref
-        if zeros or not into.numel:
+        if not elements or (zeros and elements * into.dtype.itemsize < nbytes):
             _append(program, ZERO, TensorRef.of(memory, number))
-    if into.numel:
+    if elements:
         offset = whole.offset + start * whole.stride[dim]
         _append(program, "aten::copy_", into, whole._replace(size=into.size, offset=offset))
     named_after(slot, source.slot).waits = True

@@ -10,9 +10,10 @@ renews the wrapper when the local part has become real.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from lateinit._recording.conversions import AFTER_BLOCK
 from lateinit._recording.watched import Watched
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
+    ON_META,
     Deferred,
     Guarded,
     GuardedShard,
@@ -83,14 +85,27 @@ def _guarding(cls: type[Tensor]) -> type[Tensor]:
 
 def guard_shard(tensor: Tensor) -> None:
     """Give a ``DTensor`` whose local part is deferred the class that guards it, in place."""
-    # In a block those that were cut there are guarded, and the others at its end.
+    if _here.calling or isinstance(tensor, GuardedShard):
+        return
     local = held(tensor)
-    in_torch = _here.calling or (current() is not None and not isinstance(local, Guarded))
-    if not in_torch and not isinstance(tensor, GuardedShard) and is_deferred_tensor(tensor):
-        tensor.__class__ = _guarding(type(tensor))
-        slot = slot_of(local)
-        if slot is not None:
-            slot.waits = True
+    slot = slot_of(local)
+    if slot is None or slot is ON_META:
+        return
+    # In a block those that were cut there are guarded, and the others at its end.
+    if current() is not None and not isinstance(local, Guarded):
+        return
+    tensor.__class__ = _guarding(type(tensor))
+    slot.waits = True
+
+
+@contextlib.contextmanager
+def none_guarded() -> Iterator[None]:
+    """A block in which this thread guards no ``DTensor`` that it makes."""
+    calling, _here.calling = _here.calling, True
+    try:
+        yield
+    finally:
+        _here.calling = calling
 
 
 # A ``DTensor`` has no hook for its making, so its constructor is replaced.
@@ -107,11 +122,10 @@ def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         if not _renewed(shard):
             _refuse_setting(func, args, shard)
         unguard(shard)
-    calling, _here.calling = _here.calling, True
     try:
-        result = _honoured(func, args, kwargs)
+        with none_guarded():
+            result = _honoured(func, args, kwargs)
     finally:
-        _here.calling = calling
         for shard in shards:
             if not _renewed(shard):
                 guard_shard(shard)

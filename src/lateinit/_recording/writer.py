@@ -42,6 +42,7 @@ from lateinit._torch import (
     FillOp,
     Kwargs,
     OpInfo,
+    WeakTensor,
     calling_modules,
     default_generator,
     device_of_result,
@@ -92,7 +93,7 @@ class ProgramWriter:
         self.program = program
         self._drawing = drawing
         self.generators = Generators(program)
-        self.born: list[weakref.ref[Tensor]] = []
+        self.born: list[WeakTensor] = []
         self.scripts: list[weakref.ref[nn.Module]] = []
         self.kept: list[tuple[str, Tensor]] = []
         self.lazy_buffer_of: Callable[[Slot], str | None] = _of_none
@@ -211,7 +212,7 @@ class ProgramWriter:
         storage = tensor.untyped_storage()
         attach(storage, Slot(self.program, number))
         self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
-        self.born.append(weakref.ref(tensor))
+        self.born.append(WeakTensor(tensor))
         if fill is not None:
             name, values = fill
             args = (TensorRef.of(tensor, number), *values)
@@ -388,11 +389,11 @@ class ProgramWriter:
         if slot is None:
             attach(storage, Slot(self.program, len(self.program.storages)))
             self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
-            self.born.append(weakref.ref(tensor))
+            self.born.append(WeakTensor(tensor))
             return True
         program, number = slot.resolve()
         program.storages[number].nbytes = storage.nbytes()
-        self.born.append(weakref.ref(tensor))
+        self.born.append(WeakTensor(tensor))
         return False
 
     def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:

@@ -12,6 +12,7 @@ from lateinit._checkpoint.formats import Reader, block_of, open_checkpoint
 from lateinit._checkpoint.load import Choice, selected, translated
 from lateinit._checkpoint.save import TensorComputer, batches, collect
 from lateinit._integrations import model_specs
+from lateinit._tensors import casting
 
 
 class ComputedReader(Reader):
@@ -28,7 +29,7 @@ class ComputedReader(Reader):
     def __init__(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
         super().__init__(Path(name))
         self.module = module
-        items = collect(module, dtype)
+        items = collect(module, casting(None, dtype))
         self.entries = {item.entry.name: item.entry for item in items}
         self.aliases = {alias: item.entry.name for item in items for alias in item.aliases}
         self._batches = {item.entry.name: batch for batch in batches(items) for item in batch}

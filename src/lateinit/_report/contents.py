@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
 from lateinit._checkpoint.formats import Reader, StoredFile, open_checkpoint
 from lateinit._lazy import show
 from lateinit._report.name_folding import fold
@@ -95,6 +98,9 @@ class Contents:
         if len({row.files for row in self.rows}) < 2:
             heads, lines = heads[:-1], [line[:-1] for line in lines]
         return "\n".join([*in_columns(heads, lines), *self._footer()])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(str(self))
 
     def _footer(self) -> Iterable[str]:
         t = self.totals

@@ -112,7 +112,6 @@ def differences(
     *,
     only: Iterable[str] | None = None,
     values: bool = True,
-    progress: bool = False,
 ) -> Differences:
     """Compare two checkpoints, or what is read as one; a block of a tensor at a time.
 
@@ -124,7 +123,6 @@ def differences(
         right: B.
         only: globs on names.
         values: whether to compare values too.
-        progress: show a progress bar on stderr.
 
     Raises:
         CorruptCheckpointError: a value that is no tensor cannot be read.
@@ -148,7 +146,7 @@ def differences(
     # Two names of one tensor on both sides make one pair.
     pairs = {a.pair_with(b, name): name for name in reversed(chosen)}
     nbytes = sum(left.entries[ours].nbytes for ours, _ in pairs if ours)
-    with Progress("compare", nbytes, shown=progress and values) as bar:
+    with Progress("compare", nbytes if values else None) as bar:
         compared = [
             _compared(a, b, name, values, bar)
             for name in chosen

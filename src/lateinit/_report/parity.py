@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._materialize.materialize import materialize
+from lateinit._progress import Progress
 from lateinit._recording import deferred_init
 from lateinit._report.comparison import Comparison
 from lateinit._rng import RandomStates, seed_all
@@ -102,7 +103,8 @@ def _check(build: Build, seed: int) -> Parity:
     seconds: dict[str, float] = {}
     seed_all(seed)
     eager = _timed(seconds, "eager", build)
-    expected, state = facts(eager), torch.get_rng_state()
+    with Progress("digest", None):
+        expected, state = facts(eager), torch.get_rng_state()
     del eager
     gc.collect()  # modules refer to each other in circles: free the eager twin now
     seed_all(seed)
@@ -116,8 +118,8 @@ def _check(build: Build, seed: int) -> Parity:
         return _parity([("(construction)", what)], [], seed, seconds)
     found_state = torch.get_rng_state()
     _timed(seconds, "materialise", lambda: materialize(late, only=_has_shape))
-    found = facts(late)
-    differences = compare(expected, found)
+    with Progress("digest", None):
+        differences = compare(expected, facts(late))
     if any("values" in what for _, what in differences):
         seed_all(seed)
         differences = _with_values(differences, build(), late)
@@ -151,7 +153,8 @@ def _numel(tensor: Tensor) -> int:
 
 def _timed(seconds: dict[str, float], what: str, call: Callable[[], Any]) -> Any:
     start = time.perf_counter()
-    result = call()
+    with Progress(what, None):
+        result = call()
     seconds[what] = round(time.perf_counter() - start, 3)
     return result
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from lateinit._checkpoint.formats import Reader, open_checkpoint
 from lateinit._checkpoint.load import AS_FOUND, selected, translated
 from lateinit._checkpoint.save import Item, TensorComputer, batches, collect
+from lateinit._progress import Progress
 from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
+from lateinit._tensors import DTypes, casting
 from lateinit._torch import as_bytes
 from lateinit._units import format_bytes
 
@@ -36,7 +38,7 @@ class Verification(Comparison):
 
 
 def verify(
-    module: nn.Module, path: Path, *, seed: int, dtype: torch.dtype | None = None
+    module: nn.Module, path: Path, *, seed: int, dtype: DTypes | None = None
 ) -> Verification:
     """Compare a checkpoint with the values of a deferred module, which stays deferred.
 
@@ -59,7 +61,7 @@ def verify(
         >>> verify(layer, tmp_path / "verified.safetensors", seed=0).equal
         True
     """
-    items = collect(module, dtype)
+    items = collect(module, casting(None, dtype))
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
     reader = open_checkpoint(path)
     if reader.homes:
@@ -67,14 +69,17 @@ def verify(
     reader = translated(module, reader)
     differences = [(name, "not in the model") for name in reader.entries if name not in known]
     values = TensorComputer(None)
-    for batch in batches(items):
-        for item, value in zip(batch, values.of(batch), strict=True):
-            differences += _differences(reader, item, value)
+    nbytes = sum(item.entry.nbytes for item in items)
+    with Progress("compare", nbytes) as bar:
+        for batch in batches(items):
+            for item, value in zip(batch, values.of(batch), strict=True):
+                differences += _differences(reader, item, value)
+                bar.advance(item.entry.nbytes)
     return Verification(
         path=path,
         differences=tuple(differences),
         tensors=len(items),
-        nbytes=sum(item.entry.nbytes for item in items),
+        nbytes=nbytes,
         seed=seed,
     )
 

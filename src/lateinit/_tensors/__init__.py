@@ -7,7 +7,17 @@ objects that a module reaches, and ``undo`` restores them after a trial run. May
 and the rooms below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
 """
 
-from lateinit._tensors.cast import AS_RECORDED, Cast, Real, cast_to, home
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
+from lateinit._tensors.casts import (
+    AS_IT_IS,
+    Casting,
+    Casts,
+    Device,
+    Devices,
+    DTypes,
+    casting,
+    device_of,
+)
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
@@ -64,12 +74,18 @@ from lateinit._tensors.walk import (
 )
 
 __all__ = [
+    "AS_IT_IS",
     "AS_RECORDED",
     "ON_META",
     "PLAIN_CLASSES",
     "Cast",
+    "Casting",
+    "Casts",
+    "DTypes",
     "Deferred",
     "DeferredStorage",
+    "Device",
+    "Devices",
     "Found",
     "Guarded",
     "GuardedShard",
@@ -88,9 +104,10 @@ __all__ = [
     "bind",
     "bound_in",
     "by_globs",
-    "cast_to",
+    "casting",
     "copied_by_deepcopy",
     "described",
+    "device_of",
     "ends_in",
     "exchange_held",
     "exchanged",

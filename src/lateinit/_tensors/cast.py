@@ -93,20 +93,6 @@ class Real(NamedTuple):
         return shown._replace(dtype=self.cast.dtype_of(ref))
 
 
-def cast_to(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
-    """The checked ``Cast`` for the arguments ``device=`` and ``dtype=`` of a public function."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype={dtype!r}: a torch.dtype is meant, such as torch.bfloat16")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: weights are cast to a floating-point dtype")
-    where = None if device is None else torch.device(device)
-    if where is not None and where.type == "meta":
-        raise ValueError("device='meta': materialised tensors need a device that has memory")
-    if where is not None:
-        torch.empty(0, device=where)  # raises torch's own error if the device is not there
-    return Cast(where, dtype)
-
-
 def home(
     tensor: Any, recorded: torch.device, asked: torch.device | None = None
 ) -> torch.device | None:

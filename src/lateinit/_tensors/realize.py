@@ -46,13 +46,18 @@ from lateinit.errors import DeferredTensorError
 class SharedStorage:
     """The deferred tensors on one storage, which become real together.
 
-    ``as_recorded`` says that they are neither cast nor moved: objects keep them, which ``to`` of a
-    module does not change, and others may share them.
+    Attributes:
+        slot: the storage.
+        tensors: the tensors.
+        as_recorded: only objects keep them, which ``to`` of a module does not change, and others
+            may share them.
+        cast: the device and dtype that they get.
     """
 
     slot: Slot
     tensors: list[Deferred]
     as_recorded: bool = False
+    cast: Cast = AS_RECORDED
 
     @property
     def record(self) -> Storage:
@@ -69,14 +74,9 @@ class SharedStorage:
         """The windows of the tensors."""
         return [tensor.ref for tensor in self.tensors]
 
-    def give(self, computed: Computed, cast: Cast) -> None:
-        """Realise the tensors on memory that has their values.
-
-        Args:
-            computed: the memory, which is moved and cast.
-            cast: the device and dtype asked for.
-        """
-        cast = AS_RECORDED if self.as_recorded else cast
+    def give(self, computed: Computed) -> None:
+        """Realise the tensors on memory that has their values, and is moved and cast for it."""
+        cast = self.cast
         device = home(self.tensors[0].tensor, computed.storage.device, cast.device)
         if device is not cast.device:
             cast = replace(cast, device=device)
@@ -85,9 +85,9 @@ class SharedStorage:
         real = self.slot.real = cast.apply(computed, self.refs)
         self.share(computed.window if real.storage is computed.storage else None)
 
-    def put(self, storage: torch.UntypedStorage, cast: Cast) -> None:
-        """Realise the tensors on memory with their values, which is as ``cast`` asks already."""
-        self.slot.real = Real(storage, cast, cast.from_dtype(self.refs))
+    def put(self, storage: torch.UntypedStorage) -> None:
+        """Realise the tensors on memory with their values, which is moved and cast already."""
+        self.slot.real = Real(storage, self.cast, self.cast.from_dtype(self.refs))
         self.share()
 
     def share(self, window: tuple[TensorRef, Tensor] | None = None) -> None:
@@ -207,7 +207,7 @@ def realize_now(tensor: Tensor) -> None:
             read = Read(ref, len(program.ops), digest(ref.on(computed.storage)), name)
             program.reads.append(read)
         try:
-            SharedStorage(deferred.slot, [deferred]).give(computed, AS_RECORDED)
+            SharedStorage(deferred.slot, [deferred]).give(computed)
         except RuntimeError as error:  # torch/csrc/autograd/python_variable.cpp: it has weakrefs
             raise DeferredTensorError(
                 f"{described(tensor)} cannot be given its values while torch holds its memory, as "

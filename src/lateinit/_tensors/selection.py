@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lateinit._program import Program
 from lateinit._replay import execution_of
+from lateinit._tensors.cast import Cast
+from lateinit._tensors.casts import AS_IT_IS, Casting, Casts, agreed
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.realize import SharedStorage
-from lateinit._tensors.slots import ON_META, slot_of
+from lateinit._tensors.slots import ON_META, Slot, slot_of
 from lateinit._tensors.walk import Found, find_with_kept, modules_in
 from lateinit._torch import is_dtensor, is_wrapper, without_subclass_functions
 from lateinit.errors import (
@@ -112,17 +114,61 @@ def _end_of(program: Program) -> bytes | None:
     return program.final if program.seed is None else None
 
 
-def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
+def wanted_in(target: Any, only: Only | None, casts: Casting | Casts = AS_IT_IS) -> list[Wanted]:
     """The deferred tensors of ``target`` that ``only`` selects, grouped by program.
 
     All checks come before any tensor is touched, so that a refused call changes nothing.
 
+    Args:
+        target: the target.
+        only: which tensors.
+        casts: the device and dtype that they get.
+
     Raises:
         UninitializedError: a selected tensor is lazy.
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
-        DeferredTensorError: a selected shard has a gradient.
+        DeferredTensorError: a selected shard has a gradient, or tensors on one storage cannot have
+            what is asked for.
+        PatternError: a pattern matches nothing, or says of a tensor what another one contradicts.
     """
-    found = select(find_with_kept(target), only)
+    every = find_with_kept(target)
+    found, resolved = select(every, only), casts.over(target, every)
+    pairs = _recorded(found)
+    resolved.check_gaps(f for f, _ in pairs)
+    groups: dict[Program, Wanted] = {}
+    several: dict[Slot, list[tuple[Deferred, Cast, bool]]] = {}
+    with without_subclass_functions():
+        for item, slot in pairs:
+            tensor = item.tensor
+            if is_dtensor(tensor) and tensor.grad is not None:
+                raise DeferredTensorError(
+                    f"{item.name!r} was sharded while it had the gradient of its constructor, "
+                    "which cannot be carried over: call zero_grad() on the module first"
+                )
+            deferred = Deferred(tensor, slot, item.name)
+            program, number = deferred.program, deferred.ref.storage
+            group = groups.get(program)
+            if group is None:
+                group = groups[program] = Wanted(program)
+            shared = group.storages.get(number)
+            kept, cast = item.kind == "kept", resolved.of(item)
+            if shared is None:
+                shared = group.storages[number] = SharedStorage(slot, [], kept, cast)
+            elif slot not in several:
+                several[slot] = [(shared.tensors[0], shared.cast, shared.as_recorded)]
+            if slot in several:
+                several[slot].append((deferred, cast, kept))
+            shared.as_recorded = shared.as_recorded and kept
+            shared.tensors.append(deferred)
+    for group in groups.values():
+        for shared in group.storages.values():
+            if shared.slot in several:
+                shared.cast = agreed(several[shared.slot])
+    return list(groups.values())
+
+
+def _recorded(found: list[Found]) -> list[tuple[Found, Slot]]:
+    """The deferred tensors of those found, each with its slot; raises for what has none."""
     lazy = [f.name for f in found if f.lazy]
     if lazy:
         raise UninitializedError(
@@ -144,28 +190,7 @@ def wanted_in(target: Any, only: Only | None) -> list[Wanted]:
             "`with lateinit.deferred():` instead of on torch.device('meta'), or leave out with "
             "only= what is to stay there"
         )
-    groups: dict[Program, Wanted] = {}
-    with without_subclass_functions():
-        for item, slot in pairs:
-            if slot is None or slot is ON_META:
-                continue
-            tensor = item.tensor
-            if is_dtensor(tensor) and tensor.grad is not None:
-                raise DeferredTensorError(
-                    f"{item.name!r} was sharded while it had the gradient of its constructor, "
-                    "which cannot be carried over: call zero_grad() on the module first"
-                )
-            deferred = Deferred(tensor, slot, item.name)
-            program, number = deferred.program, deferred.ref.storage
-            group = groups.get(program)
-            if group is None:
-                group = groups[program] = Wanted(program)
-            shared = group.storages.get(number)
-            if shared is None:
-                shared = group.storages[number] = SharedStorage(slot, [], as_recorded=True)
-            shared.as_recorded = shared.as_recorded and item.kind == "kept"
-            shared.tensors.append(deferred)
-    return list(groups.values())
+    return [(f, slot) for f, slot in pairs if slot is not None and slot is not ON_META]
 
 
 def shards_in(target: Any, only: Only | None) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Slot:
     there would be lost.
     """
 
-    __slots__ = ("_shown", "lazy", "name", "number", "of_waiting", "program", "real", "waits")
+    __slots__ = ("_storage", "lazy", "name", "number", "of_waiting", "program", "real", "waits")
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
@@ -52,7 +52,7 @@ class Slot:
         self.real: Real | None = None
         self.waits = self.of_waiting = False
         self.lazy: str | None = None
-        self._shown: Callable[[], Tensor | None] = _nothing
+        self._storage: Callable[[], torch.UntypedStorage | None] = _nothing
 
     def __del__(self) -> None:
         if not hasattr(self, "number"):  # a pickle was not read to its end
@@ -78,20 +78,13 @@ class Slot:
 
         Used to unpickle: the first window makes the storage, later windows find it.
         """
-        shown = self._shown()
-        if shown is None:
+        storage = self._storage()
+        if storage is None:
             program, number = self.resolve()
             storage = torch.UntypedStorage(program.storages[number].nbytes, device="meta")
             attach(storage, self)
-        else:
-            storage = shown.untyped_storage()
-        tensor = ref.on(storage)
-        self.show(tensor)
-        return tensor
-
-    def show(self, tensor: Tensor) -> None:
-        """Remember, weakly, a tensor through which ``window`` can find the storage."""
-        self._shown = weakref.ref(tensor)
+            self._storage = weakref.ref(storage)
+        return ref.on(storage)
 
     def __getstate__(self) -> dict[str, Any]:
         # The tensors on it that are real already are pickled by torch, apart from this slot: what

@@ -34,12 +34,21 @@ _ATOMS = frozenset({bool, int, float, str, type(None)})  # most attributes: skip
 
 @dataclass(slots=True)
 class Found:
-    """One tensor object and all of its names in order of discovery."""
+    """One tensor object and all of its names in order of discovery.
+
+    Attributes:
+        tensor: the tensor.
+        names: its names.
+        kind: how it is held; of several ways, the one that a module registers.
+        persistent: whether a state dict holds it.
+        given: whether the target is this tensor, or a container of it and no module.
+    """
 
     tensor: Tensor
     names: list[str]
     kind: Kind
     persistent: bool
+    given: bool = False
 
     @property
     def name(self) -> str:
@@ -146,7 +155,8 @@ class _Walk:
     def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
         kind = type(value)  # isinstance() also reads __class__, which may be a slow property
         if issubclass(kind, Tensor):
-            self._note(path or "tensor", value, "attribute", persistent=True)
+            given = not above
+            self._note(path or "tensor", value, "attribute", persistent=True, given=given)
             return
         if not issubclass(kind, _ENTERED):
             self.objects.append((path, value))
@@ -187,12 +197,18 @@ class _Walk:
                 if not any(held.name in known for known in registered):
                     self.enter(held.value, _join(path, held.name), above)
 
-    def _note(self, path: str, tensor: Tensor, kind: Kind, *, persistent: bool) -> None:
+    def _note(
+        self, path: str, tensor: Tensor, kind: Kind, *, persistent: bool, given: bool = False
+    ) -> None:
         known = self.found.get(tensor)
         if known is None:
-            self.found[tensor] = Found(tensor, [path], kind, persistent)
-        else:
-            known.names.append(path)
+            self.found[tensor] = Found(tensor, [path], kind, persistent, given)
+            return
+        known.names.append(path)
+        known.given = known.given or given
+        if kind != "attribute":  # a module may keep what another one registers
+            known.persistent = persistent or (known.persistent and known.kind != "attribute")
+            known.kind = kind if known.kind != "parameter" else "parameter"
 
 
 def _join(path: str, key: Any) -> str:
@@ -206,6 +222,18 @@ def modules_in(target: Any) -> Iterator[nn.Module]:
     elif isinstance(target, _CONTAINERS):
         for item in target.values() if isinstance(target, dict) else target:
             yield from modules_in(item)
+
+
+def modules_by_name(target: Any, path: str = "") -> dict[str, nn.Module]:
+    """The modules of a module or a container by each of their names."""
+    if isinstance(target, nn.Module):
+        return dict(target.named_modules(prefix=path, remove_duplicate=False))
+    found: dict[str, nn.Module] = {}
+    if isinstance(target, _CONTAINERS):
+        pairs = target.items() if isinstance(target, dict) else enumerate(target)
+        for key, item in pairs:
+            found |= modules_by_name(item, _join(path, key))
+    return found
 
 
 def window_key(tensor: Tensor) -> tuple[Any, ...]:

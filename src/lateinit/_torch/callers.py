@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
+import functools
 import os
 import sys
 import threading
@@ -39,6 +40,7 @@ _REDUCE = torch.Tensor._reduce_ex_internal.__code__
 _TYPED_STORAGE = torch.Tensor._typed_storage.__code__
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
 _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
+_ASKS_TO_RUN = "_validate_no_meta_params"  # of FSDPParamGroup
 _COMPARING = "_ensure_all_tensors_same_dtype"  # of torch/distributed/distributed_c10d.py
 _ITEMS = {torch.TypedStorage._getitem.__code__, torch.TypedStorage._setitem.__code__}
 # torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
@@ -167,18 +169,24 @@ def meant_by_device(
         return Meant.INVERSE
     # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: its error advises to_empty. It asks
     # in a list comprehension, which before Python 3.12 has a frame of its own.
-    if "_validate_no_meta_params" in (f.f_code.co_name for f in islice(_upwards(asking), 2)):
+    above = asking.f_back
+    if _ASKS_TO_RUN in (asking.f_code.co_name, above and above.f_code.co_name):
         return Meant.FORWARD
     name: str = asking.f_globals.get("__name__", "")
+    meant = _meant_by_module(name, recorded)
+    if meant is Meant.META and name in others and others[name](asking.f_locals):
+        return Meant.OTHERS
+    return meant
+
+
+@functools.cache
+def _meant_by_module(name: str, recorded: tuple[str, ...]) -> Meant:
+    """What any function of a module needs; FSDP2 asks twice for each parameter."""
     if name.startswith("torch."):
         for module, meant in _MEANT.items():
             if name.startswith(module):
                 return meant
-    if name.startswith(recorded):
-        return Meant.RECORDED
-    if name in others and others[name](asking.f_locals):
-        return Meant.OTHERS
-    return Meant.META
+    return Meant.RECORDED if name.startswith(recorded) else Meant.META
 
 
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # c10/core/impl/alloc_cpu.cpp
@@ -14,6 +15,7 @@ _WITHOUT_MEMORY = ("meta", "unallocated storage")
 _NO_DATA = "its data is not allocated yet"  # c10/core/TensorImpl.h
 _MIXED_GRAPH = "returned an invalid gradient at index"  # torch/csrc/autograd/engine.cpp
 _LAZY = "Attempted to use an uninitialized parameter"  # torch/nn/parameter.py
+_LEGACY = re.compile(r"expected TensorOptions\(.*\(got TensorOptions\(.*device=meta")
 _MISFIT = "Error(s) in loading state_dict for "
 
 
@@ -43,6 +45,14 @@ def is_of_mixed_graph(error: BaseException) -> bool:
     """Whether an exception says that a graph joins tensors on meta with real ones."""
     said = str(error)
     return _MIXED_GRAPH in said and "expected device" in said and "meta" in said
+
+
+def is_of_legacy_type(error: BaseException) -> bool:
+    """Whether a legacy tensor type, as ``torch.FloatTensor``, says so of a tensor on meta.
+
+    torch/csrc/utils/tensor_new.cpp: legacy_tensor_generic_ctor_new. Nothing hears of the call.
+    """
+    return isinstance(error, TypeError) and _LEGACY.match(str(error)) is not None
 
 
 def is_misfit(error: BaseException) -> bool:

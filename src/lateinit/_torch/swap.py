@@ -7,6 +7,7 @@ implementation (torch/csrc/autograd/python_variable.cpp); ``swap_with_hooks`` do
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -22,6 +23,30 @@ make_subclass = torch.Tensor._make_subclass
 """``make_subclass(cls, data, requires_grad)``: a tensor of ``cls`` on the memory of ``data``."""
 view_as_subclass = torch.Tensor.as_subclass
 """``view_as_subclass(tensor, cls)``: the same, in the graph of ``tensor``."""
+new_tensor = torch.Tensor.__new__
+"""``new_tensor(cls, *args)``: what a call of a class of tensors begins with, in C++."""
+
+SWAPPING: tuple[Any, str] = torch._C, "_swap_tensor_impl"
+"""Where torch/utils/__init__.py: swap_tensors finds ``swap_implementation``, at each call."""
+ASKING_FOR_REFERENCES: tuple[Any, str] = torch.utils, "weakref"
+"""Where it finds the module that tells it of weak references."""
+
+
+class WeakTensor(weakref.ref[Tensor]):
+    """A weak reference to a tensor that ``swap_tensors`` may overlook: see ``OthersReferences``."""
+
+    __slots__ = ()
+
+
+class OthersReferences:
+    """Stands for the module ``weakref``, and does not tell of the references of lateinit."""
+
+    @staticmethod
+    def getweakrefs(value: Any) -> list[Any]:
+        return [ref for ref in weakref.getweakrefs(value) if type(ref) is not WeakTensor]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(weakref, name)
 
 
 def swap(tensor: Tensor, real: Tensor) -> Tensor:

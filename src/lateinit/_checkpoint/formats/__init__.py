@@ -6,6 +6,7 @@ only. Start with ``base.py``.
 """
 
 from lateinit._checkpoint.formats.base import Objects, Reader, StoredFile, StoredTensor, block_of
+from lateinit._checkpoint.formats.foreign_classes import foreign_in
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.formats.renamed import Renamed
 from lateinit._checkpoint.formats.safetensors import DTYPES, OWN_KEYS, RESERVED
@@ -20,5 +21,6 @@ __all__ = [
     "StoredFile",
     "StoredTensor",
     "block_of",
+    "foreign_in",
     "open_checkpoint",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
+from lateinit._checkpoint.formats.foreign_classes import without_foreign_classes
 from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit._torch import is_out_of_memory, is_wrapper, storage_key
 from lateinit.errors import CorruptCheckpointError, MismatchError
@@ -82,7 +83,7 @@ def _load(path: Path) -> tuple[Any, bytes]:
             header = repr(records.directory).encode()
         # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
         # that a mapping relies on.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), header
+        return _unpickled(path, is_zip=is_zip), header
     except pickle.UnpicklingError as error:
         raise CorruptCheckpointError(
             f"{path} is a pickle of more than tensors and plain data, or a corrupt one. It could "
@@ -95,6 +96,16 @@ def _load(path: Path) -> tuple[Any, bytes]:
         raise CorruptCheckpointError(
             f"{path} is no whole file of torch.save: {_first_line(error)}; fetch or write it again"
         ) from error
+
+
+def _unpickled(path: Path, *, is_zip: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError:
+        found = without_foreign_classes(path) if is_zip else None
+        if not _holds_tensor([found]):
+            raise
+        return found
 
 
 def starts_as_zip(path: Path) -> bool:

@@ -13,6 +13,7 @@ from lateinit._materialize import Filling
 from lateinit._tensors import (
     ON_META,
     Cast,
+    Casts,
     Deferred,
     SharedStorage,
     Slot,
@@ -33,8 +34,8 @@ class Placer:
     tensors on one storage become real together.
     """
 
-    def __init__(self, groups: Iterable[Wanted], cast: Cast) -> None:
-        self._cast = cast
+    def __init__(self, groups: Iterable[Wanted], casts: Casts) -> None:
+        self._casts = casts
         self._sharing: dict[Slot, SharedStorage] = {}
         self._known: IdentityMap[Tensor, Deferred] = IdentityMap()
         for group in groups:
@@ -49,7 +50,7 @@ class Placer:
 
     def device(self, tensor: Tensor) -> torch.device:
         """The device where the values of a deferred tensor will be."""
-        return Deferred.of(tensor).destination(self._cast)
+        return Deferred.of(tensor).destination(self._casts.of_tensor(tensor))
 
     def reveal(self, tensor: Tensor) -> None:
         """Materialise a tensor if it is deferred, and the tensors that share its memory."""
@@ -57,7 +58,7 @@ class Placer:
             return
         shared = self._together(Deferred.of(tensor))
         together = [tensor, *(deferred.tensor for deferred in shared.tensors)]
-        Filling(together, None, self._cast).run()
+        Filling(together, None, self._casts).run()
 
     def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
         """Do ``target.copy_(source)``; ``target`` may be deferred, or a shard of the whole.
@@ -89,7 +90,9 @@ class Placer:
 
     def _together(self, deferred: Deferred) -> SharedStorage:
         """The tensors of the module that share the memory of a tensor, itself included."""
-        return self._sharing.get(deferred.slot) or SharedStorage(deferred.slot, [deferred])
+        shared = self._sharing.get(deferred.slot)
+        cast = self._casts.of_tensor(deferred.tensor)
+        return shared or SharedStorage(deferred.slot, [deferred], cast=cast)
 
     def _given_memory_of(self, source: Tensor, deferred: Deferred, *, take: bool = True) -> bool:
         """Make a deferred tensor real; returns whether it has its values already.
@@ -102,32 +105,32 @@ class Placer:
             shared.share()
             return False
         own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
-        if take and own and self._may_take(source, deferred):
+        if take and own and self._may_take(source, deferred, shared.cast):
             self._taken.add(source.data_ptr())
-            shared.put(source.untyped_storage(), self._cast)
+            shared.put(source.untyped_storage())
         elif is_dtensor(target) or deferred.is_whole():
-            memory = self._made(deferred)
-            window = deferred.ref._replace(dtype=self._cast.dtype_of(deferred.ref))
+            memory = self._made(deferred, shared.cast)
+            window = deferred.ref._replace(dtype=shared.cast.dtype_of(deferred.ref))
             window.on(memory).copy_(source)
-            shared.put(memory, self._cast)
+            shared.put(memory)
         else:  # the checkpoint has a part of it: the rest is computed
-            shared.give(deferred.values(), self._cast)
+            shared.give(deferred.values())
             return False
         return True
 
-    def _made(self, deferred: Deferred) -> torch.UntypedStorage:
+    def _made(self, deferred: Deferred, cast: Cast) -> torch.UntypedStorage:
         """Allocate memory for a tensor that will be copied into."""
-        ref, dtype = deferred.ref, self._cast.dtype_of(deferred.ref)
+        ref, dtype = deferred.ref, cast.dtype_of(deferred.ref)
         if not is_dtensor(deferred.tensor):
-            return allocate(ref.numel * dtype.itemsize, self._device(deferred))
+            return allocate(ref.numel * dtype.itemsize, cast.device or deferred.device)
         # FSDP2 pads uneven shards with zeros.
         nbytes = deferred.storage.nbytes // ref.dtype.itemsize * dtype.itemsize
-        storage = allocate(nbytes, deferred.destination(self._cast))
+        storage = allocate(nbytes, deferred.destination(cast))
         if not deferred.is_whole():
             torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         return storage
 
-    def _may_take(self, source: Tensor, deferred: Deferred) -> bool:
+    def _may_take(self, source: Tensor, deferred: Deferred, cast: Cast) -> bool:
         """Whether a storage can be the memory of the values.
 
         It must be exactly as long and contiguous, on the CPU, in the dtype that the tensor will
@@ -138,8 +141,8 @@ class Placer:
         return (
             nbytes > 0
             and ref.bits == 0
-            and source.device.type == self._device(deferred).type == "cpu"
-            and source.dtype == self._cast.dtype_of(ref)
+            and source.device.type == (cast.device or deferred.device).type == "cpu"
+            and source.dtype == cast.dtype_of(ref)
             and deferred.is_whole()
             and ref.is_contiguous()
             and source.is_contiguous()
@@ -149,6 +152,3 @@ class Placer:
             and source.untyped_storage().nbytes() == ref.numel * source.dtype.itemsize
             and source.data_ptr() not in self._taken
         )
-
-    def _device(self, deferred: Deferred) -> torch.device:
-        return self._cast.device or deferred.device

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats import Reader
+from lateinit._checkpoint.formats import Reader, foreign_in
 from lateinit._checkpoint.load.module_stand_ins import shadowed
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._lazy import on_meta
-from lateinit._tensors import Cast, find_tensors, is_ordinary
+from lateinit._tensors import Casts, find_tensors, is_ordinary
 from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
-from lateinit.errors import CheckpointError, LateinitError
+from lateinit.errors import CheckpointError, CorruptCheckpointError, LateinitError, listing
 
 # The methods by which a class can change how it loads.
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
@@ -100,6 +100,25 @@ def _collect(
     )
 
 
+def refuse_foreign(reader: Reader, state: dict[str, Tensor] | None) -> None:
+    """Raise if a module would get an object whose class is not unpickled.
+
+    Args:
+        reader: what is loaded.
+        state: the tensors of a plain module; None if its hooks may look at anything.
+    """
+    asked = [name for name in reader.objects if state is None or name in state]
+    told = {name: listing(sorted(set(foreign_in(reader.objects[name])))) for name in asked}
+    found = [f"{name} ({classes})" for name, classes in told.items() if classes]
+    if found:
+        first = next(name for name, classes in told.items() if classes)
+        raise CorruptCheckpointError(
+            f"{reader} has objects of classes that are not unpickled, since that could run any "
+            f"code: {listing(found)}. Leave them out by rename={{{first!r}: None}}, or save "
+            "model.state_dict() without them"
+        )
+
+
 def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
     """The result for a plain module if everything fits; None if ``load_state_dict`` must decide."""
     sources = dict(reader.aliases) | {name: name for name in reader.entries}
@@ -125,7 +144,7 @@ def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
 def rehearse(
     module: nn.Module,
     reader: Reader,
-    cast: Cast,
+    casts: Casts,
     state: dict[str, Tensor] | None = None,
     *,
     strict: bool = False,
@@ -135,7 +154,7 @@ def rehearse(
     Args:
         module: the module.
         reader: the checkpoint.
-        cast: where deferred tensors will be placed.
+        casts: the device and dtype that each deferred tensor gets.
         state: the ``plain_state`` of the module. With it, nothing has to run if all shapes fit.
         strict: handed on to a class's own ``load_state_dict``.
 
@@ -146,7 +165,7 @@ def rehearse(
     if plainly is not None:
         return plainly
     names = {name for found in find_tensors(module) for name in found.names}
-    found, failure = _rehearse(module, Stands(reader, names), cast, strict=strict)
+    found, failure = _rehearse(module, Stands(reader, names), casts, strict=strict)
     if isinstance(failure, LateinitError):
         raise failure
     if failure is not None and is_misfit(failure):
@@ -159,11 +178,11 @@ def rehearse(
 
 
 def _rehearse(
-    module: nn.Module, stands: Stands, cast: Cast, *, strict: bool
+    module: nn.Module, stands: Stands, casts: Casts, *, strict: bool
 ) -> tuple[Rehearsal, Exception | None]:
     result = Rehearsal()
     failure: Exception | None = None
-    with shadowed(module, stands, cast) as shadows, caught(module) as lists:
+    with shadowed(module, stands, casts) as shadows, caught(module) as lists:
 
         def on_copy(target: Tensor, source: Tensor) -> None:
             stands.reveal(target)

@@ -20,7 +20,14 @@ from torch.nn.parameter import is_lazy
 from lateinit._checkpoint.formats import Reader, StoredTensor, block_of, open_checkpoint
 from lateinit._checkpoint.load.assign import Placer
 from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
-from lateinit._checkpoint.load.dry_run import Rehearsal, caught, plain_state, rehearse, run
+from lateinit._checkpoint.load.dry_run import (
+    Rehearsal,
+    caught,
+    plain_state,
+    refuse_foreign,
+    rehearse,
+    run,
+)
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.selection import AS_FOUND, Choice, selected
 from lateinit._checkpoint.load.sending import Link
@@ -32,7 +39,16 @@ from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
 from lateinit._replay import execution_of
-from lateinit._tensors import Cast, Deferred, Found, Wanted, held, is_deferred_tensor, wanted_in
+from lateinit._tensors import (
+    Casting,
+    Casts,
+    Deferred,
+    Found,
+    Wanted,
+    held,
+    is_deferred_tensor,
+    wanted_in,
+)
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
 from lateinit.errors import (
@@ -94,7 +110,7 @@ class LoadPlan:
     Attributes:
         module: the module.
         reader: the checkpoint, with the names of the module.
-        cast: where deferred tensors will be.
+        casts: the device and dtype that each deferred tensor gets.
         strict: whether both sides must have the same names.
         names: the tensors of the module.
         groups: its deferred tensors, by program.
@@ -107,7 +123,7 @@ class LoadPlan:
 
     module: nn.Module
     reader: Reader
-    cast: Cast
+    casts: Casts
     strict: bool
     names: TensorNames
     groups: list[Wanted]
@@ -135,7 +151,7 @@ class LoadPlan:
 
 
 def plan_load(
-    module: nn.Module, reader: Reader, cast: Cast, *, strict: bool, choice: Choice = AS_FOUND
+    module: nn.Module, reader: Reader, casting: Casting, *, strict: bool, choice: Choice = AS_FOUND
 ) -> LoadPlan:
     """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
 
@@ -143,36 +159,38 @@ def plan_load(
     """
     ours = TensorNames(module).saved()
     if choice or reader.homes:
-        return _planned(
-            module, selected(type(module).__name__, ours, reader, choice) or reader, cast, strict
-        )
+        part = selected(type(module).__name__, ours, reader, choice)
+        return _planned(module, part or reader, casting, strict)
     try:
-        return _planned(module, reader, cast, strict)
+        return _planned(module, reader, casting, strict)
     except MismatchError:
         # After all the ways in which a module can load it as it is: hooks, translated names.
         part = selected(type(module).__name__, ours, reader, choice)
         if part is None:
             raise
-    return _planned(module, part, cast, strict)
+    return _planned(module, part, casting, strict)
 
 
-def _planned(module: nn.Module, reader: Reader, cast: Cast, strict: bool) -> LoadPlan:
+def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) -> LoadPlan:
     files = reader.described()
     names, state = TensorNames(module), plain_state(module)
-    groups = wanted_in({f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}, None)
+    casts = casting.over(module, names.distinct)
+    shaped = {f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}
+    groups = wanted_in(shaped, None, casts)
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
     refuse_sums(shards)
     for name, shard in shards.items():
         parts_of(shard, name)  # raises if it is not known where it lies
     for group in groups:
-        check_shared(group, cast)
+        check_shared(group)
+    refuse_foreign(reader, state)
     reader = translated(module, reader, state)
-    rehearsal = rehearse(module, reader, cast, state, strict=strict)
+    rehearsal = rehearse(module, reader, casts, state, strict=strict)
     sized: dict[str, nn.Module] = {}
     if any(found.lazy for found in names.distinct):
         wrong, sized = sizes_in(module, Stands(reader, names.found).state)
         rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
-    fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, cast), strict=strict)
+    fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, casts), strict=strict)
     loaded = set(fitting.loaded)
     rest = tuple(plan_of(group, _left(group, loaded)) for group in groups)
     filled = {hole.resolve() for part in sized.values() if (hole := hole_of(part)) is not None}
@@ -183,7 +201,7 @@ def _planned(module: nn.Module, reader: Reader, cast: Cast, strict: bool) -> Loa
             group, plan, session, {n for program, n, _ in filled if program is plan.program}
         )
     _check_drawn(sized, filled, loaded)
-    return LoadPlan(module, reader, cast, strict, names, groups, rehearsal, fitting, rest, files)
+    return LoadPlan(module, reader, casts, strict, names, groups, rehearsal, fitting, rest, files)
 
 
 def _check_drawn(
@@ -212,7 +230,7 @@ def _check_drawn(
 def load_into(
     module: nn.Module,
     path: Path,
-    cast: Cast,
+    casting: Casting,
     *,
     strict: bool,
     progress: bool,
@@ -226,7 +244,7 @@ def load_into(
     serving = contextlib.nullcontext if link is None else link.serving
     opened = open_checkpoint if link is None else link.open
     with ranks.together("planning") as phase, serving("planning"):
-        plan = plan_load(module, opened(path), cast, strict=strict, choice=choice)
+        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice)
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
     with ranks.together("loading"), serving("loading"):
@@ -242,7 +260,7 @@ def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
 
 def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
     """Do what a plan says, on this rank."""
-    module, cast = plan.module, plan.cast
+    module = plan.module
     names, computed = plan.names, _computed(plan.names, plan.fitting)
     with Progress("load", plan.nbytes, shown=progress) as bar:
         _run(plan, bar)
@@ -253,7 +271,7 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
-    Filling(left, _is_known, cast).run(progress=progress)
+    Filling(left, _is_known, plan.casts).run(progress=progress)
     return _report(names, path, plan.reader, plan.fitting, computed)
 
 
@@ -262,18 +280,16 @@ def _is_known(_: str, tensor: Tensor) -> bool:
     return not is_lazy(tensor)
 
 
-def _dtype_of(tensor: Tensor, cast: Cast) -> torch.dtype:
+def _dtype_of(tensor: Tensor, casts: Casts) -> torch.dtype:
     """The dtype that a tensor will have; a real tensor keeps its own."""
-    dtype = tensor.dtype
-    if cast.dtype is not None and dtype.is_floating_point and is_deferred_tensor(tensor):
-        return cast.dtype
-    return dtype
+    dtype = casts.of_tensor(tensor).dtype if is_deferred_tensor(tensor) else None
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _run(plan: LoadPlan, bar: Progress) -> None:
     """Make the copies of a plan."""
     reader, copies = plan.reader, plan.rehearsal.copies
-    placer = Placer(plan.groups, plan.cast)
+    placer = Placer(plan.groups, plan.casts)
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
     def put(target: Tensor, name: str, values: Callable[[], Tensor]) -> None:

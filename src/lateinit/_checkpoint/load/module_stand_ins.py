@@ -17,7 +17,7 @@ from lateinit._identity import IdentityMap
 from lateinit._lazy import Lending, dressed, on_meta
 from lateinit._rng import RandomStates
 from lateinit._tensors import (
-    Cast,
+    Casts,
     Deferred,
     Reach,
     find_tensors,
@@ -33,11 +33,11 @@ from lateinit.errors import CheckpointError
 class Shadows(Lending, StandIns):
     """Meta tensors in place of a module's own; they get values if a hook computes with them."""
 
-    def __init__(self, module: nn.Module, stands: Stands, cast: Cast) -> None:
+    def __init__(self, module: nn.Module, stands: Stands, casts: Casts) -> None:
         Lending.__init__(self, on_meta)
         StandIns.__init__(self)
         self._stands = stands
-        self._cast = cast
+        self._casts = casts
         self._found = IdentityMap((found.tensor, found) for found in find_tensors(module))
         self._together: dict[Any, list[Tensor]] = {}  # shadows by the memory that they share
         self._originals: IdentityMap[Tensor, Tensor] = IdentityMap()  # by their shadows
@@ -55,7 +55,8 @@ class Shadows(Lending, StandIns):
             shape = loaded.shape if isinstance(loaded, Tensor) else ()
             shadow = torch.empty(shape, dtype=tensor.dtype, device="meta")
         else:
-            dtype = self._cast.dtype if is_deferred_tensor(tensor) else None
+            deferred = is_deferred_tensor(tensor)
+            dtype = self._casts.of_tensor(tensor).dtype if deferred else None
             shadow = on_meta(tensor)
             shadow = shadow.to(dtype) if dtype and shadow.is_floating_point() else shadow
         if is_lazy(tensor) and is_parameter(tensor):
@@ -88,7 +89,7 @@ class Shadows(Lending, StandIns):
     def device(self, tensor: Tensor) -> torch.device:
         original = self.original(tensor)
         if is_deferred_tensor(original):
-            return Deferred.of(original).destination(self._cast)
+            return Deferred.of(original).destination(self._casts.of_tensor(original))
         return original.device
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -134,7 +135,7 @@ class Shadows(Lending, StandIns):
         if original.is_meta and not is_deferred_tensor(original):
             return shadow.detach()
         refs = [Deferred.of(t).ref for t in self._originals_of(together) if is_deferred_tensor(t)]
-        return own_copy(original, memo, cast=self._cast, together=refs)
+        return own_copy(original, memo, cast=self._casts.of_tensor(original), together=refs)
 
     def _originals_of(self, shadows: list[Tensor]) -> list[Tensor]:
         return [self._originals[shadow] for shadow in shadows]
@@ -156,9 +157,9 @@ def _memory(tensor: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def shadowed(module: nn.Module, stands: Stands, cast: Cast) -> Iterator[Shadows]:
+def shadowed(module: nn.Module, stands: Stands, casts: Casts) -> Iterator[Shadows]:
     """Put stand-ins in a module's place; afterwards everything is as it was, generators too."""
-    shadows = Shadows(module, stands, cast)
+    shadows = Shadows(module, stands, casts)
     reach, states = Reach(module), RandomStates()
     reach.keep()
     try:

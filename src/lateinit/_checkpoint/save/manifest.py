@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from lateinit._checkpoint.formats import DTYPES, OWN_KEYS, RESERVED, StoredTensor
 from lateinit._integrations import preferred_name, tied_targets
-from lateinit._tensors import Deferred, held, is_deferred_tensor, is_placeholder, window_key
+from lateinit._tensors import (
+    AS_IT_IS,
+    Casting,
+    Casts,
+    Deferred,
+    find_tensors,
+    held,
+    is_deferred_tensor,
+    is_placeholder,
+    window_key,
+)
 from lateinit._torch import is_dtensor, is_wrapper
 from lateinit.errors import CheckpointError, NotRecordedError, listing
 
@@ -47,13 +57,16 @@ class ShardFile:
 
 
 def collect(
-    module: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None, *, sharded: bool = False
+    module: nn.Module | Mapping[str, Tensor],
+    casting: Casting | None = None,
+    *,
+    sharded: bool = False,
 ) -> list[Item]:
     """The tensors of a module's state dict, tied ones once.
 
     Args:
         module: the module, or a dict in place of its state dict.
-        dtype: cast floating-point tensors to this dtype.
+        casting: the dtypes to cast to; by default each tensor keeps its own.
         sharded: whether tensors may be shards.
 
     Raises:
@@ -61,45 +74,47 @@ def collect(
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
     """
     state: Mapping[str, Any]
+    found = find_tensors(module)
     if isinstance(module, nn.Module):
+        casts = (casting or AS_IT_IS).over(module, found)
         # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others
         # may fail over them.
         lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
-        _check(lazy, dtype, sharded=sharded)
+        _check(lazy, casts, sharded=sharded)
         state = module.state_dict(keep_vars=True)
     else:
+        for each in found:  # all of it is saved, and so cast
+            each.kind, each.persistent = "buffer", True
+        casts = (casting or AS_IT_IS).over(module, found)
         state = module
-    _check(state, dtype, sharded=sharded)
+    _check(state, casts, sharded=sharded)
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
         key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
         # The metadata have no room for such a name as an alias: it is written for itself.
         tied.setdefault(name if name in OWN_KEYS else key, []).append(name)
     targets = tied_targets(module)
-    return [_item(preferred_name(names, targets), names, state, dtype) for names in tied.values()]
+    return [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
 
 
-def _item(
-    name: str, names: list[str], state: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> Item:
+def _item(name: str, names: list[str], state: Mapping[str, Tensor], casts: Casts) -> Item:
     tensor = state[name]
     return Item(
-        entry=StoredTensor(name, _saved_dtype(tensor, dtype), tuple(tensor.shape)),
+        entry=StoredTensor(name, _saved_dtype(name, tensor, casts), tuple(tensor.shape)),
         tensor=tensor,
         aliases=tuple(other for other in names if other != name),
         deferred=Deferred.of(tensor) if is_deferred_tensor(tensor) else None,
     )
 
 
-def _saved_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _saved_dtype(name: str, tensor: Tensor, casts: Casts) -> torch.dtype:
+    dtype = casts.of_saved(name, tensor).dtype
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def _check(state: Mapping[str, Any], dtype: torch.dtype | None, *, sharded: bool) -> None:
+def _check(state: Mapping[str, Any], casts: Casts, *, sharded: bool) -> None:
     """Collect everything that cannot be written, and raise once."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype={dtype} is no floating-point dtype")
-    problems = (_problem(name, value, dtype, sharded) for name, value in state.items())
+    problems = (_problem(name, value, casts, sharded) for name, value in state.items())
     wrong = [problem for problem in problems if problem is not None]
     if wrong:
         raise CheckpointError(f"a checkpoint cannot hold this: {listing(wrong)}")
@@ -115,7 +130,7 @@ def _check(state: Mapping[str, Any], dtype: torch.dtype | None, *, sharded: bool
         )
 
 
-def _problem(name: Any, value: Any, dtype: torch.dtype | None, sharded: bool) -> str | None:
+def _problem(name: Any, value: Any, casts: Casts, sharded: bool) -> str | None:
     """What keeps a value out of a checkpoint, in words."""
     if not isinstance(name, str) or name == RESERVED:
         return f"{name!r} is no name of a tensor"
@@ -127,7 +142,7 @@ def _problem(name: Any, value: Any, dtype: torch.dtype | None, sharded: bool) ->
         return f"{name} is a {type(value).__name__}"
     if value.layout is not torch.strided or value.is_quantized:
         return f"{name} has the layout {value.layout}"
-    if _saved_dtype(value, dtype) not in DTYPES:
+    if _saved_dtype(name, value, casts) not in DTYPES:
         return f"{name} is {value.dtype}"
     if is_deferred_tensor(value) and _is_cast(value):
         return f"{name} shares its memory with a tensor that was materialised cast"

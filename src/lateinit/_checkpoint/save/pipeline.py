@@ -154,12 +154,12 @@ def _writing(
         with without_modes():
             while tensors:
                 bar.advance(writer.write(tensors.pop()))
-        _to_disk(file)
+        to_disk(file)
 
     return write
 
 
-def _to_disk(file: BinaryIO) -> None:
+def to_disk(file: BinaryIO) -> None:
     """Have the system start writing now, instead of when memory is full or at the sync."""
     file.flush()
     if hasattr(os, "posix_fadvise"):

@@ -1,0 +1,286 @@
+"""Write the blocks of a rank: the part of ``torch.distributed.checkpoint`` that touches files.
+
+DCP's own writers hold all shards of a file until it is closed (torch 2.13,
+torch/distributed/checkpoint/filesystem.py: ``tensor_dict`` in ``_write_files_from_queue``), and a
+rank has one file. Here each block is freed when it is written.
+
+Imported when it is needed: DCP is slow to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from lateinit._checkpoint.formats import block_of
+from lateinit._checkpoint.save.atomic_output import Stage, returned
+from lateinit._checkpoint.save.manifest import Item, ShardFile
+from lateinit._checkpoint.save.pipeline import TensorComputer, batches, to_disk
+from lateinit._checkpoint.save.safetensors_writer import header
+from lateinit._distributed import Box, Part, is_running, parts_of, whole_part
+from lateinit._progress import Progress
+from lateinit._tensors import held
+from lateinit._torch import is_dtensor, stored_by_dcp, without_modes
+from lateinit.errors import ShardingError
+
+
+class Blocks:
+    """The blocks of tensors that this rank holds, computed in turn; none of them is kept.
+
+    Args:
+        items: what this rank holds, by name.
+        seed: replaces the recorded random state; None keeps it.
+    """
+
+    def __init__(self, items: Mapping[str, Item], seed: int | None) -> None:
+        self.items = items
+        self.parts = {name: _parts(name, item) for name, item in items.items()}
+        self._computer = TensorComputer(seed)
+        self._copies: dict[str, Tensor] = {}
+
+    def copy(self) -> None:
+        """Take the values of now, on the CPU, for whatever is written from now on."""
+        held_here = self._items_of(name for name, parts in self.parts.items() if parts)
+        self._copies = {
+            item.entry.name: local.cpu().clone() for item, local in self._locals(held_here)
+        }
+
+    def of(self, wanted: Iterable[WriteItem]) -> Iterator[tuple[WriteItem, Tensor]]:
+        """Blocks with their values, each on the CPU and alone on its storage."""
+        due: dict[str, list[WriteItem]] = {}
+        for write in wanted:
+            due.setdefault(self.items[write.index.fqn].entry.name, []).append(write)
+        for item, local in self._locals(self._items_of(due)):
+            for write in due[item.entry.name]:
+                yield write, self._block(write, item.entry.dtype, local)
+
+    def _block(self, write: WriteItem, dtype: torch.dtype, local: Tensor) -> Tensor:
+        box = _box(write)
+        if 0 in box.size:  # wherever it is cut, there is nothing to read
+            return torch.empty(box.size, dtype=dtype, device="cpu")
+        (place,) = (part.local for part in self.parts[write.index.fqn] if part.full == box)
+        block = block_of(local, *place).to("cpu", dtype).contiguous()
+        # DCP writes the whole storage of a tensor.
+        alone = block.untyped_storage().nbytes() == block.nbytes
+        return block if alone else block.clone()
+
+    def _items_of(self, names: Iterable[str]) -> list[Item]:
+        """The items of some names, tied ones once."""
+        return list({item.entry.name: item for item in map(self.items.__getitem__, names)}.values())
+
+    def _locals(self, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor]]:
+        """What this rank holds of some tensors."""
+        for batch in batches(items):
+            if self._copies:
+                values = [self._copies[item.entry.name] for item in batch]
+            else:
+                values = self._computer.of(batch)
+            for item in reversed(batch):
+                yield item, held(values.pop()).detach()  # freed when the next one is asked for
+
+
+class DcpWriter(FileSystemWriter):
+    """Writes one file for each rank, and publishes the folder when all have written.
+
+    Args:
+        stage: where the output grows.
+        blocks: what this rank holds.
+        shown: whether to show a progress bar.
+    """
+
+    def __init__(self, stage: Stage, blocks: Blocks, *, shown: bool) -> None:
+        super().__init__(stage.files)
+        self._stage = stage
+        self._blocks = blocks
+        self._shown = shown
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        total = sum(map(_nbytes, plan.items))
+        written: Any = torch.futures.Future()
+        with without_modes(), Progress("write", total, shown=self._shown) as bar:
+            written.set_result(self.write(plan.items, bar))
+        return written
+
+    def write(self, items: Iterable[WriteItem], bar: Progress) -> list[WriteResult]:
+        """Write some blocks; the result says where each is."""
+        name = f"__{dist.get_rank() if is_running() else 0}_0.distcp"
+        found = []
+        with (self._stage.files / name).open("wb") as file:
+            for item, block in self._blocks.of(items):
+                start = file.tell()
+                _save(block, file)
+                place = stored_by_dcp(name, start, file.tell() - start)
+                found.append(WriteResult(item.index, block.nbytes, place))
+                bar.advance(block.nbytes)
+                to_disk(file)
+            os.fsync(file.fileno())
+        return found
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Describe the whole, and put it in its place: on one rank."""
+        self.describe(metadata, results)
+        self._stage.publish()
+        returned(self._stage.target, None)
+        self._stage.release()
+
+    def describe(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the file that says where each block is."""
+        super().finish(metadata, results)
+
+
+class WholeFilesWriter(DcpWriter):
+    """Writes the blocks into files of whole tensors, each at its place.
+
+    torch's own ``HuggingFaceStorageWriter`` has one rank join the files of all, which holds whole
+    tensors, refuses integers, and leaves tensors without dims zero (torch 2.13,
+    torch/distributed/checkpoint/_consolidate_hf_safetensors.py).
+    """
+
+    def __init__(self, stage: Stage, blocks: Blocks, files: WholeFiles, *, shown: bool) -> None:
+        super().__init__(stage, blocks, shown=shown)
+        self._files = files
+
+    def write(self, items: Iterable[WriteItem], bar: Progress) -> list[WriteResult]:
+        found, opened = [], {}
+        with contextlib.ExitStack() as stack:
+            for item, block in self._blocks.of(items):
+                place = self._files.places[item.index.fqn]
+                if place.file not in opened:
+                    path = self._stage.files / place.file
+                    opened[place.file] = stack.enter_context(path.open("r+b"))
+                _put(opened[place.file], place, _box(item), block)
+                found.append(WriteResult(item.index, block.nbytes, None))
+                bar.advance(block.nbytes)
+                to_disk(opened[place.file])
+            for file in opened.values():
+                os.fsync(file.fileno())
+        return found
+
+    def describe(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """The headers, which stand in the files already, say where each tensor is."""
+
+
+class _Place(NamedTuple):
+    """Where a whole tensor is: its file, the first byte there, and its shape."""
+
+    file: str
+    start: int
+    shape: tuple[int, ...]
+
+
+class WholeFiles:
+    """Safetensors files of whole tensors, into which every rank writes its blocks.
+
+    Args:
+        shards: the files and their tensors.
+        metadata: what every file says of itself.
+
+    Attributes:
+        places: where each tensor is, by name.
+    """
+
+    def __init__(self, shards: Iterable[ShardFile], metadata: dict[str, str]) -> None:
+        self.places: dict[str, _Place] = {}
+        self._headers: dict[str, bytes] = {}
+        self._nbytes: dict[str, int] = {}
+        for shard in shards:
+            tied = {alias: item.entry.name for item in shard.items for alias in item.aliases}
+            entries = [item.entry for item in shard.items]
+            self._headers[shard.file] = header(entries, tied | metadata)
+            end = len(self._headers[shard.file])
+            for entry in entries:
+                self.places[entry.name] = _Place(shard.file, end, entry.shape)
+                end += entry.nbytes
+            self._nbytes[shard.file] = end
+
+    def make(self, folder: Path) -> None:
+        """Make the files, without values."""
+        for name, text in self._headers.items():
+            with (folder / name).open("wb") as file:
+                file.write(text)
+                file.truncate(self._nbytes[name])
+
+    def check(self, folder: Path) -> None:
+        """Raise ``ShardingError`` if the rank that made the files describes other tensors."""
+        for name, text in self._headers.items():
+            with (folder / name).open("rb") as file:
+                if file.read(len(text)) != text:
+                    raise ShardingError(
+                        f"{name}: the first rank would write other tensors than this one, or under "
+                        "other names: build the same model on every rank"
+                    )
+
+
+def _save(block: Tensor, file: BinaryIO) -> None:
+    try:
+        torch.save(block, file)
+    except RuntimeError as error:
+        # torch/serialization.py ends the archive after a failed write too, which fails with
+        # another error.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _put(file: BinaryIO, place: _Place, box: Box, block: Tensor) -> None:
+    """Write a block at its place in the file of the whole tensor."""
+    data = block.reshape(-1).view(torch.uint8).numpy().data
+    size = block.element_size()
+    step = _run(place.shape, box) * size
+    for number, element in enumerate(_starts(place.shape, box)):
+        file.seek(place.start + element * size)
+        file.write(data[number * step : (number + 1) * step])
+
+
+def _run(shape: tuple[int, ...], box: Box) -> int:
+    """The neighbouring elements that a box has of a contiguous tensor."""
+    return math.prod(box.size[_cut(shape, box) :])
+
+
+def _starts(shape: tuple[int, ...], box: Box) -> Iterator[int]:
+    """The element of a contiguous tensor at which each run of a box starts."""
+    cut = _cut(shape, box)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    rows = [range(s, s + n) for s, n in zip(box.start[:cut], box.size[:cut], strict=True)]
+    for row in itertools.product(*rows, *([start] for start in box.start[cut:])):
+        yield sum(map(operator.mul, row, strides))
+
+
+def _cut(shape: tuple[int, ...], box: Box) -> int:
+    """The last dim of which a box does not have the whole; those after it lie in one run."""
+    return max((dim for dim, size in enumerate(box.size) if size != shape[dim]), default=0)
+
+
+def _box(item: WriteItem) -> Box:
+    """Where a block is in the full tensor."""
+    about = item.tensor_data
+    assert about is not None
+    return Box(tuple(about.chunk.offsets), tuple(about.chunk.sizes))
+
+
+def _nbytes(item: WriteItem) -> int:
+    about = item.tensor_data
+    assert about is not None
+    return about.chunk.sizes.numel() * about.properties.dtype.itemsize
+
+
+def _parts(name: str, item: Item) -> list[Part]:
+    """The blocks of a tensor that this rank holds."""
+    # Of a tensor without elements no rank holds any.
+    if not is_dtensor(item.tensor) or not torch.Size(item.entry.shape).numel():
+        return [whole_part(item.entry.shape)]
+    return parts_of(item.tensor, name)

@@ -1,0 +1,302 @@
+"""``device=`` and ``dtype=``: the device and dtype that each tensor of a target gets.
+
+``casting`` checks the two arguments. ``Casting.over`` says, for the tensors of one target, what
+each of them gets, before anything changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lateinit._identity import IdentityMap
+from lateinit._integrations import in_float32
+from lateinit._tensors.cast import AS_RECORDED, Cast
+from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.name_maps import NameMap
+from lateinit._tensors.slots import Slot, is_parameter, slot_of
+from lateinit._tensors.walk import Found, modules_by_name
+from lateinit.errors import DeferredTensorError, DeviceError, PatternError, listing
+
+Device = torch.device | str | int
+Devices = Device | Mapping[str, Device]
+DTypes = torch.dtype | Mapping[str, torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Casting:
+    """The checked arguments ``device=`` and ``dtype=`` of a public function.
+
+    Attributes:
+        device: for all tensors, by name, or None for the recorded ones.
+        dtype: likewise.
+    """
+
+    device: torch.device | NameMap[torch.device] | None = None
+    dtype: torch.dtype | NameMap[torch.dtype] | None = None
+
+    def over(self, target: Any, found: Iterable[Found]) -> Casts:
+        """What each tensor of a target gets.
+
+        Args:
+            target: the target.
+            found: all of its tensors.
+
+        Raises:
+            PatternError: a pattern matches nothing, or two say different things of one tensor.
+        """
+        return Casts(self, target, list(found))
+
+
+AS_IT_IS = Casting()
+
+
+def casting(device: Devices | None, dtype: DTypes | None) -> Casting:
+    """The checked arguments ``device=`` and ``dtype=`` of a public function."""
+    return Casting(_checked("device", device, device_of), _checked("dtype", dtype, _floating_point))
+
+
+def _checked(argument: str, given: Any, check: Callable[[Any, str], Any]) -> Any:
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        named = NameMap(argument, given).given
+        return NameMap(
+            argument, {p: check(v, f"{argument}={{{p!r}: {v!r}}}") for p, v in named.items()}
+        )
+    return check(given, f"{argument}={given!r}")
+
+
+def device_of(given: Device, told: str = "device") -> torch.device:
+    """A device that can be asked for: it has memory, and is there.
+
+    Raises:
+        DeviceError: this machine does not have it.
+    """
+    if isinstance(given, bool) or not isinstance(given, (torch.device, str, int)):
+        raise TypeError(f"{told}: a torch.device, its name, or the index of one is meant")
+    if isinstance(given, int):  # as in accelerate's maps
+        kind = torch.accelerator.current_accelerator() or torch.device("cuda")
+        given = f"{kind.type}:{given}"
+    device = torch.device(given)
+    if device.type == "meta":
+        raise ValueError(f"{told}: materialised tensors need a device that has memory")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise DeviceError(f"{told}: this machine does not have that device ({error})") from error
+    return device
+
+
+def _floating_point(given: torch.dtype, told: str) -> torch.dtype:
+    if not isinstance(given, torch.dtype):
+        raise TypeError(f"{told}: a torch.dtype is meant, such as torch.bfloat16")
+    if not given.is_floating_point:
+        raise ValueError(f"{told}: weights are cast to a floating-point dtype")
+    return given
+
+
+class Casts:
+    """What each tensor of one target gets.
+
+    Args:
+        casting: the arguments.
+        target: the target.
+        found: all of its tensors.
+    """
+
+    def __init__(self, casting: Casting, target: Any, found: list[Found]) -> None:
+        self._casting = casting
+        self._found = IdentityMap((each.tensor, each) for each in found if casting != AS_IT_IS)
+        self._known: IdentityMap[Tensor, Cast] = IdentityMap()
+        self._slots: dict[Slot, Cast] = {}
+        self._made: dict[tuple[Any, Any], Cast] = {(None, None): AS_RECORDED}
+        dtype = casting.dtype
+        self._in_float32: Callable[[str, torch.dtype], bool] = _never
+        if dtype is not None:
+            self._in_float32 = in_float32(lambda: modules_by_name(target))
+        self._explicit = set[str]()
+        for asked in (casting.device, dtype):
+            if isinstance(asked, NameMap):
+                # accelerate's maps name modules that hold no tensors too
+                asked.check(found, target if asked is casting.device else None)
+        if isinstance(dtype, NameMap):
+            self._explicit = self._named_alone(dtype, found)
+        if casting != AS_IT_IS:
+            for each in found:
+                self.of(each)
+
+    def over(self, target: Any, found: Iterable[Found]) -> Casts:
+        """These, also for a target that is made of tensors of the first one."""
+        del target, found
+        return self
+
+    def of(self, found: Found) -> Cast:
+        """What a tensor gets, by its names."""
+        if self._casting == AS_IT_IS:
+            return AS_RECORDED
+        cast = self._known.get(found.tensor)
+        if cast is None:
+            found = self._found.get(found.tensor, found)
+            # What objects keep is neither moved nor cast: `to` of a module does not change it.
+            device = None if found.kind == "kept" else self._device(found)
+            cast = self._cast(device, self._dtype(found)[0])
+            self._known[found.tensor] = cast
+            slot = slot_of(found.tensor)
+            if slot is not None:
+                self._slots.setdefault(slot, cast)
+        return cast
+
+    def of_tensor(self, tensor: Tensor) -> Cast:
+        """What a tensor gets that may have no name, as one that a hook made."""
+        cast = self._known.get(tensor)
+        if cast is None:
+            slot = slot_of(tensor)
+            cast = self._slots.get(slot) if slot is not None else None
+        if cast is None:
+            device, dtype = self._casting.device, self._casting.dtype
+            cast = self._cast(
+                device if isinstance(device, torch.device) else None,
+                dtype if isinstance(dtype, torch.dtype) and is_parameter(tensor) else None,
+            )
+        return cast
+
+    def of_saved(self, name: str, tensor: Tensor) -> Cast:
+        """What a tensor gets that a state dict has under a name; a hook may have made it."""
+        return self.of(self._found.get(tensor) or Found(tensor, [name], "buffer", persistent=True))
+
+    def left_alone(self, found: Found) -> str | None:
+        """Why ``dtype=`` does not cast a floating-point tensor to what it says; None if it does."""
+        if self._casting.dtype is None or not found.tensor.is_floating_point():
+            return None
+        return self._dtype(found)[1]
+
+    def check_gaps(self, found: Iterable[Found]) -> None:
+        """Raise if a map of devices says nothing of parameters or buffers among some tensors.
+
+        Plain attributes stay where they were recorded, as ``Module.to`` leaves them.
+        """
+        devices = self._casting.device
+        if not isinstance(devices, NameMap):
+            return
+        named = [self._found.get(f.tensor, f) for f in found]
+        held = [f for f in named if f.given or f.kind in ("parameter", "buffer")]
+        names = [f.name for f in held if devices.entry_of(f) is None]
+        if names:
+            raise PatternError(
+                f"device=: no pattern of the map matches {listing(map(repr, names))}: add them, or "
+                "'' for all that is left"
+            )
+
+    def _cast(self, device: torch.device | None, dtype: torch.dtype | None) -> Cast:
+        return self._made.setdefault((device, dtype), Cast(device, dtype))
+
+    def _device(self, found: Found) -> torch.device | None:
+        asked = self._casting.device
+        if not isinstance(asked, NameMap):
+            return asked
+        entry = asked.entry_of(found)
+        return None if entry is None else asked.given[entry]
+
+    def _dtype(self, found: Found) -> tuple[torch.dtype | None, str | None]:
+        """The dtype that a tensor is cast to, and why it is not the one that ``dtype=`` says."""
+        asked = self._casting.dtype
+        if asked is None:
+            return None, None
+        if isinstance(asked, NameMap):
+            entry = asked.entry_of(found)
+            if entry is None:
+                return None, "no pattern of dtype= matches it"
+            if entry in self._explicit:
+                return asked.given[entry], None
+            asked = asked.given[entry]
+        if not is_cast(found):
+            return None, f"{_kind(found)}: name it in dtype= to cast it"
+        if self._is_in_float32(found, asked):
+            return torch.float32, "its library keeps it in float32"
+        return asked, None
+
+    def _is_in_float32(self, found: Found, dtype: torch.dtype) -> bool:
+        return any(self._in_float32(name, dtype) for name in found.names)
+
+    def _named_alone(self, asked: NameMap[torch.dtype], found: list[Found]) -> set[str]:
+        """The patterns that match nothing which one dtype would cast: their tensors are meant.
+
+        Raises:
+            PatternError: a pattern matches no floating-point tensor.
+        """
+        alone, floating = set(asked.given), set[str]()
+        for each in found:
+            if each.lazy or not each.tensor.is_floating_point():
+                continue
+            usual = is_cast(each)
+            for pattern in asked.given:
+                if any(asked.matches(pattern, name) for name in each.names):
+                    floating.add(pattern)
+                    if usual and not self._is_in_float32(each, asked.given[pattern]):
+                        alone.discard(pattern)
+        for pattern in asked.given:
+            if pattern not in floating and not any(each.lazy for each in found):
+                raise PatternError(
+                    f"dtype=: {pattern!r} matches no floating-point tensor, and others are not cast"
+                )
+        return alone
+
+
+def is_cast(found: Found) -> bool:
+    """Whether one ``dtype=`` casts a tensor: parameters, what a state dict holds, what is given."""
+    return found.given or found.kind == "parameter" or (found.kind == "buffer" and found.persistent)
+
+
+def _kind(found: Found) -> str:
+    kinds = {"buffer": "a buffer that is not saved", "kept": "an object keeps it"}
+    return kinds.get(found.kind, "a plain attribute")
+
+
+def _never(name: str, dtype: torch.dtype) -> bool:
+    del name, dtype
+    return False
+
+
+def agreed(tensors: list[tuple[Deferred, Cast, bool]]) -> Cast:
+    """What the tensors on one storage get, all of them.
+
+    Args:
+        tensors: each tensor, what it gets, and whether an object keeps it, which is not moved
+            unless another tensor on the storage is.
+
+    Raises:
+        DeferredTensorError: they cannot have different devices, nor be cast to different dtypes.
+    """
+    names = listing(repr(deferred.name) for deferred, _, _ in tensors)
+    devices = {cast.device: d.name for d, cast, kept in tensors if not kept}
+    if len(devices) > 1:
+        told = ", ".join(f"{name!r} to {device or 'its own'}" for device, name in devices.items())
+        raise DeferredTensorError(
+            f"{names} share one storage, but device= sends {told}: send them to the same device"
+        )
+    pairs = {(d.ref.dtype, cast.dtype_of(d.ref)): (d.name, cast) for d, cast, _ in tensors}
+    if all(recorded is dtype for recorded, dtype in pairs):
+        return Cast(next(iter(devices), None), None)
+    if len(pairs) > 1:
+        raise DeferredTensorError(_across(names, pairs))
+    ((_, dtype),) = pairs
+    return Cast(next(iter(devices), None), dtype)
+
+
+def _across(names: str, pairs: Mapping[tuple[torch.dtype, torch.dtype], tuple[str, Cast]]) -> str:
+    if len({recorded for recorded, _ in pairs}) > 1:
+        asked = next(cast.dtype for _, cast in pairs.values() if cast.dtype is not None)
+        return (
+            f"{names} share one storage in several dtypes, so dtype={asked} cannot be honoured for "
+            "them"
+        )
+    told = ", ".join(f"{name!r} {dtype}" for (_, dtype), (name, _) in pairs.items())
+    return (
+        f"{names} share one storage, but dtype= would make {told}: give them one dtype by a map of "
+        "names, or leave them out with only="
+    )
