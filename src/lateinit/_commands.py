@@ -17,20 +17,25 @@ from torch import nn
 
 from lateinit._checkpoint.api import Saved, save_checkpoint
 from lateinit._checkpoint.formats import DTYPES
+from lateinit._checkpoint.load import Choice
 from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._progress import Progress
 from lateinit._recording import deferred_init
 from lateinit._report import Verification, parity
+from lateinit._report.computed import ComputedReader, opened
+from lateinit._report.contents import Contents, contents
+from lateinit._report.differences import Differences, differences
 from lateinit._report.environment import environment as info
 from lateinit._report.summary import Summary, summary
+from lateinit._report.trained import Trained
 from lateinit._report.verify import verify
 from lateinit._rng import seed_all
 from lateinit._tensors import DTypes
 from lateinit._units import parse_bytes
 from lateinit.errors import LateinitError
 
-__all__ = ["ConstructionError", "Rank", "check", "info", "init", "inspect"]
+__all__ = ["ConstructionError", "Rank", "Sides", "check", "diff", "info", "init", "inspect"]
 
 Build = Callable[[], nn.Module]
 
@@ -51,20 +56,77 @@ class Rank:
     recompute: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The options of ``diff``: what is compared, under which names, and with which model."""
+
+    only: Sequence[str] | None
+    values: bool
+    key: str | None
+    prefix: str | None
+    rename: Sequence[str]
+    seed: int
+    dtype: str | None
+    kwargs: str | None
+
+
 def inspect(
     spec: str, kwargs: str | None, only: Sequence[str] | None, depth: int | None, rank: Rank
-) -> Summary | mesh_cost.Share:
-    """The table of a model; with a mesh, what a rank of it holds."""
+) -> Summary | Trained | mesh_cost.Share | Contents:
+    """The table of a model or of a checkpoint; with a mesh, what a rank of the model holds."""
+    path = model_specs.path_named(spec)
+    if path is not None:
+        _only_of_models(path, kwargs, rank)
+        return contents(path, only=only)
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
     policy = None if rank.train is None else training_cost.policy_named(rank.train)
     computed = _batch(rank)
-    if (policy is not None and axes is None) or (computed is not None and policy is None):
-        raise typer.BadParameter("--train goes with --mesh, and --batch with --train")
+    if computed is not None and policy is None:
+        raise typer.BadParameter("--batch goes with --train")
     plan = None if rank.tp_plan is None else model_specs.parse_kwargs(rank.tp_plan, "--tp-plan")
     model = _recorded(_build(spec, kwargs))
-    if axes is None:
-        return summary(model, only=only, depth=depth)
-    return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
+    if axes is not None:
+        return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
+    table = summary(model, only=only, depth=depth)
+    if policy is None:
+        return table
+    return Trained(table, mesh_cost.share_of_rank(model, {}, None, policy, computed))
+
+
+def _only_of_models(path: Path, kwargs: str | None, rank: Rank) -> None:
+    options: dict[str, object] = {
+        "--kwargs": kwargs,
+        "--mesh": rank.mesh,
+        "--tp-plan": rank.tp_plan,
+    }
+    options |= {"--train": rank.train, "--batch": rank.batch, "--sequence": rank.sequence}
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"{path} is a checkpoint: {', '.join(given)} is for models")
+
+
+def diff(a: str, b: str, options: Sides) -> Differences:
+    """Compare two checkpoints or models."""
+    cast = _dtype(options.dtype)
+    choice = Choice(options.key, options.prefix, _renamed(options.rename))
+
+    def model(spec: str) -> ComputedReader:
+        build = _build(spec, options.kwargs)
+        seed_all(options.seed)
+        return ComputedReader(_recorded(build), f"{spec} from seed {options.seed}", cast)
+
+    left, right = opened(a, b, model, choice)
+    models = any(isinstance(reader, ComputedReader) for reader in (left, right))
+    if (options.kwargs or options.dtype) and not models:
+        raise typer.BadParameter("--kwargs and --dtype are for models, and these are none")
+    return differences(left, right, only=options.only, values=options.values)
+
+
+def _renamed(pairs: Sequence[str]) -> dict[str, str | None] | None:
+    found = [pair.partition("=") for pair in pairs]
+    if not all(old and new for old, _, new in found):
+        raise typer.BadParameter("--rename is OLD=NEW")
+    return {old: new for old, _, new in found} or None
 
 
 def check(

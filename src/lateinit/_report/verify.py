@@ -71,7 +71,7 @@ def verify(
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
     reader = open_checkpoint(path)
     if reader.homes:
-        reader = selected(module, known, reader, AS_FOUND) or reader
+        reader = selected(type(module).__name__, known, reader, AS_FOUND) or reader
     reader = translated(module, reader)
     differences = [(name, "not in the model") for name in reader.entries if name not in known]
     values = TensorComputer(None)

@@ -7,7 +7,7 @@ import fnmatch
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ _bound: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionar
 # The random states at the ends of blocks, of modules that have their values.
 _ends: weakref.WeakKeyDictionary[nn.Module, bytes] = weakref.WeakKeyDictionary()
 
+T = TypeVar("T")
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
@@ -229,10 +230,25 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
     patterns: list[str] = list(given)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"only={only!r}: a glob, several globs, or a function of (fqn, tensor)")
-    every = [name for f in found for name in f.names]
+    return by_globs(found, patterns, lambda f: f.names)
+
+
+def by_globs(
+    rows: Iterable[T], patterns: Iterable[str], names: Callable[[T], Iterable[str]]
+) -> list[T]:
+    """The rows of which a name matches a glob.
+
+    Raises:
+        PatternError: a glob matches no name.
+    """
+    named = [(row, list(names(row))) for row in rows]
+    every = [name for _, own in named for name in own]
+    patterns = list(patterns)
     for pattern in patterns:
         if not fnmatch.filter(every, pattern):
             raise PatternError(
                 f"only={pattern!r} matches no tensor; there are: {candidates(pattern, every)}"
             )
-    return [f for f in found if any(fnmatch.fnmatchcase(n, p) for n in f.names for p in patterns)]
+    return [
+        row for row, own in named if any(fnmatch.fnmatchcase(n, p) for n in own for p in patterns)
+    ]

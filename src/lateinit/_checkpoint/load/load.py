@@ -178,13 +178,13 @@ def plan_load(
     """
     ours = TensorNames(module).saved()
     if choice or reader.homes:
-        reader = selected(module, ours, reader, choice) or reader
-        return _planned(module, reader, casting, init, strict)
+        part = selected(type(module).__name__, ours, reader, choice)
+        return _planned(module, part or reader, casting, init, strict)
     try:
         return _planned(module, reader, casting, init, strict)
     except MismatchError:
         # After all the ways in which a module can load it as it is: hooks, translated names.
-        part = selected(module, ours, reader, choice)
+        part = selected(type(module).__name__, ours, reader, choice)
         if part is None:
             raise
     return _planned(module, part, casting, init, strict)
