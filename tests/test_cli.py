@@ -110,6 +110,15 @@ def test_inspect_prints_json_and_a_part() -> None:
     assert [t["name"] for t in data["tensors"]] == ["weight", "bias"]
 
 
+def test_inspect_shows_modules_down_to_a_depth() -> None:
+    arguments = ("inspect", "transformers:gpt2", "--kwargs", TINY, "--depth", 2)
+    shown = lateinit_command(*arguments).stdout
+    assert "transformer.h  " in shown
+    assert "transformer.h." not in shown
+    data = json.loads(lateinit_command(*arguments, "--json").stdout)
+    assert data["modules"][0]["parameters"] == data["totals"]["parameters"]
+
+
 def test_inspect_of_a_terminal_is_a_rich_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_is_terminal", lambda: True)
     shown = lateinit_command("inspect", *LINEAR).stdout
@@ -325,6 +334,9 @@ def test_info_says_what_a_bug_report_needs() -> None:
     shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert shown["torch"] == torch.__version__
     assert shown["lateinit"] == lateinit.__version__
+    assert len(shown["processor"]) > 3
+    assert shown["memory"].endswith("B")
+    assert (shown["accelerators"] == "none") is not torch.cuda.is_available()
     assert f"{torch.get_num_threads()} of " in shown["threads"]
     assert torch.backends.cpu.get_cpu_capability() in done.stdout
 

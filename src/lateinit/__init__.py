@@ -10,6 +10,7 @@ import importlib
 import threading
 import typing
 
+from lateinit import _log as _log
 from lateinit import errors
 from lateinit._version import __version__ as __version__
 

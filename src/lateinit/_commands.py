@@ -50,7 +50,7 @@ class Rank:
 
 
 def inspect(
-    spec: str, kwargs: str | None, only: Sequence[str] | None, rank: Rank
+    spec: str, kwargs: str | None, only: Sequence[str] | None, depth: int | None, rank: Rank
 ) -> Summary | mesh_cost.Share:
     """The table of a model; with a mesh, what a rank of it holds."""
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
@@ -61,7 +61,7 @@ def inspect(
     plan = None if rank.tp_plan is None else model_specs.parse_kwargs(rank.tp_plan, "--tp-plan")
     model = _recorded(_build(spec, kwargs))
     if axes is None:
-        return summary(model, only=only)
+        return summary(model, only=only, depth=depth)
     return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
 
 

@@ -117,6 +117,12 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
     ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth", min=0, help="Show modules, down to this level, in place of tensors"
+        ),
+    ] = None,
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -153,7 +159,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     """Show every tensor of a model and how it is initialised, without allocating the model."""
     rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
     with _working():
-        found = _commands.inspect(spec, kwargs, only, rank)
+        found = _commands.inspect(spec, kwargs, only, depth, rank)
     if as_json:
         _print_json({"spec": spec, **found.to_dict()})
     elif mesh is not None:

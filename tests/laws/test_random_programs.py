@@ -21,9 +21,10 @@ from tests.support.test_programs import PROGRAMS, as_model
 
 # After these, what a program does may depend on what it drew.
 READING = {*READS, "div_by_read", "positive", "rewound", "trunc_normal_redrawn"}
+READING |= {"by_numpy", "by_dlpack", "pickled", "saved", "tried"}
 # Real data that is drawn into stays real, so that another seed cannot draw it again; and a plain
 # pickle of real tensors cuts their ties.
-REAL = {"from_numpy"}
+REAL = {"from_numpy", "by_numpy", "by_dlpack"}
 
 
 def eagerly(program: list[Step], seed: int = 0) -> tuple[Run, torch.Tensor]:

@@ -21,6 +21,8 @@ from lateinit._torch.storage import as_bytes
 from lateinit.errors import LateinitError, RecordingError
 from tests.support.deferred_kinds import can_be_late, differentiable
 from tests.support.op_calls import UNINITIALISED, named, operators
+from tests.support.snapshots import assert_same
+from tests.support.twins import twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -290,6 +292,18 @@ GIVEN: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("name", sorted(GIVEN))
 def test_a_composite_function_has_the_layout_of_its_kernel(name: str) -> None:
     assert compared(lambda: [GIVEN[name]()]) is None
+
+
+def test_a_gradient_can_be_read_by_an_op_that_gives_a_value() -> None:
+    def build() -> nn.Module:
+        x = torch.randn(5, requires_grad=True)
+        model = nn.Module()
+        model.grad = torch.autograd.grad(x.prod(), x)[0]
+        model.large = bool((model.grad > 0.1).any())
+        return model
+
+    expected, found = twins(build)
+    assert_same(expected, lateinit.materialize(found))
 
 
 def test_gradients_of_gradients_of_a_composite_function_are_refused_at_their_line() -> None:

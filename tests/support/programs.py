@@ -8,6 +8,8 @@ under every way of running it, except where it reads values and those differ.
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,9 @@ FACTORIES = {
     "complex": lambda t, u, n: torch.randn(shape(n), dtype=torch.complex64),
     "randint": lambda t, u, n: torch.randint(-n - 1, n + 1, shape(n)),
     "randperm": lambda t, u, n: torch.randperm(n % 19),
+    "channels_last": lambda t, u, n: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "laid_out": lambda t, u, n: torch.empty_strided((3, 4), (1, 3 + n % 2)).normal_(),
+    "copied_generator": lambda t, u, n: torch.randn(shape(n), generator=copied_generator(n)),
     "own_generator": lambda t, u, n: torch.randn(
         shape(n), generator=torch.Generator().manual_seed(n)
     ),
@@ -119,6 +124,13 @@ VIEWS = {
     "select": lambda t, u, n: t[0] if t.dim() and len(t) else t[None],
     "flat": lambda t, u, n: t.reshape(-1),
     "diagonal": lambda t, u, n: t.diagonal() if t.dim() > 1 else t.unsqueeze(0),
+    "permuted": lambda t, u, n: t.permute([*range(t.dim())][::-1]),
+    "moved": lambda t, u, n: t.movedim(0, -1) if t.dim() else t,
+    "as_strided": lambda t, u, n: as_rows(t),
+    "of_class": lambda t, u, n: t.detach().as_subclass(Marked),
+    "made_of_class": lambda t, u, n: Marked(t.detach()),
+    "by_numpy": lambda t, u, n: torch.from_numpy(t.detach().numpy()) if plain(t) else t,
+    "by_dlpack": lambda t, u, n: torch.from_dlpack(t.detach()) if plain(t) else t,
     "detach": lambda t, u, n: t.detach(),
     "data": lambda t, u, n: t.data,
     "expand": lambda t, u, n: t.expand(2, *t.shape),
@@ -132,6 +144,8 @@ VIEWS = {
 PURE = {
     "clone": lambda t, u, n: t.clone(),
     "deepcopy": lambda t, u, n: copy.deepcopy(t),
+    "pickled": lambda t, u, n: pickle.loads(pickle.dumps(t.detach().resolve_conj())),
+    "saved": lambda t, u, n: saved(t.detach().resolve_conj()),
     "contiguous": lambda t, u, n: t.contiguous(),
     "cast": lambda t, u, n: t.to(dtype(n)) if not t.is_complex() else t.to(torch.complex128),
     "stacked": lambda t, u, n: torch.stack([t, t]),
@@ -154,6 +168,13 @@ REAL_PURE = {
     "right_vectors": lambda t, u, n: torch.linalg.svd(square(t))[2],
     "half_spectrum": lambda t, u, n: torch.fft.rfftn(square(t).expand(3, 4, 4)),
     "hessian": lambda t, u, n: torch.func.hessian(lambda x: (x**3).sum())(square(t)[0]),
+    "multiplied_cast": lambda t, u, n: multiplied_cast(square(t), square(t).T, n),
+    "gradient": lambda t, u, n: gradient(square(t), n),
+    "convolved": lambda t, u, n: nn.functional.conv2d(
+        square(t).expand(2, 3, 4, 4).contiguous(memory_format=LAYOUTS[n % 2]),
+        torch.ones(2, 3, 2, 2),
+    ),
+    "tried": lambda t, u, n: tried(t.detach()),
     "positive": lambda t, u, n: t[t > 0],
     "where": lambda t, u, n: torch.where(t > 0, t, -1),
 }
@@ -176,6 +197,58 @@ STREAM = {
     "rewound": lambda t, u, n: rewound(n),
 }
 REBINDS = {"swap_data": lambda t, u, n: swap_data(t, u)}
+
+
+class Marked(torch.Tensor):
+    """A class of tensors."""
+
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def plain(t: torch.Tensor) -> bool:
+    """Whether numpy has its dtype and layout, and its class is torch's."""
+    return t.dtype in (torch.float32, torch.float64, torch.int64) and type(t) is torch.Tensor
+
+
+def as_rows(t: torch.Tensor) -> torch.Tensor:
+    few = t.numel() < 4 or not t.is_contiguous()
+    return t if few else t.as_strided((2, 2), (2, 1), t.storage_offset())
+
+
+def saved(t: torch.Tensor) -> torch.Tensor:
+    file = io.BytesIO()
+    torch.save(t, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def copied_generator(number: int) -> torch.Generator:
+    own = torch.Generator().manual_seed(number)
+    torch.rand(shape(number), generator=own)
+    return pickle.loads(pickle.dumps(own)) if number % 2 else copy.deepcopy(own)
+
+
+def multiplied_cast(a: torch.Tensor, b: torch.Tensor, number: int) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=(torch.bfloat16, torch.float16)[number % 2]):
+        return (a @ b.T).T + a[1:2]
+
+
+def gradient(t: torch.Tensor, number: int) -> torch.Tensor:
+    with torch.enable_grad():
+        x = t.requires_grad_()
+        made = nn.functional.gelu(x @ x.T) if number % 2 else x.softmax(0).prod(1)
+        made.tanh().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def tried(t: torch.Tensor) -> torch.Tensor:
+    """A draw that is refused if a value is no probability; it may have drawn by then."""
+    try:
+        return torch.bernoulli(t)
+    except RuntimeError:
+        return t.clone()
 
 
 def square(t: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ from lateinit._torch.modes import (
     settings_kept,
     takes_default_device,
     untraced,
+    with_autograd,
     without_functions,
     without_modes,
     without_subclass_functions,
@@ -428,3 +429,23 @@ def test_autocast_is_put_back_for_each_type_of_device() -> None:
     put_autocast(before)
     assert read_autocast() == before
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autograd_does_not_follow_what_an_op_calls_unless_it_is_put_in_force() -> None:
+    """torch/csrc/autograd/VariableTypeUtils.h: its kernels exclude it for those below them."""
+    found = []
+
+    class Computing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            inner = torch.ones(2, requires_grad=True)
+            found.append((inner * 2).requires_grad)
+            with with_autograd():
+                made = inner * 2
+                found.append(torch.autograd.grad(made.sum(), inner)[0].tolist())
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, requires_grad=True)
+    with Computing():
+        made = x + 1
+    assert found == [False, [2, 2]]
+    assert made.requires_grad

@@ -18,6 +18,7 @@ from lateinit._torch.op_table import (
     OP_TABLE,
     UNIFORM,
     UNINITIALISED,
+    VALUE_CHECKS,
     ZERO,
     OpTraits,
 )
@@ -401,3 +402,12 @@ def test_what_needs_layouts_alone_answers_the_same_on_meta(name: str) -> None:
         assert real == on_meta
         answers.add(real)
     assert name == "aten::is_pinned" or answers == {True, False}
+
+
+@pytest.mark.parametrize("name", sorted(VALUE_CHECKS))
+def test_what_looks_at_values_exists_in_the_installed_torch(name: str) -> None:
+    found = [base for base in (name, f"{name}_") if hasattr(torch.ops.aten, base)]
+    assert found
+    for base in found:
+        packet = getattr(torch.ops.aten, base)
+        assert all(op_info(getattr(packet, o)).checks_values for o in packet.overloads())

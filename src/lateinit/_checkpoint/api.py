@@ -21,6 +21,7 @@ from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
     Item,
     ShardFile,
+    WholeFiles,
     check_room,
     check_target,
     collect,
@@ -33,6 +34,7 @@ from lateinit._checkpoint.save import (
 )
 from lateinit._distributed import Agreement, is_running, ranks_of
 from lateinit._integrations import saved_config
+from lateinit._log import log
 from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
@@ -190,6 +192,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 stage.write_text(name, text)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+    log.info("saved %s", saved)
     return returned(target, saved)
 
 
@@ -383,7 +386,6 @@ class _Asked(NamedTuple):
 def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
     """Have each rank write its shards."""
     # It imports torch.distributed.checkpoint, which takes more than a second.
-    from lateinit._checkpoint.save.shard_writers import WholeFiles  # noqa: PLC0415
     from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
 
     if not (asked.wait or is_running()):

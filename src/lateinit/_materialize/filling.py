@@ -7,9 +7,11 @@ for the order of two checks; the checks themselves are in ``checks.py``.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from lateinit._log import log
 from lateinit._materialize.checks import (
     check_constants,
     check_holes,
@@ -85,6 +87,7 @@ class Filling:
 
     def run(self, *, threads: int | None = None, progress: bool = False) -> None:
         """Give the tensors their values."""
+        start = time.perf_counter()
         # Other ranks are not waited for while this is held.
         with one_thread:
             programs = self._programs()
@@ -94,6 +97,7 @@ class Filling:
                 with Progress("materialise", total, shown=progress) as bar:
                     for group, plan, session in planned:
                         group.program.seed = self._seed
+                        log.debug("%r", plan)
                         _run(group, plan, session, threads, bar)
                 self._put_back()
             except BaseException:
@@ -101,6 +105,10 @@ class Filling:
                 raise
         if self._whole:
             unbind(self._target, programs)
+        if planned:
+            count = sum(len(group.storages) for group in self._wanted)
+            seconds = time.perf_counter() - start
+            log.info("materialised %d storages, %d bytes, in %.2f s", count, total, seconds)
 
     def _programs(self) -> dict[Program, None]:
         return bound_in(self._target) | dict.fromkeys(group.program for group in self._wanted)

@@ -37,7 +37,8 @@ def check_fill(
     if not numbers:
         return
     floating = ref.dtype.is_floating_point or ref.dtype.is_complex
-    if not (are_usual(info, numbers, {}) if floating else _are_bytes(numbers)):
+    tried = floating or info.random
+    if not (are_usual(info, numbers, {}) if tried else _are_bytes(numbers)):
         check_numbers(info, ref, device, numbers)
 
 

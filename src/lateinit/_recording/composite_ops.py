@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from lateinit._recording.autocast import is_cast_already
 from lateinit._recording.conversions import computed
+from lateinit._recording.value_checks import check_values
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import is_deferred_tensor, take_place
 from lateinit._torch import (
@@ -39,6 +40,7 @@ from lateinit._torch import (
     overload_for,
     register,
     tensors_in,
+    with_autograd,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -84,7 +86,7 @@ def _run_backward(grads: Any, name: str, *call: Any, **kwargs: Any) -> Any:
 
 
 def _called(name: str, graph: bool, autocast: Autocast, args: Any, kwargs: Any) -> list[Tensor]:
-    with torch.set_grad_enabled(graph), autocast_in_force(autocast):
+    with with_autograd(), torch.set_grad_enabled(graph), autocast_in_force(autocast):
         return tensors_in(flat(_callable(name)(*args, **kwargs)), {})
 
 
@@ -188,6 +190,9 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             given = tensors_in(args, kwargs)
             op = name if name in _IN_PYTHON else overload_for(name, args, kwargs).name
             requiring = tuple(tensor.requires_grad for tensor in given)
+            info = None if name in _IN_PYTHON else by_name(op)
+            if info is not None and info.checks_values and not autocast:
+                check_values(writer, info, args, kwargs)
             options = op, torch.is_grad_enabled(), autocast, requiring
             shapes = [leaf.detach() for leaf in flat(result)]
             call = _Call(writer, options, args, kwargs, shapes)

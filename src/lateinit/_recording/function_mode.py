@@ -53,6 +53,7 @@ from lateinit._torch import (
     takes_default_device,
     tensors_in,
     untraced,
+    view_as_subclass,
     without_modes,
 )
 from lateinit.errors import RecordingError
@@ -127,7 +128,12 @@ def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:
 
 
 def _composite_by_running(
-    writer: ProgramWriter, func: Any, args: Any, kwargs: Any, begun: int, error: RuntimeError
+    writer: ProgramWriter,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    begun: int,
+    error: RuntimeError | None = None,
 ) -> Any:
     """Record an op whose kernel reads memory above the dispatcher, such as ``_sobol_engine_draw``.
 
@@ -138,7 +144,7 @@ def _composite_by_running(
     info = op_behind(func, args, kwargs)
     drawn = any(op.draw is not None for op in writer.program.ops[begun:])
     if not deferred or info is None or drawn:
-        raise error
+        raise error or RecordingError(f"{func.__name__} cannot be recorded")
     writer.program.forget(begun)
     writer.busy = True
     try:
@@ -146,6 +152,11 @@ def _composite_by_running(
             return record_by_running(writer, info, args, kwargs, deferred)
     finally:
         writer.busy = False
+
+
+def _by_running(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """Call a composite function that reads values, and no values of tensors on meta."""
+    return _composite_by_running(writer, func, args, kwargs, len(writer.program.ops))
 
 
 def _on_real_data(writer: ProgramWriter, func: Any, args: Any, kwargs: Any) -> Any:
@@ -214,7 +225,8 @@ def _get_device(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
 
 
 def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> int:
-    if is_pointer_followed(between=2):  # of_deferred and __torch_function__
+    followed = is_pointer_followed(between=2)  # of_deferred and __torch_function__
+    if followed or writer.shared.has(writer.ref(args[0])):
         with without_modes():
             return writer.expose(args[0]).data_ptr()
     return address_of(args[0])
@@ -265,7 +277,10 @@ def _read(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """Answer a read, such as ``tolist`` or ``repr``, from the computed values."""
     value = computed(writer, args[0])
     with without_modes():
-        return func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
+        value.requires_grad_(args[0].requires_grad)
+        if type(args[0]) not in PLAIN_CLASSES:
+            value = view_as_subclass(value, type(args[0]))
+        return func(value, *args[1:], **kwargs)
 
 
 def _numpy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -386,6 +401,7 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.__dlpack__: of_deferred(_shared),
     _tensor.__dlpack_device__: of_deferred(_shared),
     _tensor.__deepcopy__: _deepcopy,
+    torch.nn.functional.one_hot: of_deferred(_by_running),
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
     torch.sparse_csc_tensor: _by_value,

@@ -73,6 +73,10 @@ class SharedMemory:
             known = self._add(whole, ref.storage, real, real.clone(), twin=False)
         return ref.on(known.real.untyped_storage())
 
+    def has(self, ref: TensorRef) -> bool:
+        """Whether other code sees the memory of a deferred tensor, and so its address."""
+        return ref.storage in self._exposed
+
     def twin_of(self, storage: torch.UntypedStorage) -> Tensor | None:
         """The deferred tensor that stands for a whole real storage, if there is one."""
         found = self._on([storage])

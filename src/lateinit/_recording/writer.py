@@ -33,6 +33,7 @@ from lateinit._recording.kinds import fits
 from lateinit._recording.layouts import LayoutUnknownError, as_kernel_lays_out
 from lateinit._recording.shared_memory import SharedMemory
 from lateinit._recording.small_results import layouts_of_small
+from lateinit._recording.value_checks import check_values
 from lateinit._recording.value_reads import ValueReads
 from lateinit._replay import execution_of
 from lateinit._tensors import ON_META, Deferred, Slot, attach, described, slot_of
@@ -178,13 +179,13 @@ class ProgramWriter:
         if floating and argument_checks.are_usual(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
-        # Meta kernels accept numbers that real ones refuse: complex ones, 1e30 for float16, and an
-        # integer factor for a tensor of truth values.
-        checked = complex in map(type, args[1:])
-        checked = checked or (info.usual is not None if floating else not info.random)
+        # Meta kernels accept numbers that real ones refuse: complex ones, 1e30 for float16, an
+        # integer factor for a tensor of truth values, and an empty range of random integers.
+        checked = not floating or info.usual is not None or complex in map(type, args[1:])
         if alone and checked and not has_tensor(args[1:]):
             ref, device = self.ref(args[0]), self.device_of(args[0])
-            argument_checks.check_numbers(info, ref, device, args[1:], **kwargs)
+            named = {key: value for key, value in kwargs.items() if key != "generator"}
+            argument_checks.check_numbers(info, ref, device, args[1:], **named)
         if info.collective:
             instead = before_sending(calling_modules()) or "call it after materialising"
             raise RecordingError(
@@ -203,6 +204,8 @@ class ProgramWriter:
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
             return record_by_running(self, info, args, kwargs, deferred)
+        if info.checks_values:
+            check_values(self, info, args, kwargs)
         self._note(info, args, kwargs, device, result)
         return result
 

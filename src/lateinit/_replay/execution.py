@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lateinit._program import Program, Step, TensorRef, plan_storages
 from lateinit._replay.chunks import after_redrawing, fill_of
-from lateinit._replay.session import Computed, Memory, Session
+from lateinit._replay.session import Computed, Memory, Session, failed
 from lateinit._replay.streams import Streams
 from lateinit._rng import set_state, state_of
-from lateinit._torch import operators, turn, without_modes
+from lateinit._torch import is_out_of_memory, operators, turn, without_modes
+from lateinit.errors import LateinitError
 
 one_thread = turn()
 """Held by whoever realises tensors.
@@ -64,7 +65,13 @@ class Execution(Streams):
             return
         read = self.values(dict.fromkeys(ref.storage for ref in op.read()), number)
         with self.session() as session, self.program.ambients[op.ambient].in_force():
-            session.call(op, Memory({n: found.storage for n, found in read.items()}), generator)
+            memory = Memory({n: found.storage for n, found in read.items()})
+            try:
+                session.call(op, memory, generator)
+            except RuntimeError as error:
+                if is_out_of_memory(error) or isinstance(error, LateinitError):
+                    raise
+                raise failed(number, op, error) from error
 
 
 _Key = tuple[int | None, Any]

@@ -133,9 +133,7 @@ class Session:
         except Exception as error:
             if is_out_of_memory(error):
                 raise  # materialize() makes an OutOfMemoryError of it
-            raise MaterializeError(
-                f"op {number} failed when it was replayed: {op}: {error}"
-            ) from error
+            raise failed(number, op, error) from error
         for ref, result in zip(op.outs, results, strict=False):
             if ref is None:
                 continue
@@ -282,6 +280,11 @@ class Session:
         for storage, place in last.items():
             uses.setdefault(place, []).append(storage)
         return uses
+
+
+def failed(number: int, op: Op, error: Exception) -> MaterializeError:
+    """The error to raise of an op whose kernel has failed."""
+    return MaterializeError(f"op {number} failed when it was replayed: {op}: {error}")
 
 
 def _differs(ref: TensorRef, result: Tensor) -> str:

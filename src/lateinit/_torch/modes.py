@@ -341,3 +341,22 @@ def default_device_in_force() -> torch.device | None:
 def takes_default_device(func: Any) -> bool:
     """Whether a function is a factory that ``with torch.device(...)`` gives its device to."""
     return func in _device_constructors()
+
+
+_AUTOGRAD = tuple(
+    getattr(torch._C.DispatchKey, f"Autograd{part}")
+    for part in ("Functionality", "Other", "NestedTensor")
+)
+
+
+def with_autograd() -> Any:
+    """A block in which autograd follows ops, below an op at the dispatcher too.
+
+    torch/csrc/autograd: what an op calls has no graph of its own, and what replays in a read that
+    an op makes would have none.
+    """
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        exclude = exclude.remove(key)
+    return torch._C._ForceDispatchKeyGuard(include, exclude)

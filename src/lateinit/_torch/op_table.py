@@ -204,3 +204,21 @@ OP_TABLE: dict[str, OpTraits] = {
     f"aten::{name}": traits for names, traits in _ROWS.items() for name in names.split()
 }
 """The rows, by the qualified names of overloads."""
+
+_CHECKING = (
+    # Probabilities, rates and deviations.
+    "bernoulli binary_cross_entropy multinomial normal poisson",
+    # Matrices. Most other checks of linalg are an op of their own, `_linalg_check_errors`.
+    "cholesky cholesky_inverse linalg_cholesky_ex linalg_eig linalg_inv_ex linalg_lstsq",
+    "linalg_lu_solve linalg_pinv _linalg_eigh _linalg_eigvals linalg_eigvals linalg_eigvalsh",
+    "linalg_svdvals linalg_cond linalg_matrix_norm linalg_matrix_rank _linalg_svd lu_unpack",
+    # Indices, and what is counted.
+    "embedding _embedding_bag _embedding_bag_forward_only gather index index_add index_copy",
+    "index_fill index_put _index_put_impl index_reduce index_select masked_scatter max_unpool2d",
+    "max_unpool3d multi_margin_loss multilabel_margin_loss_forward nll_loss_forward put",
+    "nll_loss2d_forward scatter scatter_add scatter_reduce searchsorted segment_reduce take",
+    # Integers, which must not be divided by zero, and bounds.
+    "div floor_divide fmod remainder histc histogram _histogramdd_bin_edges",
+)
+VALUE_CHECKS = frozenset(name for row in _CHECKING for name in row.split())
+"""Operators, without overloads, whose kernels refuse some values of tensors."""

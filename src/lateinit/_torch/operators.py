@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import _ops
 
-from lateinit._torch.op_table import OP_TABLE, UNINITIALISED, OpTraits
+from lateinit._torch.op_table import OP_TABLE, UNINITIALISED, VALUE_CHECKS, OpTraits
 from lateinit.errors import MaterializeError
 
 OpOverload = _ops.OpOverload
@@ -78,6 +78,7 @@ class OpInfo(OpTraits):
         foreign: whether it is neither torch's nor marked as random by its schema or tags.
         collective: whether it exchanges values with other ranks.
         pointwise: whether each element of its result depends on those at the same place, broadcast.
+        checks_values: whether its kernel refuses some values of tensors.
         layout_by_run: whether it makes new tensors alone, whose layouts do not depend on values.
     """
 
@@ -100,6 +101,7 @@ class OpInfo(OpTraits):
     foreign: bool = False
     collective: bool = False
     pointwise: bool = False
+    checks_values: bool = False
     layout_by_run: bool = False
 
     def fill_for(self, args: tuple[Any, ...]) -> FillOp | None:
@@ -255,6 +257,7 @@ def _examine(func: OpOverload) -> OpInfo:
         foreign=foreign,
         collective=namespace in _COLLECTIVES,
         pointwise=torch.Tag.pointwise in func.tags,
+        checks_values=namespace == "aten" and base.removesuffix("_") in VALUE_CHECKS,
         layout_by_run=(
             namespace == "aten"
             and not random

@@ -34,6 +34,7 @@ from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
+from lateinit._log import log
 from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
@@ -271,7 +272,10 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
     else:
         names = TensorNames(module)
     Filling(left, _is_known, plan.casts).run(progress=progress)
-    return _report(names, path, plan.reader, plan.fitting, computed)
+    found = _report(names, path, plan.reader, plan.fitting, computed)
+    counts = len(found.loaded), len(found.initialised), len(found.computed)
+    log.info("%s: %d tensors loaded, %d initialised, %d computed", path, *counts)
+    return found
 
 
 def _is_known(_: str, tensor: Tensor) -> bool:
@@ -315,6 +319,7 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
     """Run ``load_state_dict`` on stand-ins for the checkpoint; each copy puts real values."""
     module, reader, rehearsal = plan.module, plan.reader, plan.rehearsal
     stands = Stands(reader, plan.names.found)
+    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     copies = 0
 
     def on_copy(target: Tensor, source: Tensor) -> None:
@@ -325,7 +330,9 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         if name is None:
             stands.reveal(source)
             placer.reveal(source)
-        read = partial(block_of, source) if name is None else partial(reader.read, name)
+        read = partial(block_of, source)
+        if name is not None:  # a rank reads its share only
+            read = partial(reader.read, name, alone=sharded)
         values = partial(_values_for, target, source, read, plan.names)
         if name is None:
             placer.put(target, values(), take=False)
@@ -344,7 +351,6 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
     # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
-    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(
