@@ -15,8 +15,10 @@ from benchmarks import loading, materialize, native
 from benchmarks.clusters import clusters
 from benchmarks.construction import construction
 from benchmarks.harness import ROOT, Goal, Row, Run, machine
+from benchmarks.importing import importing
 from benchmarks.lazy import architectures, inference
 from benchmarks.materialize import against_eager
+from benchmarks.reading import reading
 from benchmarks.report import as_json, cells, table, write
 from benchmarks.sharding import sharding
 from benchmarks.small_modules import MODELS, growth, small_modules
@@ -52,9 +54,11 @@ CASES: dict[str, Callable[[Run], list[Row]]] = {
     "write": loading.writing,
     "tiny-model": materialize.tiny_model,
     "sharding": sharding,
+    "reading-shards": reading,
     "clusters": clusters,
     **{f"small-modules-{name}": small_modules(name) for name in MODELS},
     "small-modules-growth": growth,
+    "import": importing,
 }
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = ("README.md", "CHANGELOG.md")
+FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 SHOWN = {".css", ".js", ".md", ".png", ".svg"}
 
 EXAMPLE_LINK = re.compile(r"(\]\([^)\s]*examples/\w+)\.py\)")

@@ -110,6 +110,15 @@ def test_inspect_prints_json_and_a_part() -> None:
     assert [t["name"] for t in data["tensors"]] == ["weight", "bias"]
 
 
+def test_inspect_shows_modules_down_to_a_depth() -> None:
+    arguments = ("inspect", "transformers:gpt2", "--kwargs", TINY, "--depth", 2)
+    shown = lateinit_command(*arguments).stdout
+    assert "transformer.h  " in shown
+    assert "transformer.h." not in shown
+    data = json.loads(lateinit_command(*arguments, "--json").stdout)
+    assert data["modules"][0]["parameters"] == data["totals"]["parameters"]
+
+
 def test_inspect_of_a_terminal_is_a_rich_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_is_terminal", lambda: True)
     shown = lateinit_command("inspect", *LINEAR).stdout
@@ -251,6 +260,32 @@ def test_init_writes_what_eager_construction_gives(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in eager.state_dict().items())
 
 
+def test_maps_and_rules_are_given_as_json(tmp_path: Path) -> None:
+    out, rules = (
+        tmp_path / "out.safetensors",
+        '{"*.mlp.*.weight": "normal(std=0.5)", "*.bias": "ones"}',
+    )
+    given = ("--init", rules, "--dtype", '{"*ln*": "float32", "*": "bfloat16"}')
+    spec = ("transformers:gpt2", "--kwargs", TINY)
+    done = lateinit_command("init", *spec, "-o", out, *given)
+    assert done.exit_code == 0, done.output
+    found = load_file(out)
+    assert {t.dtype for n, t in found.items() if ".ln" in n} == {torch.float32}
+    assert {t.dtype for n, t in found.items() if ".mlp." in n} == {torch.bfloat16}
+    assert all(t.eq(1).all() for n, t in found.items() if n.endswith(".bias"))
+    assert lateinit_command("check", *spec, "--checkpoint", out, *given).exit_code == 0
+    assert lateinit_command("check", *spec, "--checkpoint", out, *given[2:]).exit_code == 1
+    assert lateinit_command("check", *spec, "--init", rules).exit_code == 0
+    for wrong, message in (
+        (("--init", "{"), "--init is no JSON"),
+        (("--init", '{"a": 3}'), "3 is no initialiser"),
+        (("--init", '{"nothing": "zeros"}'), "'nothing' matches no tensor"),
+    ):
+        refused = lateinit_command("check", *spec, *wrong)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.output.replace("\n", " ")
+
+
 def test_init_takes_dtype_and_shard_size_and_prints_json(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--dtype", "bfloat16", "--max-shard-size", "1kB", "--json")
@@ -325,6 +360,9 @@ def test_info_says_what_a_bug_report_needs() -> None:
     shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert shown["torch"] == torch.__version__
     assert shown["lateinit"] == lateinit.__version__
+    assert len(shown["processor"]) > 3
+    assert shown["memory"].endswith("B")
+    assert (shown["accelerators"] == "none") is not torch.cuda.is_available()
     assert f"{torch.get_num_threads()} of " in shown["threads"]
     assert torch.backends.cpu.get_cpu_capability() in done.stdout
 

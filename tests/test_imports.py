@@ -24,6 +24,7 @@ OPTIONAL = {
     # It takes long, and is there where it is needed.
     "torch._functorch",
     "lateinit._checkpoint.save.sharded",  # torch.distributed.checkpoint
+    "torch.distributed.checkpoint.filesystem",
 }
 NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
 

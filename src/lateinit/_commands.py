@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -25,6 +26,7 @@ from lateinit._report.environment import environment as info
 from lateinit._report.summary import Summary, summary
 from lateinit._report.verify import verify
 from lateinit._rng import seed_all
+from lateinit._tensors import DTypes
 from lateinit._units import parse_bytes
 from lateinit.errors import LateinitError
 
@@ -50,7 +52,7 @@ class Rank:
 
 
 def inspect(
-    spec: str, kwargs: str | None, only: Sequence[str] | None, rank: Rank
+    spec: str, kwargs: str | None, only: Sequence[str] | None, depth: int | None, rank: Rank
 ) -> Summary | mesh_cost.Share:
     """The table of a model; with a mesh, what a rank of it holds."""
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
@@ -61,12 +63,17 @@ def inspect(
     plan = None if rank.tp_plan is None else model_specs.parse_kwargs(rank.tp_plan, "--tp-plan")
     model = _recorded(_build(spec, kwargs))
     if axes is None:
-        return summary(model, only=only)
+        return summary(model, only=only, depth=depth)
     return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
 
 
 def check(
-    spec: str, kwargs: str | None, seed: int, checkpoint: Path | None, dtype: str | None
+    spec: str,
+    kwargs: str | None,
+    seed: int,
+    checkpoint: Path | None,
+    dtype: str | None,
+    rules: str | None,
 ) -> parity.Parity | Verification:
     """Compare a model, or a checkpoint, with what eager construction gives."""
     cast = _dtype(dtype)
@@ -74,18 +81,19 @@ def check(
         raise typer.BadParameter("--dtype is for --checkpoint")
     build = _build(spec, kwargs)
     if checkpoint is None:
-        return parity.check_parity(build, seed=seed)
+        return parity.check_parity(build, seed=seed, init=_rules(rules))
     seed_all(seed)
-    return verify(_recorded(build), checkpoint, seed=seed, dtype=cast)
+    return verify(_recorded(build), checkpoint, seed=seed, dtype=cast, init=_rules(rules))
 
 
-def init(
+def init(  # noqa: PLR0913 - the options of a command
     spec: str,
     kwargs: str | None,
     output: Path,
     *,
     seed: int,
     dtype: str | None,
+    rules: str | None,
     max_shard_size: str,
     force: bool,
     resume: bool,
@@ -99,6 +107,7 @@ def init(
         output,
         max_shard_size=size,
         dtype=cast,
+        init=_rules(rules),
         force=force,
         resume=resume,
         seed=seed,
@@ -139,9 +148,20 @@ _SHORT = {
 }
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def _dtype(name: str | None) -> DTypes | None:
     if name is None:
         return None
+    if name.lstrip().startswith("{"):
+        given = model_specs.parse_kwargs(name, "--dtype")
+        return {pattern: _one_dtype(str(dtype)) for pattern, dtype in given.items()}
+    return _one_dtype(name)
+
+
+def _rules(text: str | None) -> dict[str, Any] | None:
+    return None if text is None else model_specs.parse_kwargs(text, "--init")
+
+
+def _one_dtype(name: str) -> torch.dtype:
     known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
     asked = name.strip().lower().removeprefix("torch.")
     found = known.get(_SHORT.get(asked, asked))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Container
-from typing import Any, TypeVar
+from collections.abc import Callable, Container
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import nn
@@ -17,12 +17,25 @@ from lateinit._tensors import adopt_uninitialized, device_of, find_tensors, slot
 from lateinit._torch import restoring
 
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
 
 
-@restoring
+@overload
+def skip_init(module_cls: Callable[P, M], /, *args: P.args, **kwargs: P.kwargs) -> M: ...
+
+
+# For classes that take no `device`: their own arguments cannot be named beside it (PEP 612).
+@overload
 def skip_init(
-    module_cls: type[M], *args: Any, device: torch.device | str | None = None, **kwargs: Any
-) -> M:
+    module_cls: type[M], /, *args: Any, device: torch.device | str | None, **kwargs: Any
+) -> M: ...
+
+
+# mypy is right: a class cannot have an argument of its own that is called module_cls.
+@restoring  # type: ignore[misc]
+def skip_init(
+    module_cls: Any, *args: Any, device: torch.device | str | None = None, **kwargs: Any
+) -> Any:
     """Construct a module without initialising its parameters.
 
     Parameters are allocated and hold arbitrary values: fill them before use. Buffers and other

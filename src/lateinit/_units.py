@@ -14,13 +14,24 @@ _UNITS = {
 
 def format_bytes(count: int) -> str:
     """A size in decimal units: ``497.8 MB``."""
+    number, prefix = _scaled(count)
+    return f"{number} {prefix}B"
+
+
+def format_count(count: int) -> str:
+    """A count in decimal units: ``3.9 G``."""
+    number, prefix = _scaled(count)
+    return f"{number} {prefix}".rstrip()
+
+
+def _scaled(count: int) -> tuple[str, str]:
     size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
+    for prefix in ("", "k", "M", "G"):
         # Rounded first: 999.96 kB reads 1.0 MB, not 1000.0 kB.
         if round(size, 1) < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+            return (f"{size:.1f}" if prefix else f"{size:.0f}"), prefix
         size /= 1000
-    return f"{size:,.1f} TB"
+    return f"{size:,.1f}", "T"
 
 
 def parse_bytes(size: int | str) -> int:

@@ -79,6 +79,12 @@ Kwargs = Annotated[
     str | None,
     typer.Option("--kwargs", metavar="JSON", help="Arguments: '{\"hidden_size\": 64}'"),
 ]
+Rules = Annotated[
+    str | None,
+    typer.Option(
+        "--init", metavar="JSON", help='Initialise by name: \'{"lm_head": "normal(std=0.02)"}\''
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option("--seed", callback=_seed, help="As torch.manual_seed(SEED) before construction"),
@@ -117,6 +123,12 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
     ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth", min=0, help="Show modules, down to this level, in place of tensors"
+        ),
+    ] = None,
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -153,7 +165,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     """Show every tensor of a model and how it is initialised, without allocating the model."""
     rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
     with _working():
-        found = _commands.inspect(spec, kwargs, only, rank)
+        found = _commands.inspect(spec, kwargs, only, depth, rank)
     if as_json:
         _print_json({"spec": spec, **found.to_dict()})
     elif mesh is not None:
@@ -180,6 +192,7 @@ def check(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="With --checkpoint: cast, as init --dtype does")
     ] = None,
+    rules: Rules = None,
     kwargs: Kwargs = None,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +201,7 @@ def check(
     With --checkpoint, compare the checkpoint with the values of the seed, one tensor at a time.
     """
     with _working():
-        found = _commands.check(spec, kwargs, seed, checkpoint, dtype)
+        found = _commands.check(spec, kwargs, seed, checkpoint, dtype, rules)
     if as_json:
         _print_json({"spec": spec, **found.to_dict()})
     else:
@@ -212,8 +225,12 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     ],
     seed: Seed = 0,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Cast floating-point tensors: bfloat16")
+        str | None,
+        typer.Option(
+            "--dtype", help='Cast: bfloat16, or by name: \'{"*norm*": "fp32", "*": "bf16"}\''
+        ),
     ] = None,
+    rules: Rules = None,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Bytes to a file: 2GB, 500MB")
     ] = "5GB",
@@ -230,6 +247,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
             output,
             seed=seed,
             dtype=dtype,
+            rules=rules,
             max_shard_size=max_shard_size,
             force=force,
             resume=resume,

@@ -95,6 +95,14 @@ def test_a_real_model_is_untouched_by_an_error(state: State, tmp_path: Path) -> 
     assert not model._load_state_dict_pre_hooks
 
 
+def test_advice_is_not_counted_among_the_problems(tmp_path: Path) -> None:
+    model = lateinit.deferred_init(nn.Linear, 2, 2)
+    path = write({"weight": torch.ones(2, 2)}, tmp_path)
+    counted = r"1 problem:\n  bias, \(2,\), is not in the checkpoint\n  \(strict=False initialises"
+    with pytest.raises(MismatchError, match=counted):
+        lateinit.load_checkpoint(model, path)
+
+
 def test_all_missing_names_are_told_and_what_to_do(tmp_path: Path) -> None:
     model = lateinit.deferred_init(nn.Sequential, *[nn.Linear(2, 2) for _ in range(30)])
     path = write({"0.weight": torch.ones(2, 2)}, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pkgutil
 import shutil
 import warnings
 import zipfile
@@ -349,6 +350,27 @@ def test_a_pickle_that_could_run_code_is_never_unpickled(
     (dcp / ".metadata").write_bytes(pickle.dumps(Evil()))
     refused(dcp, r"system does not belong there")
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["pathlib PosixPath", "torch.distributed.checkpoint.metadata Metadata"]
+)
+def test_a_pickle_changes_no_class_that_it_names(name: str, tmp_path: Path) -> None:
+    dcp, cls = (
+        FORMATS["dcp"](Net().state_dict(), tmp_path),
+        pkgutil.resolve_name(name.replace(" ", ":")),
+    )
+    data = (dcp / ".metadata").read_bytes()
+    named = "c{}\n{}\n".format(*name.split())
+    # Name the class, set an attribute of it, take it off the stack; then the metadata as they were.
+    change = named.encode() + b"N}X\x07\x00\x00\x00changedI1\ns\x86b0"
+    (dcp / ".metadata").write_bytes(data[:2] + change + data[2:])
+    _, model = twins(seed=3)
+    lateinit.load_checkpoint(model, dcp)
+    assert not hasattr(cls, "changed")
+    pickle.loads(data[:2] + change + b"N.")
+    assert cls.changed == 1  # by an unpickler that gives it the class
+    del cls.changed
 
 
 def test_what_is_no_state_dict_is_said(tmp_path: Path) -> None:

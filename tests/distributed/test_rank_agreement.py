@@ -91,11 +91,22 @@ def test_a_rank_that_dies_is_missed_by_the_others(tmp_path: Path) -> None:
         assert re.search(r"not all of the ranks 0, 1, 2 answered", rank.output), rank.output
 
 
-def test_the_example_trains() -> None:
+SAID = {
+    "fsdp_gpt": "step 1: loss",
+    "torchtitan_llama3": "parameters and buffers equal those of one process",
+}
+
+
+@pytest.mark.parametrize("name", sorted(SAID))
+def test_an_example_for_several_ranks_runs_and_is_short(name: str) -> None:
+    if name.startswith("torchtitan"):
+        pytest.importorskip("torchtitan", reason="torchtitan is not there", exc_type=ImportError)
+    path = ROOT / "examples" / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 80
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "examples/fsdp_gpt.py"],
+        [*command, str(path)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -104,4 +115,4 @@ def test_the_example_trains() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "step 1: loss" in done.stdout
+    assert SAID[name] in done.stdout

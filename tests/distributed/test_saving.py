@@ -57,3 +57,17 @@ def test_a_whole_module_is_written_by_dcp_without_a_process_group(tmp_path: Path
         lateinit.save_checkpoint(model, tmp_path / "later", wait=False)
     with pytest.raises(ValueError, match=r"format='pt': 'dcp' or 'safetensors' is meant"):
         lateinit.save_checkpoint(model, tmp_path / "later", format="pt")  # type: ignore[arg-type]
+
+
+def test_the_group_of_a_save_in_the_background_has_ended_when_its_result_is_known(
+    tmp_path: Path,
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = saving.sharded_block()
+        groups = list(dist.distributed_c10d._world.pg_map)
+        for number in range(5):
+            lateinit.save_checkpoint(model, tmp_path / str(number), wait=False).result(60)
+            assert list(dist.distributed_c10d._world.pg_map) == groups
+    finally:
+        dist.destroy_process_group()

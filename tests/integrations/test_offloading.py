@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import (
     cpu_offload,
     disk_offload,
@@ -15,8 +17,10 @@ from accelerate import (
     load_checkpoint_in_model,
 )
 from accelerate.utils import set_module_tensor_to_device
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import lateinit
 from lateinit.errors import DeferredTensorError
@@ -82,3 +86,19 @@ def test_moving_what_has_no_values_is_refused(way: str, tmp_path: Path) -> None:
     model = lateinit.deferred_init(Net)
     with pytest.raises(DeferredTensorError, match=r"'(up|down)\..*lateinit.materialize"):
         MOVES[way](model, str(tmp_path))
+
+
+def test_accelerate_is_told_not_to_send_what_a_deferred_model_has_not() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = lateinit.deferred_init(nn.Linear, 4, 2)
+        state = model.state_dict()
+        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        main = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+        with pytest.raises(
+            DeferredTensorError, match=r"pass cpu_ram_efficient_loading=False .*docs/recipes\.md"
+        ):
+            fsdp2_load_full_state_dict(main, model, state)
+        lateinit.materialize(model)
+    finally:
+        dist.destroy_process_group()

@@ -272,9 +272,22 @@ def test_a_plan_tells_what_is_computed_whole_for_shards() -> None:
     assert int(orthogonal[1].replace(",", "")) >= 4 * 300 * 600
     assert "-> 2.weight (a shard of 84 bytes, computed whole)" in text  # small
     assert re.search(r"-> 0\.weight$", text, re.MULTILINE)
-    assert re.search(
-        r"^\d steps for shards computed whole: [\d,]+ bytes, [\d,]+ at once$", text, re.MULTILINE
+    # How many elements are drawn for each, and kept with FSDP2's padding. Which biases are drawn
+    # along with the weight before them depends on the kernels.
+    sizes = {
+        "0.bias": (500, 250),
+        "1.weight": (600 * 300, 300 * 300),
+        "1.bias": (600, 300),
+        "2.weight": (3 * 7, 2 * 7),
+        "2.bias": (3, 2),
+    }
+    whole = re.findall(r"-> (\S+) \(a shard of", text)
+    drawn, kept = (sum(sizes[name][i] for name in whole) for i in (0, 1))
+    expected = (
+        rf"^{len(whole)} steps for shards computed whole: [\d,]+ bytes, [\d,]+ at once, and "
+        rf"{drawn:,} elements drawn, of which {4 * kept:,} bytes are kept$"
     )
+    assert re.search(expected, text, re.MULTILINE)
 
 
 def test_optimizers_hooks_and_names_stay() -> None:

@@ -21,6 +21,7 @@ from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
     Item,
     ShardFile,
+    WholeFiles,
     check_room,
     check_target,
     collect,
@@ -33,11 +34,12 @@ from lateinit._checkpoint.save import (
 )
 from lateinit._distributed import Agreement, is_running, ranks_of
 from lateinit._integrations import saved_config
+from lateinit._log import log
 from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
-from lateinit._tensors import Casting, Devices, DTypes, bound_in, casting
+from lateinit._tensors import Casting, Devices, DTypes, Init, bound_in, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import format_bytes, parse_bytes
 from lateinit._version import __version__
@@ -93,6 +95,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     *,
     max_shard_size: int | str = "5GB",
     dtype: DTypes | None = None,
+    init: Init | None = None,
     force: bool = False,
     progress: bool = False,
     seed: int | None = None,
@@ -119,7 +122,9 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         path: a folder to make, or one file if it ends in ``.safetensors``.
         max_shard_size: the most bytes for a file in a folder, such as ``"5GB"``. A tensor that is
             larger has a file of its own.
-        dtype: cast floating-point tensors to this dtype.
+        dtype: cast floating-point tensors to this dtype, or to those of a map, as ``materialize``
+            does.
+        init: initialisers for deferred tensors by name, as for ``materialize``.
         force: overwrite an existing checkpoint, or discard an unfinished one.
         progress: show a progress bar on stderr; of a sharded module, of what this rank writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
@@ -168,12 +173,12 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
         again = force or was_interrupted(target)
-        asked = _Asked(casts, limit, again, seed, resume, format, wait, progress)
+        asked = _Asked(casts, init, limit, again, seed, resume, format, wait, progress)
         return _save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
     check_target(target, force=force or was_interrupted(target))  # `staged` looks again
-    items = collect(module, casts)
+    items = collect(module, casts, init=init, seed=seed)
     shards = divide(items, None if one_file else limit, target.name if one_file else None)
     recorded, seed = _seeds(module, items, seed)
     metadata = _metadata(recorded if seed is None else seed)
@@ -190,6 +195,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 stage.write_text(name, text)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
+    log.info("saved %s", saved)
     return returned(target, saved)
 
 
@@ -202,6 +208,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     strict: bool = True,
     device: Devices | None = None,
     dtype: DTypes | None = None,
+    init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
     check: bool = True,
     key: str | None = None,
@@ -240,8 +248,12 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             ``transformers`` model declares irrelevant. If False, they must still have one name in
             common.
         device: where deferred tensors will be, by default the device each was recorded for. Real
-            tensors stay where they are.
-        dtype: cast deferred floating-point tensors to this dtype; by default each keeps its own.
+            tensors stay where they are. Or a map of names, as for ``materialize``.
+        dtype: cast deferred floating-point parameters and buffers of the state dict to this dtype;
+            by default each keeps its own. Or a map of names, as for ``materialize``.
+        init: initialisers by name, as for ``materialize``, for deferred tensors that the checkpoint
+            lacks.
+        offload_folder: where ``device="disk"`` writes, as for ``materialize``, once all is loaded.
         progress: show a progress bar on stderr.
         check: of a sharded module, ask the other ranks of its mesh, before anything is put,
             whether they load the same files into the same shards, and afterwards whether all have
@@ -264,6 +276,10 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
 
     Raises:
+        PatternError: a pattern of ``device``, ``dtype`` or ``init`` matches nothing, or contradicts
+            another one. Nothing has changed.
+        DeviceError: this machine does not have the device.
+        InitError: a value of ``init`` is no initialiser, or does not fit its tensor.
         MismatchError: names, shapes or dtypes do not fit. The message lists all of them; nothing
             has changed.
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
@@ -312,6 +328,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 module,
                 Path(path),
                 casts,
+                init=init,
+                offload_folder=offload_folder,
                 strict=strict,
                 progress=progress,
                 check=check,
@@ -371,6 +389,7 @@ class _Asked(NamedTuple):
     """What the caller of ``save_checkpoint`` asks of shards."""
 
     casts: Casting
+    init: Init | None
     limit: int
     force: bool
     seed: int | None
@@ -383,7 +402,6 @@ class _Asked(NamedTuple):
 def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
     """Have each rank write its shards."""
     # It imports torch.distributed.checkpoint, which takes more than a second.
-    from lateinit._checkpoint.save.shard_writers import WholeFiles  # noqa: PLC0415
     from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
 
     if not (asked.wait or is_running()):
@@ -393,7 +411,7 @@ def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
         )
     ranks = ranks_of(module, "save_checkpoint()")
     with ranks.together("preparing") as phase:
-        items = collect(module, asked.casts, sharded=True)
+        items = collect(module, asked.casts, sharded=True, init=asked.init, seed=asked.seed)
         known, seed = _seeds(module, items, asked.seed)
         filling = Filling(module, seed=seed)
         filling.check()

@@ -24,14 +24,18 @@ NEEDS_VALUES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 """By the name of a module: whether its function with these local variables needs the values."""
 
 _SENDS = {
+    # accelerate/utils/fsdp_utils.py: fsdp2_load_full_state_dict sends what rank 0 has.
+    "accelerate.utils.fsdp_utils": "pass cpu_ram_efficient_loading=False to "
+    "FullyShardedDataParallelPlugin, and after prepare() call lateinit.materialize(model), or "
+    "lateinit.load_checkpoint(model, path, source_rank=0) (docs/recipes.md)",
     # deepspeed/runtime/zero/partition_parameters.py: Init cuts real parameters that rank 0 sends.
     "deepspeed": "DeepSpeed ZeRO partitions real parameters: build the model inside "
     "`with lateinit.deferred():` alone, then for one layer after the other call "
-    "lateinit.materialize(layer) and deepspeed.zero.Init(module=layer)",
+    "lateinit.materialize(layer) and deepspeed.zero.Init(module=layer) (docs/recipes.md)",
 }
 
 
 def before_sending(modules: Iterable[str]) -> str | None:
     """What to do before values are sent to other ranks, by the modules that have them sent."""
-    packages = (name.partition(".")[0] for name in modules)
-    return next((_SENDS[name] for name in packages if name in _SENDS), None)
+    known = (step for name in modules for start, step in _SENDS.items() if name.startswith(start))
+    return next(known, None)

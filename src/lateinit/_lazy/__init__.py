@@ -2,14 +2,15 @@
 
 The room gives users ``infer_shapes``, ``lazy``, ``size``, the lazy layers, the mixins and the
 placeholders; it gives ``_checkpoint`` the sizes that a checkpoint tells (``checkpoint_sizes``) and
-stand-ins for a model's tensors (``borrowed_model``). It may import ``_recording`` and everything
-below that, but not ``_materialize``, its neighbour. Start with ``lazy_class.py`` for how a lazy
-module is declared and initialised, and with ``infer.py`` for a forward pass on shapes.
+stand-ins for a model's tensors (``borrowed_model``), and ``_report`` a forward pass to observe. It
+may import ``_recording`` and everything below that, but not ``_materialize``, its neighbour. Start
+with ``lazy_class.py`` for how a lazy module is declared and initialised, and with ``infer.py`` for
+a forward pass on shapes.
 """
 
 from lateinit._lazy.borrowed_model import Lending, dressed, on_meta
 from lateinit._lazy.checkpoint_sizes import NOT_ADOPTED, sizes_in
-from lateinit._lazy.infer import infer_shapes
+from lateinit._lazy.infer import infer_shapes, observe_forward
 from lateinit._lazy.layers import (
     LazyAdaptiveLogSoftmaxWithLoss,
     LazyBatchNorm1d,
@@ -95,6 +96,7 @@ __all__ = [
     "known_shape",
     "lazy",
     "named_tensors",
+    "observe_forward",
     "on_meta",
     "settle_rng",
     "show",

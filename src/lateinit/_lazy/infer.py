@@ -31,6 +31,7 @@ from lateinit._lazy.protocols import (
 )
 from lateinit._lazy.rules import evaluate_rules
 from lateinit._lazy.shape_mode import ShapeMode, is_readable, needs_values, readable
+from lateinit._log import log
 from lateinit._rng import RandomStates
 from lateinit._tensors import Reach, exchange_held, is_deferred_tensor, is_parameter, own_copy
 from lateinit._torch import (
@@ -121,7 +122,36 @@ def infer_shapes(
         )
     run.initialise()
     close_holes(module)
+    log.info("inferred the shapes of %d lazy modules; %d left", len(run.met), len(left))
     return left
+
+
+@restoring
+@unhurried
+def observe_forward(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observer: Callable[[nn.Module], contextlib.AbstractContextManager[object]],
+    *,
+    real: bool = False,
+) -> None:
+    """Run a forward pass as ``infer_shapes`` does, and leave the model as it was, lazy modules too.
+
+    Args:
+        module: the model.
+        args: the arguments of its ``forward``.
+        kwargs: the arguments by keyword.
+        observer: makes the context in which the pass runs. Hooks that it puts on modules are taken
+            off again.
+        real: run the pass with values.
+    """
+    names = IdentityMap((part, name) for name, part in module.named_modules())
+    _Run(names, real, observer).forward(module, args, kwargs)
+
+
+def _unobserved(_: nn.Module) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext()
 
 
 class _Run:
@@ -135,9 +165,12 @@ class _Run:
         lending: makes the stand-ins.
     """
 
-    def __init__(self, names: IdentityMap[nn.Module, str], real: bool) -> None:
+    def __init__(
+        self, names: IdentityMap[nn.Module, str], real: bool, observer: Any = _unobserved
+    ) -> None:
         self.names = names
         self.real = real
+        self._observer = observer
         self.met: IdentityMap[nn.Module, tuple[Any, Any, UpToEnd | None]] = IdentityMap()
         self.done: IdentityMap[nn.Module, None] = IdentityMap()
         self.lending = Lending(self._with_values if real else counting_stand_in)
@@ -176,7 +209,7 @@ class _Run:
         if self.real:
             left += self._values_left(everything, module)
         self._prepare(module)
-        with self._mode(), _said_where(self.real):
+        with self._mode(), _said_where(self.real), self._observer(module):
             module(*args, **kwargs)
 
     def _values_left(self, graph: Any, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

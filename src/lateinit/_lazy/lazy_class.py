@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from operator import methodcaller
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -30,6 +30,8 @@ from lateinit._recording.postponed import postpone
 from lateinit._rng import RandomStates
 from lateinit._torch import own_buffers, own_modules, own_parameters, restoring
 from lateinit.errors import ShapeError, UninitializedError
+
+M = TypeVar("M", bound=nn.Module)
 
 # What a constructor raises for sizes that it cannot take, such as a width that its heads do not
 # divide.
@@ -171,7 +173,7 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def lazy(cls: type[nn.Module], /, **rules: Rule) -> type[Any]:
+def lazy(cls: type[M], /, **rules: Rule) -> Callable[..., M]:
     """A lazy version of a module class, constructed without the sizes that its input tells.
 
     To learn which parameters an instance has, and which of their dims are known already, the class

@@ -15,10 +15,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lateinit._program.ops import TensorRef
 from lateinit._program.program import Program
+from lateinit._text import as_html, folded
 
 
 class Step(NamedTuple):
@@ -38,12 +39,14 @@ class Plan:
         names: the tensors, for printing.
         whole: for printing, finds the steps that compute full tensors of which only shards are
             kept, and the bytes of those.
+        notes: for printing, what each tensor gets that was asked for.
     """
 
     program: Program
     steps: tuple[Step, ...]
     names: tuple[tuple[str, TensorRef], ...] = ()
     whole: Callable[[Plan], dict[Step, int]] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -51,24 +54,63 @@ class Plan:
         storages = self.program.storages
         return sum(storages[number].nbytes for step in self.steps for number in step.gives)
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data: the ops of each step in words, and what it computes."""
+        names = self._names()
+        steps = [
+            {
+                "ops": [str(self.program.ops[number]) for number in step.ops],
+                "gives": [name for g in step.gives for name in names.get(g, [f"%{g}"])],
+            }
+            for step in self.steps
+        ]
+        return {"steps": steps, "recorded_ops": len(self.program.ops), "bytes": self.nbytes}
+
+    def __repr__(self) -> str:
+        return "\n".join(folded(str(self).splitlines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
+
+    def _names(self) -> dict[int, list[str]]:
+        """The names of the tensors on each storage."""
         names: dict[int, list[str]] = {}
         for name, ref in self.names:
             names.setdefault(ref.storage, []).append(name)
+        return names
+
+    def __str__(self) -> str:
+        names = self._names()
         needed = sum(len(step.ops) for step in self.steps)
         recorded = f"{needed} of {len(self.program.ops)} recorded ops"
         steps = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"
         lines = [f"{steps}, {recorded}, {self.nbytes:,} bytes"]
         whole = {} if self.whole is None else self.whole(self)
         if whole:
-            count = f"{len(whole)} step{'s' * (len(whole) != 1)}"
-            total, most = sum(whole.values()), max(whole.values())
-            lines.append(f"{count} for shards computed whole: {total:,} bytes, {most:,} at once")
+            lines.append(self._cost_of(whole))
         for step in self.steps:
             cost = f" (a shard of {whole[step]:,} bytes, computed whole)" if step in whole else ""
             lines += [f"  {number:>5}  {self.program.ops[number]}" for number in step.ops]
             lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}{cost}" for g in step.gives]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
+
+    def _cost_of(self, whole: dict[Step, int]) -> str:
+        """What the steps that compute full tensors compute, and what is kept of it."""
+        ops, storages = self.program.ops, self.program.storages
+        drawn = sum(
+            ref.numel
+            for step in whole
+            for number in step.ops
+            if ops[number].draw is not None
+            for ref in ops[number].written()
+        )
+        kept = sum(storages[number].nbytes for step in whole for number in step.gives)
+        total, most = sum(whole.values()), max(whole.values())
+        return (
+            f"{len(whole)} step{'s' * (len(whole) != 1)} for shards computed whole: {total:,} "
+            f"bytes, {most:,} at once, and {drawn:,} elements drawn, of which {kept:,} bytes are "
+            "kept"
+        )
 
 
 def plan_storages(program: Program, wanted: Iterable[int], before: int | None = None) -> list[Step]:

@@ -270,7 +270,9 @@ class Follower(RecordingMode):
         op = spoken(info.name)
         if info.collective:  # whether a tensor is real may differ between ranks
             self.final = True
-            instead = before_sending(calling_modules()) or "call lateinit.materialize() first"
+            instead = before_sending(calling_modules()) or (
+                "call lateinit.materialize() first (docs/recipes.md)"
+            )
             raise DeferredTensorError(
                 f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
                 f"which has none yet: {instead}"

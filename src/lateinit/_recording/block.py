@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lateinit._identity import IdentityMap
 from lateinit._integrations import is_pfn_layer
-from lateinit._program import Program
+from lateinit._log import log
+from lateinit._program import Program, Ruled
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.guard import watch_sharding
 from lateinit._recording.holes import Hole, close, hole_of, reserve
+from lateinit._recording.init_rules import RuleRecorder
 from lateinit._recording.patches import Patches
 from lateinit._recording.postponed import (
     check_not_postponed,
@@ -60,6 +62,7 @@ from lateinit._torch import (
 from lateinit.errors import RecordingError, UninitializedError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 # A block keeps its place in the random stream as a token in the default generator (see
 # ``generators``). All threads share that generator, so only one thread records at a time.
 _one_thread = turn()
@@ -160,6 +163,9 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         recording.rest()
         _one_thread.release()
         self._release()
+        program = recording.writer.program
+        done = "recorded" if error is None else "gave up after"
+        log.info("%s %d ops on %d storages", done, len(program.ops), len(program.storages))
 
     def abandon(self, trace: TracebackType | None = None) -> None:
         """End the block wherever it was interrupted, as if it had not been entered.
@@ -214,6 +220,7 @@ class Recording:
     def begin(self) -> None:
         with one_thread:  # not while another thread drops ops
             self.writer.program.recording = True
+        self.writer.program.record_rules = record_rules
         let_full_collections_wait(self)
         watch(self.writer.program)
         watch_sharding(self.writer.program)
@@ -323,6 +330,22 @@ def fill(hole: Hole) -> Iterator[ProgramWriter]:
         program.holes[number] = stream
 
 
+def record_rules(program: Program, ruled: list[Ruled]) -> Program:
+    """An extension of a program in which rules of ``init=`` act on finished values.
+
+    Afterwards the global generators are in the state that they had before.
+    """
+    rules = RuleRecorder(program, ruled)
+    with outside(), _one_thread:
+        try:
+            with recording_block(rules.writer):
+                rules.run()
+        except BaseException:
+            rules.writer.generators.restore()
+            raise
+        return rules.finish()
+
+
 _infer = LazyModuleMixin.__dict__["_infer_parameters"]
 
 
@@ -389,7 +412,7 @@ def _like(tensor: Tensor) -> Tensor:
 _PATCHES = ((LazyModuleMixin, "_infer_parameters", _inferred),)
 
 
-def deferred_init(make: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+def deferred_init(make: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``make(*args, **kwargs)`` in a ``deferred()`` block.
 
     Example:

@@ -24,7 +24,6 @@ only in a thread that is recording.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from types import FunctionType
 from typing import Any, ClassVar
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._rng import state_of
+from lateinit._rng import STATE_BYTES
 from lateinit._tensors import is_deferred_tensor, is_placeholder, slot_of
 from lateinit._torch import (
     ASKING_FOR_REFERENCES,
@@ -64,6 +63,8 @@ from lateinit.errors import RecordingError
 
 _default = torch.default_generator
 _INHERITED = object()
+# Bytes of a state: of the CPU's generator, and of those that have a seed and an offset.
+_STATES = (STATE_BYTES, 16)
 
 
 class _Heard:
@@ -123,16 +124,10 @@ def _swapped(a: Tensor, b: Tensor) -> None:
         writer.born += [WeakTensor(a), WeakTensor(b)]
 
 
-@functools.cache
-def _sizes_of_states() -> tuple[int, int]:
-    """The bytes of a state of the CPU's generator, and of those with a seed and an offset."""
-    return len(state_of(_default)), 16
-
-
 def _rebuilt(storage: Any, *args: Any) -> Tensor:
     """A tensor that is loaded; one that may be the state of a generator is real."""
     writer = current()
-    if writer is None or writer.busy or bytes_loaded(storage) not in _sizes_of_states():
+    if writer is None or writer.busy or bytes_loaded(storage) not in _STATES:
         return rebuild_tensor(storage, *args)
     with without_modes():
         return rebuild_tensor(storage, *args)

@@ -13,13 +13,15 @@ import torch
 
 from lateinit import _native
 from lateinit._torch import without_modes
+from lateinit._units import format_bytes
 from lateinit._version import __version__
 
 _REQUIRED = ("torch", "numpy", "rich", "typer")
 _OPTIONAL = (
-    *("accelerate", "peft", "pytorch-pfn-extras", "safetensors", "timm", "torchvision"),
-    "transformers",
+    *("accelerate", "diffusers", "lightning", "peft", "pytorch-pfn-extras", "safetensors"),
+    *("timm", "torchao", "torchtitan", "torchvision", "transformers"),
 )
+_PROCESSORS = Path("/proc/cpuinfo")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -31,9 +33,12 @@ class Environment:
         versions: of lateinit, Python and the packages that lateinit needs.
         optional: of the packages that it can use; None for one that is not installed.
         system: the operating system and the architecture.
+        processor: its name.
+        accelerators: the CUDA devices that torch sees, with the CUDA version of torch's build.
         capability: the vector extensions that torch's CPU kernels use.
         threads: how many threads torch uses, and so ``materialize``.
         cores: how many cores the machine has.
+        memory: its bytes.
         huge_pages: the kernel's setting for transparent huge pages; None where there is none.
         native: each native kernel, whether it is used, and why.
     """
@@ -41,9 +46,12 @@ class Environment:
     versions: dict[str, str]
     optional: dict[str, str | None]
     system: str
+    processor: str
+    accelerators: tuple[str, ...]
     capability: str
     threads: int
     cores: int | None
+    memory: int
     huge_pages: str | None
     native: dict[str, _native.Verdict]
 
@@ -57,8 +65,11 @@ class Environment:
             **self.versions,
             **{name: version or "not installed" for name, version in self.optional.items()},
             "system": self.system,
+            "processor": self.processor,
+            "accelerators": ", ".join(self.accelerators) or "none",
             "CPU capability": self.capability,
             "threads": f"{self.threads} of {self.cores} cores",
+            "memory": format_bytes(self.memory),
             "huge pages": self.huge_pages or "unknown",
             **{
                 f"native {name}": f"{'used' if v.used else 'not used'}: {v.why}"
@@ -78,12 +89,28 @@ def environment() -> Environment:
         versions={"lateinit": __version__, "python": platform.python_version(), **versions},
         optional={name: _installed(name) for name in _OPTIONAL},
         system=platform.platform(),
+        processor=_processor(),
+        accelerators=_accelerators(),
         capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         cores=os.cpu_count(),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         huge_pages=_HUGE_PAGES.read_text().strip() if _HUGE_PAGES.exists() else None,
         native=native,
     )
+
+
+def _processor() -> str:
+    """Its name on Linux; elsewhere what Python knows."""
+    lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _accelerators() -> tuple[str, ...]:
+    cuda = torch.version.cuda
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return tuple(f"{name} (CUDA {cuda})" for name in names)
 
 
 def _installed(name: str) -> str | None:

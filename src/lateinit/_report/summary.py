@@ -3,119 +3,79 @@
 from __future__ import annotations
 
 import html
-import math
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import nn
 
-from lateinit._lazy import known_shape, show
-from lateinit._program import describe_initialisation
+from lateinit._identity import IdentityMap
+from lateinit._lazy import show
+from lateinit._report import by_module
 from lateinit._report.name_folding import fold
-from lateinit._tensors import Deferred, Found, Kind, Only, find_tensors, is_placeholder, select
-from lateinit._torch import restoring, storage_key, without_subclass_functions
+from lateinit._report.rows import Entry, Row, Totals, entries, totals
+from lateinit._report.tables import in_columns
+from lateinit._tensors import Init, Only
+from lateinit._text import folded
+from lateinit._torch import name_of_class, restoring
 from lateinit._units import format_bytes
-from lateinit.errors import listing
 
-State = Literal["deferred", "lazy", "real", "meta"]
 _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
+_RIGHT = ("bytes", "parameters", "FLOPs")
 # The columns that a terminal may break into several lines.
-_WRAPPED = ("name", "initialised")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor.
-
-    Attributes:
-        names: all names of the tensor, the first one first.
-        kind: parameter, buffer or attribute.
-        persistent: whether a state dict holds it.
-        shape: its shape, None for each unknown size; None if nothing is known.
-        dtype: its dtype, without ``torch.``.
-        device: the device it is on, or was recorded for.
-        requires_grad: whether it requires gradients.
-        state: deferred, lazy, real, or plain ``meta``.
-        nbytes: its bytes; None if its shape is not known.
-        init: how it is initialised; None if nothing was recorded.
-        shares: the name of an earlier tensor on the same storage.
-    """
-
-    names: tuple[str, ...]
-    kind: Kind
-    persistent: bool
-    shape: tuple[int | None, ...] | None
-    dtype: str
-    device: str
-    requires_grad: bool
-    state: State
-    nbytes: int | None
-    init: str | None
-    shares: str | None
-
-    @property
-    def name(self) -> str:
-        """Its first name."""
-        return self.names[0]
-
-    @property
-    def numel(self) -> int:
-        """How many elements it has; 0 if that is not known."""
-        return _numel(self.shape)
-
-    @property
-    def notes(self) -> str:
-        """Its ties and aliases, in words."""
-        ties = [f"= {listing(self.names[1:], 3)}"] if len(self.names) > 1 else []
-        return ", ".join([*ties, *([f"shares memory with {self.shares}"] if self.shares else [])])
-
-    @property
-    def what(self) -> str:
-        """Its kind, in words, with a note if a state dict leaves it out."""
-        return self.kind if self.kind != "buffer" or self.persistent else "buffer (not saved)"
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over a model, without tensors of unknown size; bytes count shared memory once."""
-
-    tensors: int
-    unsized_tensors: int
-    parameters: int
-    buffers: int
-    bytes: int
-    deferred_bytes: int
-    bytes_by_dtype: dict[str, int]
+_WRAPPED = ("name", "initialised", "module", "input", "output")
+# The columns that a narrow terminal does without, the first ones first.
+_SPARED = (
+    *("buffers", "bytes", "kind", "state", "dtype", "initialised", "shape"),
+    *("input", "class", "output", "parameters"),
+)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of a model's tensors. Print it, show it in a notebook, or take ``to_dict()``.
+    """A table of a model's tensors, or of its modules.
+
+    At a prompt and in a notebook it shows itself, the middle of a long one left out. ``print``
+    shows all of it, and ``to_dict()`` gives the data.
 
     Attributes:
-        rows: one for each tensor, in the order of the module.
+        rows: one for each tensor, in the order of the model.
         totals: the sums.
+        modules: one for each module down to ``depth``; empty if neither ``depth`` nor ``example``
+            was given. Then the table is that of the tensors.
     """
 
     rows: tuple[Row, ...]
     totals: Totals
+    modules: tuple[by_module.Module, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, one entry a tensor, nothing folded."""
+        """Everything as plain data, one entry a tensor and a module, nothing folded."""
         tensors = [{"name": row.name, **asdict(row)} for row in self.rows]
-        return {"tensors": tensors, "totals": asdict(self.totals)}
+        modules = {"modules": [asdict(module) for module in self.modules]} if self.modules else {}
+        return {"tensors": tensors, "totals": asdict(self.totals), **modules}
+
+    @property
+    def _of_pass(self) -> bool:
+        return any(module.calls is not None for module in self.modules)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        if not self.modules:
+            return _HEADS
+        return (*by_module.HEADS, *(by_module.HEADS_OF_PASS if self._of_pass else ()))
 
     @cached_property
     def lines(self) -> tuple[tuple[str, ...], ...]:
         """The cells of the table as printed, with repeated layers folded."""
+        if self.modules:
+            return by_module.cells(self.modules, of_pass=self._of_pass)
         return tuple(_cells(name, rows) for name, rows in fold(self.rows, _name, _alike))
 
     @property
@@ -131,25 +91,18 @@ class Summary:
         ) + (f"; {t.unsized_tensors:,} of unknown size not counted" if t.unsized_tensors else "")
 
     def __str__(self) -> str:
-        table = [_HEADS, *self.lines]
-        widths = [max(len(line[i]) for line in table) for i in range(len(_HEADS))]
-        sides = [str.rjust if head == "bytes" else str.ljust for head in _HEADS]
-        shown = [
-            "  ".join(
-                side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)
-            ).rstrip()
-            for line in table
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([shown[0], rule, *shown[1:], rule, self.footer])
+        return "\n".join([*in_columns(self.heads, self.lines, _RIGHT), self.footer])
+
+    def __repr__(self) -> str:
+        return "\n".join(folded(str(self).splitlines()))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = self._columns(options.max_width)
-        table = Table(*(_HEADS[i] for i in shown), box=box.SIMPLE_HEAD, pad_edge=False)
+        heads, shown = self.heads, self._columns(options.max_width)
+        table = Table(*(heads[i] for i in shown), box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in zip(shown, table.columns, strict=True):
             column.overflow = "fold"
-            column.no_wrap = _HEADS[index] not in _WRAPPED
-            column.justify = "right" if _HEADS[index] == "bytes" else "left"
+            column.no_wrap = heads[index] not in _WRAPPED
+            column.justify = "right" if heads[index] in _RIGHT else "left"
         for line in self.lines:
             table.add_row(*(Text(line[i]) for i in shown))
         yield table
@@ -159,159 +112,134 @@ class Summary:
         """The columns that fit a width.
 
         Columns with the same cell in every line are left out first, then the others in a fixed
-        order; ``name`` always stays.
+        order; the first always stays.
         """
-        table = [_HEADS, *self.lines]
+        heads, table = self.heads, [self.heads, *self.lines]
         # Three characters for the padding and the gap between columns; a wrapped column can shrink
         # to 16.
-        widths = [max(len(line[i]) for line in table) + 3 for i in range(len(_HEADS))]
-        folded = [min(w, 16) if h in _WRAPPED else w for h, w in zip(_HEADS, widths, strict=True)]
-        shown = list(range(len(_HEADS)))
-        for head in ("state", "dtype", "kind", "bytes"):
-            index = _HEADS.index(head)
+        widths = [max(len(line[i]) for line in table) + 3 for i in range(len(heads))]
+        narrow = [min(w, 16) if h in _WRAPPED else w for h, w in zip(heads, widths, strict=True)]
+        shown = list(range(len(heads)))
+        for index in (heads.index(h) for h in ("state", "dtype", "kind", "bytes") if h in heads):
             same = len({line[index] for line in self.lines}) <= 1
             if same and sum(widths[i] for i in shown) > room:
                 shown.remove(index)
-        for head in ("bytes", "kind", "state", "dtype", "initialised", "shape"):
-            index = _HEADS.index(head)
-            if index in shown and sum(folded[i] for i in shown) > room:
+        for index in (heads.index(h) for h in _SPARED if h in heads):
+            if index in shown and sum(narrow[i] for i in shown) > room:
                 shown.remove(index)
         return shown
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in _HEADS)
+        head = "".join(f"<th>{name}</th>" for name in self.heads)
         body = "".join(
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
-            for line in self.lines
+            if isinstance(line, tuple)
+            else f"<tr><td colspan={len(self.heads)}>{line}</td></tr>"
+            for line in folded(self.lines)
         )
         footer = html.escape(self.footer).replace("\n", "<br>")
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{footer}</p>"
 
 
 @restoring
-def summary(module: Any, *, only: Only | None = None) -> Summary:
-    """A table of every tensor of a model: what it is, and how it will be initialised.
+def summary(
+    module: Any,
+    *,
+    only: Only | None = None,
+    init: Init | None = None,
+    depth: int | None = None,
+    example: Any = None,
+    real: bool = False,
+) -> Summary:
+    """A table of every tensor of a model, or of its modules, and how each will be initialised.
 
-    Nothing is allocated, run or changed.
+    Nothing is allocated, run or changed. With an example, a forward pass runs on shapes alone, as
+    ``infer_shapes`` runs it: the model may be deferred and its modules lazy, and stay so.
 
     Args:
         module: a module, a tensor, or a list, tuple or dict of them.
         only: which tensors: a glob on their fully qualified names, several globs, or a predicate
             ``(fqn, tensor) -> bool``.
+        init: initialisers by name, as for ``materialize``; they are shown.
+        depth: show modules, with the totals of each, down to this many levels below the model.
+        example: the input of ``forward``, on ``meta`` or real; several as a tuple or list, or by
+            name in a dict. The modules are shown, with the shapes of their inputs and outputs and
+            with the floating-point operations that ``torch.utils.flop_counter`` counts (those of
+            matrix products, convolutions and attention).
+        real: compute the pass with the values of the example, for a model whose control flow
+            depends on them.
 
     Returns:
-        A ``Summary``, in the order of the module. When printed, repeated layers share a line.
+        A ``Summary``, in the order of the model. When printed, repeated layers share a line.
 
     Raises:
-        PatternError: a pattern of ``only`` matches no tensor.
+        PatternError: a pattern of ``only`` or ``init`` matches no tensor.
+        InitError: a value of ``init`` is no initialiser.
+        NeedsValuesError: the pass depends on values; the message says where.
+        ShapeError: the example does not fit a lazy module.
+        TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given for what is no
+            module.
+        ValueError: ``depth`` is no whole number, or negative.
 
     Example:
         >>> with lateinit.deferred():
         ...     layer = torch.nn.Linear(4, 2, bias=False)
-        >>> print(lateinit.summary(layer))
+        >>> lateinit.summary(layer)
         name    shape   dtype    kind       state     bytes  initialised
         ------  ------  -------  ---------  --------  -----  -------------------------
         weight  (2, 4)  float32  parameter  deferred   32 B  kaiming_uniform_(a=2.236)
         ------  ------  -------  ---------  --------  -----  -------------------------
         8 parameters, 0 elements of buffers, in 1 tensor
         32 B (float32 32 B), of which 32 B deferred
+        >>> found = lateinit.summary(layer, example=torch.empty(3, 4, device="meta"))
+        >>> found.modules[0].outputs, found.modules[0].flops
+        (((3, 2),), 48)
     """
-    rows: list[Row] = []
-    first: dict[int, str] = {}  # the first name on each storage, by its key
-    sizes: dict[int, _Memory] = {}
-    for found in select(find_tensors(module), only):
-        row, key = _row(found, first), _storage_key(found.tensor)
-        rows.append(row)
-        if row.nbytes is not None:
-            sizes.setdefault(key, _Memory(row)).add(row.nbytes, found.tensor)
-    return Summary(tuple(rows), _totals(rows, sizes.values()))
+    level: object = depth
+    if level is not None and not (isinstance(level, int) and level >= 0):
+        raise ValueError(
+            f"depth={depth!r} is no level: 0 shows the model alone, 1 its children too"
+        )
+    if (depth is not None or example is not None) and not isinstance(module, nn.Module):
+        raise TypeError(f"depth= and example= are for a module, not {type(module)}")
+    found = entries(module, only, init)
+    rows = tuple(row for row, _, _ in found)
+    modules: tuple[by_module.Module, ...] = ()
+    if depth is not None or example is not None:
+        calls = None if example is None else by_module.observed(module, example, real=real)
+        modules = tuple(_modules(module, found, depth, calls))
+    return Summary(rows, totals(found), modules)
 
 
-class _Memory:
-    """The bytes of one storage, as far as some tensors cover it."""
-
-    def __init__(self, row: Row) -> None:
-        self.dtype = row.dtype
-        self.deferred = row.state == "deferred"
-        self.nbytes = 0
-
-    def add(self, nbytes: int, tensor: Tensor) -> None:
-        """Count a tensor on this storage; views of the same bytes do not count twice."""
-        self.nbytes = min(self.nbytes + nbytes, max(_storage_bytes(tensor), nbytes))
-
-
-def _row(found: Found, first: dict[int, str]) -> Row:
-    tensor = found.tensor
-    shape = known_shape(tensor)
-    state, device, init = _state(found)
-    owner = first.setdefault(_storage_key(tensor), found.name)
-    return Row(
-        names=tuple(found.names),
-        kind=found.kind,
-        persistent=found.persistent,
-        shape=shape,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        device=device,
-        requires_grad=tensor.requires_grad,
-        state=state,
-        nbytes=None if shape is None or None in shape else _numel(shape) * tensor.dtype.itemsize,
-        init=init,
-        shares=owner if owner != found.name else None,
-    )
-
-
-def _numel(shape: tuple[int | None, ...] | None) -> int:
-    """How many elements a shape has; 0 if that is not known."""
-    return 0 if shape is None else math.prod(size or 0 for size in shape)
-
-
-def _state(found: Found) -> tuple[State, str, str | None]:
-    """The state of a tensor, its device (or the recorded one), and its initialisation."""
-    tensor = found.tensor
-    if is_placeholder(tensor):
-        return "lazy", str(tensor.device), None
-    if not found.deferred:
-        return "meta" if tensor.is_meta else "real", str(tensor.device), None
-    deferred = Deferred.of(tensor)
-    how = describe_initialisation(deferred.program, deferred.ref)
-    return "deferred", str(deferred.device), how
-
-
-def _storage_key(tensor: Tensor) -> int:
-    storage = _storage(tensor)
-    return id(tensor) if storage is None else storage_key(storage)
-
-
-def _storage_bytes(tensor: Tensor) -> int:
-    storage = _storage(tensor)
-    return 0 if storage is None else storage.nbytes()
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    if is_placeholder(tensor):
-        return None
-    with without_subclass_functions():
-        try:
-            return tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # layouts that have no storage
-            return None
-
-
-def _totals(rows: list[Row], memories: Iterable[_Memory]) -> Totals:
-    by_dtype: Counter[str] = Counter()
-    deferred = 0
-    for memory in memories:
-        by_dtype[memory.dtype] += memory.nbytes
-        deferred += memory.nbytes if memory.deferred else 0
-    return Totals(
-        tensors=len(rows),
-        unsized_tensors=sum(row.nbytes is None for row in rows),
-        parameters=sum(row.numel for row in rows if row.kind == "parameter"),
-        buffers=sum(row.numel for row in rows if row.kind == "buffer"),
-        bytes=by_dtype.total(),
-        deferred_bytes=deferred,
-        bytes_by_dtype=dict(by_dtype.most_common()),
-    )
+def _modules(
+    model: nn.Module,
+    found: list[Entry],
+    depth: int | None,
+    calls: IdentityMap[nn.Module, by_module.Calls] | None,
+) -> Iterator[by_module.Module]:
+    """The modules of a model down to a depth, with the totals of the tensors below each."""
+    below: dict[str, list[Entry]] = {}
+    for entry in found:
+        parents = {
+            ".".join(parts[:end])
+            for parts in (name.split(".") for name in entry[0].names)
+            for end in range(len(parts))
+        }
+        for parent in parents:
+            below.setdefault(parent, []).append(entry)
+    for name, part in model.named_modules():
+        if depth is not None and name and name.count(".") >= depth:
+            continue
+        sums = totals(below.get(name, []))
+        met = None if calls is None else calls.get(part)
+        yield by_module.Module(
+            name=name,
+            kind=name_of_class(part),
+            parameters=sums.parameters,
+            buffers=sums.buffers,
+            nbytes=sums.bytes,
+            **({} if met is None else asdict(met)),
+        )
 
 
 def _name(row: Row) -> str:

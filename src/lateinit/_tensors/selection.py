@@ -16,6 +16,7 @@ from lateinit._replay import execution_of
 from lateinit._tensors.cast import Cast
 from lateinit._tensors.casts import AS_IT_IS, Casting, Casts, agreed
 from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.init_rules import Rules
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, Slot, slot_of
 from lateinit._tensors.walk import Found, find_with_kept, modules_in
@@ -39,10 +40,19 @@ Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 @dataclass(slots=True)
 class Wanted:
-    """The deferred tensors of one program to materialise, by number of their storage."""
+    """The deferred tensors of one program to materialise, by number of their storage.
+
+    ``program`` is an extension of what was ``recorded`` if ``init=`` has rules for some of them.
+    """
 
     program: Program
+    recorded: Program
     storages: dict[int, SharedStorage] = field(default_factory=dict)
+
+    def extend(self, rules: Rules, seed: int | None) -> None:
+        """Have rules act on the finished values."""
+        rules.extend(self.tensors(), seed)
+        self.program = next(self.tensors()).program
 
     def to_compute(self) -> list[int]:
         """The storages that are not real yet; what is real is shared, and not computed again."""
@@ -148,7 +158,7 @@ def wanted_in(target: Any, only: Only | None, casts: Casting | Casts = AS_IT_IS)
             program, number = deferred.program, deferred.ref.storage
             group = groups.get(program)
             if group is None:
-                group = groups[program] = Wanted(program)
+                group = groups[program] = Wanted(program, program)
             shared = group.storages.get(number)
             kept, cast = item.kind == "kept", resolved.of(item)
             if shared is None:

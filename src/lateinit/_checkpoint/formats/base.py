@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,6 @@ import torch
 from torch import Tensor
 
 from lateinit.errors import CorruptCheckpointError, candidates
-
-# A private mapping reserves swap for its whole length, as every page might be written to. With this
-# flag only written pages count. Python has the constant where the system does.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +28,10 @@ class StoredTensor:
     def nbytes(self) -> int:
         """The bytes of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def layout(self) -> Tensor:
+        """A tensor on ``meta`` with its dtype and shape."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class Objects(Mapping[str, Any]):
@@ -105,6 +104,8 @@ class Reader(abc.ABC):
         name: str,
         offsets: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
+        *,
+        alone: bool = False,
     ) -> Tensor:
         """Read a tensor, or the block that starts at ``offsets`` and has the shape ``sizes``.
 
@@ -115,6 +116,8 @@ class Reader(abc.ABC):
             name: the tensor.
             offsets: where the block starts, by default at the first element.
             sizes: the shape of the block, by default that of the tensor.
+            alone: whether to read the bytes of the block into memory of its own, and nothing around
+                them, if the format allows. Of a mapping the system reads much more than is touched.
 
         Raises:
             CorruptCheckpointError: there is no tensor of this name.
@@ -133,10 +136,12 @@ class Reader(abc.ABC):
         )
         if not inside:
             raise ValueError(f"{name!r} is {entry.shape}: no block {shape} at {begin}")
-        return self._read(name, begin, shape)
+        return self._read(name, begin, shape, alone)
 
     @abc.abstractmethod
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
         """Read a block that is known to be inside its tensor."""
 
 
@@ -146,26 +151,6 @@ def block_of(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Te
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, start, size)
     return tensor
-
-
-def mapped(path: Path) -> mmap.mmap:
-    """Map a file, privately: a page that is written to is copied, and the file never changes."""
-    with path.open("rb") as file:
-        if hasattr(mmap, "MAP_PRIVATE"):
-            flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), 0, flags=flags, prot=access)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def tensor_at(data: mmap.mmap, start: int, entry: StoredTensor) -> Tensor:
-    """The tensor at a byte of a mapped file; copied if its dtype does not allow that address."""
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-    if start % entry.dtype.itemsize:
-        raw = torch.frombuffer(data, dtype=torch.uint8, count=entry.nbytes, offset=start)
-        return raw.clone().view(entry.dtype).view(entry.shape)
-    count = entry.nbytes // entry.dtype.itemsize
-    return torch.frombuffer(data, dtype=entry.dtype, count=count, offset=start).view(entry.shape)
 
 
 def size_of(path: Path) -> int:

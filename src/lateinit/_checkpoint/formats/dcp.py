@@ -1,14 +1,12 @@
 """Read a folder of ``torch.distributed.checkpoint`` (DCP), without a process group.
 
 The ``.metadata`` of such a folder is a pickle. It is read by an unpickler that knows the few
-classes which belong there, and no other. The blocks of a tensor are mapped, and only the parts
-asked for are read.
+classes which belong there, and no other. Only the parts that are asked for are read.
 """
 
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +23,9 @@ from lateinit._checkpoint.formats.base import (
     StoredTensor,
     block_of,
     inside,
-    mapped,
     size_of,
-    tensor_at,
 )
+from lateinit._checkpoint.formats.data_file import DataFile
 from lateinit._checkpoint.formats.zip_block import Part, StoredLayout, stored_layout
 from lateinit.errors import CorruptCheckpointError, listing
 
@@ -59,12 +56,38 @@ _KNOWN = {
 }
 
 
+class _Properties:
+    """The dtype of a tensor: all that is read of its ``TensorProperties``."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """As torch/distributed/checkpoint/metadata.py writes it."""
+        self.dtype = state[0]
+
+
+# Neither a memory format nor a layout is read; `torch.Size` has no subclasses.
+_STAND_INS = {
+    "Size": tuple,
+    "TensorProperties": _Properties,
+    "_MEM_FORMAT_ENCODING": int,
+    "_get_layout": str,
+}
+
+
 class _Unpickler(pickle.Unpickler):
+    """Makes objects of the classes that belong there, and changes nothing else.
+
+    A pickle can set attributes of whatever it names (``load_build`` in Lib/pickle.py), classes
+    included. So it is given subclasses that go with it.
+    """
+
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _KNOWN.get(module, ()):
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)
+        return type(name, (_STAND_INS.get(name) or super().find_class(module, name),), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +113,7 @@ class DcpReader(Reader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._files: dict[Path, mmap.mmap] = {}
+        self._files: dict[Path, DataFile] = {}
         self._blocks: dict[str, list[_Block]] = {}
         metadata = _metadata(path / METADATA)
         self.note_header(path / METADATA, (path / METADATA).read_bytes())
@@ -122,7 +145,7 @@ class DcpReader(Reader):
         self.objects = Objects(objects)
 
     def _place(self, name: str, place: Any) -> _Bytes:
-        """Check the place of a block, and map its file."""
+        """Check the place of a block, and open its file."""
         if place is None:
             raise CorruptCheckpointError(f"{self.path} does not say where {name!r} is")
         if getattr(place, "transform_descriptors", None):
@@ -138,7 +161,7 @@ class DcpReader(Reader):
                 "it is truncated; fetch or write it again"
             )
         if file not in self._files:
-            self._files[file] = mapped(file)
+            self._files[file] = DataFile(file)
             self.note_header(file, b"")
         return _Bytes(file, start, length)
 
@@ -210,12 +233,16 @@ class DcpReader(Reader):
         objects |= {_dotted(path): partial(_joined, leaves) for path, leaves in extra.items()}
 
     def _copied(self, name: str, entry: StoredTensor) -> Tensor:
-        return self._read(name, (0,) * len(entry.shape), entry.shape).clone()
+        return self._read(name, (0,) * len(entry.shape), entry.shape, alone=True)
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
         blocks = self._blocks[name]
+        if len(blocks) == 1 and not alone:
+            return self._mapped(blocks[0], offsets, sizes)
         if len(blocks) == 1:
-            return block_of(self._open(blocks[0]), offsets, sizes)
+            return self._alone(blocks[0], offsets, sizes)
         result = torch.empty(sizes, dtype=self._blocks[name][0].layout.dtype, device="cpu")
         for part in blocks:
             start = [max(a, b) for a, b in zip(offsets, part.offsets, strict=True)]
@@ -228,14 +255,21 @@ class DcpReader(Reader):
             if min(ends, default=1) > 0:
                 there = [s - o for s, o in zip(start, part.offsets, strict=True)]
                 here = [s - o for s, o in zip(start, offsets, strict=True)]
-                block_of(result, here, ends).copy_(block_of(self._open(part), there, ends))
+                block_of(result, here, ends).copy_(self._alone(part, there, ends))
         return result
 
-    def _open(self, part: _Block) -> Tensor:
+    def _mapped(self, part: _Block, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         layout = part.layout
         whole = StoredTensor("", layout.dtype, (layout.numel,))
-        data = tensor_at(self._files[part.at.file], part.at.start + layout.start, whole)
-        return data.as_strided(layout.size, layout.stride, layout.offset)
+        data = self._files[part.at.file].mapped(part.at.start + layout.start, whole)
+        return block_of(data.as_strided(layout.size, layout.stride, layout.offset), offsets, sizes)
+
+    def _alone(self, part: _Block, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        layout = part.layout
+        shape = torch.empty(layout.numel, dtype=layout.dtype, device="meta")
+        whole = shape.as_strided(layout.size, layout.stride, layout.offset)
+        window = block_of(whole, offsets, sizes)
+        return self._files[part.at.file].read(part.at.start + layout.start, window)
 
 
 def _metadata(path: Path) -> Any:

@@ -119,8 +119,10 @@ class _Sharded(Reader):
         self.entries = {name: shard.entries[name] for name, shard in self._shards.items()}
         self.aliases = {k: v for k, v in self.aliases.items() if k not in self.entries}
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        return self._shards[name].read(name, offsets, sizes)
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
+        return self._shards[name].read(name, offsets, sizes, alone=alone)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

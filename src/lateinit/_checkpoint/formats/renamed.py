@@ -50,8 +50,10 @@ class Renamed(Reader):
             if (kept := reader.aliases.get(old)) in forward and new not in self.entries
         }
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        return self._reader.read(self._old[name], offsets, sizes)
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
+        return self._reader.read(self._old[name], offsets, sizes, alone=alone)
 
 
 def _versions(

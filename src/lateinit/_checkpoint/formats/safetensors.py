@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lateinit._checkpoint.formats.base import (
-    Reader,
-    StoredTensor,
-    block_of,
-    mapped,
-    size_of,
-    tensor_at,
-)
+from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
+from lateinit._checkpoint.formats.data_file import DataFile
 from lateinit.errors import CorruptCheckpointError
 
 DTYPES = {
@@ -71,7 +65,7 @@ class SafetensorsReader(Reader):
             for name, kept in self.metadata.items()
             if kept in self.entries and name not in self.entries
         }
-        self._data = mapped(path)
+        self._file = DataFile(path)
 
     def _place(self, base: int, size: int, described: dict[str, Any]) -> None:
         """Check that the tensors fill the data part of the file, without gaps or overlaps."""
@@ -89,10 +83,13 @@ class SafetensorsReader(Reader):
         if base + end != size:
             raise ValueError(f"it has {size:,} bytes, but its header describes {base + end:,}")
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        return block_of(
-            tensor_at(self._data, self._starts[name], self.entries[name]), offsets, sizes
-        )
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
+        start, entry = self._starts[name], self.entries[name]
+        if alone:
+            return self._file.read(start, block_of(entry.layout(), offsets, sizes))
+        return block_of(self._file.mapped(start, entry), offsets, sizes)
 
 
 def _header(path: Path, size: int) -> tuple[int, bytes]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lateinit._checkpoint.formats.base import Reader, StoredTensor, block_of, size_of
+from lateinit._checkpoint.formats.data_file import DataFile
 from lateinit._checkpoint.formats.foreign_classes import without_foreign_classes
 from lateinit._checkpoint.formats.torch_zip import Records
 from lateinit._torch import is_out_of_memory, is_wrapper, storage_key
@@ -23,7 +24,9 @@ class TorchReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         size_of(path)
-        state, header = _load(path)
+        self._file = DataFile(path)
+        self._mapped: int | None = None  # where the file is in memory
+        state, header, self._starts = _load(path)
         self.note_header(path, header)
         named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
         if not named and not _holds_dict(state):
@@ -65,22 +68,36 @@ class TorchReader(Reader):
             if home:
                 self.homes[name] = home
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        return block_of(self._tensors[name].detach(), offsets, sizes)
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
+        block = block_of(self._tensors[name].detach(), offsets, sizes)
+        start = self._place(block) if alone else None
+        return block if start is None else self._file.read(start, block)
+
+    def _place(self, tensor: Tensor) -> int | None:
+        """The first byte of a tensor's storage in the file; None if it is not known."""
+        address = tensor.untyped_storage().data_ptr()
+        if self._mapped is None:
+            start = self._file.place_of(address)
+            self._mapped = None if start is None else address - start
+        # torch maps the file in one piece.
+        start = None if self._mapped is None else address - self._mapped
+        return start if start in self._starts else None
 
 
-def _load(path: Path) -> tuple[Any, bytes]:
-    """What the file holds, and the directory of its records."""
-    is_zip, header = starts_as_zip(path), b""
+def _load(path: Path) -> tuple[Any, bytes, set[int]]:
+    """What the file holds, the directory of its records, and the first byte of each."""
+    is_zip, header, starts = starts_as_zip(path), b"", set[int]()
     try:
         if is_zip:
             with path.open("rb") as file:
                 records = Records(file)
                 records.check_lengths()
-            header = repr(records.directory).encode()
+            header, starts = repr(records.directory).encode(), records.starts()
         # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
         # that a mapping relies on.
-        return _unpickled(path, is_zip=is_zip), header
+        found = _unpickled(path, is_zip=is_zip)
     except pickle.UnpicklingError as error:
         raise CorruptCheckpointError(
             f"{path} is a pickle of more than tensors and plain data, or a corrupt one. It could "
@@ -93,6 +110,7 @@ def _load(path: Path) -> tuple[Any, bytes]:
         raise CorruptCheckpointError(
             f"{path} is no whole file of torch.save: {_first_line(error)}; fetch or write it again"
         ) from error
+    return found, header, starts
 
 
 def _unpickled(path: Path, *, is_zip: bool) -> Any:

@@ -97,6 +97,10 @@ class Records:
             raise ValueError(f"it has no record {name!r}")
         return self._places[name]
 
+    def starts(self) -> set[int]:
+        """The first byte of each record."""
+        return {start for start, _ in self._places.values()}
+
     def read(self, name: str) -> bytes:
         start, length = self.place(name)
         self._file.seek(start)

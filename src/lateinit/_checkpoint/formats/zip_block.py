@@ -10,19 +10,21 @@ import io
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from lateinit._checkpoint.formats.data_file import DataFile
 from lateinit._checkpoint.formats.torch_zip import STORAGES, Records
 from lateinit._torch import REBUILD_PARAMETER, REBUILD_TENSOR, REBUILD_TENSOR_WITH_DTYPE
 
 
 class Part(io.RawIOBase):
-    """A range of a buffer, as a read-only file."""
+    """A range of a file, as a read-only file."""
 
-    def __init__(self, data: Any, start: int, length: int) -> None:
-        self._data = memoryview(data)[start : start + length]
+    def __init__(self, file: DataFile, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
         self._at = 0
 
     def readable(self) -> bool:
@@ -32,24 +34,20 @@ class Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._at, len(self._data))[whence]
+        base = (0, self._at, self._length)[whence]
         if base + offset < 0:
             raise OSError("seek before the start")
         self._at = base + offset
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        found = self._data[self._at : self._at + len(buffer)]
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.read_bytes(self._start + self._at, memoryview(buffer)[:count])
+        self._at += count
+        return count
 
     def tell(self) -> int:
         return self._at
-
-    def close(self) -> None:
-        self._data.release()
-        super().close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +140,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILDERS:
-            return _REBUILDERS[module, name]
+            # A pickle can set attributes of what it is given (`load_build` in Lib/pickle.py).
+            return partial(_REBUILDERS[module, name])
         if (module, name) in STORAGES:
             return STORAGES[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

@@ -9,14 +9,16 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._checkpoint.formats import Reader
+from lateinit._checkpoint.formats import Reader, StoredTensor
 from lateinit._checkpoint.load.dry_run import Rehearsal
+from lateinit._distributed import Box, parts_of
 from lateinit._identity import IdentityMap, distinct
 from lateinit._integrations import left_out
 from lateinit._lazy import known_shape, show
@@ -107,6 +109,7 @@ def fit(
     Raises:
         MismatchError: anything does not fit.
     """
+    hint = ""
     problems = [_as_told(message, reader) for message in rehearsal.wrong]
     problems += _kinds(names, reader, rehearsal, wanted)
     problems += _unwritable(names, rehearsal)
@@ -121,14 +124,16 @@ def fit(
     # Not one name of the checkpoint is in the model: a mistake even with strict=False.
     strange = reader.entries.keys() <= set(unexpected)
     if (missing or unexpected) and (strict or strange):
-        problems += _strangers(module, names, reader, missing, unexpected)
+        strangers, hint = _strangers(module, names, reader, missing, unexpected)
+        problems += strangers
     if rehearsal.failure is not None and not problems:
         problems.append(str(rehearsal.failure))
     if problems:
         count = len(problems)
         raise MismatchError(
             f"{reader} does not fit {type(module).__name__}, which is left as it was; "
-            f"{count} problem{'s' * (count != 1)}:\n  " + "\n  ".join(problems)
+            f"{count} problem{'s' * (count != 1)}:\n  "
+            + "\n  ".join([*problems, *filter(None, [hint])])
         )
     missing = list(dict.fromkeys([*missing, *(n for n in names.saved() if n not in done)]))
     return Fit(tuple(loaded), tuple(missing), tuple(unexpected), repeated)
@@ -190,7 +195,7 @@ def _tied(
         key = names.key(target)
         if key not in first:
             first[key] = source
-        elif not same_bits(reader, first[key], source):
+        elif not same_bits(reader, first[key], source, _held_here(target, reader.entries[source])):
             problems.append(
                 f"{first[key]} and {source} are one tensor in the model, but two in the "
                 "checkpoint, which differ"
@@ -200,38 +205,57 @@ def _tied(
     return frozenset(repeated), problems
 
 
-def same_bits(reader: Reader, first: str, second: str) -> bool:
-    """Whether a checkpoint holds the same bits under two names."""
+def _held_here(target: Tensor, source: StoredTensor) -> list[Box] | None:
+    """The blocks of a tensor that this rank holds; None if they are not known, or all of it.
+
+    The ranks of a mesh together hold all of it, and one that finds a difference tells the others.
+    """
+    if not is_dtensor(target) or tuple(target.shape) != source.shape:
+        return None
+    return [part.full for part in parts_of(target, source.name)]
+
+
+def same_bits(reader: Reader, first: str, second: str, blocks: list[Box] | None = None) -> bool:
+    """Whether a checkpoint holds the same bits under two names.
+
+    Args:
+        reader: the checkpoint.
+        first: a name.
+        second: another one.
+        blocks: where to compare them, by default everywhere.
+    """
     ours, theirs = reader.entries[first], reader.entries[second]
     if first == second:
         return True
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
-    return torch.equal(as_bytes(reader.read(first)), as_bytes(reader.read(second)))
+    if blocks is None:
+        return torch.equal(as_bytes(reader.read(first)), as_bytes(reader.read(second)))
+    read = partial(reader.read, alone=True)
+    return all(torch.equal(as_bytes(read(first, *b)), as_bytes(read(second, *b))) for b in blocks)
 
 
 def _strangers(
     module: nn.Module, names: TensorNames, reader: Reader, missing: list[str], unexpected: list[str]
-) -> Iterable[str]:
-    """Problems with names that only one side has, except those the class declares irrelevant."""
+) -> tuple[list[str], str]:
+    """Problems with names that only one side has, and what to do about them.
+
+    Names that the class declares irrelevant are none.
+    """
     no_need, no_use = left_out(module, missing, unexpected)
     missing = [name for name in missing if name not in no_need]
     unexpected = [name for name in unexpected if name not in no_use]
-    if not missing and not unexpected:
-        return
-    hint = _prefix(names.saved(), list(reader.entries))
+    problems = []
     for name in missing:
         found = names.found.get(name)
         shape = f", {show(known_shape(found.tensor))}," if found is not None else ""
-        yield f"{name}{shape} is not in the checkpoint{_near(name, unexpected, missing)}"
-    for name in unexpected:
-        yield f"{name} is not in the model{_near(name, missing, unexpected)}"
-    if reader.hint:
-        yield reader.hint
-    elif hint:
-        yield hint
-    elif missing and not unexpected:
-        yield "(strict=False initialises what is missing as its construction says)"
+        near = _near(name, unexpected, missing)
+        problems.append(f"{name}{shape} is not in the checkpoint{near}")
+    problems += [f"{n} is not in the model{_near(n, missing, unexpected)}" for n in unexpected]
+    hint = reader.hint or _prefix(names.saved(), list(reader.entries))
+    if not hint and missing and not unexpected:
+        hint = "(strict=False initialises what is missing as its construction says)"
+    return problems, (hint or "") if problems else ""
 
 
 def _near(name: str, others: Collection[str], mine: list[str]) -> str:

@@ -6,6 +6,7 @@ Until the plan is made nothing changes, so that every error before that leaves t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +35,15 @@ from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
-from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
+from lateinit._log import log
+from lateinit._materialize import (
+    Filling,
+    check_constants,
+    check_holes,
+    check_shared,
+    offload_of,
+    plan_of,
+)
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
@@ -44,6 +53,8 @@ from lateinit._tensors import (
     Casts,
     Deferred,
     Found,
+    Init,
+    Rules,
     Wanted,
     held,
     is_deferred_tensor,
@@ -112,6 +123,7 @@ class LoadPlan:
         reader: the checkpoint, with the names of the module.
         casts: the device and dtype that each deferred tensor gets.
         strict: whether both sides must have the same names.
+        rules: the initialisers of what the checkpoint lacks.
         names: the tensors of the module.
         groups: its deferred tensors, by program.
         rehearsal: every copy. If it is ``plain``, nothing but these copies is done; otherwise
@@ -125,6 +137,7 @@ class LoadPlan:
     reader: Reader
     casts: Casts
     strict: bool
+    rules: Rules
     names: TensorNames
     groups: list[Wanted]
     rehearsal: Rehearsal
@@ -151,7 +164,13 @@ class LoadPlan:
 
 
 def plan_load(
-    module: nn.Module, reader: Reader, casting: Casting, *, strict: bool, choice: Choice = AS_FOUND
+    module: nn.Module,
+    reader: Reader,
+    casting: Casting,
+    *,
+    strict: bool,
+    choice: Choice = AS_FOUND,
+    init: Init | None = None,
 ) -> LoadPlan:
     """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
 
@@ -159,21 +178,24 @@ def plan_load(
     """
     ours = TensorNames(module).saved()
     if choice or reader.homes:
-        return _planned(module, selected(module, ours, reader, choice) or reader, casting, strict)
+        reader = selected(module, ours, reader, choice) or reader
+        return _planned(module, reader, casting, init, strict)
     try:
-        return _planned(module, reader, casting, strict)
+        return _planned(module, reader, casting, init, strict)
     except MismatchError:
         # After all the ways in which a module can load it as it is: hooks, translated names.
         part = selected(module, ours, reader, choice)
         if part is None:
             raise
-    return _planned(module, part, casting, strict)
+    return _planned(module, part, casting, init, strict)
 
 
-def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) -> LoadPlan:
+def _planned(
+    module: nn.Module, reader: Reader, casting: Casting, init: Init | None, strict: bool
+) -> LoadPlan:
     files = reader.described()
     names, state = TensorNames(module), plain_state(module)
-    casts = casting.over(module, names.distinct)
+    casts, rules = casting.over(module, names.distinct), Rules(init, names.distinct)
     shaped = {f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}
     groups = wanted_in(shaped, None, casts)
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
@@ -191,16 +213,20 @@ def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) 
         rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, casts), strict=strict)
     loaded = set(fitting.loaded)
+    rules.leave(names.found[name].tensor for name in loaded)
+    for group in groups:
+        group.extend(rules, None)
     rest = tuple(plan_of(group, _left(group, loaded)) for group in groups)
     filled = {hole.resolve() for part in sized.values() if (hole := hole_of(part)) is not None}
     for group, plan in zip(groups, rest, strict=True):
         session = execution_of(group.program).session()
         check_constants(group, plan, session)
         check_holes(
-            group, plan, session, {n for program, n, _ in filled if program is plan.program}
+            group, plan, session, {n for program, n, _ in filled if program is group.recorded}
         )
     _check_drawn(sized, filled, loaded)
-    return LoadPlan(module, reader, casts, strict, names, groups, rehearsal, fitting, rest, files)
+    told = names, groups, rehearsal, fitting, rest, files
+    return LoadPlan(module, reader, casts, strict, rules, *told)
 
 
 def _check_drawn(
@@ -226,7 +252,7 @@ def _check_drawn(
             raise RecordingError(f"{listing(drawn)!r}: {error}") from None
 
 
-def load_into(
+def load_into(  # noqa: PLR0913 - options, all of them by keyword
     module: nn.Module,
     path: Path,
     casting: Casting,
@@ -235,6 +261,8 @@ def load_into(
     progress: bool,
     check: bool,
     choice: Choice = AS_FOUND,
+    init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     source_rank: int | None = None,
 ) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
@@ -243,11 +271,18 @@ def load_into(
     serving = contextlib.nullcontext if link is None else link.serving
     opened = open_checkpoint if link is None else link.open
     with ranks.together("planning") as phase, serving("planning"):
-        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice)
+        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice, init=init)
+        offload = offload_of(module, plan.names.distinct, plan.casts, offload_folder, None)
+        if offload is not None:
+            for group in plan.groups:
+                offload.check(group.storages.values())
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
     with ranks.together("loading"), serving("loading"):
-        return _load(plan, path, progress=progress)
+        loaded = _load(plan, path, progress=progress)
+        if offload is not None:
+            offload.finish()
+    return loaded
 
 
 def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
@@ -270,8 +305,11 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
-    Filling(left, _is_known, plan.casts).run(progress=progress)
-    return _report(names, path, plan.reader, plan.fitting, computed)
+    Filling(left, _is_known, plan.casts, rules=plan.rules).run(progress=progress)
+    found = _report(names, path, plan.reader, plan.fitting, computed)
+    counts = len(found.loaded), len(found.initialised), len(found.computed)
+    log.info("%s: %d tensors loaded, %d initialised, %d computed", path, *counts)
+    return found
 
 
 def _is_known(_: str, tensor: Tensor) -> bool:
@@ -315,6 +353,7 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
     """Run ``load_state_dict`` on stand-ins for the checkpoint; each copy puts real values."""
     module, reader, rehearsal = plan.module, plan.reader, plan.rehearsal
     stands = Stands(reader, plan.names.found)
+    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     copies = 0
 
     def on_copy(target: Tensor, source: Tensor) -> None:
@@ -325,7 +364,9 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         if name is None:
             stands.reveal(source)
             placer.reveal(source)
-        read = partial(block_of, source) if name is None else partial(reader.read, name)
+        read = partial(block_of, source)
+        if name is not None:  # a rank reads its share only
+            read = partial(reader.read, name, alone=sharded)
         values = partial(_values_for, target, source, read, plan.names)
         if name is None:
             placer.put(target, values(), take=False)
@@ -344,7 +385,6 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
     # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
-    sharded = any(is_dtensor(found.tensor) for found in plan.names.distinct)
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(

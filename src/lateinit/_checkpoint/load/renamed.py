@@ -8,15 +8,15 @@ reader in front of another one that does the same, with the tables of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lateinit._checkpoint.formats import Reader, Renamed, StoredTensor, block_of
+from lateinit._checkpoint.load.compatibility import same_bits
 from lateinit._integrations import Conversion, transformers_names
 from lateinit._tensors import is_placeholder
-from lateinit._torch import as_bytes
 from lateinit.errors import MismatchError, listing
 
 # Source names that a message shows.
@@ -95,15 +95,9 @@ class Translated(Renamed):
             wrong += [
                 f"{new}: the checkpoint has two tensors for it, {first} and {other}"
                 for other in others
-                if not self._same(first, other)
+                if not same_bits(self._reader, first, other)
             ]
         return wrong
-
-    def _same(self, first: str, second: str) -> bool:
-        ours, theirs = self._reader.entries[first], self._reader.entries[second]
-        return (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and torch.equal(
-            as_bytes(self._reader.read(first)), as_bytes(self._reader.read(second))
-        )
 
     def _add(self, conversions: list[Conversion]) -> list[str]:
         """Find out on ``meta`` what each conversion gives."""
@@ -123,16 +117,17 @@ class Translated(Renamed):
         return wrong
 
     def _stand(self, name: str) -> Tensor:
-        entry = self._reader.entries[name]
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        return self._reader.entries[name].layout()
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
         if name not in self._computed:
-            return super()._read(name, offsets, sizes)
+            return super()._read(name, offsets, sizes, alone)
         found = self._kept.pop(name, None)  # given away: it may become a parameter's memory
         if found is None:
             self._kept.clear()
-            self._kept = self._computed[name].run(self._reader.read)
+            self._kept = self._computed[name].run(partial(self._reader.read, alone=alone))
             found = self._kept.pop(name)
         return block_of(found, offsets, sizes)
 

@@ -125,7 +125,8 @@ class Link:
                     found = self._reader.objects[list(self._reader.objects)[number]]
                 else:
                     name = list(self._reader.entries)[number]
-                    found = self._reader.read(name, rest[:dims], rest[dims : 2 * dims])
+                    block = rest[:dims], rest[dims : 2 * dims]
+                    found = self._reader.read(name, *block, alone=True)
             except Exception as error:  # noqa: BLE001 - raised by the rank that asked
                 dist.send(torch.ones(1, dtype=torch.int64), rank, self._group)
                 dist.send_object_list([f"{type(error).__name__}: {error}"], rank, self._group)
@@ -181,7 +182,9 @@ class _Sent(Reader):
             {name: partial(link.ask_object, number) for number, name in enumerate(objects)}
         )
 
-    def _read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
+    ) -> Tensor:
         dtype = self.entries[name].dtype
         return self._link.ask_block(self._numbers[name], dtype, offsets, sizes)
 

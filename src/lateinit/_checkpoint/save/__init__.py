@@ -17,12 +17,14 @@ from lateinit._checkpoint.save.atomic_output import (
 from lateinit._checkpoint.save.manifest import Item, ShardFile, collect, divide
 from lateinit._checkpoint.save.pipeline import TensorComputer, batches, write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
+from lateinit._checkpoint.save.whole_files import WholeFiles
 
 __all__ = [
     "Item",
     "ShardFile",
     "Stage",
     "TensorComputer",
+    "WholeFiles",
     "batches",
     "check_room",
     "check_target",

@@ -16,6 +16,8 @@ from lateinit._tensors import (
     Casting,
     Casts,
     Deferred,
+    Init,
+    Rules,
     find_tensors,
     held,
     is_deferred_tensor,
@@ -57,7 +59,12 @@ class ShardFile:
 
 
 def collect(
-    module: nn.Module, casting: Casting | None = None, *, sharded: bool = False
+    module: nn.Module,
+    casting: Casting | None = None,
+    *,
+    sharded: bool = False,
+    init: Init | None = None,
+    seed: int | None = None,
 ) -> list[Item]:
     """The tensors of a module's state dict, tied ones once.
 
@@ -65,6 +72,8 @@ def collect(
         module: the module.
         casting: the dtypes to cast to; by default each tensor keeps its own.
         sharded: whether tensors may be shards.
+        init: the initialisers that act on finished values.
+        seed: replaces the recorded random state for them.
 
     Raises:
         CheckpointError: the module holds something that safetensors cannot.
@@ -73,7 +82,8 @@ def collect(
     # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others may
     # fail over them.
     lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
-    casts = (casting or AS_IT_IS).over(module, find_tensors(module))
+    found = find_tensors(module)
+    casts, rules = (casting or AS_IT_IS).over(module, found), Rules(init, found)
     _check(lazy, casts, sharded=sharded)
     state = module.state_dict(keep_vars=True)
     _check(state, casts, sharded=sharded)
@@ -82,7 +92,10 @@ def collect(
         key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
         tied.setdefault(key, []).append(name)
     targets = tied_targets(module)
-    return [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
+    items = [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
+    written = [item.deferred for item in items if item.deferred is not None]
+    rules.extend([*written, *map(Deferred.of, rules.tensors())], seed)
+    return items
 
 
 def _item(name: str, names: list[str], state: Mapping[str, Tensor], casts: Casts) -> Item:

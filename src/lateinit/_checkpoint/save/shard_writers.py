@@ -10,13 +10,9 @@ Imported when it is needed: DCP is slow to import.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -28,14 +24,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lateinit._checkpoint.formats import block_of
 from lateinit._checkpoint.save.atomic_output import Stage, returned
-from lateinit._checkpoint.save.manifest import Item, ShardFile
+from lateinit._checkpoint.save.manifest import Item
 from lateinit._checkpoint.save.pipeline import TensorComputer, batches, to_disk
-from lateinit._checkpoint.save.safetensors_writer import header
+from lateinit._checkpoint.save.whole_files import WholeFiles, put_block
 from lateinit._distributed import Box, Part, is_running, parts_of, whole_part
 from lateinit._progress import Progress
 from lateinit._tensors import held
 from lateinit._torch import is_dtensor, stored_by_dcp, without_modes
-from lateinit.errors import ShardingError
 
 
 class Blocks:
@@ -162,7 +157,7 @@ class WholeFilesWriter(DcpWriter):
                 if place.file not in opened:
                     path = self._stage.files / place.file
                     opened[place.file] = stack.enter_context(path.open("r+b"))
-                _put(opened[place.file], place, _box(item), block)
+                put_block(opened[place.file], place, _box(item), block)
                 found.append(WriteResult(item.index, block.nbytes, None))
                 bar.advance(block.nbytes)
                 to_disk(opened[place.file])
@@ -174,57 +169,6 @@ class WholeFilesWriter(DcpWriter):
         """The headers, which stand in the files already, say where each tensor is."""
 
 
-class _Place(NamedTuple):
-    """Where a whole tensor is: its file, the first byte there, and its shape."""
-
-    file: str
-    start: int
-    shape: tuple[int, ...]
-
-
-class WholeFiles:
-    """Safetensors files of whole tensors, into which every rank writes its blocks.
-
-    Args:
-        shards: the files and their tensors.
-        metadata: what every file says of itself.
-
-    Attributes:
-        places: where each tensor is, by name.
-    """
-
-    def __init__(self, shards: Iterable[ShardFile], metadata: dict[str, str]) -> None:
-        self.places: dict[str, _Place] = {}
-        self._headers: dict[str, bytes] = {}
-        self._nbytes: dict[str, int] = {}
-        for shard in shards:
-            tied = {alias: item.entry.name for item in shard.items for alias in item.aliases}
-            entries = [item.entry for item in shard.items]
-            self._headers[shard.file] = header(entries, tied | metadata)
-            end = len(self._headers[shard.file])
-            for entry in entries:
-                self.places[entry.name] = _Place(shard.file, end, entry.shape)
-                end += entry.nbytes
-            self._nbytes[shard.file] = end
-
-    def make(self, folder: Path) -> None:
-        """Make the files, without values."""
-        for name, text in self._headers.items():
-            with (folder / name).open("wb") as file:
-                file.write(text)
-                file.truncate(self._nbytes[name])
-
-    def check(self, folder: Path) -> None:
-        """Raise ``ShardingError`` if the rank that made the files describes other tensors."""
-        for name, text in self._headers.items():
-            with (folder / name).open("rb") as file:
-                if file.read(len(text)) != text:
-                    raise ShardingError(
-                        f"{name}: the first rank would write other tensors than this one, or under "
-                        "other names: build the same model on every rank"
-                    )
-
-
 def _save(block: Tensor, file: BinaryIO) -> None:
     try:
         torch.save(block, file)
@@ -234,35 +178,6 @@ def _save(block: Tensor, file: BinaryIO) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-def _put(file: BinaryIO, place: _Place, box: Box, block: Tensor) -> None:
-    """Write a block at its place in the file of the whole tensor."""
-    data = block.reshape(-1).view(torch.uint8).numpy().data
-    size = block.element_size()
-    step = _run(place.shape, box) * size
-    for number, element in enumerate(_starts(place.shape, box)):
-        file.seek(place.start + element * size)
-        file.write(data[number * step : (number + 1) * step])
-
-
-def _run(shape: tuple[int, ...], box: Box) -> int:
-    """The neighbouring elements that a box has of a contiguous tensor."""
-    return math.prod(box.size[_cut(shape, box) :])
-
-
-def _starts(shape: tuple[int, ...], box: Box) -> Iterator[int]:
-    """The element of a contiguous tensor at which each run of a box starts."""
-    cut = _cut(shape, box)
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    rows = [range(s, s + n) for s, n in zip(box.start[:cut], box.size[:cut], strict=True)]
-    for row in itertools.product(*rows, *([start] for start in box.start[cut:])):
-        yield sum(map(operator.mul, row, strides))
-
-
-def _cut(shape: tuple[int, ...], box: Box) -> int:
-    """The last dim of which a box does not have the whole; those after it lie in one run."""
-    return max((dim for dim, size in enumerate(box.size) if size != shape[dim]), default=0)
 
 
 def _box(item: WriteItem) -> Box:

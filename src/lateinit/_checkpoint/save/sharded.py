@@ -39,9 +39,9 @@ from lateinit._checkpoint.save.manifest import Item
 from lateinit._checkpoint.save.shard_writers import (
     Blocks,
     DcpWriter,
-    WholeFiles,
     WholeFilesWriter,
 )
+from lateinit._checkpoint.save.whole_files import WholeFiles
 from lateinit._distributed import answered, everyone, is_running
 from lateinit._torch import without_modes
 from lateinit.errors import CheckpointError, OutputError
