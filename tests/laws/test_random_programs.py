@@ -22,9 +22,9 @@ from tests.support.test_programs import PROGRAMS, as_model
 # After these, what a program does may depend on what it drew.
 READING = {*READS, "div_by_read", "positive", "rewound", "trunc_normal_redrawn"}
 READING |= {"by_numpy", "by_dlpack", "pickled", "saved", "tried"}
+OF_CLASS = {"of_class", "made_of_class"}  # torch itself copies no tensor of such a class
 # Real data that is drawn into stays real, so that another seed cannot draw it again; and a plain
 # pickle of real tensors cuts their ties.
-OF_CLASS = {"of_class", "made_of_class"}  # torch itself copies no tensor of such a class
 REAL = {"from_numpy", "by_numpy", "by_dlpack"}
 
 
