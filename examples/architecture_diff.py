@@ -21,7 +21,7 @@ def diff(config: Path, checkpoint: Path) -> subprocess.CompletedProcess[str]:
     options = {"capture_output": True, "text": True, "check": False}
     done = subprocess.run([*command, "--no-values"], **options)  # noqa: S603, PLW1510
     print(f"$ lateinit diff transformers:{config.name} {checkpoint.name} --no-values")
-    print(done.stdout, done.stderr, sep="", end="")
+    print((done.stdout + done.stderr).replace(f"{config.parent}/", ""))
     return done
 
 
@@ -32,7 +32,6 @@ GPT2LMHeadModel(CONFIG).save_pretrained(folder)  # stands for what is published
 published = folder / "model.safetensors"
 done = diff(folder / "config.json", published)
 assert done.returncode == 0
-print()
 
 # Somebody's version of it: a name, a shape and a dtype are others, and a bias is not there.
 weights = load_file(published)
@@ -44,7 +43,6 @@ save_file(weights, folder / "theirs.safetensors")
 done = diff(folder / "config.json", folder / "theirs.safetensors")
 assert done.returncode == 1
 assert "DIFFERENT: 5 of 42 names" in done.stdout
-print()
 
 # The same before loading: all problems in one error, and the model is as it was.
 model = lateinit.deferred_init(GPT2LMHeadModel, CONFIG)
@@ -58,5 +56,5 @@ assert all(lateinit.is_deferred(parameter) for parameter in model.parameters())
 lateinit.load_checkpoint(model, published)
 for name, tensor in load_file(published).items():
     assert tensor.equal(model.get_parameter(name)), name
-print("\nthe published checkpoint is loaded: equal to eager loading")
+print("the published checkpoint is loaded: equal to eager loading")
 scratch.cleanup()

@@ -48,7 +48,8 @@ def main() -> None:
         ):
             done = limited("-m", "lateinit", *options)
             assert done.returncode == 0, done.stderr
-            print(f"$ lateinit {' '.join(options)}\n{done.stdout}", end="")
+            shown = f"$ lateinit {' '.join(options)}\n{done.stdout}"
+            print(shown.replace(f"{folder}/", ""), end="")
         size = sum(path.stat().st_size for path in Path(output).iterdir())
         assert size > 1.5 * LIMIT
     print(f"equal to eager: a checkpoint of {size / 1e6:.0f} MB, by processes of {LIMIT / 1e6:.0f}")

@@ -34,7 +34,7 @@ eager = get_peft_model(eager, ADAPTERS)
 torch.manual_seed(0)
 with lateinit.deferred():
     base = LlamaForCausalLM(CONFIG)
-print(lateinit.load_checkpoint(base, folder / "base"))
+print(str(lateinit.load_checkpoint(base, folder / "base")).replace(f"{folder}/", ""))
 with lateinit.deferred():
     model = get_peft_model(base, ADAPTERS)
 waiting = [p.numel() for p in model.parameters() if lateinit.is_deferred(p)]
