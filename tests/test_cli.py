@@ -260,6 +260,32 @@ def test_init_writes_what_eager_construction_gives(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in eager.state_dict().items())
 
 
+def test_maps_and_rules_are_given_as_json(tmp_path: Path) -> None:
+    out, rules = (
+        tmp_path / "out.safetensors",
+        '{"*.mlp.*.weight": "normal(std=0.5)", "*.bias": "ones"}',
+    )
+    given = ("--init", rules, "--dtype", '{"*ln*": "float32", "*": "bfloat16"}')
+    spec = ("transformers:gpt2", "--kwargs", TINY)
+    done = lateinit_command("init", *spec, "-o", out, *given)
+    assert done.exit_code == 0, done.output
+    found = load_file(out)
+    assert {t.dtype for n, t in found.items() if ".ln" in n} == {torch.float32}
+    assert {t.dtype for n, t in found.items() if ".mlp." in n} == {torch.bfloat16}
+    assert all(t.eq(1).all() for n, t in found.items() if n.endswith(".bias"))
+    assert lateinit_command("check", *spec, "--checkpoint", out, *given).exit_code == 0
+    assert lateinit_command("check", *spec, "--checkpoint", out, *given[2:]).exit_code == 1
+    assert lateinit_command("check", *spec, "--init", rules).exit_code == 0
+    for wrong, message in (
+        (("--init", "{"), "--init is no JSON"),
+        (("--init", '{"a": 3}'), "3 is no initialiser"),
+        (("--init", '{"nothing": "zeros"}'), "'nothing' matches no tensor"),
+    ):
+        refused = lateinit_command("check", *spec, *wrong)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.output.replace("\n", " ")
+
+
 def test_init_takes_dtype_and_shard_size_and_prints_json(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--dtype", "bfloat16", "--max-shard-size", "1kB", "--json")

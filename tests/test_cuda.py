@@ -136,3 +136,32 @@ def test_shards_go_to_the_devices_of_their_mesh(tmp_path: Path) -> None:
             assert torch.equal(late.weight.to_local().cpu(), expected.weight[400:])
     finally:
         dist.destroy_process_group()
+
+
+def test_a_map_sends_parts_of_a_model_to_several_devices() -> None:
+    torch.manual_seed(0)
+    expected = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(lambda: nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16)))
+    lateinit.materialize(
+        model, device={"0": 0, "*": "cpu"}, dtype={"1": torch.bfloat16, "0": torch.float32}
+    )
+    assert model[0].weight.device == torch.device("cuda:0")
+    assert model[1].weight.device.type == "cpu"
+    assert torch.equal(model[0].weight.cpu(), expected[0].weight)
+    assert torch.equal(model[1].bias, expected[1].bias.bfloat16())
+
+
+def test_rules_for_what_was_recorded_on_the_gpu_leave_its_generator_alone() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            return lateinit.deferred_init(nn.Linear, 64, 32)
+
+    first, second = build(), build()
+    before = torch.cuda.get_rng_state()
+    lateinit.materialize(first, init={"weight": "normal"})
+    lateinit.materialize(second, init={"*": "normal"})
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    assert torch.equal(first.weight, second.weight)
+    assert first.weight.std() > 0.5

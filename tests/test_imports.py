@@ -128,7 +128,7 @@ def test_type_checkers_see_each_public_name_where_it_is_imported_from() -> None:
                     full = f"{statement.module}.{alias.name}"
                     seen[alias.name] = (
                         full
-                        if full in ("lateinit.nn", "lateinit.pfn_extras")
+                        if full in ("lateinit.init", "lateinit.nn", "lateinit.pfn_extras")
                         else (str(statement.module))
                     )
     assert seen == lateinit._HOMES

@@ -2,8 +2,8 @@
 
 Declare a model now; decide its shapes, memory, device and values later, and get exactly the model
 that eager construction would have given. These names, and those of ``lateinit.nn``,
-``lateinit.pfn_extras`` and ``lateinit.errors``, are the public API; everything with an underscore
-is not.
+``lateinit.init``, ``lateinit.pfn_extras`` and ``lateinit.errors``, are the public API; everything
+with an underscore is not.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from lateinit import errors
 from lateinit._version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
-    from lateinit import nn, pfn_extras
+    from lateinit import init, nn, pfn_extras
     from lateinit._checkpoint.api import load_checkpoint, save_checkpoint
     from lateinit._lazy import discard, infer_shapes, lazy, settle_rng, size
     from lateinit._materialize import is_deferred, plan
@@ -30,6 +30,7 @@ __all__ = [
     "discard",
     "errors",
     "infer_shapes",
+    "init",
     "is_deferred",
     "lazy",
     "load_checkpoint",
@@ -50,6 +51,7 @@ _HOMES = {
     "deferred_init": "lateinit._recording",
     "discard": "lateinit._lazy",
     "infer_shapes": "lateinit._lazy",
+    "init": "lateinit.init",
     "is_deferred": "lateinit._materialize",
     "lazy": "lateinit._lazy",
     "load_checkpoint": "lateinit._checkpoint.api",

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -16,19 +17,25 @@ from torch import nn
 
 from lateinit._checkpoint.api import Saved, save_checkpoint
 from lateinit._checkpoint.formats import DTYPES
+from lateinit._checkpoint.load import Choice
 from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._progress import Progress
 from lateinit._recording import deferred_init
 from lateinit._report import Verification, parity
+from lateinit._report.computed import ComputedReader, opened
+from lateinit._report.contents import Contents, contents
+from lateinit._report.differences import Differences, differences
 from lateinit._report.environment import environment as info
 from lateinit._report.summary import Summary, summary
+from lateinit._report.trained import Trained
 from lateinit._report.verify import verify
 from lateinit._rng import seed_all
+from lateinit._tensors import DTypes
 from lateinit._units import parse_bytes
 from lateinit.errors import LateinitError
 
-__all__ = ["ConstructionError", "Rank", "check", "info", "init", "inspect"]
+__all__ = ["ConstructionError", "Rank", "Sides", "check", "diff", "info", "init", "inspect"]
 
 Build = Callable[[], nn.Module]
 
@@ -49,24 +56,86 @@ class Rank:
     recompute: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The options of ``diff``: what is compared, under which names, and with which model."""
+
+    only: Sequence[str] | None
+    values: bool
+    key: str | None
+    prefix: str | None
+    rename: Sequence[str]
+    seed: int
+    dtype: str | None
+    kwargs: str | None
+
+
 def inspect(
     spec: str, kwargs: str | None, only: Sequence[str] | None, depth: int | None, rank: Rank
-) -> Summary | mesh_cost.Share:
-    """The table of a model; with a mesh, what a rank of it holds."""
+) -> Summary | Trained | mesh_cost.Share | Contents:
+    """The table of a model or of a checkpoint; with a mesh, what a rank of the model holds."""
+    path = model_specs.path_named(spec)
+    if path is not None:
+        _only_of_models(path, kwargs, rank)
+        return contents(path, only=only)
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
     policy = None if rank.train is None else training_cost.policy_named(rank.train)
     computed = _batch(rank)
-    if (policy is not None and axes is None) or (computed is not None and policy is None):
-        raise typer.BadParameter("--train goes with --mesh, and --batch with --train")
+    if computed is not None and policy is None:
+        raise typer.BadParameter("--batch goes with --train")
     plan = None if rank.tp_plan is None else model_specs.parse_kwargs(rank.tp_plan, "--tp-plan")
     model = _recorded(_build(spec, kwargs))
-    if axes is None:
-        return summary(model, only=only, depth=depth)
-    return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
+    if axes is not None:
+        return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
+    table = summary(model, only=only, depth=depth)
+    if policy is None:
+        return table
+    return Trained(table, mesh_cost.share_of_rank(model, {}, None, policy, computed))
+
+
+def _only_of_models(path: Path, kwargs: str | None, rank: Rank) -> None:
+    options: dict[str, object] = {
+        "--kwargs": kwargs,
+        "--mesh": rank.mesh,
+        "--tp-plan": rank.tp_plan,
+    }
+    options |= {"--train": rank.train, "--batch": rank.batch, "--sequence": rank.sequence}
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"{path} is a checkpoint: {', '.join(given)} is for models")
+
+
+def diff(a: str, b: str, options: Sides) -> Differences:
+    """Compare two checkpoints or models."""
+    cast = _dtype(options.dtype)
+    choice = Choice(options.key, options.prefix, _renamed(options.rename))
+
+    def model(spec: str) -> ComputedReader:
+        build = _build(spec, options.kwargs)
+        seed_all(options.seed)
+        return ComputedReader(_recorded(build), f"{spec} from seed {options.seed}", cast)
+
+    left, right = opened(a, b, model, choice)
+    models = any(isinstance(reader, ComputedReader) for reader in (left, right))
+    if (options.kwargs or options.dtype) and not models:
+        raise typer.BadParameter("--kwargs and --dtype are for models, and these are none")
+    return differences(left, right, only=options.only, values=options.values)
+
+
+def _renamed(pairs: Sequence[str]) -> dict[str, str | None] | None:
+    found = [pair.partition("=") for pair in pairs]
+    if not all(old and new for old, _, new in found):
+        raise typer.BadParameter("--rename is OLD=NEW")
+    return {old: new for old, _, new in found} or None
 
 
 def check(
-    spec: str, kwargs: str | None, seed: int, checkpoint: Path | None, dtype: str | None
+    spec: str,
+    kwargs: str | None,
+    seed: int,
+    checkpoint: Path | None,
+    dtype: str | None,
+    rules: str | None,
 ) -> parity.Parity | Verification:
     """Compare a model, or a checkpoint, with what eager construction gives."""
     cast = _dtype(dtype)
@@ -74,18 +143,19 @@ def check(
         raise typer.BadParameter("--dtype is for --checkpoint")
     build = _build(spec, kwargs)
     if checkpoint is None:
-        return parity.check_parity(build, seed=seed)
+        return parity.check_parity(build, seed=seed, init=_rules(rules))
     seed_all(seed)
-    return verify(_recorded(build), checkpoint, seed=seed, dtype=cast)
+    return verify(_recorded(build), checkpoint, seed=seed, dtype=cast, init=_rules(rules))
 
 
-def init(
+def init(  # noqa: PLR0913 - the options of a command
     spec: str,
     kwargs: str | None,
     output: Path,
     *,
     seed: int,
     dtype: str | None,
+    rules: str | None,
     max_shard_size: str,
     force: bool,
     resume: bool,
@@ -99,6 +169,7 @@ def init(
         output,
         max_shard_size=size,
         dtype=cast,
+        init=_rules(rules),
         force=force,
         resume=resume,
         seed=seed,
@@ -139,9 +210,20 @@ _SHORT = {
 }
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def _dtype(name: str | None) -> DTypes | None:
     if name is None:
         return None
+    if name.lstrip().startswith("{"):
+        given = model_specs.parse_kwargs(name, "--dtype")
+        return {pattern: _one_dtype(str(dtype)) for pattern, dtype in given.items()}
+    return _one_dtype(name)
+
+
+def _rules(text: str | None) -> dict[str, Any] | None:
+    return None if text is None else model_specs.parse_kwargs(text, "--init")
+
+
+def _one_dtype(name: str) -> torch.dtype:
     known = {str(d).removeprefix("torch."): d for d in DTYPES if d.is_floating_point}
     asked = name.strip().lower().removeprefix("torch.")
     found = known.get(_SHORT.get(asked, asked))

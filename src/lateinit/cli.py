@@ -75,9 +75,23 @@ Spec = Annotated[
         "package.module:callable or path/file.py:callable",
     ),
 ]
+SpecOrPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC_OR_PATH",
+        help="A model, as for the other commands, or a checkpoint: a .safetensors, .pt, .pth or "
+        ".bin file, its index, or a folder",
+    ),
+]
 Kwargs = Annotated[
     str | None,
     typer.Option("--kwargs", metavar="JSON", help="Arguments: '{\"hidden_size\": 64}'"),
+]
+Rules = Annotated[
+    str | None,
+    typer.Option(
+        "--init", metavar="JSON", help='Initialise by name: \'{"lm_head": "normal(std=0.02)"}\''
+    ),
 ]
 Seed = Annotated[
     int,
@@ -112,7 +126,7 @@ def _common(
 
 @app.command()
 def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
-    spec: Spec,
+    spec: SpecOrPath,
     kwargs: Kwargs = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these tensors")
@@ -140,9 +154,9 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
         typer.Option(
             "--train",
             metavar="POLICY",
-            help="With --mesh: add gradients and AdamW's state. recorded: in the model's dtype; "
-            "mixed: that, and FSDP2 computes in bfloat16; bfloat16: all of it; master: bfloat16 "
-            "and a float32 copy",
+            help="Add gradients and AdamW's state. recorded: in the model's dtype; "
+            "mixed: that, and FSDP2 or autocast computes in bfloat16; bfloat16: all of it; master: "
+            "bfloat16 and a float32 copy",
         ),
     ] = None,
     batch: Annotated[
@@ -156,7 +170,11 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = "selective",
     as_json: Json = False,
 ) -> None:
-    """Show every tensor of a model and how it is initialised, without allocating the model."""
+    """Show every tensor of a model and how it is initialised, or what a checkpoint holds.
+
+    Nothing is allocated, and of a checkpoint only headers are read. What exists as a file or a
+    folder is a checkpoint; all else is a model.
+    """
     rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
     with _working():
         found = _commands.inspect(spec, kwargs, only, depth, rank)
@@ -186,6 +204,7 @@ def check(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="With --checkpoint: cast, as init --dtype does")
     ] = None,
+    rules: Rules = None,
     kwargs: Kwargs = None,
     as_json: Json = False,
 ) -> None:
@@ -194,11 +213,53 @@ def check(
     With --checkpoint, compare the checkpoint with the values of the seed, one tensor at a time.
     """
     with _working():
-        found = _commands.check(spec, kwargs, seed, checkpoint, dtype)
+        found = _commands.check(spec, kwargs, seed, checkpoint, dtype, rules)
     if as_json:
         _print_json({"spec": spec, **found.to_dict()})
     else:
         typer.echo(f"{spec}: {found}")
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(  # noqa: PLR0913, PLR0917 - the options of a command
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, or a model as for check")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one")],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="GLOB", help="Only these names")
+    ] = None,
+    values: Annotated[
+        bool, typer.Option("--values/--no-values", help="Compare values, or headers only")
+    ] = True,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Where the state dict is in B: model")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="What B's names begin with: module.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="OLD=NEW", help="A's name for a name of B"),
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of a model: cast, as init --dtype does")
+    ] = None,
+    kwargs: Kwargs = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints, or a checkpoint with what a seed gives, larger than memory or not.
+
+    Exit status: 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
+    """
+    options = _commands.Sides(only, values, key, prefix, rename or (), seed, dtype, kwargs)
+    with _working():
+        found = _commands.diff(a, b, options)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
     if not found.equal:
         raise typer.Exit(1)
 
@@ -218,8 +279,12 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
     ],
     seed: Seed = 0,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Cast floating-point tensors: bfloat16")
+        str | None,
+        typer.Option(
+            "--dtype", help='Cast: bfloat16, or by name: \'{"*norm*": "fp32", "*": "bf16"}\''
+        ),
     ] = None,
+    rules: Rules = None,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Bytes to a file: 2GB, 500MB")
     ] = "5GB",
@@ -236,6 +301,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
             output,
             seed=seed,
             dtype=dtype,
+            rules=rules,
             max_shard_size=max_shard_size,
             force=force,
             resume=resume,

@@ -9,6 +9,7 @@ Every exception is a ``LateinitError`` and also one of Python's own, given in pa
      +-- ConstantChangedError  (RuntimeError)             real data that a program reads has changed
      +-- SeedError             (ValueError)               another seed would build another model
      +-- PatternError          (ValueError)               a pattern matches nothing, or two disagree
+     +-- InitError             (ValueError)               an initialiser of `init=` does not fit
      +-- DeviceError           (RuntimeError)             `device=` names a device that is missing
      +-- MaterializeError      (RuntimeError)             a recorded op failed when it was replayed
      +-- ShardingError         (RuntimeError)             shards cannot be computed, or do not fit
@@ -58,6 +59,10 @@ class SeedError(LateinitError, ValueError):
 
 class PatternError(LateinitError, ValueError):
     """A pattern matches no tensor, or two patterns say different things of one tensor."""
+
+
+class InitError(LateinitError, ValueError):
+    """A value of ``init=`` is no initialiser, or it does not fit the tensor."""
 
 
 class DeviceError(LateinitError, RuntimeError):

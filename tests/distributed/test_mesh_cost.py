@@ -244,8 +244,8 @@ def test_what_cannot_be_estimated_is_told() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train", "mixed"], "--train goes with --mesh"),
-        (["--mesh", "fsdp=2", "--batch", "1", "--sequence", "2"], "and --batch with --train"),
+        (["--batch", "1", "--sequence", "2"], "--batch goes with --train"),
+        (["--mesh", "fsdp=2", "--batch", "1", "--sequence", "2"], "--batch goes with --train"),
         (["--mesh", "fsdp=2", "--train", "mixed", "--batch", "1"], "--sequence go together"),
         (["--mesh", "fsdp=2", "--recompute", "some"], "--recompute some is none of none"),
     ],

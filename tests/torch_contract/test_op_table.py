@@ -406,6 +406,7 @@ def test_what_needs_layouts_alone_answers_the_same_on_meta(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(VALUE_CHECKS))
 def test_what_looks_at_values_exists_in_the_installed_torch(name: str) -> None:
+    """aten/src/ATen/native: these kernels raise for values that they refuse."""
     found = [base for base in (name, f"{name}_") if hasattr(torch.ops.aten, base)]
     assert found
     for base in found:

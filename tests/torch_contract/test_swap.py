@@ -92,6 +92,7 @@ def test_swap_tensors_asks_a_module_of_its_own_for_weak_references(
 def test_swap_tensors_exchanges_implementations_by_a_name_in_a_module(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """torch/utils/__init__.py: swap_tensors looks _swap_tensor_impl up in torch._C at each call."""
     heard = []
     monkeypatch.setattr(*SWAPPING, lambda *pair: heard.append(pair))
     a, b = torch.ones(2), torch.zeros(2)

@@ -6,16 +6,15 @@ in ``load/load.py``.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
 from lateinit._checkpoint.save import (
@@ -23,26 +22,28 @@ from lateinit._checkpoint.save import (
     ShardFile,
     WholeFiles,
     check_room,
+    check_suffix,
     check_target,
     collect,
+    companions,
     divide,
     fingerprint,
+    metadata_of,
     returned,
     staged,
     was_interrupted,
     write_shards,
 )
 from lateinit._distributed import Agreement, is_running, ranks_of
-from lateinit._integrations import saved_config
+from lateinit._integrations import weights_stem
 from lateinit._log import log
 from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._recording import current
 from lateinit._replay import recorded_seed
-from lateinit._tensors import Casting, Devices, DTypes, bound_in, casting
+from lateinit._tensors import Casting, Devices, DTypes, Init, bound_in, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import format_bytes, parse_bytes
-from lateinit._version import __version__
 from lateinit.errors import (
     CheckpointError,
     DeferredTensorError,
@@ -51,7 +52,6 @@ from lateinit.errors import (
     ShardingError,
 )
 
-_INDEX = "model.safetensors.index.json"
 # Bytes of tensors in memory at once while a single file is written: the default of
 # `max_shard_size`, which bounds them in a folder.
 _ROOM = 5 * 10**9
@@ -90,11 +90,12 @@ class Saved:
 
 @restoring
 def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
-    module: nn.Module,
+    module: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
     dtype: DTypes | None = None,
+    init: Init | None = None,
     force: bool = False,
     progress: bool = False,
     seed: int | None = None,
@@ -117,11 +118,14 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     a path on a file system that all share.
 
     Args:
-        module: any module, deferred, real or in part.
-        path: a folder to make, or one file if it ends in ``.safetensors``.
+        module: any module, deferred, real or in part; or a dict of such tensors by name.
+        path: a folder to make, or one file if it ends in ``.safetensors``. In a folder, the files
+            have the names that the model's library looks for.
         max_shard_size: the most bytes for a file in a folder, such as ``"5GB"``. A tensor that is
             larger has a file of its own.
-        dtype: cast floating-point tensors to this dtype.
+        dtype: cast floating-point tensors to this dtype, or to those of a map, as ``materialize``
+            does.
+        init: initialisers for deferred tensors by name, as for ``materialize``.
         force: overwrite an existing checkpoint, or discard an unfinished one.
         progress: show a progress bar on stderr; of a sharded module, of what this rank writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
@@ -143,12 +147,14 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             ``resume``.
         OutputError: there is no room or no permission.
         CheckpointError: the module holds something that safetensors cannot, or the unfinished
-            checkpoint to resume is of another model, seed, dtype or shard size.
+            checkpoint to resume is of another model, seed, dtype or shard size. Or ``path`` ends as
+            a file of another format does.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         OutOfMemoryError: memory ran out while a tensor was computed.
         ShardingError: the ranks would write shards of different models, one of them failed, or did
             not answer. The earlier output is as it was.
+        TypeError: ``module`` is neither a module nor a dict.
 
     Example:
         >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2)
@@ -156,7 +162,15 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         2
         >>> lateinit.is_deferred(layer)
         True
+        >>> weights = {name: p for name, p in layer.named_parameters() if name != "bias"}
+        >>> lateinit.save_checkpoint(weights, tmp_path / "weights.safetensors").tensors
+        1
     """
+    if isinstance(module, Mapping):
+        module = dict(module)
+    elif not isinstance(module, nn.Module):
+        raise TypeError(f"save_checkpoint takes a module or a dict of tensors, not {type(module)}")
+    check_suffix(path)
     # Through symbolic links, so that a rename replaces the output and not a link to it.
     target = Path(os.path.realpath(path))
     one_file = target.suffix == ".safetensors"
@@ -166,19 +180,23 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     casts = casting(None, dtype)
     if format not in {None, "dcp", "safetensors"}:
         raise ValueError(f"format={format!r}: 'dcp' or 'safetensors' is meant")
-    if format == "dcp" or any(is_dtensor(t) for t in module.parameters()):
+    if format == "dcp" or any(map(is_dtensor, _parameters(module))):
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
         again = force or was_interrupted(target)
-        asked = _Asked(casts, limit, again, seed, resume, format, wait, progress)
+        asked = _Asked(casts, init, limit, again, seed, resume, format, wait, progress)
         return _save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
     check_target(target, force=force or was_interrupted(target))  # `staged` looks again
-    items = collect(module, casts)
-    shards = divide(items, None if one_file else limit, target.name if one_file else None)
+    items = collect(module, casts, init=init, seed=seed)
+    shards = (
+        divide(items, None, target.name)
+        if one_file
+        else divide(items, limit, None, weights_stem(module))
+    )
     recorded, seed = _seeds(module, items, seed)
-    metadata = _metadata(recorded if seed is None else seed)
+    metadata = metadata_of(recorded if seed is None else seed)
     nbytes = sum(shard.nbytes for shard in shards)
     check_room(target, nbytes)
     # Also decides whether the files of a killed save may be kept.
@@ -188,7 +206,7 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             room = _ROOM if one_file else limit
             write_shards(stage, shards, metadata, seed=seed, room=room, bar=bar)
         if not one_file:
-            for name, text in _texts(module, shards).items():
+            for name, text in companions(module, shards).items():
                 stage.write_text(name, text)
         files = tuple(sorted(path.name for path in stage.files.iterdir()))
     saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
@@ -205,6 +223,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     strict: bool = True,
     device: Devices | None = None,
     dtype: DTypes | None = None,
+    init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
     check: bool = True,
     key: str | None = None,
@@ -243,8 +263,12 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             ``transformers`` model declares irrelevant. If False, they must still have one name in
             common.
         device: where deferred tensors will be, by default the device each was recorded for. Real
-            tensors stay where they are.
-        dtype: cast deferred floating-point tensors to this dtype; by default each keeps its own.
+            tensors stay where they are. Or a map of names, as for ``materialize``.
+        dtype: cast deferred floating-point parameters and buffers of the state dict to this dtype;
+            by default each keeps its own. Or a map of names, as for ``materialize``.
+        init: initialisers by name, as for ``materialize``, for deferred tensors that the checkpoint
+            lacks.
+        offload_folder: where ``device="disk"`` writes, as for ``materialize``, once all is loaded.
         progress: show a progress bar on stderr.
         check: of a sharded module, ask the other ranks of its mesh, before anything is put,
             whether they load the same files into the same shards, and afterwards whether all have
@@ -267,6 +291,10 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
 
     Raises:
+        PatternError: a pattern of ``device``, ``dtype`` or ``init`` matches nothing, or contradicts
+            another one. Nothing has changed.
+        DeviceError: this machine does not have the device.
+        InitError: a value of ``init`` is no initialiser, or does not fit its tensor.
         MismatchError: names, shapes or dtypes do not fit. The message lists all of them; nothing
             has changed.
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
@@ -315,6 +343,8 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
                 module,
                 Path(path),
                 casts,
+                init=init,
+                offload_folder=offload_folder,
                 strict=strict,
                 progress=progress,
                 check=check,
@@ -330,8 +360,12 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             ) from error
 
 
+def _parameters(module: nn.Module | Mapping[str, Tensor]) -> Iterable[Tensor]:
+    return module.parameters() if isinstance(module, nn.Module) else module.values()
+
+
 def _seeds(
-    module: nn.Module, items: Iterable[Item], seed: int | None
+    module: nn.Module | Mapping[str, Tensor], items: Iterable[Item], seed: int | None
 ) -> tuple[int | None, int | None]:
     """The seed that all constructions started from, if known, and the seed to replace it, if any.
 
@@ -347,33 +381,11 @@ def _seeds(
     return known, seed
 
 
-def _metadata(seed: int | None) -> dict[str, str]:
-    """The metadata of every file; ``transformers`` looks for ``format``."""
-    known = {} if seed is None else {"seed": str(seed)}
-    return {"format": "pt", "lateinit": __version__, "torch": torch.__version__, **known}
-
-
-def _texts(module: nn.Module, shards: list[ShardFile]) -> dict[str, str]:
-    """The index of several shards, and the configuration of a ``transformers`` model, by file."""
-    found = {}
-    if len(shards) > 1:
-        places = {item.entry.name: shard.file for shard in shards for item in shard.items}
-        index = {
-            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-            "weight_map": dict(sorted(places.items())),
-        }
-        found[_INDEX] = json.dumps(index, indent=2) + "\n"
-    config = getattr(module, "config", None)
-    if hasattr(config, "to_json_string"):
-        floats = (i.entry.dtype for s in shards for i in s.items if i.entry.dtype.is_floating_point)
-        found["config.json"] = saved_config(config, module, next(floats, None))
-    return found
-
-
 class _Asked(NamedTuple):
     """What the caller of ``save_checkpoint`` asks of shards."""
 
     casts: Casting
+    init: Init | None
     limit: int
     force: bool
     seed: int | None
@@ -383,7 +395,7 @@ class _Asked(NamedTuple):
     progress: bool
 
 
-def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
+def _save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: _Asked) -> Saved:
     """Have each rank write its shards."""
     # It imports torch.distributed.checkpoint, which takes more than a second.
     from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
@@ -395,7 +407,7 @@ def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
         )
     ranks = ranks_of(module, "save_checkpoint()")
     with ranks.together("preparing") as phase:
-        items = collect(module, asked.casts, sharded=True)
+        items = collect(module, asked.casts, sharded=True, init=asked.init, seed=asked.seed)
         known, seed = _seeds(module, items, asked.seed)
         filling = Filling(module, seed=seed)
         filling.check()
@@ -407,17 +419,17 @@ def _save_shards(module: nn.Module, target: Path, asked: _Asked) -> Saved:
         shards, files = [ShardFile("", tuple(items))], None
         if asked.format == "safetensors":
             named = {item.entry.name: item for item in items}
-            shards = divide(items, asked.limit, None)
-            files = WholeFiles(shards, _metadata(shown))
+            shards = divide(items, asked.limit, None, weights_stem(module))
+            files = WholeFiles(shards, metadata_of(shown))
         save = ShardedSave(target, named, files, seed, shown=asked.progress)
     nbytes = sum(item.entry.nbytes for item in items)
 
     def done() -> Saved:
-        files = tuple(sorted(path.name for path in target.iterdir()))
-        return Saved(target, files, len(items), nbytes, shown)
+        written = tuple(sorted(path.name for path in target.iterdir()))
+        return Saved(target, written, len(items), nbytes, shown)
 
     try:
-        texts = _texts(module, shards)
+        texts = companions(module, shards)
         save.open(texts, nbytes, force=asked.force, discard=asked.force or asked.resume)
         if not asked.wait:
             return Saved(target, (), len(items), nbytes, shown, save.start(done))

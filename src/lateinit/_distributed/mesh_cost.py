@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from lateinit._distributed.activations import activations_of
 from lateinit._distributed.mesh_cuts import Cutting
 from lateinit._distributed.training_cost import (
+    Activations,
     Batch,
     Policy,
     Training,
@@ -110,9 +112,15 @@ class Share:
             f"sharding     about {self.seconds_to_shard:.2g} s for fully_shard",
         ]
         if self.training is not None:
-            held = format_bytes(self.training.total + self.buffer_bytes)
-            lines.append(f"training     {held}: {self.training}")
+            lines.append(self.training_line)
         return "\n".join(lines)
+
+    @property
+    def training_line(self) -> str:
+        """What training takes, in words."""
+        assert self.training is not None
+        held = format_bytes(self.training.total + self.buffer_bytes)
+        return f"training     {held}: {self.training}"
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -154,7 +162,8 @@ def share_of_rank(
     Raises:
         ShardingError: there is a ``tp`` axis and no plan, or a pattern of the plan matches nothing;
             there is a ``pp`` axis and fewer layers; there is an ``ep`` axis and no experts; or a
-            batch is given and the model does not tell its sizes.
+            batch is given, and neither does the model take token ids without values, nor does it
+            tell its sizes.
     """
     cutting = Cutting.of(model, mesh, plan)
     found = find_tensors(model)
@@ -169,8 +178,8 @@ def share_of_rank(
     threads = torch.get_num_threads()
     training = None
     if policy is not None:
-        kept = None if batch is None else _activations(model, mesh, plan, batch)
-        training = held.training(policy, kept)
+        kept = None if batch is None else _activations(model, cutting, plan, policy, batch)
+        training = held.training(policy, kept, sharded=bool({"fsdp", "ep"} & mesh.keys()))
     parameters = [t.tensor for t in found if t.kind == "parameter"]
     return Share(
         mesh=dict(mesh),
@@ -233,33 +242,68 @@ class _Held:
                 self.whole_elements += found.tensor.numel()
                 self.largest = max(self.largest, (found.tensor.numel() * size, found.name))
 
-    def training(self, policy: Policy, activations: int | None) -> Training:
-        """What training with a policy takes."""
+    def training(
+        self, policy: Policy, activations: Activations | None, *, sharded: bool
+    ) -> Training:
+        """What training with a policy takes, with FSDP or without."""
 
         def total(each: int) -> int:
             return sum(bytes_of(each, count, size) for size, count in self.trainable.items())
 
         layers = sorted(bytes_of(policy.gathered, *layer) for layer in self.layers.values())
+        # Without FSDP, autocast keeps what it has cast until the step is over
+        # (aten/src/ATen/autocast_mode.cpp, cached_casts).
+        cast = total(policy.gathered) if policy.gathered != policy.parameters else 0
         return Training(
             total(policy.parameters) + self.frozen,
             total(policy.gradients),
             total(policy.optimizer),
-            sum(layers[-2:]),
+            sum(layers[-2:]) if sharded else cast,
             activations,
+            sharded,
         )
 
 
 def _activations(
-    model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None, batch: Batch
-) -> int:
+    model: nn.Module,
+    cutting: Cutting,
+    plan: Mapping[str, str] | None,
+    policy: Policy,
+    batch: Batch,
+) -> Activations:
+    """What one device would keep, by a pass on shapes; a published formula says how it is cut."""
     known = plan if plan is not None else getattr(model, "_tp_plan", None) or {}
-    return activation_bytes(
-        transformer_of(model),
-        batch,
-        tensor=mesh.get("tp", 1),
-        pipeline=mesh.get("pp", 1),
-        sequence=any("sequence" in style for style in known.values()),
-    )
+    tensor, pipeline = cutting.mesh.get("tp", 1), cutting.mesh.get("pp", 1)
+    sequence = any("sequence" in style for style in known.values())
+
+    def formula(tensor: int, pipeline: int, sequence: bool) -> int:
+        sizes = transformer_of(model)
+        return activation_bytes(sizes, batch, tensor=tensor, pipeline=pipeline, sequence=sequence)
+
+    layers = cutting.blocks[0] if cutting.blocks else None
+    if batch.recompute == "full" and layers is None:
+        raise ShardingError(
+            f"--recompute full: {type(model).__name__} has no list of layers to compute again"
+        )
+    dtype = torch.bfloat16 if policy.gathered > 0 else None
+    try:
+        alone = activations_of(model, batch, dtype, layers)
+    except Exception as error:  # noqa: BLE001 - the model's own, of ids without values
+        return Activations(_told_by_formula(lambda: formula(tensor, pipeline, sequence), error))
+    if (tensor, pipeline) == (1, 1):
+        return Activations(alone, measured=True)
+    part = formula(tensor, pipeline, sequence) / formula(1, 1, False)
+    return Activations(round(alone * part), measured=True)
+
+
+def _told_by_formula(formula: Callable[[], int], error: Exception) -> int:
+    try:
+        return formula()
+    except ShardingError as unknown:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ShardingError(
+            f"{unknown}. (Its forward pass on token ids without values raises {reason})"
+        ) from error
 
 
 def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lateinit._distributed.ranks import Ranks, by_words
-from lateinit._program import Const, Op, Program, TensorRef
+from lateinit._program import Const, Draw, Op, Program, TensorRef
 from lateinit._replay import costs_of, needed_for, one_thread, recorded_seed, sample_of
 from lateinit._tensors import Deferred
 from lateinit._torch import digest
@@ -196,7 +196,8 @@ def _account(left: Iterable[Deferred], seed: int | None) -> _Account:
         # storage can be set against each other.
         needed.sort(key=lambda op: [ref.storage for ref in op.written()])
         own = [*filter(partial(_in_block, program), needed)]
-        every: list[Op | Draws] = [*own, *map(Draws, costs_of(program))]
+        # A rank has rules for the shards that it has to fill only, and streams of these alone.
+        every: list[Op | Draws] = [*own, *map(Draws, costs_of(program)[: program.rules_at])]
         names: dict[int, int] = {}
         ops += every
         hashes += [_hash(_plain(op, program, names)) for op in every]
@@ -233,6 +234,8 @@ def _plain(value: Any, program: Program, names: dict[int, int]) -> Any:
         parts = (value.args, sorted(value.kwargs.items()), value.outs, value.draw)
         ambient = program.ambients[value.ambient]
         return value.name, ambient, [_plain(part, program, names) for part in parts]
+    if type(value) is Draw and program.rules_at is not None and value.stream >= program.rules_at:
+        return program.streams[value.stream].start, value.number
     if type(value) is TensorRef:
         number = names.setdefault(value.storage, len(names))
         return tuple(value._replace(storage=number))
@@ -247,7 +250,8 @@ def _start(program: Program, seed: int | None) -> str:
     """The random state that a construction starts from, in words."""
     if seed is not None:
         return f"seed={seed}"
-    states = [s.start for s in program.streams if isinstance(s.start, bytes)]
+    streams = program.streams[: program.rules_at]
+    states = [s.start for s in streams if isinstance(s.start, bytes)]
     known = recorded_seed(program)
     if known is not None and len(states) == 1:
         return f"seed {known}"

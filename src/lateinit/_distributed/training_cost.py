@@ -143,6 +143,14 @@ def activation_bytes(
 
 
 @dataclass(frozen=True, slots=True)
+class Activations:
+    """The bytes that are kept for backward; measured on shapes, or by a formula alone."""
+
+    nbytes: int
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
     """What a rank holds beside its parameters while it trains, in bytes.
 
@@ -150,28 +158,34 @@ class Training:
         parameters: the parameters; the policy is for the trainable ones.
         gradients: their gradients.
         optimizer: the state of AdamW.
-        gathered: the two largest layers that ``fully_shard`` gathers at a time.
+        gathered: the two largest layers that ``fully_shard`` gathers at a time; without it, the
+            copies that autocast makes of the parameters.
         activations: what is kept for backward; None if no batch was given.
+        sharded: whether there is FSDP.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     gathered: int
-    activations: int | None = None
+    activations: Activations | None = None
+    sharded: bool = True
 
     def __str__(self) -> str:
         parts = [
             f"gradients {format_bytes(self.gradients)}",
             f"AdamW {format_bytes(self.optimizer)}",
-            f"gathered layers {format_bytes(self.gathered)}",
         ]
+        if self.sharded or self.gathered:
+            what = "gathered layers" if self.sharded else "copies by autocast"
+            parts.append(f"{what} {format_bytes(self.gathered)}")
         if self.activations is not None:
-            parts.append(f"activations about {format_bytes(self.activations)}")
+            how = "" if self.activations.measured else " (by formula)"
+            parts.append(f"activations about {format_bytes(self.activations.nbytes)}{how}")
         return f"parameters {format_bytes(self.parameters)}, " + ", ".join(parts)
 
     @property
     def total(self) -> int:
         """All of it."""
         held = self.parameters + self.gradients + self.optimizer + self.gathered
-        return held + (self.activations or 0)
+        return held + (self.activations.nbytes if self.activations else 0)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,23 @@ def load_spec(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
     is_file = where.endswith(".py") or "/" in where
     module = _from_file(Path(where)) if is_file else _import(where, spec)
     return _calling(_attribute(module, what, spec), given, spec)
+
+
+def path_named(argument: str) -> Path | None:
+    """The file or folder that an argument names, where it may also be a specification.
+
+    What exists is a path, also with a colon in its name; all else is a specification.
+
+    Raises:
+        SpecError: it does not exist, and has no colon, as every specification has.
+    """
+    if os.path.exists(argument):  # noqa: PTH110 - False for a name that no file can have, too
+        return Path(argument)
+    if ":" not in argument:
+        raise SpecError(
+            f"there is no file or folder {argument!r}, and it names no model: write {_FORMS}"
+        )
+    return None
 
 
 def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:

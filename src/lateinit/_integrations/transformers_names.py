@@ -170,7 +170,7 @@ def _natural(name: str) -> list[tuple[int, int | str, int]]:
     return found
 
 
-def tied_targets(module: nn.Module) -> Iterable[str]:
+def tied_targets(module: Any) -> Iterable[str]:
     """Patterns of the names that a ``transformers`` model leaves out of a checkpoint, as tied."""
     # Version 5 has names in full here; version 4 has patterns in `_tied_weights_keys`.
     tied = getattr(module, "all_tied_weights_keys", None)

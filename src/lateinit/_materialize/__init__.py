@@ -10,16 +10,19 @@ meet only in the program. Import ``materialize`` from its own module, whose name
 from lateinit._materialize.checks import check_constants, check_holes, check_seed, check_shared
 from lateinit._materialize.filling import Filling, plan_of
 from lateinit._materialize.materialize import is_deferred, plan
+from lateinit._materialize.offload import Offload, offload_of
 from lateinit._materialize.scheduler import execute
 
 __all__ = [
     "Filling",
+    "Offload",
     "check_constants",
     "check_holes",
     "check_seed",
     "check_shared",
     "execute",
     "is_deferred",
+    "offload_of",
     "plan",
     "plan_of",
 ]

@@ -20,16 +20,19 @@ from lateinit._materialize.checks import (
     check_shards,
     check_shared,
 )
+from lateinit._materialize.offload import Offload
 from lateinit._materialize.scheduler import execute
 from lateinit._program import Plan, Program, Step, plan_storages
 from lateinit._progress import Progress
 from lateinit._replay import Session, execution_of, one_thread
 from lateinit._tensors import (
     AS_IT_IS,
+    NO_RULES,
     Casting,
     Casts,
     Deferred,
     Only,
+    Rules,
     Wanted,
     bound_in,
     is_deferred_tensor,
@@ -55,6 +58,8 @@ class Filling:
         only: which tensors; by default all deferred ones.
         casts: the device and dtype that each of them gets.
         seed: replaces the recorded random state; None keeps it.
+        rules: the initialisers that act on finished values.
+        offload: takes what goes to disk.
     """
 
     def __init__(
@@ -63,10 +68,13 @@ class Filling:
         only: Only | None = None,
         casts: Casting | Casts = AS_IT_IS,
         seed: int | None = None,
+        rules: Rules = NO_RULES,
+        offload: Offload | None = None,
     ) -> None:
         self._target = target
         self._whole = only is None
         self._seed = seed
+        self._offload = offload
         scripts = list(modules_in(target))
         check_script_constants(scripts)
         # Held from before the walk: as long as they live, the walk finds these tensor objects.
@@ -74,6 +82,7 @@ class Filling:
         self._wanted = wanted_in(target, only, casts)
         for group in self._wanted:
             check_shards(group)
+            group.extend(rules, seed)
 
     def left(self) -> list[Deferred]:
         """The shards that are to be computed."""
@@ -96,13 +105,15 @@ class Filling:
             try:
                 with Progress("materialise", total, shown=progress) as bar:
                     for group, plan, session in planned:
-                        group.program.seed = self._seed
+                        group.recorded.seed = self._seed
                         log.debug("%r", plan)
-                        _run(group, plan, session, threads, bar)
+                        _run(group, plan, session, threads, bar, self._offload)
                 self._put_back()
             except BaseException:
                 self._put_back()
                 raise
+        if self._offload is not None:
+            self._offload.finish()
         if self._whole:
             unbind(self._target, programs)
         if planned:
@@ -111,15 +122,18 @@ class Filling:
             log.info("materialised %d storages, %d bytes, in %.2f s", count, total, seconds)
 
     def _programs(self) -> dict[Program, None]:
-        return bound_in(self._target) | dict.fromkeys(group.program for group in self._wanted)
+        return bound_in(self._target) | dict.fromkeys(group.recorded for group in self._wanted)
 
     def _planned(self) -> list[_Planned]:
         wanted = self._wanted
-        for program in self._programs():
+        extended = (group.program for group in wanted if group.program is not group.recorded)
+        for program in (*self._programs(), *extended):
             check_seed(program, self._seed)
         for group in wanted:
             _leave_real(group)
             check_shared(group)
+            if self._offload is not None:
+                self._offload.check(group.storages.values())
         planned = [
             _Planned(g, plan_of(g), execution_of(g.program, self._seed).session()) for g in wanted
         ]
@@ -160,6 +174,7 @@ def _run(
     session: Session,
     threads: int | None,
     bar: Progress,
+    offload: Offload | None = None,
 ) -> None:
     """Run the plan of one program, and realise each storage as soon as it has its values."""
     left = dict.fromkeys(number for step in plan_.steps for number in step.gives)
@@ -177,6 +192,8 @@ def _run(
                 for number in step.gives:
                     shared = group.storages[number]
                     shared.give(results.pop(number))
+                    if offload is not None:
+                        offload.take(deferred.tensor for deferred in shared.tensors)
                     bar.advance(shared.record.nbytes)
                     del left[number]
                 running = None

@@ -5,6 +5,8 @@ Arguments are checked here, and ranks asked. What is done is in ``filling.py``.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,9 +14,26 @@ from torch import Tensor, nn
 
 from lateinit._distributed import Agreement, ranks_of
 from lateinit._materialize.filling import Filling, plan_of
+from lateinit._materialize.offload import offload_of
 from lateinit._materialize.scheduler import computed_whole
 from lateinit._program import Plan, Program
-from lateinit._tensors import Devices, DTypes, Only, casting, find_tensors, wanted_in
+from lateinit._tensors import (
+    AS_IT_IS,
+    NO_RULES,
+    Casting,
+    Casts,
+    Devices,
+    DTypes,
+    Found,
+    Init,
+    Only,
+    Rules,
+    casting,
+    find_tensors,
+    select,
+    told,
+    wanted_in,
+)
 from lateinit._torch import restoring, unhurried
 
 T = TypeVar("T")
@@ -22,12 +41,14 @@ T = TypeVar("T")
 
 @restoring
 @unhurried
-def materialize(
+def materialize(  # noqa: PLR0913 - options, all of them by keyword
     target: T,
     *,
     only: Only | None = None,
     device: Devices | None = None,
     dtype: DTypes | None = None,
+    init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: bool = False,
@@ -54,9 +75,26 @@ def materialize(
             them matches. By default all deferred tensors.
         device: where the tensors will be. By default the device that each tensor was recorded for;
             for a shard, the device type of its mesh (pass ``device="cpu"`` for FSDP2's CPU
-            offloading). Values are computed on the recorded device and then copied.
-        dtype: cast floating-point tensors to this dtype. By default each tensor keeps the dtype it
-            has now.
+            offloading). Values are computed on the recorded device and then copied. Or a map of
+            names, as those of accelerate: ``{"encoder": "cuda:0", "*": "cpu"}``. A pattern is a
+            glob, or the name of a tensor, or of a module and all below it; the most specific one
+            wins. A map has to say something of every parameter and buffer. ``"auto"`` is the map
+            that accelerate makes. ``"disk"``, for everything or in a map, writes parameters to
+            ``offload_folder`` one at a time and leaves them on ``meta``, with accelerate's hooks,
+            which load them in each forward.
+        dtype: cast floating-point parameters and buffers of the state dict to this dtype. By
+            default each tensor keeps the dtype it has now, as do other buffers, plain attributes,
+            and what ``transformers`` or ``diffusers`` keep in float32. Or a map of names:
+            ``{"*norm*": torch.float32, "*": torch.bfloat16}``. A pattern that matches only what one
+            dtype would leave alone casts that.
+        init: initialisers that act on the finished values, by name, as ``nn.init.f_(p)`` after
+            construction would: ``{"*.o_proj.weight": lateinit.init.normal(std=0.01), "lm_head":
+            "zeros"}``. A value is one of ``lateinit.init``, its name, a function of ``nn.init``, or
+            any function that initialises a tensor in place. A pattern is for the parameters among
+            what it matches; if there are none, for all of it. Each draws from a generator of its
+            own, which starts from the recorded random state and the name. No other value changes,
+            and what was computed from the old value keeps it.
+        offload_folder: where ``device="disk"`` writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
         threads: how many threads fill large tensors, by default ``torch.get_num_threads()``. The
@@ -74,7 +112,10 @@ def materialize(
     Raises:
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
         UninitializedError: a selected tensor is lazy: its shape is not known yet.
-        PatternError: a pattern of ``only`` matches no tensor.
+        PatternError: a pattern matches no tensor, or two that are equally specific, or that match
+            two names of one tensor, say different things.
+        DeviceError: this machine does not have the device.
+        InitError: a value of ``init`` is no initialiser, or does not fit its tensor.
         RecordingError: a selected tensor is drawn after a lazy module whose shape is not known yet.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
@@ -98,7 +139,7 @@ def materialize(
         >>> lateinit.is_deferred(layer.bias)
         True
     """
-    casts = casting(device, dtype)
+    casts: Casting | Casts = casting(device, dtype)
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one thread has to fill tensors")
     if not isinstance(target, (nn.Module, Tensor, dict, list, tuple, set, frozenset)):
@@ -107,7 +148,12 @@ def materialize(
         )
     ranks = ranks_of(target, "materialize()", only=only, ask=check)
     with ranks.together("preparing") as phase:
-        filling = Filling(target, only, casts, seed)
+        rules, offload = _rules(target, init), None
+        if device is not None:
+            found = find_tensors(target)
+            casts = casts.over(target, found)
+            offload = offload_of(target, found, casts, offload_folder, only)
+        filling = Filling(target, only, casts, seed, rules, offload)
         if ranks:
             filling.check()
             phase.compared = Agreement(ranks.shards, filling.left(), seed)
@@ -116,27 +162,47 @@ def materialize(
     return target
 
 
+def _rules(target: Any, init: Init | None) -> Rules:
+    return NO_RULES if init is None else Rules(init, find_tensors(target))
+
+
 @restoring
 @unhurried
-def plan(target: Any, *, only: Only | None = None) -> Plan:
-    """The plan that ``materialize(target, only=only)`` makes and runs; this only makes it.
+def plan(
+    target: Any,
+    *,
+    only: Only | None = None,
+    device: Devices | None = None,
+    dtype: DTypes | None = None,
+    init: Init | None = None,
+    seed: int | None = None,
+) -> Plan:
+    """The plan that ``materialize`` with these arguments makes and runs; this only makes it.
 
     Nothing is allocated, drawn or changed.
 
     Args:
         target: a module, a tensor, or a container of them, as for ``materialize``.
         only: which tensors, as for ``materialize``.
+        device: as for ``materialize``.
+        dtype: as for ``materialize``.
+        init: as for ``materialize``.
+        seed: as for ``materialize``.
 
     Returns:
         A ``Plan``; ``print`` it to see every op, with its place in the random stream, and which
-        tensors a rank computes whole to keep a shard of them.
+        tensors a rank computes whole to keep a shard of them. If ``device``, ``dtype`` or ``init``
+        is given, it says of each tensor what it gets, and what is left alone, and why.
 
     Raises:
         ValueError: the tensors were recorded in several separate blocks, so that they have no
             common program.
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
         UninitializedError: a selected tensor is lazy.
-        PatternError: a pattern of ``only`` matches no tensor.
+        PatternError: as for ``materialize``.
+        DeviceError: as for ``materialize``.
+        InitError: as for ``materialize``.
+        DeferredTensorError: as for ``materialize``.
 
     Example:
         >>> with lateinit.deferred():
@@ -145,12 +211,35 @@ def plan(target: Any, *, only: Only | None = None) -> Plan:
         1 step, 1 of 1 recorded ops, 32 bytes
         ...
     """
-    groups = wanted_in(target, only)
+    casts, found = casting(device, dtype), find_tensors(target)
+    resolved, rules = casts.over(target, found), _rules(target, init)
+    groups = wanted_in(target, only, resolved)
     if len(groups) > 1:
         raise ValueError("the target was recorded in several blocks: plan one part at a time")
     if not groups:
         return Plan(Program(), ())
-    return replace(plan_of(groups[0]), whole=computed_whole)
+    groups[0].extend(rules, seed)
+    notes = _notes(select(found, only), resolved, rules) if casts != AS_IT_IS or rules else ()
+    return replace(plan_of(groups[0]), whole=computed_whole, notes=tuple(notes))
+
+
+def _notes(found: list[Found], casts: Casts, rules: Rules) -> Iterator[str]:
+    """What each deferred tensor gets, and what is left alone, and why."""
+    for each in found:
+        rule = rules.of(each.tensor)
+        if not each.deferred:
+            if rule is not None:
+                yield f"{each.name}: real already, left alone by {told(rule)}"
+            continue
+        cast, left = casts.of(each), casts.left_alone(each)
+        dtype = str(each.tensor.dtype).removeprefix("torch.")
+        if cast.dtype is not None and each.tensor.is_floating_point():
+            dtype = f"{dtype} -> {str(cast.dtype).removeprefix('torch.')}"
+        parts = [f"{', '.join(each.names)}: {dtype}"]
+        parts += [f"on {cast.device}"] if cast.device is not None else []
+        parts += [f"by {told(rule)}"] if rule is not None else []
+        parts += [f"left alone: {left}"] if left is not None else []
+        yield ", ".join(parts)
 
 
 @restoring

@@ -10,7 +10,7 @@ from lateinit._program.constants import RealData
 from lateinit._program.labels import called, describe_initialisation, initializer
 from lateinit._program.ops import NUMBERS, Const, Draw, Op, TensorRef, tensor_refs
 from lateinit._program.plan import Plan, Step, is_random, needed_ops, plan_storages
-from lateinit._program.program import NEVER, Ambient, Program, Read, Storage, Stream
+from lateinit._program.program import NEVER, Ambient, Program, Read, Ruled, Storage, Stream
 
 __all__ = [
     "NEVER",
@@ -23,6 +23,7 @@ __all__ = [
     "Program",
     "Read",
     "RealData",
+    "Ruled",
     "Step",
     "Storage",
     "Stream",

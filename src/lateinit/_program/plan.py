@@ -39,12 +39,14 @@ class Plan:
         names: the tensors, for printing.
         whole: for printing, finds the steps that compute full tensors of which only shards are
             kept, and the bytes of those.
+        notes: for printing, what each tensor gets that was asked for.
     """
 
     program: Program
     steps: tuple[Step, ...]
     names: tuple[tuple[str, TensorRef], ...] = ()
     whole: Callable[[Plan], dict[Step, int]] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +92,7 @@ class Plan:
             cost = f" (a shard of {whole[step]:,} bytes, computed whole)" if step in whole else ""
             lines += [f"  {number:>5}  {self.program.ops[number]}" for number in step.ops]
             lines += [f"         -> {', '.join(names.get(g, [f'%{g}']))}{cost}" for g in step.gives]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def _cost_of(self, whole: dict[Step, int]) -> str:
         """What the steps that compute full tensors compute, and what is kept of it."""

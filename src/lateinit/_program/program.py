@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +128,24 @@ NEVER = sys.maxsize  # as a number of storages
 _FEW, _MANY, _MUCH = 16, 100, 1 << 20  # tensors; ops a tensor; bytes
 
 
+class Ruled(NamedTuple):
+    """A tensor that a rule of ``init=`` acts on.
+
+    Attributes:
+        name: its name, for messages.
+        tensor: the tensor.
+        ref: its window.
+        rule: initialises a tensor in place.
+        key: what the generator of the rule starts from.
+    """
+
+    name: str
+    tensor: Tensor
+    ref: TensorRef
+    rule: Callable[[Tensor], Any]
+    key: bytes
+
+
 class Program:
     """A recorded construction. Anyone may read it; only recording extends it.
 
@@ -137,7 +155,8 @@ class Program:
     ``seed`` is the last one that tensors were materialised under, None for the recorded state: the
     tensors that realise themselves later are of the same construction. ``gone`` counts the storages
     that no tensor shows any more; when there are ``drop_at`` of them, what nobody needs is dropped,
-    unless something is ``recording``.
+    unless something is ``recording``. ``record_rules`` gives an extension of this program in which
+    rules act on finished values: materialising, which does not know recording, meets it here.
     """
 
     def __init__(self) -> None:
@@ -154,6 +173,8 @@ class Program:
         self.end: Draw | None = None
         self.merged_into: tuple[Program, Bases] | None = None
         self.recording = False
+        self.record_rules: Callable[[Program, list[Ruled]], Program] | None = None
+        self.rules_at: int | None = None  # in an extension: the first stream of its rules
         self.gone, self.drop_at = 0, NEVER
         self._reset()
 
@@ -173,6 +194,7 @@ class Program:
             "seed",
             "final",
             "end",
+            "record_rules",
         )
         return {name: getattr(self, name) for name in kept}
 
@@ -183,6 +205,21 @@ class Program:
         self.gone = sum(storage.gone for storage in self.storages)
         self.rest()
         self._reset()
+
+    def extension(self, changed: Iterable[int]) -> Program:
+        """A program that begins as this one, and may be recorded in; nothing of it is dropped.
+
+        Args:
+            changed: the storages that will be written.
+        """
+        program = Program()
+        shared = self.__getstate__()
+        copied = {k: list(v) if isinstance(v, list) else v for k, v in shared.items()}
+        program.__dict__.update(copied)
+        program.rules_at = len(self.streams)
+        for number in changed:  # a temporary tensor that dies marks its storage as gone
+            program.storages[number] = replace(self.storages[number])
+        return program
 
     def writers(self, storage: int) -> list[int]:
         """The numbers of the ops that write a storage, in ascending order."""

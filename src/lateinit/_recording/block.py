@@ -18,10 +18,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from lateinit._identity import IdentityMap
 from lateinit._integrations import is_pfn_layer
 from lateinit._log import log
-from lateinit._program import Program
+from lateinit._program import Program, Ruled
 from lateinit._recording.function_mode import Masquerade
 from lateinit._recording.guard import watch_sharding
 from lateinit._recording.holes import Hole, close, hole_of, reserve
+from lateinit._recording.init_rules import RuleRecorder
 from lateinit._recording.patches import Patches
 from lateinit._recording.postponed import (
     check_not_postponed,
@@ -219,6 +220,7 @@ class Recording:
     def begin(self) -> None:
         with one_thread:  # not while another thread drops ops
             self.writer.program.recording = True
+        self.writer.program.record_rules = record_rules
         let_full_collections_wait(self)
         watch(self.writer.program)
         watch_sharding(self.writer.program)
@@ -326,6 +328,22 @@ def fill(hole: Hole) -> Iterator[ProgramWriter]:
     # them: the first filling determines how far the hole moves the generator.
     if program.holes[number] is None:
         program.holes[number] = stream
+
+
+def record_rules(program: Program, ruled: list[Ruled]) -> Program:
+    """An extension of a program in which rules of ``init=`` act on finished values.
+
+    Afterwards the global generators are in the state that they had before.
+    """
+    rules = RuleRecorder(program, ruled)
+    with outside(), _one_thread:
+        try:
+            with recording_block(rules.writer):
+                rules.run()
+        except BaseException:
+            rules.writer.generators.restore()
+            raise
+        return rules.finish()
 
 
 _infer = LazyModuleMixin.__dict__["_infer_parameters"]

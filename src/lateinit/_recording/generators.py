@@ -120,6 +120,14 @@ class Generators:
         watch.leave_token(0)
         return watch.stream
 
+    def begin_at(self, generator: torch.Generator, start: bytes) -> int:
+        """Follow a default generator as if it were in a state; returns the stream that begins."""
+        watch = self._watched.get(generator_key(generator))
+        watch = watch or self._follow(generator, default=True)
+        self._begin(watch, start)
+        watch.leave_token(0)
+        return watch.stream
+
     def watch(self, generator: torch.Generator) -> None:
         """Follow the default generator from now on, even if nothing is drawn from it."""
         watch = self._follow(generator, default=True)

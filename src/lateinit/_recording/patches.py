@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lateinit._recording import composite_ops, fast_paths, postponed, trunc_normal
 from lateinit._recording.writer import ProgramWriter, current
-from lateinit._rng import state_of
+from lateinit._rng import STATE_BYTES
 from lateinit._tensors import is_deferred_tensor, is_placeholder, slot_of
 from lateinit._torch import (
     ASKING_FOR_REFERENCES,
@@ -64,7 +64,7 @@ from lateinit.errors import RecordingError
 _default = torch.default_generator
 _INHERITED = object()
 # Bytes of a state: of the CPU's generator, and of those that have a seed and an offset.
-_STATES = (len(state_of(_default)), 16)
+_STATES = (STATE_BYTES, 16)
 
 
 class _Heard:

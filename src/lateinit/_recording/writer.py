@@ -74,6 +74,7 @@ class ProgramWriter:
     Args:
         program: the program.
         drawing: False takes no op for one that draws.
+        alone: True refuses the deferred tensors of other programs.
 
     Attributes:
         program: the program.
@@ -90,8 +91,9 @@ class ProgramWriter:
         shared: memory that deferred and real tensors share.
     """
 
-    def __init__(self, program: Program, *, drawing: bool = True) -> None:
+    def __init__(self, program: Program, *, drawing: bool = True, alone: bool = False) -> None:
         self.program = program
+        self._alone = alone
         self._drawing = drawing
         self.generators = Generators(program)
         self.born: list[WeakTensor] = []
@@ -123,6 +125,11 @@ class ProgramWriter:
         program, number = slot.resolve()
         # The tensor comes from another block. Its program is appended to this one, and the slot
         # then resolves to a number in this one.
+        if program is not self.program and self._alone:
+            raise RecordingError(
+                f"{described(tensor)} is used, which is another deferred tensor and has no values "
+                "yet"
+            )
         if program is not self.program:
             self.program.absorb(program)
             _, number = slot.resolve()

@@ -20,8 +20,8 @@ from lateinit._materialize.materialize import materialize
 from lateinit._progress import Progress
 from lateinit._recording import deferred_init
 from lateinit._report.comparison import Comparison
-from lateinit._rng import RandomStates, seed_all
-from lateinit._tensors import Found, find_tensors, is_placeholder
+from lateinit._rng import RandomStates, seed_all, state_of
+from lateinit._tensors import Found, Init, call_rules, find_tensors, is_placeholder
 from lateinit._torch import as_bytes, in_a_row, sparse_parts, storage_key
 from lateinit._units import format_bytes
 from lateinit.errors import LateinitError
@@ -77,7 +77,7 @@ class Parity(Comparison):
         return "\n".join([*lines, *self.told(equal)])
 
 
-def check_parity(build: Build, *, seed: int = 0) -> Parity:
+def check_parity(build: Build, *, seed: int = 0, init: Init | None = None) -> Parity:
     """Build a model eagerly and deferred from one seed, materialise it, and compare every bit.
 
     One of the two models is in memory at a time; only if values differ, both are. Python's and
@@ -86,6 +86,7 @@ def check_parity(build: Build, *, seed: int = 0) -> Parity:
     Args:
         build: constructs the model; called twice, or three times if values differ.
         seed: the seed of all generators before each construction.
+        init: initialisers by name, as for ``materialize``. They are called on the eager model too.
 
     Example:
         >>> from lateinit._report import parity
@@ -94,15 +95,27 @@ def check_parity(build: Build, *, seed: int = 0) -> Parity:
     """
     states = RandomStates()
     try:
-        return _check(build, seed)
+        return _check(_ruled(build, init), build, seed, init)
     finally:
         states.restore()
 
 
-def _check(build: Build, seed: int) -> Parity:
+def _ruled(build: Build, init: Init | None) -> Build:
+    """The same construction, with rules called afterwards."""
+
+    def building() -> nn.Module:
+        state = state_of(torch.default_generator)
+        model = build()
+        call_rules(model, init, state)
+        return model
+
+    return build if init is None else building
+
+
+def _check(eagerly: Build, build: Build, seed: int, init: Init | None) -> Parity:
     seconds: dict[str, float] = {}
     seed_all(seed)
-    eager = _timed(seconds, "eager", build)
+    eager = _timed(seconds, "eager", eagerly)
     with Progress("digest", None):
         expected, state = facts(eager), torch.get_rng_state()
     del eager
@@ -117,12 +130,12 @@ def _check(build: Build, seed: int) -> Parity:
         what = f"eager succeeds, deferred raises {type(cause).__name__}: {cause}"
         return _parity([("(construction)", what)], [], seed, seconds)
     found_state = torch.get_rng_state()
-    _timed(seconds, "materialise", lambda: materialize(late, only=_has_shape))
+    _timed(seconds, "materialise", lambda: materialize(late, only=_has_shape, init=init))
     with Progress("digest", None):
         differences = compare(expected, facts(late))
     if any("values" in what for _, what in differences):
         seed_all(seed)
-        differences = _with_values(differences, build(), late)
+        differences = _with_values(differences, eagerly(), late)
     if not torch.equal(state, found_state):
         differences.append(("(random state)", "the generator stands elsewhere than after eager"))
     if not torch.equal(found_state, torch.get_rng_state()):

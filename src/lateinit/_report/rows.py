@@ -12,7 +12,18 @@ from torch import Tensor
 
 from lateinit._lazy import known_shape
 from lateinit._program import describe_initialisation
-from lateinit._tensors import Deferred, Found, Kind, Only, find_tensors, is_placeholder, select
+from lateinit._tensors import (
+    Deferred,
+    Found,
+    Init,
+    Kind,
+    Only,
+    Rules,
+    find_tensors,
+    is_placeholder,
+    select,
+    told,
+)
 from lateinit._torch import storage_key, without_subclass_functions
 from lateinit.errors import listing
 
@@ -87,11 +98,12 @@ class Totals:
 Entry = tuple[Row, int, Tensor]
 
 
-def entries(module: Any, only: Only | None) -> list[Entry]:
+def entries(module: Any, only: Only | None, init: Init | None = None) -> list[Entry]:
     """Each tensor's row, the key of its storage, and the tensor."""
     first: dict[int, str] = {}  # the first name on each storage, by its key
-    found = select(find_tensors(module), only)
-    return [(_row(each, first), _storage_key(each.tensor), each.tensor) for each in found]
+    every = find_tensors(module)
+    found, rules = select(every, only), Rules(init, every)
+    return [(_row(each, first, rules), _storage_key(each.tensor), each.tensor) for each in found]
 
 
 class _Memory:
@@ -107,10 +119,13 @@ class _Memory:
         self.nbytes = min(self.nbytes + nbytes, max(_storage_bytes(tensor), nbytes))
 
 
-def _row(found: Found, first: dict[int, str]) -> Row:
+def _row(found: Found, first: dict[int, str], rules: Rules) -> Row:
     tensor = found.tensor
     shape = known_shape(tensor)
     state, device, init = _state(found)
+    rule = rules.of(tensor)
+    if state == "deferred" and rule is not None:
+        init = told(rule)
     owner = first.setdefault(_storage_key(tensor), found.name)
     return Row(
         names=tuple(found.names),

@@ -20,7 +20,7 @@ from lateinit._report import by_module
 from lateinit._report.name_folding import fold
 from lateinit._report.rows import Entry, Row, Totals, entries, totals
 from lateinit._report.tables import in_columns
-from lateinit._tensors import Only
+from lateinit._tensors import Init, Only
 from lateinit._text import folded
 from lateinit._torch import name_of_class, restoring
 from lateinit._units import format_bytes
@@ -146,6 +146,7 @@ def summary(
     module: Any,
     *,
     only: Only | None = None,
+    init: Init | None = None,
     depth: int | None = None,
     example: Any = None,
     real: bool = False,
@@ -159,6 +160,7 @@ def summary(
         module: a module, a tensor, or a list, tuple or dict of them.
         only: which tensors: a glob on their fully qualified names, several globs, or a predicate
             ``(fqn, tensor) -> bool``.
+        init: initialisers by name, as for ``materialize``; they are shown.
         depth: show modules, with the totals of each, down to this many levels below the model.
         example: the input of ``forward``, on ``meta`` or real; several as a tuple or list, or by
             name in a dict. The modules are shown, with the shapes of their inputs and outputs and
@@ -171,7 +173,8 @@ def summary(
         A ``Summary``, in the order of the model. When printed, repeated layers share a line.
 
     Raises:
-        PatternError: a pattern of ``only`` matches no tensor.
+        PatternError: a pattern of ``only`` or ``init`` matches no tensor.
+        InitError: a value of ``init`` is no initialiser.
         NeedsValuesError: the pass depends on values; the message says where.
         ShapeError: the example does not fit a lazy module.
         TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given for what is no
@@ -199,7 +202,7 @@ def summary(
         )
     if (depth is not None or example is not None) and not isinstance(module, nn.Module):
         raise TypeError(f"depth= and example= are for a module, not {type(module)}")
-    found = entries(module, only)
+    found = entries(module, only, init)
     rows = tuple(row for row, _, _ in found)
     modules: tuple[by_module.Module, ...] = ()
     if depth is not None or example is not None:

@@ -16,7 +16,7 @@ from lateinit._checkpoint.save import Item, TensorComputer, batches, collect
 from lateinit._progress import Progress
 from lateinit._report.comparison import Comparison
 from lateinit._report.parity import values_differ
-from lateinit._tensors import DTypes, casting
+from lateinit._tensors import DTypes, Init, casting
 from lateinit._torch import as_bytes
 from lateinit._units import format_bytes
 
@@ -38,7 +38,12 @@ class Verification(Comparison):
 
 
 def verify(
-    module: nn.Module, path: Path, *, seed: int, dtype: DTypes | None = None
+    module: nn.Module,
+    path: Path,
+    *,
+    seed: int,
+    dtype: DTypes | None = None,
+    init: Init | None = None,
 ) -> Verification:
     """Compare a checkpoint with the values of a deferred module, which stays deferred.
 
@@ -48,7 +53,8 @@ def verify(
         module: a module that was recorded from ``seed``.
         path: any checkpoint that ``load_checkpoint`` reads.
         seed: the seed, for the report.
-        dtype: cast floating-point tensors to this first, as ``save_checkpoint(dtype=)`` does.
+        dtype: cast floating-point tensors first, as ``save_checkpoint(dtype=)`` does.
+        init: initialisers by name, as ``save_checkpoint(init=)`` takes them.
 
     Raises:
         CorruptCheckpointError: this is no checkpoint, or not a whole one.
@@ -61,11 +67,11 @@ def verify(
         >>> verify(layer, tmp_path / "verified.safetensors", seed=0).equal
         True
     """
-    items = collect(module, casting(None, dtype))
+    items = collect(module, casting(None, dtype), init=init)
     known = {name for item in items for name in (item.entry.name, *item.aliases)}
     reader = open_checkpoint(path)
     if reader.homes:
-        reader = selected(module, known, reader, AS_FOUND) or reader
+        reader = selected(type(module).__name__, known, reader, AS_FOUND) or reader
     reader = translated(module, reader)
     differences = [(name, "not in the model") for name in reader.entries if name not in known]
     values = TensorComputer(None)

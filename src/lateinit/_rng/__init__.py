@@ -9,13 +9,14 @@ about a kernel of torch is tried once per process, and not relied on if the tria
 
 from lateinit._rng.alignment import UNIT, cut
 from lateinit._rng.global_states import RandomStates, seed_all
-from lateinit._rng.mt19937 import seed_behind, set_state, state_of
+from lateinit._rng.mt19937 import STATE_BYTES, seed_behind, set_state, state_from, state_of
 from lateinit._rng.position import Cost, Run, Seeker
 from lateinit._rng.truncated_normal import BOUNDED_DTYPES, FARTHEST, Late
 
 __all__ = [
     "BOUNDED_DTYPES",
     "FARTHEST",
+    "STATE_BYTES",
     "UNIT",
     "Cost",
     "Late",
@@ -26,5 +27,6 @@ __all__ = [
     "seed_all",
     "seed_behind",
     "set_state",
+    "state_from",
     "state_of",
 ]

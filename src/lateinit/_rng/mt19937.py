@@ -11,6 +11,7 @@ Number Generators", INFORMS JoC 20(3), 2008, for jumping by a polynomial.
 """
 
 import ctypes
+import hashlib
 import struct
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -35,7 +36,7 @@ _TWIST = 0x9908B0DF  # the last row of the twist matrix
 # Byte offsets in a state (aten/src/ATen/CPUGeneratorImpl.cpp): left, seeded and next; the 624
 # words, 8 bytes each; the cached normals, of which y (double) and its flag are used.
 _POSITION = struct.Struct("=ii Q")
-_POSITION_AT, _WORDS_AT, _NORMALS_AT, _SIZE = 8, 24, 5016, 5056
+_POSITION_AT, _WORDS_AT, _NORMALS_AT, STATE_BYTES = 8, 24, 5016, 5056
 _NORMAL_Y_AT, _NORMAL_VALID_AT = 5024, 5040
 
 # Draws from which on leaping is faster than drawing. Measured: 1.5 ns for a draw, 0.55 ms for a
@@ -113,6 +114,21 @@ def state_of(generator: torch.Generator) -> bytes:
     return ctypes.string_at(state.data_ptr(), state.numel())
 
 
+def state_from(key: bytes, device: torch.device) -> bytes:
+    """A state of a generator that is a pure function of some bytes.
+
+    A seed has 32 bits only on the CPU, so that two of many generators would have equal ones. All
+    words of the state are filled here.
+    """
+    words = hashlib.shake_256(key).digest(4 * _WORDS)
+    if device.type != "cpu":
+        seed = int.from_bytes(words[:8], "little") >> 1
+        return state_of(torch.Generator(device).manual_seed(seed))
+    state = bytearray(state_of(torch.Generator().manual_seed(0)))
+    struct.pack_into(f"={_WORDS}Q", state, _WORDS_AT, *struct.unpack(f"={_WORDS}I", words))
+    return bytes(state)
+
+
 def seed_behind(state: bytes) -> int | None:
     """The seed that a CPU generator with this state was just given; None if it has drawn since."""
     # A state begins with its seed. It was *just* set if seeding again gives this state.
@@ -142,8 +158,8 @@ def _drawn(state: bytes) -> int:
     Raises:
         ValueError: this is no state of a CPU generator.
     """
-    if len(state) != _SIZE:
-        raise ValueError(f"a CPU generator's state has {_SIZE} bytes; this has {len(state)}")
+    if len(state) != STATE_BYTES:
+        raise ValueError(f"a CPU generator's state has {STATE_BYTES} bytes; this has {len(state)}")
     # Seeding sets left to 1 and next to 0: the first draw makes a new block.
     left, _, drawn = _POSITION.unpack_from(state, _POSITION_AT)
     if (left, drawn) == (1, 0):

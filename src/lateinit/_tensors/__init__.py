@@ -20,6 +20,8 @@ from lateinit._tensors.casts import (
 )
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
 from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.init_rules import NO_RULES, Rules, call_rules
+from lateinit._tensors.initialisers import Init, Initialiser, initialiser, told
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
     SharedStorage,
@@ -34,6 +36,7 @@ from lateinit._tensors.selection import (
     Wanted,
     bind,
     bound_in,
+    by_globs,
     ends_in,
     select,
     shards_in,
@@ -67,6 +70,7 @@ from lateinit._tensors.walk import (
     Kind,
     find_tensors,
     is_placeholder,
+    modules_by_name,
     modules_in,
     own_tensors,
     window_key,
@@ -75,6 +79,7 @@ from lateinit._tensors.walk import (
 __all__ = [
     "AS_IT_IS",
     "AS_RECORDED",
+    "NO_RULES",
     "ON_META",
     "PLAIN_CLASSES",
     "Cast",
@@ -88,10 +93,13 @@ __all__ = [
     "Found",
     "Guarded",
     "GuardedShard",
+    "Init",
+    "Initialiser",
     "Kind",
     "Only",
     "Reach",
     "Real",
+    "Rules",
     "SharedStorage",
     "Slot",
     "Wanted",
@@ -102,6 +110,8 @@ __all__ = [
     "attributes",
     "bind",
     "bound_in",
+    "by_globs",
+    "call_rules",
     "casting",
     "copied_by_deepcopy",
     "described",
@@ -112,11 +122,13 @@ __all__ = [
     "find_tensors",
     "held",
     "home",
+    "initialiser",
     "is_deferred_tensor",
     "is_of_waiting",
     "is_ordinary",
     "is_parameter",
     "is_placeholder",
+    "modules_by_name",
     "modules_in",
     "original_class",
     "own_copy",
@@ -128,6 +140,7 @@ __all__ = [
     "show",
     "slot_of",
     "take_place",
+    "told",
     "unbind",
     "unguard",
     "waits",

@@ -7,14 +7,14 @@ each of them gets, before anything changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lateinit._identity import IdentityMap
-from lateinit._integrations import in_float32
+from lateinit._integrations import has_accelerate, in_float32, inferred
 from lateinit._tensors.cast import AS_RECORDED, Cast
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.name_maps import NameMap
@@ -22,6 +22,7 @@ from lateinit._tensors.slots import Slot, is_parameter, slot_of
 from lateinit._tensors.walk import Found, modules_by_name
 from lateinit.errors import DeferredTensorError, DeviceError, PatternError, listing
 
+DISK, AUTO = "disk", "auto"
 Device = torch.device | str | int
 Devices = Device | Mapping[str, Device]
 DTypes = torch.dtype | Mapping[str, torch.dtype]
@@ -36,7 +37,7 @@ class Casting:
         dtype: likewise.
     """
 
-    device: torch.device | NameMap[torch.device] | None = None
+    device: torch.device | str | NameMap[torch.device | str] | None = None
     dtype: torch.dtype | NameMap[torch.dtype] | None = None
 
     def over(self, target: Any, found: Iterable[Found]) -> Casts:
@@ -49,7 +50,20 @@ class Casting:
         Raises:
             PatternError: a pattern matches nothing, or two say different things of one tensor.
         """
-        return Casts(self, target, list(found))
+        return Casts(self._on(target), target, list(found))
+
+    def _on(self, target: Any) -> Casting:
+        """The same with a map where ``device=`` is ``"auto"`` or ``"disk"``."""
+        if self.device == DISK:
+            return replace(self, device=NameMap("device", {"": DISK}))
+        if self.device != AUTO:
+            return self
+        if not isinstance(target, nn.Module) or not has_accelerate():
+            raise DeviceError(
+                "device='auto' is for a module, and uses accelerate, which has to be installed"
+            )
+        dtype = self.dtype if isinstance(self.dtype, torch.dtype) else None
+        return replace(self, device=casting(inferred(target, dtype), None).device)
 
 
 AS_IT_IS = Casting()
@@ -57,7 +71,8 @@ AS_IT_IS = Casting()
 
 def casting(device: Devices | None, dtype: DTypes | None) -> Casting:
     """The checked arguments ``device=`` and ``dtype=`` of a public function."""
-    return Casting(_checked("device", device, device_of), _checked("dtype", dtype, _floating_point))
+    where = device if device == AUTO else _checked("device", device, _place)
+    return Casting(where, _checked("dtype", dtype, _floating_point))
 
 
 def _checked(argument: str, given: Any, check: Callable[[Any, str], Any]) -> Any:
@@ -69,6 +84,10 @@ def _checked(argument: str, given: Any, check: Callable[[Any, str], Any]) -> Any
             argument, {p: check(v, f"{argument}={{{p!r}: {v!r}}}") for p, v in named.items()}
         )
     return check(given, f"{argument}={given!r}")
+
+
+def _place(given: Device, told: str) -> torch.device | str:
+    return DISK if given == DISK else device_of(given, told)
 
 
 def device_of(given: Device, told: str = "device") -> torch.device:
@@ -175,6 +194,25 @@ class Casts:
             return None
         return self._dtype(found)[1]
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether any tensor goes to disk."""
+        devices = self._casting.device
+        return isinstance(devices, NameMap) and DISK in devices.given.values()
+
+    def is_on_disk(self, found: Found) -> bool:
+        """Whether a parameter goes to disk."""
+        devices = self._casting.device
+        entry = devices.entry_of(found) if isinstance(devices, NameMap) else None
+        return isinstance(devices, NameMap) and entry is not None and devices.given[entry] == DISK
+
+    def main_device(self) -> torch.device:
+        """Where is computed with what is on disk: the first device of the map but the CPU."""
+        devices = self._casting.device
+        given = devices.given.values() if isinstance(devices, NameMap) else ()
+        real = [d for d in given if isinstance(d, torch.device)]
+        return next((d for d in real if d.type != "cpu"), torch.device("cpu"))
+
     def check_gaps(self, found: Iterable[Found]) -> None:
         """Raise if a map of devices says nothing of parameters or buffers among some tensors.
 
@@ -198,9 +236,12 @@ class Casts:
     def _device(self, found: Found) -> torch.device | None:
         asked = self._casting.device
         if not isinstance(asked, NameMap):
-            return asked
+            return asked if isinstance(asked, torch.device) else None
         entry = asked.entry_of(found)
-        return None if entry is None else asked.given[entry]
+        if entry is None:
+            return None
+        device = asked.given[entry]
+        return device if isinstance(device, torch.device) else self.main_device()
 
     def _dtype(self, found: Found) -> tuple[torch.dtype | None, str | None]:
         """The dtype that a tensor is cast to, and why it is not the one that ``dtype=`` says."""

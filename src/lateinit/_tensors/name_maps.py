@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from lateinit._tensors.walk import Found, modules_by_name
@@ -29,13 +29,16 @@ class NameMap(Generic[V]):
     Args:
         argument: the name of the argument, for messages.
         given: the mapping.
+        optional: patterns that may match nothing.
 
     Raises:
         TypeError: a pattern is no string.
         PatternError: there is no pattern.
     """
 
-    def __init__(self, argument: str, given: Mapping[str, V]) -> None:
+    def __init__(
+        self, argument: str, given: Mapping[str, V], optional: Collection[str] = ()
+    ) -> None:
         keys: list[Any] = list(given)
         wrong = [key for key in keys if not isinstance(key, str)]
         if wrong:
@@ -47,6 +50,7 @@ class NameMap(Generic[V]):
             raise PatternError(f"{argument}={{}}: a map without a pattern says nothing; leave it")
         self.argument = argument
         self.given = dict(given)
+        self._optional = optional
         globs = [pattern for pattern in self.given if has_wildcard(pattern)]
         self._globs = {p: re.compile(fnmatch.translate(p)).match for p in globs}
         self._names = self.given.keys() - self._globs.keys()
@@ -116,6 +120,8 @@ class NameMap(Generic[V]):
         names = [name for each in found for name in each.names]
         below = {prefix for name in names for prefix in _prefixes(name)}
         lost = [p for p in self.given if p not in below and not self._matches_any(p, names)]
+        if len(lost) < len(self.given):
+            lost = [p for p in lost if p not in self._optional]
         if lost and target is not None:
             modules = modules_by_name(target)
             lost = [p for p in lost if p not in modules]

@@ -7,7 +7,7 @@ import fnmatch
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from lateinit._replay import execution_of
 from lateinit._tensors.cast import Cast
 from lateinit._tensors.casts import AS_IT_IS, Casting, Casts, agreed
 from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.init_rules import Rules
 from lateinit._tensors.realize import SharedStorage
 from lateinit._tensors.slots import ON_META, Slot, slot_of
 from lateinit._tensors.walk import Found, find_with_kept, modules_in
@@ -34,15 +35,25 @@ _bound: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionar
 # The random states at the ends of blocks, of modules that have their values.
 _ends: weakref.WeakKeyDictionary[nn.Module, bytes] = weakref.WeakKeyDictionary()
 
+T = TypeVar("T")
 Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
 @dataclass(slots=True)
 class Wanted:
-    """The deferred tensors of one program to materialise, by number of their storage."""
+    """The deferred tensors of one program to materialise, by number of their storage.
+
+    ``program`` is an extension of what was ``recorded`` if ``init=`` has rules for some of them.
+    """
 
     program: Program
+    recorded: Program
     storages: dict[int, SharedStorage] = field(default_factory=dict)
+
+    def extend(self, rules: Rules, seed: int | None) -> None:
+        """Have rules act on the finished values."""
+        rules.extend(self.tensors(), seed)
+        self.program = next(self.tensors()).program
 
     def to_compute(self) -> list[int]:
         """The storages that are not real yet; what is real is shared, and not computed again."""
@@ -148,7 +159,7 @@ def wanted_in(target: Any, only: Only | None, casts: Casting | Casts = AS_IT_IS)
             program, number = deferred.program, deferred.ref.storage
             group = groups.get(program)
             if group is None:
-                group = groups[program] = Wanted(program)
+                group = groups[program] = Wanted(program, program)
             shared = group.storages.get(number)
             kept, cast = item.kind == "kept", resolved.of(item)
             if shared is None:
@@ -219,10 +230,25 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
     patterns: list[str] = list(given)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"only={only!r}: a glob, several globs, or a function of (fqn, tensor)")
-    every = [name for f in found for name in f.names]
+    return by_globs(found, patterns, lambda f: f.names)
+
+
+def by_globs(
+    rows: Iterable[T], patterns: Iterable[str], names: Callable[[T], Iterable[str]]
+) -> list[T]:
+    """The rows of which a name matches a glob.
+
+    Raises:
+        PatternError: a glob matches no name.
+    """
+    named = [(row, list(names(row))) for row in rows]
+    every = [name for _, own in named for name in own]
+    patterns = list(patterns)
     for pattern in patterns:
         if not fnmatch.filter(every, pattern):
             raise PatternError(
                 f"only={pattern!r} matches no tensor; there are: {candidates(pattern, every)}"
             )
-    return [f for f in found if any(fnmatch.fnmatchcase(n, p) for n in f.names for p in patterns)]
+    return [
+        row for row, own in named if any(fnmatch.fnmatchcase(n, p) for n in own for p in patterns)
+    ]

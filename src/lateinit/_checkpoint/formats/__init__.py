@@ -5,17 +5,20 @@ structure of its files when it is opened, and knows no module. It imports ``_tor
 only. Start with ``base.py``.
 """
 
-from lateinit._checkpoint.formats.base import Objects, Reader, StoredTensor, block_of
+from lateinit._checkpoint.formats.base import Objects, Reader, StoredFile, StoredTensor, block_of
 from lateinit._checkpoint.formats.foreign_classes import foreign_in
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.formats.renamed import Renamed
-from lateinit._checkpoint.formats.safetensors import DTYPES
+from lateinit._checkpoint.formats.safetensors import DTYPES, OWN_KEYS, RESERVED
 
 __all__ = [
     "DTYPES",
+    "OWN_KEYS",
+    "RESERVED",
     "Objects",
     "Reader",
     "Renamed",
+    "StoredFile",
     "StoredTensor",
     "block_of",
     "foreign_in",

@@ -34,6 +34,14 @@ class StoredTensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a checkpoint: its size, and what it says of itself."""
+
+    nbytes: int
+    metadata: Mapping[str, Any]
+
+
 class Objects(Mapping[str, Any]):
     """Values by name, each read when it is first asked for."""
 
@@ -57,6 +65,7 @@ class Reader(abc.ABC):
     """An open checkpoint whose structure has been checked. It knows no module.
 
     Attributes:
+        format: what the format is called.
         path: the file or folder, for messages.
         entries: the dtype and shape of every tensor, by name.
         objects: values that are no plain tensors, such as the extra state of a module, by name.
@@ -64,12 +73,16 @@ class Reader(abc.ABC):
             to that dict, joined by dots. Its name begins with them.
         aliases: names of tied tensors that were not written, each with the name that was.
         shared: for a tensor that shares its memory with others, the names of all of them.
+        memory: the bytes of the storage of such a tensor.
         versions: the ``_metadata`` of a state dict, if the format keeps it.
         origins: for a tensor that is called otherwise in the files, its names there.
         hint: a sentence to add to a message about names that do not fit.
         under: what all names begin with in the files and not here.
         headers: the size of each file, with a digest of what it says of its data.
+        files: every file.
     """
+
+    format: str = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,18 +91,28 @@ class Reader(abc.ABC):
         self.homes: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.shared: dict[str, list[str]] = {}
+        self.memory: dict[str, int] = {}
         self.versions: Mapping[str, Any] | None = None
         self.origins: dict[str, list[str]] = {}
         self.hint = ""
         self.under = ""
         self.headers: list[tuple[int, str]] = []
+        self.files: dict[Path, StoredFile] = {}
 
     def __str__(self) -> str:
         return f"{self.path} (under {self.under!r})" if self.under else str(self.path)
 
-    def note_header(self, path: Path, header: bytes) -> None:
-        """Add a file to ``headers``."""
-        self.headers.append((size_of(path), hashlib.sha256(header).hexdigest()))
+    def note_file(
+        self, path: Path, header: bytes, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add a file to ``files``, and its header to ``headers``."""
+        self.files[path] = StoredFile(size_of(path), metadata or {})
+        self.headers.append((self.files[path].nbytes, hashlib.sha256(header).hexdigest()))
+
+    def files_of(self, name: str) -> list[Path]:
+        """The files that hold a tensor."""
+        del name
+        return list(self.files)
 
     def described(self) -> str:
         """In words that tell it from other checkpoints by its headers, and not from a copy."""

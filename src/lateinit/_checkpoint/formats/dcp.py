@@ -111,12 +111,14 @@ class _Block:
 class DcpReader(Reader):
     """A folder that the ``FileSystemWriter`` of DCP wrote."""
 
+    format = "torch.distributed.checkpoint"
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._files: dict[Path, DataFile] = {}
         self._blocks: dict[str, list[_Block]] = {}
         metadata = _metadata(path / METADATA)
-        self.note_header(path / METADATA, (path / METADATA).read_bytes())
+        self.note_file(path / METADATA, (path / METADATA).read_bytes())
         try:
             self._describe(metadata)
         except CorruptCheckpointError:
@@ -162,7 +164,7 @@ class DcpReader(Reader):
             )
         if file not in self._files:
             self._files[file] = DataFile(file)
-            self.note_header(file, b"")
+            self.note_file(file, b"")
         return _Bytes(file, start, length)
 
     def _block(self, name: str, place: Any, chunk: Any) -> _Block:
@@ -234,6 +236,9 @@ class DcpReader(Reader):
 
     def _copied(self, name: str, entry: StoredTensor) -> Tensor:
         return self._read(name, (0,) * len(entry.shape), entry.shape, alone=True)
+
+    def files_of(self, name: str) -> list[Path]:
+        return list(dict.fromkeys(block.at.file for block in self._blocks[name]))
 
     def _read(
         self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class _Sharded(Reader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        places = _weight_map(path)
+        places, metadata = _index(path)
         names = sorted(set(places.values()))
         files = {name: inside(path.parent, name, str(path)) for name in names}
         gone = [name for name, file in files.items() if not file.is_file()]
@@ -101,23 +102,30 @@ class _Sharded(Reader):
                 f"{path} names {listing(gone)}: missing; fetch what is missing"
             )
         shards = {name: _open_file(file) for name, file in files.items()}
+        self.format = "shards of " + listing(sorted({s.format for s in shards.values()}))
         lacking = [name for name, file in places.items() if name not in shards[file].entries]
         if lacking:
             wrong = listing(sorted({places[name] for name in lacking}))
             raise CorruptCheckpointError(
                 f"{path} says that {listing(lacking)} would be in {wrong}, which it is not"
             )
-        self._shards = {name: shards[file] for name, file in places.items()}
-        self.note_header(path, path.read_bytes())
+        self.note_file(path, path.read_bytes(), metadata)
         for shard in shards.values():
             self.headers += shard.headers
-            # Tensors that the index leaves out count too, since they are in the files.
-            self._shards = dict.fromkeys(shard.entries, shard) | self._shards
+            self.files |= shard.files
             self.aliases |= shard.aliases
             self.objects = {**self.objects, **shard.objects}
+        # In the order of the files. Tensors that the index leaves out count too, since they are
+        # there.
+        found = {name: shard for shard in shards.values() for name in shard.entries}
+        self._shards = found | {name: shards[file] for name, file in places.items()}
         self.shared = {n: s.shared[n] for n, s in self._shards.items() if n in s.shared}
+        self.memory = {n: self._shards[n].memory[n] for n in self.shared}
         self.entries = {name: shard.entries[name] for name, shard in self._shards.items()}
         self.aliases = {k: v for k, v in self.aliases.items() if k not in self.entries}
+
+    def files_of(self, name: str) -> list[Path]:
+        return self._shards[name].files_of(name)
 
     def _read(
         self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
@@ -125,7 +133,8 @@ class _Sharded(Reader):
         return self._shards[name].read(name, offsets, sizes, alone=alone)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The file of each tensor, and what the index says of itself."""
     size_of(path)
     try:
         index = json.loads(path.read_bytes())
@@ -136,8 +145,8 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CorruptCheckpointError(
             f"{path} is no index of shards: {type(error).__name__}: {error}"
         ) from error
-    found: dict[str, str] = places
-    return found
+    metadata = index.get("metadata")
+    return places, metadata if isinstance(metadata, dict) else {}
 
 
 _KINDS: tuple[tuple[str, Callable[[Path], Reader]], ...] = (

@@ -37,6 +37,10 @@ DTYPES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+OWN_KEYS = ("format", "lateinit", "seed", "torch")
+"""Keys of the metadata that name no tied tensor; ``format`` is what ``transformers`` looks for."""
+RESERVED = "__metadata__"
+"""The name in a header under which the metadata are."""
 # The limit of the safetensors library (MAX_HEADER_SIZE in its tensor.rs). Bounds what is read on
 # the word of a file's first 8 bytes.
 _LONGEST_HEADER = 100_000_000
@@ -46,6 +50,8 @@ _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 class SafetensorsReader(Reader):
     """One safetensors file, mapped into memory."""
 
+    format = "safetensors"
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         size = size_of(path)
@@ -53,18 +59,19 @@ class SafetensorsReader(Reader):
         try:
             base, text = _header(path, size)
             described = _parsed(text)
-            self.metadata = _metadata(described)
+            metadata = _metadata(described)
             self._place(base, size, described)
         except ValueError as error:
             raise CorruptCheckpointError(
                 f"{path} is no whole safetensors file: {error}; fetch or write it again"
             ) from error
-        self.note_header(path, text)
         self.aliases = {
             name: kept
-            for name, kept in self.metadata.items()
-            if kept in self.entries and name not in self.entries
+            for name, kept in metadata.items()
+            if kept in self.entries and name not in (*self.entries, *OWN_KEYS)
         }
+        own = {key: value for key, value in metadata.items() if key not in self.aliases}
+        self.note_file(path, text, own)
         self._file = DataFile(path)
 
     def _place(self, base: int, size: int, described: dict[str, Any]) -> None:
@@ -121,7 +128,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(described: dict[str, Any]) -> dict[str, str]:
-    found = described.pop("__metadata__", {})
+    found = described.pop(RESERVED, {})
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("its __metadata__ holds something else than strings")
     return found

@@ -21,13 +21,15 @@ from lateinit.errors import CorruptCheckpointError, MismatchError
 class TorchReader(Reader):
     """A file of ``torch.save`` that holds a state dict, or several among other things."""
 
+    format = "torch.save"
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         size_of(path)
         self._file = DataFile(path)
         self._mapped: int | None = None  # where the file is in memory
         state, header, self._starts = _load(path)
-        self.note_header(path, header)
+        self.note_file(path, header)
         named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
         if not named and not _holds_dict(state):
             raise CorruptCheckpointError(
@@ -51,6 +53,7 @@ class TorchReader(Reader):
         for name, value in self._tensors.items():
             places.setdefault(storage_key(value.untyped_storage()), []).append(name)
         self.shared = {name: names for names in places.values() for name in names if names[1:]}
+        self.memory = {name: self._tensors[name].untyped_storage().nbytes() for name in self.shared}
 
     def _flatten(self, state: Any, home: str, versions: dict[str, Any]) -> None:
         """Collect the tensors of a dict or list, and of those in it that hold any."""

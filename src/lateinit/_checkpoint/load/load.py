@@ -6,6 +6,7 @@ Until the plan is made nothing changes, so that every error before that leaves t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,14 @@ from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of, refuse_sums
 from lateinit._lazy import NOT_ADOPTED, known_shape, named_tensors, sizes_in
 from lateinit._log import log
-from lateinit._materialize import Filling, check_constants, check_holes, check_shared, plan_of
+from lateinit._materialize import (
+    Filling,
+    check_constants,
+    check_holes,
+    check_shared,
+    offload_of,
+    plan_of,
+)
 from lateinit._program import Draw, Plan, Program
 from lateinit._progress import Progress
 from lateinit._recording import hole_of
@@ -45,6 +53,8 @@ from lateinit._tensors import (
     Casts,
     Deferred,
     Found,
+    Init,
+    Rules,
     Wanted,
     held,
     is_deferred_tensor,
@@ -113,6 +123,7 @@ class LoadPlan:
         reader: the checkpoint, with the names of the module.
         casts: the device and dtype that each deferred tensor gets.
         strict: whether both sides must have the same names.
+        rules: the initialisers of what the checkpoint lacks.
         names: the tensors of the module.
         groups: its deferred tensors, by program.
         rehearsal: every copy. If it is ``plain``, nothing but these copies is done; otherwise
@@ -126,6 +137,7 @@ class LoadPlan:
     reader: Reader
     casts: Casts
     strict: bool
+    rules: Rules
     names: TensorNames
     groups: list[Wanted]
     rehearsal: Rehearsal
@@ -152,7 +164,13 @@ class LoadPlan:
 
 
 def plan_load(
-    module: nn.Module, reader: Reader, casting: Casting, *, strict: bool, choice: Choice = AS_FOUND
+    module: nn.Module,
+    reader: Reader,
+    casting: Casting,
+    *,
+    strict: bool,
+    choice: Choice = AS_FOUND,
+    init: Init | None = None,
 ) -> LoadPlan:
     """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
 
@@ -160,21 +178,24 @@ def plan_load(
     """
     ours = TensorNames(module).saved()
     if choice or reader.homes:
-        return _planned(module, selected(module, ours, reader, choice) or reader, casting, strict)
+        part = selected(type(module).__name__, ours, reader, choice)
+        return _planned(module, part or reader, casting, init, strict)
     try:
-        return _planned(module, reader, casting, strict)
+        return _planned(module, reader, casting, init, strict)
     except MismatchError:
         # After all the ways in which a module can load it as it is: hooks, translated names.
-        part = selected(module, ours, reader, choice)
+        part = selected(type(module).__name__, ours, reader, choice)
         if part is None:
             raise
-    return _planned(module, part, casting, strict)
+    return _planned(module, part, casting, init, strict)
 
 
-def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) -> LoadPlan:
+def _planned(
+    module: nn.Module, reader: Reader, casting: Casting, init: Init | None, strict: bool
+) -> LoadPlan:
     files = reader.described()
     names, state = TensorNames(module), plain_state(module)
-    casts = casting.over(module, names.distinct)
+    casts, rules = casting.over(module, names.distinct), Rules(init, names.distinct)
     shaped = {f.name: f.tensor for f in names.distinct if not is_lazy(f.tensor)}
     groups = wanted_in(shaped, None, casts)
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
@@ -192,16 +213,20 @@ def _planned(module: nn.Module, reader: Reader, casting: Casting, strict: bool) 
         rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
     fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, casts), strict=strict)
     loaded = set(fitting.loaded)
+    rules.leave(names.found[name].tensor for name in loaded)
+    for group in groups:
+        group.extend(rules, None)
     rest = tuple(plan_of(group, _left(group, loaded)) for group in groups)
     filled = {hole.resolve() for part in sized.values() if (hole := hole_of(part)) is not None}
     for group, plan in zip(groups, rest, strict=True):
         session = execution_of(group.program).session()
         check_constants(group, plan, session)
         check_holes(
-            group, plan, session, {n for program, n, _ in filled if program is plan.program}
+            group, plan, session, {n for program, n, _ in filled if program is group.recorded}
         )
     _check_drawn(sized, filled, loaded)
-    return LoadPlan(module, reader, casts, strict, names, groups, rehearsal, fitting, rest, files)
+    told = names, groups, rehearsal, fitting, rest, files
+    return LoadPlan(module, reader, casts, strict, rules, *told)
 
 
 def _check_drawn(
@@ -227,7 +252,7 @@ def _check_drawn(
             raise RecordingError(f"{listing(drawn)!r}: {error}") from None
 
 
-def load_into(
+def load_into(  # noqa: PLR0913 - options, all of them by keyword
     module: nn.Module,
     path: Path,
     casting: Casting,
@@ -236,6 +261,8 @@ def load_into(
     progress: bool,
     check: bool,
     choice: Choice = AS_FOUND,
+    init: Init | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     source_rank: int | None = None,
 ) -> Loaded:
     """Load a checkpoint into a module; see ``load_checkpoint``."""
@@ -244,11 +271,18 @@ def load_into(
     serving = contextlib.nullcontext if link is None else link.serving
     opened = open_checkpoint if link is None else link.open
     with ranks.together("planning") as phase, serving("planning"):
-        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice)
+        plan = plan_load(module, opened(path), casting, strict=strict, choice=choice, init=init)
+        offload = offload_of(module, plan.names.distinct, plan.casts, offload_folder, None)
+        if offload is not None:
+            for group in plan.groups:
+                offload.check(group.storages.values())
         if ranks:
             phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
     with ranks.together("loading"), serving("loading"):
-        return _load(plan, path, progress=progress)
+        loaded = _load(plan, path, progress=progress)
+        if offload is not None:
+            offload.finish()
+    return loaded
 
 
 def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
@@ -271,7 +305,7 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
     else:
         names = TensorNames(module)
-    Filling(left, _is_known, plan.casts).run(progress=progress)
+    Filling(left, _is_known, plan.casts, rules=plan.rules).run(progress=progress)
     found = _report(names, path, plan.reader, plan.fitting, computed)
     counts = len(found.loaded), len(found.initialised), len(found.computed)
     log.info("%s: %d tensors loaded, %d initialised, %d computed", path, *counts)

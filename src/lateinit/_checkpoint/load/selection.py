@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
 from lateinit._checkpoint.formats import Reader, Renamed
 from lateinit._torch import without_wrappers
 from lateinit.errors import MismatchError, candidates, listing
@@ -66,13 +64,11 @@ class Choice:
 AS_FOUND = Choice()
 
 
-def selected(
-    module: nn.Module, ours: Collection[str], reader: Reader, choice: Choice
-) -> Reader | None:
+def selected(kind: str, ours: Collection[str], reader: Reader, choice: Choice) -> Reader | None:
     """The part of a checkpoint that is a module's, under the module's names.
 
     Args:
-        module: the module, for messages.
+        kind: what to call the module in messages: its class.
         ours: the names of its state dict.
         reader: the checkpoint.
         choice: what the caller says of the names.
@@ -93,7 +89,7 @@ def selected(
             if own is not None:
                 fitting.setdefault(begin, {})[name] = own
                 break
-    stem = _stem(module, reader, choice, fitting)
+    stem = _stem(kind, reader, choice, fitting)
     if stem is None:
         return None
     names, rests = _named(reader, choice, stem, fitting.get(stem, {}))
@@ -167,7 +163,7 @@ def _parts(stem: str, home: str) -> tuple[str, str]:
 
 
 def _stem(
-    module: nn.Module, reader: Reader, choice: Choice, fitting: dict[str, dict[str, str]]
+    kind: str, reader: Reader, choice: Choice, fitting: dict[str, dict[str, str]]
 ) -> str | None:
     """The stem that fits the module; None if none does, in a checkpoint of one dict."""
     if "" in fitting:
@@ -177,7 +173,6 @@ def _stem(
     best = [stem for stem, found in fitting.items() if len(set(found.values())) == most]
     if len(best) == 1 and most == len(every):
         return best[0]
-    kind = type(module).__name__
     if best:
         told = [f"{_said(stem, reader, fitting[stem])}: {most} names" for stem in best]
         raise MismatchError(

@@ -9,11 +9,13 @@ computes and writes, ``atomic_output.py`` publishes. Start with ``pipeline.py``.
 from lateinit._checkpoint.save.atomic_output import (
     Stage,
     check_room,
+    check_suffix,
     check_target,
     returned,
     staged,
     was_interrupted,
 )
+from lateinit._checkpoint.save.companions import companions, metadata_of
 from lateinit._checkpoint.save.manifest import Item, ShardFile, collect, divide
 from lateinit._checkpoint.save.pipeline import TensorComputer, batches, write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
@@ -27,10 +29,13 @@ __all__ = [
     "WholeFiles",
     "batches",
     "check_room",
+    "check_suffix",
     "check_target",
     "collect",
+    "companions",
     "divide",
     "fingerprint",
+    "metadata_of",
     "returned",
     "staged",
     "was_interrupted",

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -224,6 +225,24 @@ def _explained(target: Path) -> Iterator[None]:
         raise OutputError(
             error.errno, f"cannot write {target}: {error.strerror}: {step}"
         ) from error
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Raise unless a path names a safetensors file or a folder.
+
+    A suffix begins with a letter (``llama-3.1`` has none), and folders have one only if they exist
+    or are written with a slash at the end.
+    """
+    target = Path(os.path.realpath(path))
+    suffix = re.fullmatch(r"\.[A-Za-z]\w*", target.suffix)
+    is_folder = target.is_dir() or str(path).endswith(os.sep)
+    if suffix is None or is_folder or suffix[0] == ".safetensors":
+        return
+    raise CheckpointError(
+        f"{target} would be no {suffix[0]} file, since checkpoints are written as safetensors: "
+        f"name {target.stem}.safetensors, or a folder (ending in a slash if that is what "
+        f"{target.name} is to be)"
+    )
 
 
 def check_target(target: Path, *, force: bool) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lateinit._checkpoint.formats import DTYPES, StoredTensor
+from lateinit._checkpoint.formats import DTYPES, OWN_KEYS, RESERVED, StoredTensor
 from lateinit._integrations import preferred_name, tied_targets
 from lateinit._tensors import (
     AS_IT_IS,
     Casting,
     Casts,
     Deferred,
+    Init,
+    Rules,
     find_tensors,
     held,
     is_deferred_tensor,
@@ -57,32 +59,48 @@ class ShardFile:
 
 
 def collect(
-    module: nn.Module, casting: Casting | None = None, *, sharded: bool = False
+    module: nn.Module | Mapping[str, Tensor],
+    casting: Casting | None = None,
+    *,
+    sharded: bool = False,
+    init: Init | None = None,
+    seed: int | None = None,
 ) -> list[Item]:
     """The tensors of a module's state dict, tied ones once.
 
     Args:
-        module: the module.
+        module: the module, or a dict in place of its state dict.
         casting: the dtypes to cast to; by default each tensor keeps its own.
         sharded: whether tensors may be shards.
+        init: the initialisers that act on finished values.
+        seed: replaces the recorded random state for them.
 
     Raises:
         CheckpointError: the module holds something that safetensors cannot.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
     """
-    # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others may
-    # fail over them.
-    lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
-    casts = (casting or AS_IT_IS).over(module, find_tensors(module))
-    _check(lazy, casts, sharded=sharded)
-    state = module.state_dict(keep_vars=True)
+    state: Mapping[str, Any]
+    found = find_tensors(module)
+    casts, rules = (casting or AS_IT_IS).over(module, found), Rules(init, found)
+    if isinstance(module, nn.Module):
+        # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others
+        # may fail over them.
+        lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
+        _check(lazy, casts, sharded=sharded)
+        state = module.state_dict(keep_vars=True)
+    else:
+        state = module
     _check(state, casts, sharded=sharded)
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
         key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
-        tied.setdefault(key, []).append(name)
+        # The metadata have no room for such a name as an alias: it is written for itself.
+        tied.setdefault(name if name in OWN_KEYS else key, []).append(name)
     targets = tied_targets(module)
-    return [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
+    items = [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
+    written = [item.deferred for item in items if item.deferred is not None]
+    rules.extend([*written, *map(Deferred.of, rules.tensors())], seed)
+    return items
 
 
 def _item(name: str, names: list[str], state: Mapping[str, Tensor], casts: Casts) -> Item:
@@ -102,26 +120,15 @@ def _saved_dtype(name: str, tensor: Tensor, casts: Casts) -> torch.dtype:
 
 def _check(state: Mapping[str, Any], casts: Casts, *, sharded: bool) -> None:
     """Collect everything that cannot be written, and raise once."""
-    wrong: list[str] = []
-    unknown: list[str] = []
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            wrong.append(f"{name} is a {type(value).__name__}, no tensor")
-        elif is_placeholder(value):
-            wrong.append(f"{name} is lazy: lateinit.infer_shapes() first")
-        elif is_wrapper(value) and not (sharded and is_dtensor(value)):
-            wrong.append(f"{name} is a {type(value).__name__}")
-        elif value.layout is not torch.strided or value.is_quantized:
-            wrong.append(f"{name} has the layout {value.layout}")
-        elif _saved_dtype(name, value, casts) not in DTYPES:
-            wrong.append(f"{name} is {value.dtype}")
-        elif is_deferred_tensor(value):
-            if _is_cast(value):
-                wrong.append(f"{name} shares its memory with a tensor that was materialised cast")
-        elif held(value).is_meta:
-            unknown.append(name)
+    problems = (_problem(name, value, casts, sharded) for name, value in state.items())
+    wrong = [problem for problem in problems if problem is not None]
     if wrong:
         raise CheckpointError(f"a checkpoint cannot hold this: {listing(wrong)}")
+    unknown = [
+        name
+        for name, value in state.items()
+        if not is_deferred_tensor(value) and held(value).is_meta
+    ]
     if unknown:
         raise NotRecordedError(
             f"on meta, and without a recorded construction: {listing(unknown)}. Build the model "
@@ -129,12 +136,33 @@ def _check(state: Mapping[str, Any], casts: Casts, *, sharded: bool) -> None:
         )
 
 
+def _problem(name: Any, value: Any, casts: Casts, sharded: bool) -> str | None:
+    """What keeps a value out of a checkpoint, in words."""
+    if not isinstance(name, str) or name == RESERVED:
+        return f"{name!r} is no name of a tensor"
+    if not isinstance(value, Tensor):
+        return f"{name} is a {type(value).__name__}, no tensor"
+    if is_placeholder(value):
+        return f"{name} is lazy: lateinit.infer_shapes() first"
+    if is_wrapper(value) and not (sharded and is_dtensor(value)):
+        return f"{name} is a {type(value).__name__}"
+    if value.layout is not torch.strided or value.is_quantized:
+        return f"{name} has the layout {value.layout}"
+    if _saved_dtype(name, value, casts) not in DTYPES:
+        return f"{name} is {value.dtype}"
+    if is_deferred_tensor(value) and _is_cast(value):
+        return f"{name} shares its memory with a tensor that was materialised cast"
+    return None
+
+
 def _is_cast(tensor: Tensor) -> bool:
     real = Deferred.of(tensor).slot.real
     return real is not None and real.recorded is not None
 
 
-def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[ShardFile]:
+def divide(
+    items: Iterable[Item], limit: int | None, file: str | None, stem: str = "model"
+) -> list[ShardFile]:
     """Divide tensors among files of at most ``limit`` bytes; a larger tensor has its own file.
 
     Args:
@@ -142,6 +170,7 @@ def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[S
         limit: the most bytes for a file; None for one file.
         file: the name of a single file. By default the names are those of the Hugging Face hub:
             ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on.
+        stem: what they begin with.
     """
     groups: list[list[Item]] = [[]]
     room = limit
@@ -152,13 +181,14 @@ def divide(items: Iterable[Item], limit: int | None, file: str | None) -> list[S
         groups[-1].append(item)
         room = None if room is None else room - item.entry.nbytes
     return [
-        ShardFile(file or _file_name(number, len(groups)), tuple(_aligned(group)))
+        ShardFile(file or _file_name(stem, number, len(groups)), tuple(_aligned(group)))
         for number, group in enumerate(groups, 1)
     ]
 
 
-def _file_name(number: int, count: int) -> str:
-    return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+def _file_name(stem: str, number: int, count: int) -> str:
+    part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+    return f"{stem}{part}.safetensors"
 
 
 def _aligned(items: list[Item]) -> list[Item]:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lateinit._checkpoint.formats import DTYPES, StoredTensor
+from lateinit._checkpoint.formats import DTYPES, RESERVED, StoredTensor
 from lateinit._torch import in_a_row
 
 # Bytes that are moved to the CPU, cast and written at a time (16 MiB). Bounds the memory of a cast.
@@ -23,7 +23,7 @@ _PIECE = 1 << 24
 
 def header(entries: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
     """Everything before the data, for tensors whose data follow each other in this order."""
-    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    described: dict[str, object] = {RESERVED: dict(metadata)} if metadata else {}
     end = 0
     for entry in entries:
         start, end = end, end + entry.nbytes

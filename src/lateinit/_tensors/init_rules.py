@@ -1,0 +1,193 @@
+"""``init=``: initialisers that act on finished values, by name.
+
+A rule is recorded in an extension of the program: a copy that ends with the ops of the rules. The
+extension is planned, replayed, sharded and written as any program, and the program itself stays as
+it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lateinit._identity import IdentityMap
+from lateinit._program import Draw, Program, Ruled
+from lateinit._replay import execution_of
+from lateinit._rng import set_state, state_from, state_of
+from lateinit._tensors.deferred import Deferred
+from lateinit._tensors.initialisers import Init, Rule, rules_by_name, told
+from lateinit._tensors.slots import Slot
+from lateinit._tensors.walk import Found, find_tensors
+from lateinit._torch import is_dtensor
+from lateinit.errors import DeferredTensorError, InitError
+
+
+class Rules:
+    """The rules for the tensors of one target.
+
+    A pattern is for the parameters among what it matches; if there are none, for all of it.
+
+    Args:
+        init: the argument ``init=``, or None.
+        found: all tensors of the target.
+
+    Raises:
+        PatternError: a pattern matches nothing, or two say different things of one tensor.
+        InitError: a value is no initialiser.
+    """
+
+    def __init__(self, init: Init | None, found: Iterable[Found] = ()) -> None:
+        self._rules: IdentityMap[Tensor, tuple[Found, Rule]] = IdentityMap()
+        self._recorded: set[Slot] = set()
+        if init is None:
+            return
+        every, named = list(found), rules_by_name(init)
+        named.check(every)
+        for_parameters = {
+            pattern
+            for each in every
+            if each.kind == "parameter" or each.given
+            for name in each.names
+            for pattern in named.given
+            if named.matches(pattern, name)
+        }
+        for each in every:
+            entry = named.entry_of(each)
+            usual = each.kind == "parameter" or each.given
+            if entry is not None and (usual or entry not in for_parameters):
+                self._rules[each.tensor] = each, named.given[entry]
+
+    def __bool__(self) -> bool:
+        return bool(self._rules)
+
+    def of(self, tensor: Tensor) -> Rule | None:
+        """The rule for a tensor."""
+        found = self._rules.get(tensor)
+        return None if found is None else found[1]
+
+    def tensors(self) -> list[Tensor]:
+        """The deferred tensors that have rules."""
+        return [item.tensor for item, _ in self._rules.values() if item.deferred]
+
+    def leave(self, tensors: Iterable[Tensor]) -> None:
+        """Have no rule for some tensors, which get their values elsewhere."""
+        for tensor in tensors:
+            self._rules.pop(tensor, None)
+
+    def extend(self, tensors: Iterable[Deferred], seed: int | None = None) -> None:
+        """Move tensors that have rules to extensions of their programs.
+
+        Args:
+            tensors: deferred tensors. Those of a program of which one has a rule are moved.
+            seed: replaces the recorded random state.
+
+        Raises:
+            InitError: a rule failed, or did something else than to initialise its tensor.
+            DeferredTensorError: a tensor shares its memory with one that is real already.
+        """
+        if not self:
+            return
+        by_program: dict[Program, list[Deferred]] = {}
+        for deferred in tensors:
+            by_program.setdefault(deferred.program, []).append(deferred)
+        for program, every in by_program.items():
+            ruled = list(self._ruled(program, every, seed))
+            if not ruled:
+                continue
+            assert program.record_rules is not None
+            extension = program.record_rules(program, ruled)
+            for deferred in every:
+                deferred.program = extension
+
+    def _ruled(self, program: Program, every: list[Deferred], seed: int | None) -> Iterable[Ruled]:
+        state = _first_state(program, seed)
+        windows: dict[Any, tuple[str, Rule]] = {}
+        keys: dict[str, int] = {}
+        for deferred in every:
+            found = self._rules.get(deferred.tensor)
+            if found is None:
+                continue
+            item, rule = found
+            known = windows.get(deferred.ref)
+            if known is not None and known[1] != rule:
+                raise InitError(
+                    f"init=: {known[0]!r} and {item.name!r} are one tensor, for which there are "
+                    f"two rules: {told(known[1])} and {told(rule)}"
+                )
+            if known is not None:
+                continue  # once for each window
+            windows[deferred.ref] = item.name, rule
+            key = _key(deferred, item.name)
+            keys[key] = keys.get(key, -1) + 1  # two models of one block may have equal names
+            if deferred.ref.numel and self._is_left(deferred, rule):
+                start = _digest(state, key, keys[key])
+                yield Ruled(item.name, deferred.tensor, deferred.ref, rule, start)
+
+    def _is_left(self, deferred: Deferred, rule: Rule) -> bool:
+        """Whether the values of a tensor are still to be computed.
+
+        Raises:
+            DeferredTensorError: another tensor on the storage is real, without the rule.
+        """
+        slot = deferred.slot
+        if slot.real is None:
+            self._recorded.add(slot)
+        elif slot not in self._recorded:
+            raise DeferredTensorError(
+                f"init=: {deferred.name!r} shares its memory with a tensor that is materialised, "
+                f"so that {told(rule)} would change both: call it on the tensor itself, after "
+                "lateinit.materialize()"
+            )
+        return slot.real is None
+
+
+def _key(deferred: Deferred, name: str) -> str:
+    """What tells a tensor from others: its name in the model that was recorded, if it has one.
+
+    Whatever part of that model is the target, and whatever part of the tensor a rank holds.
+    """
+    key, ref = deferred.slot.name or name, deferred.ref
+    if is_dtensor(deferred.tensor) or deferred.is_whole():
+        return key
+    return f"{key}{list(ref.size)}+{ref.offset}"
+
+
+def call_rules(model: nn.Module, init: Init | None, state: bytes) -> None:
+    """Call rules on a real model, as ``init=`` has them act on a deferred one.
+
+    Args:
+        model: the model.
+        init: the rules.
+        state: the random state before its construction.
+    """
+    found = find_tensors(model)
+    rules, cpu = Rules(init, found), torch.default_generator
+    before = state_of(cpu)
+    try:
+        for each in found:
+            rule = rules.of(each.tensor)
+            if rule is not None:
+                set_state(cpu, state_from(_digest(state, each.name, 0), cpu.device))
+                with torch.no_grad():
+                    rule(each.tensor)
+    finally:
+        set_state(cpu, before)
+
+
+NO_RULES = Rules(None)
+
+
+def _first_state(program: Program, seed: int | None) -> bytes:
+    """The random state that the construction began in."""
+    root = next((n for n, stream in enumerate(program.streams) if stream.root), None)
+    if root is None:
+        return b"" if seed is None else str(seed).encode()
+    return execution_of(program, seed).state(Draw(root, 0))
+
+
+def _digest(state: bytes, key: str, number: int) -> bytes:
+    return hashlib.sha256(state + f"/{key}/{number}".encode()).digest()
