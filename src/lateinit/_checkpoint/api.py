@@ -235,10 +235,11 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     """Give a module the values of a checkpoint, without initialising it first.
 
     The result is what loading into the eager twin gives. torch's own ``module.load_state_dict``
-    decides which tensor goes where, so that hooks, overrides, versions and extra state count. It
-    runs twice: first as a dry run on ``meta``, which finds all problems before anything changes,
-    and then for real, one tensor at a time. Hooks therefore run twice, and see the values that they
-    always see. Parameters stay the same objects.
+    decides which tensor goes where, so that hooks, overrides, versions and extra state count. If
+    the module has any of these or is lazy, or the checkpoint does not fit directly, it runs twice:
+    first as a dry run on ``meta``, which finds all problems before anything changes, and then for
+    real, one tensor at a time. Hooks then run twice, and see the values that they always see.
+    Parameters stay the same objects.
 
     A ``transformers`` model also accepts the names under which it is saved: they are renamed,
     joined and split as ``from_pretrained`` does it.

@@ -42,6 +42,8 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
     eager construction would have left. If the block raises, they are in the state that they had
     before it. An inner block is part of the outer one.
 
+    ``with deferred() as program`` also gives the recorded construction, which can be printed.
+
     Args:
         advance_rng: False leaves the random generators in the state that they had before the
             block. Later random numbers then differ from those after eager construction.
