@@ -42,6 +42,8 @@ def check_output(path: Path, *, force: bool) -> None:
     plotly_js()
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file, such as {path / 'report.html'}")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no regular file: name another --output")
     if path.exists() and not force:
         raise OutputExistsError(f"{path} exists: give --force to replace it, or another --output")
     if not path.parent.is_dir():
@@ -71,11 +73,13 @@ def written(content: Content, path: Path) -> Written:
     """
     # Names of files may hold bytes that are no text (PEP 383), which UTF-8 has no place for.
     encoded = page_of(content).encode("utf-8", "xmlcharrefreplace")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Through symbolic links, so that the rename replaces the page and not a link to it.
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         try:
             beside.write_bytes(encoded)
-            beside.replace(path)
+            beside.replace(place)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
