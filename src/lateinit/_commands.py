@@ -1,6 +1,6 @@
-"""What the commands of ``cli`` do. They return what is to be shown; ``cli`` shows it.
+"""The work of the commands of ``cli``. Each returns its result; ``cli`` prints it.
 
-Apart from ``cli``, so that its help needs no torch.
+A module of its own, so that the help texts of ``cli`` need no torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ConstructionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The options of ``inspect`` that say what a rank is to be, and how it trains."""
+    """The options of ``inspect`` for one rank: its mesh and how it trains."""
 
     mesh: str | None
     tp_plan: str | None
@@ -58,7 +58,7 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The options of ``diff``: what is compared, under which names, and with which model."""
+    """The options of ``diff``: values or headers, names, and the model to build."""
 
     only: Sequence[str] | None
     values: bool
@@ -187,7 +187,7 @@ def _recorded(build: Build) -> nn.Module:
 
 
 def _building(build: Build) -> Build:
-    """The same function, with its errors told apart from lateinit's own."""
+    """The same function; errors of the model's constructor become ``ConstructionError``."""
 
     @functools.wraps(build)
     def building() -> nn.Module:
@@ -201,7 +201,7 @@ def _building(build: Build) -> Build:
     return building
 
 
-# As people write them, and as safetensors files do.
+# The short forms that people write, and those of safetensors files.
 _SHORT = {
     "bf16": "bfloat16",
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),
