@@ -43,6 +43,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "bernoulli": lambda: torch.bernoulli(2 * ones(5)),
     "bernoulli when it has drawn": lambda: torch.bernoulli(late_in_the_row()),
     "bernoulli_": lambda: zeros(5).bernoulli_(2 * ones(5)),
+    "bernoulli of an array": lambda: torch.bernoulli(torch.from_numpy(late_in_the_row().numpy())),
+    "bernoulli of a drawn array": lambda: torch.bernoulli(
+        torch.from_numpy(torch.rand(20).numpy()).add_(0.3)
+    ),
     "bernoulli of a number": lambda: torch.bernoulli(ones(3), 2.0),
     "bernoulli from another generator": lambda: torch.bernoulli(
         late_in_the_row(), generator=torch.Generator().manual_seed(2)

@@ -143,7 +143,7 @@ VIEWS = {
 }
 PURE = {
     "clone": lambda t, u, n: t.clone(),
-    "deepcopy": lambda t, u, n: copy.deepcopy(t),
+    "deepcopy": lambda t, u, n: copy.deepcopy(unmarked(t)),
     "pickled": lambda t, u, n: pickle.loads(pickle.dumps(t.detach().resolve_conj())),
     "saved": lambda t, u, n: saved(t.detach().resolve_conj()),
     "contiguous": lambda t, u, n: t.contiguous(),
@@ -209,6 +209,11 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 def plain(t: torch.Tensor) -> bool:
     """Whether numpy has its dtype and layout, and its class is torch's."""
     return t.dtype in (torch.float32, torch.float64, torch.int64) and type(t) is torch.Tensor
+
+
+def unmarked(t: torch.Tensor) -> torch.Tensor:
+    """Of a plain class: torch copies views of other classes in some layouts only."""
+    return t.as_subclass(torch.Tensor) if type(t) is Marked else t
 
 
 def as_rows(t: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from lateinit._recording import composite_ops, conversions, fast_paths
 from lateinit._recording.argument_checks import EMPTY, check_data
 from lateinit._recording.autocast import casts_of_autocast
-from lateinit._recording.by_running import record_by_running
 from lateinit._recording.conversions import computed, of_deferred
+from lateinit._recording.second_tries import by_running, try_again
 from lateinit._recording.sharding import call_on_shards
 from lateinit._recording.writer import ProgramWriter, current
 from lateinit._tensors import (
@@ -36,27 +36,19 @@ from lateinit._torch import (
     FunctionMode,
     WeakTensor,
     as_subclass,
-    asks_for_values,
     default_device_in_force,
     device_number,
     is_any_autocast_enabled,
     is_copying_shallowly,
-    is_of_mixed_graph,
-    is_plain,
     is_pointer_followed,
     is_storage_pickled,
-    map_tensors,
-    op_behind,
-    reaches_for_memory,
     set_grad_enabled,
     swap_implementation,
     takes_default_device,
-    tensors_in,
     untraced,
     view_as_subclass,
     without_modes,
 )
-from lateinit.errors import RecordingError
 
 Handler = Callable[..., Any]
 
@@ -91,26 +83,8 @@ class Masquerade(FunctionMode):
             try:
                 return func(*args, **kwargs) if kwargs else func(*args)
             except RuntimeError as error:
-                if is_of_mixed_graph(error):
-                    raise _mixed_graph(func) from error
-                if not any(op.draw for op in writer.program.ops[recorded:]):
-                    result = _on_real_data(writer, func, args, kwargs or {})
-                    if result is not NotImplemented:
-                        return result
-                if reaches_for_memory(error):
-                    return _composite_by_running(writer, func, args, kwargs or {}, recorded, error)
-                if asks_for_values(error):
-                    return _with_real_indices(writer, func, args, kwargs or {}, error)
-                raise
+                return try_again(writer, func, args, kwargs or {}, recorded, error)
         return handler(writer, func, args, kwargs or {})
-
-
-def _mixed_graph(func: Any) -> RecordingError:
-    return RecordingError(
-        f"{func.__name__} needs the gradient of a real tensor that was made outside the block, or "
-        "of a sparse one, and of deferred tensors at once, which autograd keeps apart by device: "
-        "make that tensor in the block, or compute the gradient after lateinit.materialize()"
-    )
 
 
 def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:
@@ -125,75 +99,6 @@ def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:
     if device is None or not isinstance(out, Tensor) or not is_deferred_tensor(out):
         return kwargs
     return kwargs | {"device": META} if torch.device(device) == writer.device_of(out) else kwargs
-
-
-def _composite_by_running(
-    writer: ProgramWriter,
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    begun: int,
-    error: RuntimeError | None = None,
-) -> Any:
-    """Record an op whose kernel reads memory above the dispatcher, such as ``_sobol_engine_draw``.
-
-    It is run on the values, as an op without a meta kernel is. What it did before it failed, from
-    op number ``begun`` on, is dropped.
-    """
-    deferred = [t for t in tensors_in(args, kwargs) if is_deferred_tensor(t)]
-    info = op_behind(func, args, kwargs)
-    drawn = any(op.draw is not None for op in writer.program.ops[begun:])
-    if not deferred or info is None or drawn:
-        raise error or RecordingError(f"{func.__name__} cannot be recorded")
-    writer.program.forget(begun)
-    writer.busy = True
-    try:
-        with without_modes():
-            return record_by_running(writer, info, args, kwargs, deferred)
-    finally:
-        writer.busy = False
-
-
-def _by_running(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Call a composite function that reads values, and no values of tensors on meta."""
-    return _composite_by_running(writer, func, args, kwargs, len(writer.program.ops))
-
-
-def _on_real_data(writer: ProgramWriter, func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function once more that has failed, if there are real tensors among its arguments.
-
-    Of them alone it is called as if there were no block: what it makes on its way, as ``quantile``
-    does, would be deferred, and torch does not mix devices. Next to deferred ones they are copied.
-    """
-    given = tensors_in(args, kwargs)
-    real = [tensor for tensor in given if not tensor.is_meta]
-    if not real or any(t.requires_grad for t in real) or not all(map(is_plain, real)):
-        return NotImplemented
-    if not any(map(is_deferred_tensor, given)):
-        result = composite_ops.on_real_data(writer, func, args, kwargs)
-        if result is not NotImplemented:
-            return result
-    info = op_behind(func, args, kwargs)
-    if info is None or info.mutates or info.mutates_kw:
-        return NotImplemented
-    given, named = composite_ops.all_deferred(writer, args, kwargs)
-    return func(*given, **named)
-
-
-def _with_real_indices(
-    writer: ProgramWriter, func: Any, args: Any, kwargs: Any, error: RuntimeError
-) -> Any:
-    """Call a function that reads indices above the dispatcher, such as ``tensor_split``."""
-
-    def real(value: Any) -> Any:
-        is_index = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
-        return computed(writer, value) if is_index and is_deferred_tensor(value) else value
-
-    given = map_tensors(args, real), map_tensors(kwargs, real)
-    before, after = tensors_in(args, kwargs), tensors_in(*given)
-    if all(new is old for new, old in zip(after, before, strict=True)):
-        raise error
-    return func(*given[0], **given[1])
 
 
 def _asks(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -401,7 +306,7 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.__dlpack__: of_deferred(_shared),
     _tensor.__dlpack_device__: of_deferred(_shared),
     _tensor.__deepcopy__: _deepcopy,
-    torch.nn.functional.one_hot: of_deferred(_by_running),
+    torch.nn.functional.one_hot: of_deferred(by_running),
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
     torch.sparse_csc_tensor: _by_value,

@@ -9,6 +9,7 @@ is not done while recording: the op then raises when it is replayed.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _MOST = 1 << 14  # elements of an argument, as a matrix of 128 x 128: inverted within a millisecond
 _MOST_COMPUTED = 1 << 18  # elements that the ops write which its values depend on
 _MOST_OPS = 64
+_MARK = "lateinit_refuses_values"
 
 
 def check_values(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
@@ -65,12 +67,18 @@ def check_values(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
     with without_modes():
         try:
             _call(info, *values(), generator=torch.Generator() if info.random else None)
-        except Exception:
+        except Exception as error:
             if writer.values.are_random(refs):
                 writer.program.seed_bound = f"{info.name} failed for random values"
             if info.random:
                 _fail(writer, info, *values())
+            setattr(error, _MARK, True)
             raise
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is eager construction's own: the call is not to be tried in another way."""
+    return getattr(error, _MARK, False)
 
 
 def _is_cheap(writer: ProgramWriter, refs: list[TensorRef]) -> bool:
@@ -97,8 +105,7 @@ def _fail(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs) -> No
     with writer.settled():
         generator = own or torch.default_generator
         before = generator.get_state()
-        try:
+        with contextlib.suppress(Exception):  # the caller raises it
             _call(info, args, kwargs, generator)
-        finally:
-            if not generator.get_state().equal(before):
-                writer.program.seed_bound = f"{info.name} failed when it had drawn already"
+        if not generator.get_state().equal(before):
+            writer.program.seed_bound = f"{info.name} failed when it had drawn already"

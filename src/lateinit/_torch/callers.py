@@ -1,39 +1,31 @@
-"""Find out which function is calling. No other file looks at Python frames.
+"""Find out which function of torch reads a property of a tensor, and why.
 
 Some functions of torch do something that no mode intercepts, or skip a step on ``meta``. Before
 that they read a property of the tensor, such as ``is_meta``. The answer must then depend on which
-function reads it, and only its frame identifies that function. Frames are counted from the function
-that calls a helper of this file, here the *asking* function (a property, a hook), so it must call
-the helper directly.
+function reads it, and only its frame identifies that function. The helpers of this file must be
+called directly from the property or hook that is read, the *asking* function: see ``frames``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import functools
-import os
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lateinit._torch.frames import frame_above, upwards
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
 # Prefixes of the modules whose frames may lie between an initialiser and an op.
 _BETWEEN = ("lateinit", "torch.")
 _ABOVE = "torch.nn.modules."
-_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
-_NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _CONVERT = nn.Module._apply.__code__
 # torch/_tensor.py: what Tensor.__reduce_ex__ calls for tensors with a storage.
@@ -51,27 +43,6 @@ _REASONS = {
     nn.TransformerEncoderLayer.forward.__code__: "why_not_sparsity_fast_path",
 }
 _AS_A_MODE = "some Tensor argument has_torch_function"
-
-
-def _frame(above: int) -> FrameType:
-    """The frame that is ``above`` calls above the asking function."""
-    return sys._getframe(above + 2)
-
-
-def _upwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def callers(skip: int = 0) -> Iterator[FrameType]:
-    """The frames above the asking function, innermost first, without the first ``skip``."""
-    return _upwards(_frame(1 + skip))
-
-
-def calling_modules() -> Iterator[str]:
-    """The names of the modules whose functions are running, innermost first."""
-    return (str(frame.f_globals.get("__name__")) for frame in _upwards(_frame(0)))
 
 
 class Asked(NamedTuple):
@@ -97,7 +68,7 @@ _NOTHING = Asked(None, {})
 
 def why_is_meta(tensor: Any) -> Asked:
     """Why the caller of the asking function reads ``tensor.is_meta``."""
-    asking = _frame(1)
+    asking = frame_above(1)
     if asking.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
     name = asking.f_code.co_name
@@ -158,7 +129,7 @@ def meant_by_device(
         others: by the name of a module, whether its function with these local variables needs the
             values.
     """
-    asking = _frame(1)
+    asking = frame_above(1)
     # torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
     # its own counter, unless the counter's device is ``meta``: then it loads a zero.
     if asking.f_code is load_with_counter.__code__:
@@ -202,7 +173,7 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     """
     # A plain loop, since this runs for every fill.
     found: FrameType | None = None
-    frame: FrameType | None = _frame(0)
+    frame: FrameType | None = frame_above(0)
     while frame is not None:
         module = frame.f_globals
         if module is _INIT:
@@ -221,14 +192,9 @@ def _is_between(module: str) -> bool:
     return module.startswith(_BETWEEN) and not module.startswith(_ABOVE)
 
 
-def is_running(code: CodeType, within: int) -> bool:
-    """Whether ``code`` runs in one of the ``within`` frames above the asking function's caller."""
-    return any(frame.f_code is code for frame in islice(_upwards(_frame(2)), within))
-
-
 def attention_without_fused_kernel() -> nn.Module | None:
     """The running module that a mode alone keeps from calling a fused kernel of attention."""
-    for frame in _upwards(_frame(1)):
+    for frame in upwards(frame_above(1)):
         reason = _REASONS.get(frame.f_code)
         if reason is not None and frame.f_locals.get(reason) == _AS_A_MODE:
             module: nn.Module = frame.f_locals["self"]
@@ -242,7 +208,7 @@ def is_torch_saving(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the asking function and the pickler.
     """
-    frame = _frame(1 + between)
+    frame = frame_above(1 + between)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
 
@@ -253,7 +219,7 @@ def is_storage_pickled(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the asking function and the method of the tensor.
     """
-    frame = _frame(1 + between)
+    frame = frame_above(1 + between)
     reducing = frame.f_back is not None and frame.f_back.f_code is _REDUCE
     return reducing and frame.f_code is _TYPED_STORAGE and not is_copying_shallowly(between)
 
@@ -264,7 +230,7 @@ def is_copying_shallowly(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the asking function and that method.
     """
-    frames = islice(_upwards(_frame(1 + between)), 6)
+    frames = islice(upwards(frame_above(1 + between)), 6)
     return any(frame.f_code is copy.copy.__code__ for frame in frames)
 
 
@@ -274,7 +240,7 @@ def is_dcp_writing(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the property and the function of torch.
     """
-    name: str = _frame(1 + between).f_globals.get("__name__", "")
+    name: str = frame_above(1 + between).f_globals.get("__name__", "")
     return name == "torch.distributed.checkpoint.filesystem"
 
 
@@ -285,7 +251,7 @@ def collective_that_compares() -> str | None:
     intercepted later: the dispatcher looks at no tensor in it
     (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
     """
-    frame = _frame(1)
+    frame = frame_above(1)
     if frame.f_code.co_name != _COMPARING or frame.f_back is None:
         return None
     return frame.f_back.f_code.co_name
@@ -299,7 +265,7 @@ def is_pointer_followed(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the asking function and its caller.
     """
-    code = _frame(1 + between).f_code
+    code = frame_above(1 + between).f_code
     return "ctypes" in code.co_names or "ctypes" in code.co_varnames
 
 
@@ -307,7 +273,7 @@ def is_module_converting() -> bool:
     """Whether ``nn.Module._apply``, which ``to_empty`` calls, replaces the tensors of a module."""
     # Between it and the asking function lie the frames of lateinit and, for a shard, those of
     # DTensor's dispatch: 40 is well above their number.
-    return any(frame.f_code is _CONVERT for frame in islice(_upwards(_frame(1)), 40))
+    return any(frame.f_code is _CONVERT for frame in islice(upwards(frame_above(1)), 40))
 
 
 def is_making_parameter(between: int = 0) -> bool:
@@ -316,19 +282,19 @@ def is_making_parameter(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the two functions.
     """
-    return _frame(1 + between).f_code is _NEW_PARAMETER
+    return frame_above(1 + between).f_code is _NEW_PARAMETER
 
 
 def class_of_new_parameter() -> type[nn.Parameter]:
     """The class of parameter that the caller of the asking function makes."""
-    asking = _frame(1)
+    asking = frame_above(1)
     made: type[nn.Parameter] = nn.Parameter
     return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
 
 
 def is_batching() -> bool:
     """Whether ``torch.vmap`` calls the asking method of a tensor that it is about to wrap."""
-    return _frame(1).f_globals.get("__name__") == "torch._functorch.vmap"
+    return frame_above(1).f_globals.get("__name__") == "torch._functorch.vmap"
 
 
 def is_differentiating() -> bool:
@@ -338,17 +304,17 @@ def is_differentiating() -> bool:
     after the last transform has been taken off the stack.
     """
     transforms = "torch._functorch.eager_transforms"
-    return any(frame.f_globals.get("__name__") == transforms for frame in _upwards(_frame(0)))
+    return any(frame.f_globals.get("__name__") == transforms for frame in upwards(frame_above(0)))
 
 
 def is_typed_storage_indexed() -> bool:
     """Whether ``storage[i]`` of a legacy typed storage reads the asking property."""
-    return _frame(1).f_code in _ITEMS
+    return frame_above(1).f_code in _ITEMS
 
 
 def is_optimizer_stepping() -> bool:
     """Whether an optimizer that is about to step reads the asking property."""
-    for frame in islice(_upwards(_frame(2)), 2):
+    for frame in islice(upwards(frame_above(2)), 2):
         steps = frame.f_code.co_name in _STEPS
         if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return True
@@ -357,82 +323,5 @@ def is_optimizer_stepping() -> bool:
 
 def is_in_torch_optim() -> bool:
     """Whether code of ``torch.optim`` reads the asking property."""
-    package = _frame(1).f_globals.get("__package__") or ""
+    package = frame_above(1).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")
-
-
-class Caller(NamedTuple):
-    """Identifies a frame and its thread without keeping the frame alive."""
-
-    frame: int
-    code: CodeType
-    thread: int
-
-
-def caller(above: int) -> Caller:
-    """The frame that is ``above`` calls above the asking function."""
-    found = _frame(above)
-    return Caller(id(found), found.f_code, threading.get_ident())
-
-
-def is_on_stack(caller: Caller) -> bool:
-    """Whether a frame of this thread is still running."""
-    return any(id(f) == caller.frame and f.f_code is caller.code for f in _upwards(_frame(0)))
-
-
-def is_frame_of(value: Any, file: str, function: Any) -> bool:
-    """Whether a value is a frame of a function in a file, or of one function."""
-    code = getattr(value, "f_code", None)
-    return code is not None and (code.co_filename == file or code is function.__code__)
-
-
-# contextlib.py: the methods of a context manager that is written as a generator.
-_ENTERING = {
-    contextlib._GeneratorContextManager.__enter__.__code__,
-    contextlib._GeneratorContextManager.__exit__.__code__,
-}
-
-
-def close_contexts(trace: TracebackType | None) -> None:
-    """Close the generators that were left suspended when an interrupt hit ``contextlib`` itself.
-
-    A generator that is left suspended runs its ``finally`` when the traceback is dropped, and would
-    put modes back at any later time (torch/overrides.py: _pop_mode_temporarily).
-    """
-    for frame in reversed([frame for frame, _ in traceback.walk_tb(trace)]):
-        if frame.f_code in _ENTERING:
-            with contextlib.suppress(Exception):
-                frame.f_locals["self"].gen.close()
-
-
-CallPath = tuple[tuple[CodeType, int], ...]
-
-
-def stack_depth() -> int:
-    """The number of frames from the asking function to the outermost one."""
-    return sum(1 for _ in _upwards(_frame(0)))
-
-
-def call_path(base: int) -> CallPath:
-    """The lines outside torch and lateinit through which the asking function was called.
-
-    Args:
-        base: how many of the outermost frames to leave out.
-    """
-    frames = list(_upwards(_frame(0)))
-    own = frames[: len(frames) - base]
-    return tuple((f.f_code, f.f_lasti) for f in own if not is_library(f.f_code.co_filename))
-
-
-def is_library(file: str) -> bool:
-    """Whether a file belongs to torch or lateinit."""
-    return file.startswith(_LIBRARIES)
-
-
-def innermost_foreign_line() -> str | None:
-    """``file.py:12 in forward``: the innermost running line outside torch and lateinit."""
-    for frame in _upwards(_frame(0)):
-        code = frame.f_code
-        if not is_library(code.co_filename) and not code.co_filename.startswith(_NO_FILES):
-            return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-    return None

@@ -151,6 +151,11 @@ class LoadPlan:
         sources = (source for _, source in self.rehearsal.copies)
         return sum(self.reader.entries[s].nbytes for s in sources if isinstance(s, str))
 
+    def foreseen(self) -> Loaded:
+        """What ``load_checkpoint`` will return."""
+        computed = _computed(self.names, self.fitting)
+        return _report(self.names, self.reader.path, self.reader, self.fitting, computed)
+
     def __str__(self) -> str:
         hooks = "" if self.rehearsal.plain else ", by load_state_dict and its hooks"
         count = len(self.rehearsal.copies)
