@@ -97,7 +97,7 @@ def inspect(
 
 
 def _sharing(rank: Rank) -> Callable[[nn.Module], mesh_cost.Share] | None:
-    """What tells what a rank holds of a model, or takes to train it; None if neither is asked."""
+    """A function that estimates a rank's share of a model, or training; None if not requested."""
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
     policy = None if rank.train is None else training_cost.policy_named(rank.train)
     computed = _batch(rank)
@@ -112,7 +112,7 @@ def _sharing(rank: Rank) -> Callable[[nn.Module], mesh_cost.Share] | None:
 
 
 def _only_of_models(path: Path, kwargs: str | None, rank: Rank, **more: object) -> None:
-    """Raise if a checkpoint is given with options that are for models, of which some are more."""
+    """Raise if a checkpoint is given with options for models: ``rank``, ``kwargs`` and ``more``."""
     options: dict[str, object] = {
         "--kwargs": kwargs,
         "--mesh": rank.mesh,

@@ -100,7 +100,7 @@ Seed = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 
 
-# What a rank is to be, and how it trains.
+# The options for one rank: its mesh, and how it trains.
 Mesh = Annotated[
     str | None,
     typer.Option(
