@@ -71,6 +71,14 @@ def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
     )
 
 
+def would_send(what: str, tensor: Tensor, instead: str) -> DeferredTensorError:
+    """The error for something that exchanges values with other ranks; ``instead``: what to do."""
+    return DeferredTensorError(
+        f"{what} would exchange the values of {described(tensor)} with other ranks, which has none "
+        f"yet: {instead}"
+    )
+
+
 def refusal(
     error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
 ) -> DeferredTensorError | None:
@@ -167,7 +175,7 @@ class Follower(RecordingMode):
     def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
         # Random ops are refused; replaying raises if a foreign op draws.
         super().__init__(ProgramWriter(program, drawing=False))
-        self._guard = guard
+        self.guard = guard
         self._before: dict[torch.Generator, Tensor] = {}
 
     def undo_draws(self) -> None:
@@ -253,7 +261,7 @@ class Follower(RecordingMode):
         for leaf, slot in self._name(result, sources[0]):
             slot.waits = slot.waits or any(t is not leaf for t in waiting)
             slot.of_waiting = slot.of_waiting or of_waiting
-            self._guard(leaf)
+            self.guard(leaf)
         return result
 
     def _name(self, result: Any, source: Tensor) -> list[tuple[Tensor, Slot]]:
@@ -273,10 +281,7 @@ class Follower(RecordingMode):
             instead = before_sending(calling_modules()) or (
                 "call lateinit.materialize() first (docs/recipes.md)"
             )
-            raise DeferredTensorError(
-                f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
-                f"which has none yet: {instead}"
-            )
+            raise would_send(op, deferred[0], instead)
         for changed in written(info, args, kwargs):
             if not changed.is_meta and not is_fake(changed):
                 raise DeferredTensorError(

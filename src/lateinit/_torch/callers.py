@@ -1,38 +1,31 @@
-"""Find out which function is calling: the one place that looks at Python frames.
+"""Find out which function of torch asks, and what for.
 
 Some functions of torch do something that no mode intercepts, or skip a step on ``meta``. Before
 that they read a property of the tensor, such as ``is_meta``. The answer must then depend on which
-function reads it, and only its frame tells. Frames are counted from the function that asks (a
-property, a hook), so these helpers must be called from it directly.
+function reads it, and only its frame tells. The helpers of this file must be called directly from
+the function that asks: see ``frames``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import functools
-import os
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lateinit._torch.frames import frame_above, upwards
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
 # The modules whose frames lie between an initialiser and an op, and those that only call either.
 _BETWEEN = ("lateinit", "torch.")
 _ABOVE = "torch.nn.modules."
-_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
-_NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _CONVERT = nn.Module._apply.__code__
 # torch/_tensor.py: what Tensor.__reduce_ex__ calls for tensors with a storage.
@@ -50,27 +43,6 @@ _REASONS = {
     nn.TransformerEncoderLayer.forward.__code__: "why_not_sparsity_fast_path",
 }
 _AS_A_MODE = "some Tensor argument has_torch_function"
-
-
-def _frame(above: int) -> FrameType:
-    """The frame that is so many calls above the function that asks a function of this file."""
-    return sys._getframe(above + 2)
-
-
-def _upwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def callers(skip: int = 0) -> Iterator[FrameType]:
-    """The frames above the function that asks, innermost first, without the first ``skip``."""
-    return _upwards(_frame(1 + skip))
-
-
-def calling_modules() -> Iterator[str]:
-    """The names of the modules whose functions are running, innermost first."""
-    return (str(frame.f_globals.get("__name__")) for frame in _upwards(_frame(0)))
 
 
 class Asked(NamedTuple):
@@ -96,7 +68,7 @@ _NOTHING = Asked(None, {})
 
 def why_is_meta(tensor: Any) -> Asked:
     """Why the caller of the function that asks reads ``tensor.is_meta``."""
-    asking = _frame(1)
+    asking = frame_above(1)
     if asking.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
     name = asking.f_code.co_name
@@ -157,7 +129,7 @@ def meant_by_device(
         others: by the name of a module, whether its function with these local variables needs the
             values.
     """
-    asking = _frame(1)
+    asking = frame_above(1)
     # torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
     # its own counter, unless the counter's device is ``meta``: then it loads a zero.
     if asking.f_code is load_with_counter.__code__:
@@ -200,7 +172,7 @@ def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     """
     # A plain loop, since this is asked for every fill.
     found: FrameType | None = None
-    frame: FrameType | None = _frame(0)
+    frame: FrameType | None = frame_above(0)
     while frame is not None:
         module = frame.f_globals
         if module is _INIT:
@@ -219,14 +191,9 @@ def _is_between(module: str) -> bool:
     return module.startswith(_BETWEEN) and not module.startswith(_ABOVE)
 
 
-def is_running(code: CodeType, within: int) -> bool:
-    """Whether a function is among the ``within`` frames above the caller of the one that asks."""
-    return any(frame.f_code is code for frame in islice(_upwards(_frame(2)), within))
-
-
 def attention_without_fused_kernel() -> nn.Module | None:
     """The running module that would call a fused kernel of attention, were it not for a mode."""
-    for frame in _upwards(_frame(1)):
+    for frame in upwards(frame_above(1)):
         reason = _REASONS.get(frame.f_code)
         if reason is not None and frame.f_locals.get(reason) == _AS_A_MODE:
             module: nn.Module = frame.f_locals["self"]
@@ -240,7 +207,7 @@ def is_torch_saving(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the two.
     """
-    frame = _frame(1 + between)
+    frame = frame_above(1 + between)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
 
@@ -251,7 +218,7 @@ def is_storage_pickled(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the function that asks and the method of the tensor.
     """
-    frame = _frame(1 + between)
+    frame = frame_above(1 + between)
     reducing = frame.f_back is not None and frame.f_back.f_code is _REDUCE
     return reducing and frame.f_code is _TYPED_STORAGE and not is_copying_shallowly(between)
 
@@ -262,7 +229,7 @@ def is_copying_shallowly(between: int = 0) -> bool:
     Args:
         between: how many frames lie between that function and the method.
     """
-    frames = islice(_upwards(_frame(1 + between)), 6)
+    frames = islice(upwards(frame_above(1 + between)), 6)
     return any(frame.f_code is copy.copy.__code__ for frame in frames)
 
 
@@ -272,7 +239,7 @@ def is_dcp_writing(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the two.
     """
-    name: str = _frame(1 + between).f_globals.get("__name__", "")
+    name: str = frame_above(1 + between).f_globals.get("__name__", "")
     return name == "torch.distributed.checkpoint.filesystem"
 
 
@@ -282,7 +249,7 @@ def collective_that_compares() -> str | None:
     Each that takes a list of tensors does so first. Of a list of lists nothing is heard later: the
     dispatcher asks no tensor in it (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
     """
-    frame = _frame(1)
+    frame = frame_above(1)
     if frame.f_code.co_name != _COMPARING or frame.f_back is None:
         return None
     return frame.f_back.f_code.co_name
@@ -296,14 +263,14 @@ def is_pointer_followed(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the two.
     """
-    code = _frame(1 + between).f_code
+    code = frame_above(1 + between).f_code
     return "ctypes" in code.co_names or "ctypes" in code.co_varnames
 
 
 def is_module_converting() -> bool:
     """Whether ``nn.Module._apply``, which ``to_empty`` calls, replaces the tensors of a module."""
     # Between the two lie the frames of lateinit and, for a shard, those of DTensor's dispatch.
-    return any(frame.f_code is _CONVERT for frame in islice(_upwards(_frame(1)), 40))
+    return any(frame.f_code is _CONVERT for frame in islice(upwards(frame_above(1)), 40))
 
 
 def is_making_parameter(between: int = 0) -> bool:
@@ -312,19 +279,19 @@ def is_making_parameter(between: int = 0) -> bool:
     Args:
         between: how many frames lie between the two.
     """
-    return _frame(1 + between).f_code is _NEW_PARAMETER
+    return frame_above(1 + between).f_code is _NEW_PARAMETER
 
 
 def class_of_new_parameter() -> type[nn.Parameter]:
     """The class of parameter that is made by the caller of the function that asks."""
-    asking = _frame(1)
+    asking = frame_above(1)
     made: type[nn.Parameter] = nn.Parameter
     return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
 
 
 def is_batching() -> bool:
     """Whether ``torch.vmap`` looks at a tensor that it will wrap, by the method that asks."""
-    return _frame(1).f_globals.get("__name__") == "torch._functorch.vmap"
+    return frame_above(1).f_globals.get("__name__") == "torch._functorch.vmap"
 
 
 def is_differentiating() -> bool:
@@ -334,17 +301,17 @@ def is_differentiating() -> bool:
     has been taken off.
     """
     transforms = "torch._functorch.eager_transforms"
-    return any(frame.f_globals.get("__name__") == transforms for frame in _upwards(_frame(0)))
+    return any(frame.f_globals.get("__name__") == transforms for frame in upwards(frame_above(0)))
 
 
 def is_typed_storage_indexed() -> bool:
     """Whether ``storage[i]`` of a legacy typed storage reads the property that asks."""
-    return _frame(1).f_code in _ITEMS
+    return frame_above(1).f_code in _ITEMS
 
 
 def is_optimizer_stepping() -> bool:
     """Whether an optimizer that is about to step reads the property that asks."""
-    for frame in islice(_upwards(_frame(2)), 2):
+    for frame in islice(upwards(frame_above(2)), 2):
         steps = frame.f_code.co_name in _STEPS
         if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return True
@@ -353,82 +320,5 @@ def is_optimizer_stepping() -> bool:
 
 def is_in_torch_optim() -> bool:
     """Whether code of ``torch.optim`` reads the property that asks."""
-    package = _frame(1).f_globals.get("__package__") or ""
+    package = frame_above(1).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")
-
-
-class Caller(NamedTuple):
-    """A frame, by what does not keep it alive, and its thread."""
-
-    frame: int
-    code: CodeType
-    thread: int
-
-
-def caller(above: int) -> Caller:
-    """The frame that is so many calls above the function that asks."""
-    found = _frame(above)
-    return Caller(id(found), found.f_code, threading.get_ident())
-
-
-def is_on_stack(caller: Caller) -> bool:
-    """Whether a frame of this thread is running still."""
-    return any(id(f) == caller.frame and f.f_code is caller.code for f in _upwards(_frame(0)))
-
-
-def is_frame_of(value: Any, file: str, function: Any) -> bool:
-    """Whether a value is a frame of a function in a file, or of one function."""
-    code = getattr(value, "f_code", None)
-    return code is not None and (code.co_filename == file or code is function.__code__)
-
-
-# contextlib.py: the methods of a context manager that is written as a generator.
-_ENTERING = {
-    contextlib._GeneratorContextManager.__enter__.__code__,
-    contextlib._GeneratorContextManager.__exit__.__code__,
-}
-
-
-def close_contexts(trace: TracebackType | None) -> None:
-    """Run the rest of the generators that an interrupt of ``contextlib``'s own lines has left.
-
-    If such a generator were left alone, it would run on when the traceback is dropped, and put
-    modes back at any later time (torch/overrides.py: _pop_mode_temporarily).
-    """
-    for frame in reversed([frame for frame, _ in traceback.walk_tb(trace)]):
-        if frame.f_code in _ENTERING:
-            with contextlib.suppress(Exception):
-                frame.f_locals["self"].gen.close()
-
-
-CallPath = tuple[tuple[CodeType, int], ...]
-
-
-def stack_depth() -> int:
-    """The number of frames from the function that asks to the outermost one."""
-    return sum(1 for _ in _upwards(_frame(0)))
-
-
-def call_path(base: int) -> CallPath:
-    """From where the function that asks is called: the places in code outside torch and lateinit.
-
-    Args:
-        base: how many of the outermost frames to leave out.
-    """
-    frames = list(_upwards(_frame(0)))
-    own = frames[: len(frames) - base]
-    return tuple((f.f_code, f.f_lasti) for f in own if not is_library(f.f_code.co_filename))
-
-
-def is_library(file: str) -> bool:
-    """Whether a file belongs to torch or lateinit."""
-    return file.startswith(_LIBRARIES)
-
-
-def innermost_foreign_line() -> str | None:
-    """``file.py:12 in forward``: the innermost running line outside torch and lateinit."""
-    for frame in _upwards(_frame(0)):
-        code = frame.f_code
-        if not is_library(code.co_filename) and not code.co_filename.startswith(_NO_FILES):
-            return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-    return None

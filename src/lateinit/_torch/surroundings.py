@@ -27,7 +27,7 @@ import torch
 import torch.utils._device
 import torch.utils._python_dispatch
 
-from lateinit._torch.callers import close_contexts
+from lateinit._torch.frames import close_contexts
 from lateinit._torch.modes import (
     DispatchMode,
     FunctionMode,
