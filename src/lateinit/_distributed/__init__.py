@@ -8,7 +8,7 @@ that, but not ``_recording``, its neighbour. Start with ``shard_ranges.py``.
 
 from lateinit._distributed.placement import Part, parts_of, refuse_sums, whole_part
 from lateinit._distributed.rank_agreement import Agreement
-from lateinit._distributed.ranks import Ranks, ranks_of
+from lateinit._distributed.ranks import Ranks, answered, by_words, every_rank, is_running, ranks_of
 from lateinit._distributed.shard_ranges import (
     Box,
     Shard,
@@ -17,7 +17,6 @@ from lateinit._distributed.shard_ranges import (
     run_leaves,
     shards_of,
 )
-from lateinit._distributed.world import answered, everyone, is_running
 
 __all__ = [
     "Agreement",
@@ -26,7 +25,8 @@ __all__ = [
     "Ranks",
     "Shard",
     "answered",
-    "everyone",
+    "by_words",
+    "every_rank",
     "groups",
     "is_running",
     "parts_of",
