@@ -1,4 +1,4 @@
-"""The command ``lateinit``: ``inspect`` a model, ``check`` it, ``init`` a checkpoint; ``info``.
+"""The command ``lateinit``: ``inspect``, ``check``, ``init``, ``diff``, ``report`` and ``info``.
 
 Each command finds the model (``model_specs``), calls the library, and prints text or JSON. Exit
 codes: 0, 1 for a difference, 2 for an expected error, 130 for an interrupt. The docstrings of
@@ -56,14 +56,14 @@ app = typer.Typer(
 
 
 def _seed(value: int) -> int:
-    """A seed that ``torch.manual_seed`` takes, or an error that says which those are."""
+    """Check that ``torch.manual_seed`` accepts a seed."""
     if not -(2**63) <= value < 2**64:
         raise typer.BadParameter(f"{value} is no seed: torch takes -2**63 to 2**64 - 1")
     return value
 
 
 def _path(text: str) -> Path:
-    """A path; ``Path("")`` would be the current folder."""
+    """Parse a path, which must not be empty: ``Path("")`` would be the current folder."""
     if not text.strip():
         raise typer.BadParameter("the path is empty: name a file or a folder")
     return Path(text)
@@ -100,6 +100,40 @@ Seed = Annotated[
     typer.Option("--seed", callback=_seed, help="As torch.manual_seed(SEED) before construction"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
+
+
+# The options for one rank: its mesh, and how it trains.
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXES",
+        help="What a rank of it would hold: fsdp=64,tp=8; also replicate, pp and ep",
+    ),
+]
+TpPlan = Annotated[
+    str | None,
+    typer.Option("--tp-plan", metavar="JSON", help='How tp cuts: \'{"*.up": "colwise"}\''),
+]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        "--train",
+        metavar="POLICY",
+        help="Add gradients and AdamW's state. recorded: in the model's dtype; mixed: that, and "
+        "FSDP2 or autocast computes in bfloat16; bfloat16: all of it; master: bfloat16 and a "
+        "float32 copy",
+    ),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="With --train: sequences of a micro-batch")
+]
+Sequence = Annotated[
+    int | None, typer.Option("--sequence", min=1, help="With --batch: tokens of a sequence")
+]
+Recompute = Annotated[
+    str, typer.Option("--recompute", help="Activations not kept: none, selective or full")
+]
 
 
 def main() -> None:
@@ -142,43 +176,18 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
             "--depth", min=0, help="Show modules, down to this level, in place of tensors"
         ),
     ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            "--mesh",
-            metavar="AXES",
-            help="What a rank of it would hold: fsdp=64,tp=8; also replicate, pp and ep",
-        ),
-    ] = None,
-    tp_plan: Annotated[
-        str | None,
-        typer.Option("--tp-plan", metavar="JSON", help='How tp cuts: \'{"*.up": "colwise"}\''),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option(
-            "--train",
-            metavar="POLICY",
-            help="Add gradients and AdamW's state. recorded: in the model's dtype; "
-            "mixed: that, and FSDP2 or autocast computes in bfloat16; bfloat16: all of it; master: "
-            "bfloat16 and a float32 copy",
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="With --train: sequences of a micro-batch")
-    ] = None,
-    sequence: Annotated[
-        int | None, typer.Option("--sequence", min=1, help="With --batch: tokens of a sequence")
-    ] = None,
-    recompute: Annotated[
-        str, typer.Option("--recompute", help="Activations not kept: none, selective or full")
-    ] = "selective",
+    mesh: Mesh = None,
+    tp_plan: TpPlan = None,
+    train: Train = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    recompute: Recompute = "selective",
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a model and how it is initialised, or what a checkpoint holds.
 
-    Nothing is allocated, and of a checkpoint only headers are read. What exists as a file or a
-    folder is a checkpoint; all else is a model.
+    Nothing is allocated, and of a checkpoint only headers are read. An argument that is an existing
+    file or folder is a checkpoint; any other is a model.
     """
     rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
     with _working():
@@ -324,6 +333,42 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
         )
     else:
         typer.echo(str(saved))
+
+
+@app.command()
+def report(  # noqa: PLR0913, PLR0917 - the options of a command
+    spec: SpecOrPath,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=_path, metavar="PATH", help="The page: report.html"),
+    ],
+    seed: Seed = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", parser=_path, metavar="PATH", help="Show what loading this would do"
+        ),
+    ] = None,
+    mesh: Mesh = None,
+    tp_plan: TpPlan = None,
+    train: Train = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    recompute: Recompute = "selective",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there")] = False,
+    kwargs: Kwargs = None,
+) -> None:
+    """Write a page to look at: memory, initial values and tensors of a model or a checkpoint.
+
+    The model is not built, and the page needs no network. It is drawn by plotly: pip install
+    'lateinit[report]'.
+    """
+    with _working():
+        rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
+        found = _commands.report(
+            spec, kwargs, output, rank, checkpoint=checkpoint, seed=seed, force=force
+        )
+    typer.echo(str(found))
 
 
 @app.command()

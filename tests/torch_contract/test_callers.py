@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import ctypes
 import inspect
 import io
 import pickle
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.ao.quantization.quantize import _get_unique_devices_
 from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,36 +26,24 @@ from torch.nn import functional
 
 from lateinit._torch.callers import (
     Asked,
-    Caller,
     Meant,
     attention_without_fused_kernel,
-    call_path,
-    caller,
-    callers,
-    calling_modules,
     class_of_new_parameter,
-    close_contexts,
     collective_that_compares,
-    innermost_foreign_line,
     is_batching,
     is_copying_shallowly,
     is_dcp_writing,
     is_differentiating,
-    is_frame_of,
     is_in_torch_optim,
-    is_library,
     is_making_parameter,
     is_module_converting,
-    is_on_stack,
     is_optimizer_stepping,
     is_pointer_followed,
-    is_running,
     is_storage_pickled,
     is_torch_saving,
     is_typed_storage_indexed,
     meant_by_device,
     running_initialiser,
-    stack_depth,
     why_is_meta,
 )
 from tests.sharding.alone import alone_as
@@ -106,30 +92,6 @@ def nothing_noted() -> None:
 
 def asked_if_meta(*sizes: int) -> Any:
     return torch.empty(*sizes, device="meta").as_subclass(AskedIfMeta)
-
-
-def test_callers_are_told_innermost_first_and_not_the_one_that_asks() -> None:
-    """torch/nn/modules/module.py: _wrapped_call_impl calls _call_impl, which calls forward."""
-
-    def three() -> list[str]:
-        names: list[str] = []
-        for _, frame in zip(range(3), callers(), strict=False):
-            names.append(frame.f_code.co_name)
-        return names
-
-    layer = nn.Identity()
-    layer.forward = lambda *_: three()
-    assert layer(1) == ["<lambda>", "_call_impl", "_wrapped_call_impl"]
-    here = "test_callers_are_told_innermost_first_and_not_the_one_that_asks"
-    assert function_of("a", "ask(1)", ask=lambda n: next(callers(n)).f_code.co_name)() == here
-
-
-def test_the_modules_of_callers_are_told_innermost_first() -> None:
-    """A frame has the name of its module among its globals."""
-    ask = function_of("some.module", "ask()", ask=lambda: list(calling_modules()))
-    told = ask()
-    assert told[:3] == [__name__, "some.module", __name__]
-    assert "_pytest.python" in told
 
 
 def test_loading_asks_a_parameter_whether_it_is_on_meta() -> None:
@@ -409,15 +371,6 @@ def test_an_initialiser_s_arguments_are_the_locals_of_its_frame() -> None:
     assert found[3] is None
 
 
-def test_an_initialiser_that_asks_a_mode_is_two_frames_above_it() -> None:
-    """torch/nn/init.py, torch/overrides.py: kaiming_uniform_ calls handle_torch_function."""
-    code, other = nn.init.kaiming_uniform_.__code__, nn.init.normal_.__code__
-    asks = lambda: (is_running(code, 1), is_running(code, 2), is_running(other, 9))  # noqa: E731
-    with Functions(asks) as mode:
-        nn.init.kaiming_uniform_(torch.ones(2, 2))
-    assert mode.answers[mode.heard.index(nn.init.kaiming_uniform_)] == (False, True, False)
-
-
 def test_a_mode_keeps_attention_off_its_fused_kernel_and_the_frame_says_so() -> None:
     """torch/nn/modules/activation.py: forward has a local ``why_not_fast_path``."""
     layer, x = nn.MultiheadAttention(2, 2, batch_first=True).eval(), torch.ones(1, 3, 2)
@@ -512,71 +465,6 @@ def test_every_optimizer_reads_gradients_in_its_step(optimizer: Any) -> None:
     assert True in Noted.steps
 
 
-def test_torch_s_python_is_under_one_folder_and_graphs_have_no_file() -> None:
-    """torch/fx/graph_module.py: generated code is of ``<eval_with_key>``, whichever line it has."""
-    traced = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
-    assert traced.forward.__code__.co_filename.startswith("<eval_with_key>")
-    assert [is_library(f) for f in (nn.__file__, inspect.getfile(callers), __file__)] == [1, 1, 0]
-    found: list[Any] = []
-    traced.get_submodule("0").forward = function_of(
-        "torch", "found.append(ask())", found=found, ask=innermost_foreign_line
-    )
-    traced(torch.ones(1))
-    line = inspect.currentframe().f_lineno - 1
-    assert found == [f"{__file__}:{line} in {inspect.currentframe().f_code.co_name}"]
-
-
-def entered() -> Caller:
-    return caller(0)
-
-
-def test_a_frame_is_on_the_stack_until_it_returns() -> None:
-    """Python gives each running call a frame, and frees it when it returns."""
-    here = caller(0)
-    assert is_on_stack(here)
-    assert list(map(is_on_stack, [here]))
-    assert here.thread
-    assert not is_on_stack(entered())
-
-
-def test_a_frame_is_known_by_its_file_or_its_function() -> None:
-    """Python's gc gives frames among those who refer to an object, while a traceback holds them."""
-    frame = inspect.currentframe()
-    assert is_frame_of(frame, __file__, entered)
-    assert is_frame_of(frame, "elsewhere.py", test_a_frame_is_known_by_its_file_or_its_function)
-    assert not is_frame_of(frame, "elsewhere.py", entered)
-    assert not is_frame_of([frame], __file__, entered)
-
-
-def test_a_context_manager_whose_exit_was_interrupted_is_run_to_its_end() -> None:
-    """torch/overrides.py: _pop_mode_temporarily is a generator that contextlib ends."""
-    ends: list[str] = []
-
-    @contextlib.contextmanager
-    def context() -> Any:
-        try:
-            yield
-        finally:
-            ends.append("end")
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code is contextlib._GeneratorContextManager.__exit__.__code__:
-            raise KeyboardInterrupt
-        return None
-
-    before = sys.gettrace()
-    with pytest.raises(KeyboardInterrupt) as caught:  # noqa: PT012 - the end of the block raises
-        sys.settrace(trace)
-        try:
-            with context():
-                pass
-        finally:
-            sys.settrace(before)
-    assert ends == []
-    close_contexts(caught.value.__traceback__)
-    assert ends == ["end"]
-
-
 class Asking(torch.Tensor):
     """Notes who asks for its number of dims, and who multiplies."""
 
@@ -638,25 +526,3 @@ def test_another_library_may_need_the_values_of_what_it_asks_the_device_of() -> 
     ask(tensor)
     assert heard == [Meant.OTHERS, Meant.META, Meant.RECORDED]
     assert [meant for meant in Meant if not meant.needs_values] == [Meant.META, Meant.RECORDED]
-
-
-def test_a_call_path_tells_places_in_one_line_apart_and_leaves_torch_out() -> None:
-    """torch/nn/modules/module.py: ``__call__`` and ``_call_impl`` lie between two frames."""
-
-    def path() -> Any:
-        return call_path(base)
-
-    class Asking(nn.Module):
-        def forward(self) -> Any:
-            return path(), path()
-
-    base = stack_depth()
-    # A generator has a frame of its own; a comprehension has none since Python 3.12 (PEP 709).
-    once, twice = path(), tuple(path() for _ in range(2))
-    assert once != twice[0]
-    assert twice[0] == twice[1]
-    # Through nn.Module.__call__, whose frames are torch's.
-    first, second = Asking()()
-    assert first != second
-    assert [code.co_name for code, _ in first][:2] == ["path", "forward"]
-    assert not any(is_library(code.co_filename) for code, _ in first)

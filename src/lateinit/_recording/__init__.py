@@ -3,15 +3,17 @@
 A function mode (``function_mode``) answers Python code that inspects deferred tensors. A dispatch
 mode below it (``recorder``) decides how each op is treated, and a ``ProgramWriter`` (``writer``)
 writes it into the program. Patches (``patches``) replace the few functions of torch that reach
-neither mode. Outside blocks, deferred tensors are guarded (``guard``), and their ops recorded
-(``after_block``) by the same writer. Gives the rooms above ``deferred`` and the filling of holes.
+neither mode. Outside blocks, deferred tensors are guarded (``guard``). What is called on them is
+answered (``answers``) or followed (``calls_after_block``), and their ops recorded (``after_block``)
+by the same writer. Gives the rooms above ``deferred`` and the filling of holes.
 May import ``_tensors`` and the rooms below it; it and ``_materialize`` do not know each other.
-Start with ``block``, then ``recorder``.
+Start with ``block``, then ``recording`` and ``recorder``.
 """
 
-from lateinit._recording.block import deferred, deferred_init, fill, recording_block
+from lateinit._recording.block import deferred, deferred_init
 from lateinit._recording.guard import DeferredTensor
 from lateinit._recording.holes import abandoned, hole_of
+from lateinit._recording.recording import fill, recording_block
 from lateinit._recording.redraw import draw_again
 from lateinit._recording.writer import ProgramWriter, current
 

@@ -175,7 +175,7 @@ class Follower(RecordingMode):
     def __init__(self, program: Program, guard: Callable[[Tensor], None]) -> None:
         # Random ops are refused; replaying raises if a foreign op draws.
         super().__init__(ProgramWriter(program, drawing=False))
-        self._guard = guard
+        self.guard = guard
         self._before: dict[torch.Generator, Tensor] = {}
 
     def undo_draws(self) -> None:
@@ -261,7 +261,7 @@ class Follower(RecordingMode):
         for leaf, slot in self._name(result, sources[0]):
             slot.waits = slot.waits or any(t is not leaf for t in waiting)
             slot.of_waiting = slot.of_waiting or of_waiting
-            self._guard(leaf)
+            self.guard(leaf)
         return result
 
     def _name(self, result: Any, source: Tensor) -> list[tuple[Tensor, Slot]]:

@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 
 from lateinit._recording.after_block import device_to, needs_values
+from lateinit._recording.argument_checks import EMPTY, check_data
 from lateinit._recording.writer import current
 from lateinit._tensors import (
     Deferred,
+    Slot,
     address_of,
+    adopt,
     described,
     is_deferred_tensor,
     is_of_waiting,
+    is_parameter,
     realize_now,
+    show,
     slot_of,
     waits,
 )
 from lateinit._torch import (
     Meant,
+    base_of,
     below_python,
     device_number,
     is_dcp_writing,
@@ -52,6 +58,13 @@ def is_table(tensor: Tensor) -> bool:
     """Whether a deferred tensor is one that realises itself and that no module of a block holds."""
     slot = slot_of(tensor)
     return realises_itself(tensor) and slot is not None and slot.name is None
+
+
+def mark(tensor: Tensor) -> None:
+    """Note that a storage belongs to a parameter, if ``tensor`` is one."""
+    slot = slot_of(tensor)
+    if slot is not None and is_parameter(tensor):
+        slot.waits = True
 
 
 def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -150,6 +163,59 @@ def is_whole_load(target: Any, source: Any = None) -> bool:
     )
 
 
+def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
+    """``tensor.copy_(source)``: a load if the source is real."""
+    if is_whole_load(tensor, source):
+        owner = base_of(tensor)
+        if torch.is_grad_enabled() and owner.requires_grad and owner.is_leaf:
+            func(tensor, tensor)  # raises torch's error
+        adopt(tensor, source)
+        return tensor
+    if shows_the_same(tensor, source):
+        return tensor
+    return NotImplemented
+
+
+def _module_load(func: Any, tensor: Tensor, other: Any, assign: bool = False) -> Any:
+    """What ``load_state_dict`` calls under ``set_swap_module_params_on_conversion``."""
+    if assign or not is_whole_load(tensor, other):
+        return NotImplemented
+    return _copy(torch.Tensor.copy_, tensor, other).detach()
+
+
+def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
+    """``tensor.data = data``, which torch refuses if exactly one of them is on meta."""
+    slot = slot_of(tensor)
+    if slot is not None and slot.lazy is not None and isinstance(data, Tensor):
+        data = _data_of_placeholder(slot, tensor, data)
+    if not isinstance(data, Tensor) or is_deferred_tensor(data):
+        func(tensor, data)
+        mark(tensor)
+        return
+    if data.is_meta or is_fake(data):
+        kind = "meta" if data.is_meta else "fake"
+        raise DeferredTensorError(
+            f"setting .data of {described(tensor)} to a {kind} tensor, which has no values, would "
+            "lose its own: do this inside `with lateinit.deferred():`, or after "
+            "lateinit.materialize()"
+        )
+    show(tensor, data.detach())
+
+
+def _data_of_placeholder(slot: Slot, tensor: Any, data: Tensor) -> Tensor:
+    """What a placeholder of pytorch-pfn-extras gets for data: see ``argument_checks.check_data``.
+
+    Its ``materialize`` allocates on the device of its data, which is ``meta`` here.
+    """
+    check_data(slot, tensor, data)
+    converted = slot_of(data)
+    if converted is not None and data.size() == EMPTY:
+        converted.lazy = slot.lazy
+    if converted is None and data.is_meta:
+        return torch.empty(data.shape, dtype=data.dtype, device=Deferred.of(tensor).device)
+    return data
+
+
 # Functions that need the values, or the memory itself: no op that could be recorded gives these.
 _READERS = (
     torch.Tensor.numpy,
@@ -175,9 +241,15 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.is_cpu.__get__: _is_cpu,  # type: ignore[attr-defined]
     torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
     torch.Tensor.get_device: _get_device,
+    torch.Tensor.copy_: _copy,
+    torch.Tensor.module_load: _module_load,
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     **dict.fromkeys(_READERS, _read),
 }
-"""The functions that are answered without following them, by handlers ``(func, tensor, ...)``."""
+"""The functions that are answered without following them, by handlers ``(func, tensor, ...)``.
+
+A handler that returns ``NotImplemented`` leaves the call to be followed.
+"""
 
 VIEWS = frozenset(
     getattr(torch.Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")

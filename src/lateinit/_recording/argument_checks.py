@@ -63,6 +63,17 @@ def check_kept(slot: Slot | None) -> None:
         )
 
 
+def takes_all(written: Any, *others: Any) -> bool:
+    """Whether a tensor as empty as a placeholder is written to, from none that is as empty."""
+    return _is_empty(written) and not any(map(_is_empty, others))
+
+
+def _is_empty(value: Any) -> bool:
+    if type(value) is tuple:
+        return any(map(_is_empty, value))
+    return type(value) is TensorRef and value.size == EMPTY
+
+
 def check_data(slot: Slot | None, placeholder: Any, data: Tensor) -> None:
     """Raise if a placeholder of another library is given data that it would lose.
 

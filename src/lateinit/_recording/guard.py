@@ -11,7 +11,6 @@ Come here for the answer to "what happens if I call X on a deferred tensor outsi
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,15 +23,12 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
 from lateinit._program import Program, TensorRef
-from lateinit._recording import composite_ops
+from lateinit._recording import calls_after_block
 from lateinit._recording.after_block import (
     Follower,
-    as_meant,
     device_to,
     is_meta_to,
     is_real,
-    refusal,
-    refuse_lost,
 )
 from lateinit._recording.answers import (
     ANSWERS,
@@ -40,20 +36,15 @@ from lateinit._recording.answers import (
     VIEWS,
     is_table,
     is_whole_load,
+    mark,
     need_values_of,
     realises_itself,
-    shows_the_same,
 )
-from lateinit._recording.argument_checks import EMPTY, check_data
-from lateinit._recording.autocast import casts_of_autocast
-from lateinit._recording.conversions import AFTER_BLOCK, CONVERSIONS
-from lateinit._recording.recorder import in_force
 from lateinit._recording.sharding import shard_by_fsdp, take_part
 from lateinit._recording.shards import watch_new_shards
 from lateinit._recording.unheard import watch
 from lateinit._recording.watched import Watched
 from lateinit._recording.writer import current
-from lateinit._replay import one_thread
 from lateinit._tensors import (
     PLAIN_CLASSES,
     Deferred,
@@ -61,15 +52,12 @@ from lateinit._tensors import (
     Slot,
     adopt,
     attributes,
-    copied_by_deepcopy,
-    described,
     is_deferred_tensor,
     is_of_waiting,
     is_parameter,
     original_class,
     realize_now,
     share_real_storage,
-    show,
     slot_of,
     waits,
 )
@@ -77,29 +65,20 @@ from lateinit._torch import (
     Args,
     Kwargs,
     as_subclass,
-    base_of,
     below_python,
     class_of_new_parameter,
     collective_that_compares,
     copy_into,
     enable_functions,
-    flat,
-    functions_state,
     graph_break,
     has_own_dispatch,
     inference_mode,
     is_batching,
-    is_differentiating,
-    is_fake,
-    is_functorch_running,
     is_making_parameter,
     is_torch_saving,
     meant_by_device,
-    mend,
-    noted_modes,
     restoring,
     set_eval_frame,
-    set_functions_state,
     tell_of_cuts,
     tell_of_fsdp_parameters,
     tensors_in,
@@ -107,7 +86,6 @@ from lateinit._torch import (
     without_subclass_functions,
 )
 from lateinit._torch.swap import swap, swap_with_hooks
-from lateinit.errors import DeferredTensorError
 
 
 class DeferredTensor(Guarded):
@@ -153,11 +131,13 @@ class DeferredTensor(Guarded):
                         made = func(*args, **(kwargs or {}))
                     made.__class__ = type(args[0])
                     return made
-                answer = _ANSWERS.get(func)
+                answer = ANSWERS.get(func)
                 if answer is not None and isinstance(args[0], Guarded):
                     share_real_storage(args[0])
                     if is_deferred_tensor(args[0]):
-                        return answer(func, *args, **(kwargs or {}))
+                        answered = answer(func, *args, **(kwargs or {}))
+                        if answered is not NotImplemented:
+                            return answered
                 if getattr(func, "__name__", "") == "__get__" and func not in VIEWS:
                     return _got(func, args, kwargs or {}, collective_that_compares())
                 result = follow(func, args, kwargs or {})
@@ -236,7 +216,7 @@ class DeferredTensor(Guarded):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = follow(_deepcopied, (self, memo), {})
+            memo[id(self)] = follow(calls_after_block.deepcopied, (self, memo), {})
         copied: Tensor = memo[id(self)]
         return copied
 
@@ -259,59 +239,6 @@ def _got(func: Any, args: Args, kwargs: Kwargs, collective: str | None) -> Any:
     if collective is not None and not is_real(args[0]):
         need_values_of(collective, args[0])
     return func(*args, **kwargs)
-
-
-def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
-    """``tensor.copy_(source)``: a load if the source is real."""
-    if is_whole_load(tensor, source):
-        owner = base_of(tensor)
-        if torch.is_grad_enabled() and owner.requires_grad and owner.is_leaf:
-            func(tensor, tensor)  # raises torch's error
-        adopt(tensor, source)
-        return tensor
-    if shows_the_same(tensor, source):
-        return tensor
-    return follow(func, (tensor, source, *args), kwargs)
-
-
-def _module_load(func: Any, tensor: Tensor, other: Any, assign: bool = False) -> Any:
-    """What ``load_state_dict`` calls under ``set_swap_module_params_on_conversion``."""
-    if assign or not is_whole_load(tensor, other):
-        return follow(func, (tensor, other, assign), {})
-    return _copy(torch.Tensor.copy_, tensor, other).detach()
-
-
-def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
-    """``tensor.data = data``, which torch refuses if exactly one of them is on meta."""
-    slot = slot_of(tensor)
-    if slot is not None and slot.lazy is not None and isinstance(data, Tensor):
-        data = _data_of_placeholder(slot, tensor, data)
-    if not isinstance(data, Tensor) or is_deferred_tensor(data):
-        func(tensor, data)
-        _mark(tensor)
-        return
-    if data.is_meta or is_fake(data):
-        kind = "meta" if data.is_meta else "fake"
-        raise DeferredTensorError(
-            f"setting .data of {described(tensor)} to a {kind} tensor, which has no values, would "
-            "lose its own: do this inside `with lateinit.deferred():`, or after "
-            "lateinit.materialize()"
-        )
-    show(tensor, data.detach())
-
-
-def _data_of_placeholder(slot: Slot, tensor: Any, data: Tensor) -> Tensor:
-    """What a placeholder of pytorch-pfn-extras gets for data: see ``argument_checks.check_data``.
-
-    Its ``materialize`` allocates on the device of its data, which is ``meta`` here.
-    """
-    check_data(slot, tensor, data)
-    converted = slot_of(data)
-    if converted is not None and data.size() == EMPTY:
-        converted.lazy = slot.lazy
-    if converted is None and data.is_meta:
-        return torch.empty(data.shape, dtype=data.dtype, device=Deferred.of(tensor).device)
-    return data
 
 
 def _is_stale(tensor: Tensor) -> bool:
@@ -353,147 +280,6 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
     return type(f"Deferred{cls.__name__}", (DeferredTensor, cls), {"original": cls})
 
 
-def follow(
-    func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispatch: bool = False
-) -> Any:
-    """Call a torch function on deferred tensors outside the block that recorded them.
-
-    In another block its modes record the call.
-
-    If it cannot be recorded, the deferred tensors realise themselves and it is called again, unless
-    one of them waits for ``materialize``.
-
-    Args:
-        func: the function.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        at_dispatch: whether it is an op at the dispatcher. If it has a graph by now, no tensor may
-            realise itself: the graph has its meta tensor, and backward ends in an internal error.
-    """
-    if current() is not None:
-        return func(*args, **kwargs)
-    mend()
-    before = noted_modes()
-    try:
-        return _followed(func, args, kwargs, at_dispatch=at_dispatch)
-    except BaseException as error:
-        before.restore(error.__traceback__)
-        raise
-
-
-def _followed(func: Callable[..., Any], args: Args, kwargs: Kwargs, *, at_dispatch: bool) -> Any:
-    run = func if at_dispatch else partial(_heard_by_classes, func)
-    failed: Exception | None = None
-    # No other thread may realise one of the tensors in between, or record while a call is undone.
-    with one_thread:
-        tensors = tensors_in(args, kwargs)
-        deferred = [t for t in tensors if is_deferred_tensor(t)]
-        for tensor in deferred:
-            # Its storage may be real by now through another tensor, and changed since.
-            share_real_storage(tensor)
-        deferred = [t for t in deferred if is_deferred_tensor(t)]
-        if deferred and (at_dispatch or not _is_for_values(func, tensors, deferred)):
-            program = Deferred.of(deferred[0]).program
-            watch_sharding(program)
-            follower = Follower(program, guard)
-            if len([t for t in tensors if t.is_meta or is_fake(t)]) == len(deferred):
-                follower.meant = deferred[0]
-            try:
-                return _recorded(follower, deferred, func, args, kwargs)
-            except Exception as error:
-                refused = refusal(error, func, deferred[0], tensors)
-                for_good = follower.final or any(map(waits, deferred))
-                if for_good or (at_dispatch and _is_late(tensors, deferred)):
-                    if refused is None:
-                        raise
-                    raise refused from error
-                failed = refused or error
-        for tensor in deferred:
-            realize_now(tensor)
-    if failed is None or not at_dispatch:
-        return run(*args, **kwargs)
-    try:
-        # The device was taken from one of them, as by torch.sparse_coo_tensor.
-        args, kwargs = as_meant(args, kwargs, deferred[0].device)
-        return run(*args, **kwargs)
-    except RuntimeError as again:
-        # The op was chosen for meta; its next call is right.
-        raise failed from again
-
-
-def _recorded(
-    follower: Follower, deferred: list[Tensor], func: Callable[..., Any], args: Args, kwargs: Kwargs
-) -> Any:
-    """Call a function that is recorded, and guard its results; undo all if it fails."""
-    programs = {Deferred.of(tensor).program for tensor in deferred}
-    program = follower.writer.program
-    before = len(program.ops)
-    try:
-        result = _called(follower, deferred[0], func, args, kwargs)
-    except Exception:
-        if len(programs) == 1:
-            program.forget(before)
-        follower.undo_draws()
-        raise
-    for leaf in flat(result):
-        if isinstance(leaf, Tensor) and is_deferred_tensor(leaf):
-            guard(leaf)
-    return result
-
-
-def _heard_by_classes(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function on real tensors, some of which may be of a class that hears of it."""
-    before = functions_state()
-    enable_functions()  # our caller does so too, if the call raises
-    result = func(*args, **kwargs)
-    set_functions_state(before)
-    return result
-
-
-def _is_late(tensors: list[Tensor], deferred: list[Tensor]) -> bool:
-    """Whether an op at the dispatcher has a graph by now, of autograd or ``torch.func``."""
-    followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return followed or any(map(is_of_waiting, deferred)) or is_differentiating()
-
-
-def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> bool:
-    """Whether a call among real tensors, or one with a graph, needs values.
-
-    It is not tried without them: a graph or a wrapper of ``torch.func`` would keep tensors on meta,
-    and those that the failed call has saved are counted (torch/utils/checkpoint.py). Nor is a call
-    of a user's class, which hears of functions itself and says of which class their results are.
-    """
-    meta = [t for t in tensors if t.is_meta]
-    if len(meta) > len(deferred) or any(map(is_of_waiting, deferred)):
-        return False
-    if not all(original_class(t) in PLAIN_CLASSES for t in deferred):
-        return True
-    if func in _NO_VALUES:
-        return False
-    real = [t for t in tensors if not t.is_meta]
-    if any(map(is_fake, real)):
-        return False
-    followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return followed or is_functorch_running() or any(t.dim() > 0 for t in real)
-
-
-def _called(
-    follower: Follower, first: Tensor, func: Callable[..., Any], args: Args, kwargs: Kwargs
-) -> Any:
-    handler = AFTER_BLOCK.get(func)
-    if handler is None and all(t.is_meta for t in tensors_in(args, kwargs)):
-        handler = composite_ops.AFTER_BLOCK.get(func)
-    with in_force(follower), casts_of_autocast():
-        if handler is None:
-            result = func(*args, **kwargs)
-        else:
-            device = follower.writer.device_of(first)
-            result = handler(follower.writer, func, *as_meant(args, kwargs, device))
-    if follower.meant is not None:
-        refuse_lost(func, result, follower.meant)
-    return result
-
-
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Call an op on deferred tensors that has come to the dispatcher."""
     # A recorder has heard it already, and runs it on meta to learn the shape of its result. A guard
@@ -513,7 +299,7 @@ def guard(tensor: Tensor) -> None:
     if guarding is None:
         return
     if issubclass(guarding, nn.Parameter):
-        _mark(tensor)
+        mark(tensor)
     # Assigning the class alone would not do: the dispatcher asks __torch_dispatch__ only of tensors
     # that were made as such a class. So make one, and exchange implementations.
     inference = tensor.is_inference()
@@ -528,13 +314,6 @@ def guard(tensor: Tensor) -> None:
         if has_own_dispatch(tensor):
             tensor.__class__ = guarding
         raise
-
-
-def _mark(tensor: Tensor) -> None:
-    """Note that a storage belongs to a parameter, if ``tensor`` is one."""
-    slot = slot_of(tensor)
-    if slot is not None and is_parameter(tensor):
-        slot.waits = True
 
 
 def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
@@ -553,14 +332,6 @@ def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
             swap(tensor, made)
         if gradient is not None:
             tensor.grad = gradient
-
-
-def _deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    # follow() makes a tensor real first if its storage is real already.
-    if is_deferred_tensor(tensor):
-        return copied_by_deepcopy(tensor, memo)
-    copied: Tensor = copy.deepcopy(tensor, memo)
-    return copied
 
 
 @restoring
@@ -601,17 +372,14 @@ def watch_sharding(program: Program) -> None:
     watch_cuts(program)
 
 
+def _follower_of(program: Program) -> Follower:
+    watch_sharding(program)
+    return Follower(program, guard)
+
+
+follow = partial(calls_after_block.follow, _follower_of)
+"""Call a torch function on deferred tensors: see ``calls_after_block``."""
+
 # What Parameter.__new__ calls of data that is no plain tensor (torch/nn/parameter.py).
 _MAKING = (torch.Tensor.detach, torch.Tensor.requires_grad_)
-_ANSWERS: dict[Any, Callable[..., Any]] = {
-    **ANSWERS,
-    torch.Tensor.copy_: _copy,
-    torch.Tensor.module_load: _module_load,
-    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-}
-
-# Functions whose result has no graph and that are recorded among real tensors too.
-_NO_VALUES = frozenset(
-    {*CONVERSIONS, _deepcopied, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
-)
 _ASKED_BY_VMAP = (torch.Tensor.dim, torch.Tensor.size)

@@ -1,7 +1,9 @@
-"""The layout of an op's results, where the meta kernel gives another one than the real kernel.
+"""The results of an op without its values: their shapes, dtypes and layouts, on ``meta``.
 
-Rows of ``op_table`` say of which ops. The kernel is asked: it is run on a twin of the arguments,
-small tensors of ones that are laid out alike. What it gives says the order of the dims in memory.
+The meta kernel is asked, unless the results are small (see ``small_results``). Of some ops it gives
+another layout than the real kernel; rows of ``op_table`` say of which. Then the kernel is asked: it
+is run on a twin of the arguments, small tensors of ones that are laid out alike. What it gives says
+the order of the dims in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lateinit._program import TensorRef
+from lateinit._recording.small_results import layouts_of_small
 from lateinit._torch import (
     META,
     Args,
@@ -26,6 +29,7 @@ from lateinit._torch import (
     kwargs_to_meta,
     span_of,
     tensors_in,
+    to_meta,
     without_modes,
 )
 
@@ -36,6 +40,30 @@ _COMPLEX_TO_REAL = "aten::_fft_c2r"
 
 class LayoutUnknownError(Exception):
     """Only a run on the values themselves tells how the results lie in memory."""
+
+
+def results_on_meta(
+    info: OpInfo, args: Args, kwargs: Kwargs, device: torch.device, *, small: bool
+) -> Any:
+    """The results of an op as meta tensors, laid out as its kernel lays them out.
+
+    Args:
+        info: the op.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        device: where the op is to be computed.
+        small: whether the kernel itself may be asked of small results: all is on the CPU.
+
+    Raises:
+        LayoutUnknownError: only a run tells.
+        Exception: the meta kernel refuses the call, or there is none.
+    """
+    result = layouts_of_small(info, args, kwargs) if small else None
+    if result is None:
+        result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
+        if info.layout is not None:
+            result = as_kernel_lays_out(info, args, kwargs, result, device)
+    return result
 
 
 def as_kernel_lays_out(

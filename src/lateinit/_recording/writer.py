@@ -21,8 +21,6 @@ from lateinit._program import (
     Draw,
     Op,
     Program,
-    RealData,
-    Storage,
     TensorRef,
     initializer,
 )
@@ -30,36 +28,29 @@ from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators, Settled
 from lateinit._recording.kinds import fits
-from lateinit._recording.layouts import LayoutUnknownError, as_kernel_lays_out
+from lateinit._recording.layouts import LayoutUnknownError, as_kernel_lays_out, results_on_meta
 from lateinit._recording.shared_memory import SharedMemory
-from lateinit._recording.small_results import layouts_of_small
 from lateinit._recording.value_checks import check_values
 from lateinit._recording.value_reads import ValueReads
+from lateinit._recording.windows import CPU, Windows
 from lateinit._replay import execution_of
-from lateinit._tensors import ON_META, Deferred, Slot, attach, described, slot_of
+from lateinit._tensors import ON_META, Slot, slot_of
 from lateinit._torch import (
-    META,
     Args,
     FillOp,
     Kwargs,
     OpInfo,
-    WeakTensor,
     calling_modules,
     default_generator,
-    device_of_result,
     flat,
     has_tensor,
     here,
     is_deterministic,
-    kwargs_to_meta,
     operators,
     tensors_in,
-    to_meta,
     without_modes,
 )
 from lateinit.errors import RecordingError
-
-_CPU = torch.device("cpu")
 
 
 def current() -> ProgramWriter | None:
@@ -68,7 +59,7 @@ def current() -> ProgramWriter | None:
     return writer
 
 
-class ProgramWriter:
+class ProgramWriter(Windows):
     """Writes ops into a program, with the draws, constants and settings that they depend on.
 
     Args:
@@ -77,9 +68,7 @@ class ProgramWriter:
         alone: True refuses the deferred tensors of other programs.
 
     Attributes:
-        program: the program.
         generators: follows the random generators.
-        born: the tensors that were made, weakly.
         scripts: the modules of TorchScript that were made, weakly.
         kept: the real tensors of bytes that modules hold, by name.
         lazy_buffer_of: answers of which lazy buffer a storage is, that has no shape yet.
@@ -87,16 +76,12 @@ class ProgramWriter:
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
         values: answers reads.
-        data: the real data that the program keeps.
         shared: memory that deferred and real tensors share.
     """
 
     def __init__(self, program: Program, *, drawing: bool = True, alone: bool = False) -> None:
-        self.program = program
-        self._alone = alone
-        self._drawing = drawing
+        super().__init__(program, drawing=drawing, alone=alone)
         self.generators = Generators(program)
-        self.born: list[WeakTensor] = []
         self.scripts: list[weakref.ref[nn.Module]] = []
         self.kept: list[tuple[str, Tensor]] = []
         self.lazy_buffer_of: Callable[[Slot], str | None] = _of_none
@@ -104,70 +89,7 @@ class ProgramWriter:
         self.call: tuple[tuple[Any, ...], dict[str, Any] | None] = ((), None)
         self._ambient_key: tuple[Any, ...] = ()
         self.values = ValueReads(program)
-        self.data = RealData(program)
         self.shared = SharedMemory(self.values, self.data, self.assign)
-
-    # -- tensors as windows --------------------------------------------------------------------
-
-    def ref(self, tensor: Tensor) -> TensorRef:
-        """The window of a deferred tensor on its storage."""
-        slot = slot_of(tensor)
-        assert slot is not None
-        return self._ref(slot, tensor)
-
-    def _ref(self, slot: Slot, tensor: Tensor) -> TensorRef:
-        if slot.real is not None:
-            raise RecordingError(
-                f"{described(tensor)} shares its memory with a tensor that is materialised, whose "
-                "values may have changed since: call lateinit.materialize() on this one too, "
-                "before it is used in a block"
-            )
-        program, number = slot.resolve()
-        # The tensor comes from another block. Its program is appended to this one, and the slot
-        # then resolves to a number in this one.
-        if program is not self.program and self._alone:
-            raise RecordingError(
-                f"{described(tensor)} is used, which is another deferred tensor and has no values "
-                "yet"
-            )
-        if program is not self.program:
-            self.program.absorb(program)
-            _, number = slot.resolve()
-        return TensorRef.of(tensor, number)
-
-    def referred(self, value: Any) -> Any:
-        """An argument in the form that ops store: ``TensorRef``, ``Const``, tuple or number."""
-        if isinstance(value, Tensor):
-            if not value.is_meta:
-                return self.data.refer(value)
-            slot = slot_of(value)
-            assert slot is not None
-            if slot.real is None or slot.waits:
-                return self._ref(slot, value)
-            # A table has realised itself, and this tensor on its storage was not used since.
-            real = Deferred.of(value).real()
-            assert real is not None
-            return self.data.refer(real)
-        if isinstance(value, (list, tuple)):
-            return tuple(self.referred(item) for item in value)
-        if isinstance(value, torch.Generator):
-            return None  # the draw's place says it all; some ops take it among the others
-        if isinstance(value, torch.UntypedStorage):
-            raise RecordingError(
-                "an untyped storage was written to while recording: write to a tensor instead"
-            )
-        return value
-
-    def device_of(self, tensor: Tensor) -> torch.device:
-        """The device that the constructor asked for."""
-        return self.storage_of(tensor).device
-
-    def storage_of(self, tensor: Tensor) -> Storage:
-        """The program's record of a deferred tensor's storage."""
-        slot = slot_of(tensor)
-        assert slot is not None
-        program, number = slot.resolve()
-        return program.storages[number]
 
     # -- ops -----------------------------------------------------------------------------------
 
@@ -201,12 +123,8 @@ class ProgramWriter:
             )
         device = self.device_for(kwargs, deferred)
         try:
-            on_cpu = {device, *map(self.device_of, deferred)} == {_CPU}
-            result = layouts_of_small(info, args, kwargs) if on_cpu else None
-            if result is None:
-                result = info.func(*to_meta(args), **kwargs_to_meta(info, kwargs))
-                if info.layout is not None:
-                    result = as_kernel_lays_out(info, args, kwargs, result, device)
+            on_cpu = {device, *map(self.device_of, deferred)} == {CPU}
+            result = results_on_meta(info, args, kwargs, device, small=on_cpu)
         # No meta kernel, or a layout that depends on values. If the call is wrong, it raises again
         # in the run, as it would in eager construction.
         except Exception:  # noqa: BLE001
@@ -218,11 +136,7 @@ class ProgramWriter:
 
     def made(self, tensor: Tensor, device: torch.device, fill: FillOp | None) -> Tensor:
         """Record a new tensor and its fill. Allocation needs no op: replay allocates by need."""
-        number = len(self.program.storages)
-        storage = tensor.untyped_storage()
-        attach(storage, Slot(self.program, number))
-        self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
-        self.born.append(WeakTensor(tensor))
+        number = self._number(tensor, device)
         if fill is not None:
             name, values = fill
             args = (TensorRef.of(tensor, number), *values)
@@ -378,41 +292,13 @@ class ProgramWriter:
         if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
             self._append(info, args, kwargs, results)
 
-    def device_for(self, kwargs: Kwargs, deferred: list[Tensor]) -> torch.device:
-        """The device of the results of a call."""
-        asked = kwargs.get("device")
-        if asked is not None:
-            return device_of_result(asked)
-        # A CPU tensor without dims may be combined with tensors of any device: it decides last.
-        for tensor in sorted(deferred, key=lambda t: t.dim() == 0):
-            return self.device_of(tensor)
-        return _CPU
-
-    def adopt(self, tensor: Tensor, device: torch.device) -> bool:
-        """Number a new meta storage, or update the size of a known one (``resize_``).
-
-        Returns:
-            Whether the storage is new.
-        """
-        storage = tensor.untyped_storage()
-        slot = slot_of(tensor)
-        if slot is None:
-            attach(storage, Slot(self.program, len(self.program.storages)))
-            self.program.storages.append(Storage(storage.nbytes(), device, not self._drawing))
-            self.born.append(WeakTensor(tensor))
-            return True
-        program, number = slot.resolve()
-        program.storages[number].nbytes = storage.nbytes()
-        self.born.append(WeakTensor(tensor))
-        return False
-
     def _append(self, info: OpInfo, args: Args, kwargs: Kwargs, results: tuple[Any, ...]) -> None:
         written = {k: self.referred(v) for k, v in kwargs.items() if k != "generator"}
         referred = tuple(self.referred(value) for value in args)
         for changed in info.mutates:
             if changed < len(args) and type(referred[changed]) is Const and args[changed].is_meta:
                 self.ref(args[changed])  # raises: the write would be lost
-            elif changed < len(args) and _takes_all(*referred[changed:]):
+            elif changed < len(args) and argument_checks.takes_all(*referred[changed:]):
                 for tensor in flat(args[changed]):
                     self._check_kept(slot_of(tensor))
         outs = tuple(
@@ -464,28 +350,9 @@ class ProgramWriter:
             self.program.ambients.append(Ambient(*key))
         return len(self.program.ambients) - 1
 
-    def mirror(self, real: Any, device: torch.device) -> Any:
-        """A new deferred tensor with the layout of a real one; any other value unchanged."""
-        if not isinstance(real, Tensor):
-            return real
-        tensor = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device=META)
-        self.adopt(tensor, device)
-        return tensor
-
 
 def _of_none(slot: Slot) -> None:
     return None
-
-
-def _takes_all(written: Any, *others: Any) -> bool:
-    """Whether a tensor as empty as a placeholder is written to, from none that is as empty."""
-    return _is_empty(written) and not any(map(_is_empty, others))
-
-
-def _is_empty(value: Any) -> bool:
-    if type(value) is tuple:
-        return any(map(_is_empty, value))
-    return type(value) is TensorRef and value.size == argument_checks.EMPTY
 
 
 def _is_usual(args: Args, kwargs: Kwargs) -> bool:

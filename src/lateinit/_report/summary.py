@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from lateinit._identity import IdentityMap
 from lateinit._lazy import show
 from lateinit._report import by_module
 from lateinit._report.name_folding import fold
+from lateinit._report.notebook import Shown, as_notebook
 from lateinit._report.rows import Entry, Row, Totals, entries, totals
 from lateinit._report.tables import in_columns
 from lateinit._tensors import Init, Only
@@ -29,7 +29,7 @@ _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
 _RIGHT = ("bytes", "parameters", "FLOPs")
 # The columns that a terminal may break into several lines.
 _WRAPPED = ("name", "initialised", "module", "input", "output")
-# The columns that a narrow terminal does without, the first ones first.
+# The columns that are left out on a narrow terminal, in this order.
 _SPARED = (
     *("buffers", "bytes", "kind", "state", "dtype", "initialised", "shape"),
     *("input", "class", "output", "parameters"),
@@ -40,8 +40,8 @@ _SPARED = (
 class Summary:
     """A table of a model's tensors, or of its modules.
 
-    At a prompt and in a notebook it shows itself, the middle of a long one left out. ``print``
-    shows all of it, and ``to_dict()`` gives the data.
+    At a prompt it shows itself, the middle of a long one left out, and in a notebook folded by
+    module. ``print`` shows all of it, and ``to_dict()`` gives the data.
 
     Attributes:
         rows: one for each tensor, in the order of the model.
@@ -55,7 +55,7 @@ class Summary:
     modules: tuple[by_module.Module, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, one entry a tensor and a module, nothing folded."""
+        """Everything as plain data, with one entry for each tensor and module, nothing folded."""
         tensors = [{"name": row.name, **asdict(row)} for row in self.rows]
         modules = {"modules": [asdict(module) for module in self.modules]} if self.modules else {}
         return {"tensors": tensors, "totals": asdict(self.totals), **modules}
@@ -72,11 +72,21 @@ class Summary:
         return (*by_module.HEADS, *(by_module.HEADS_OF_PASS if self._of_pass else ()))
 
     @cached_property
+    def _shown(self) -> tuple[Shown, ...]:
+        if self.modules:
+            return tuple(
+                Shown(name, by_module.cells(name, modules, of_pass=self._of_pass))
+                for name, modules in by_module.folded(self.modules)
+            )
+        return tuple(
+            Shown(name, _cells(name, rows), sum(row.nbytes or 0 for row in rows if not row.shares))
+            for name, rows in fold(self.rows, _name, _alike)
+        )
+
+    @property
     def lines(self) -> tuple[tuple[str, ...], ...]:
         """The cells of the table as printed, with repeated layers folded."""
-        if self.modules:
-            return by_module.cells(self.modules, of_pass=self._of_pass)
-        return tuple(_cells(name, rows) for name, rows in fold(self.rows, _name, _alike))
+        return tuple(line.cells for line in self._shown)
 
     @property
     def footer(self) -> str:
@@ -130,15 +140,7 @@ class Summary:
         return shown
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in self.heads)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
-            if isinstance(line, tuple)
-            else f"<tr><td colspan={len(self.heads)}>{line}</td></tr>"
-            for line in folded(self.lines)
-        )
-        footer = html.escape(self.footer).replace("\n", "<br>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{footer}</p>"
+        return as_notebook(self.heads, _RIGHT, self._shown, self.footer)
 
 
 @restoring
@@ -158,8 +160,8 @@ def summary(
 
     Args:
         module: a module, a tensor, or a list, tuple or dict of them.
-        only: which tensors: a glob on their fully qualified names, several globs, or a predicate
-            ``(fqn, tensor) -> bool``.
+        only: the tensors to show: a glob on their fully qualified names, several globs, or a
+            predicate ``(fqn, tensor) -> bool``.
         init: initialisers by name, as for ``materialize``; they are shown.
         depth: show modules, with the totals of each, down to this many levels below the model.
         example: the input of ``forward``, on ``meta`` or real; several as a tuple or list, or by
@@ -167,18 +169,15 @@ def summary(
             with the floating-point operations that ``torch.utils.flop_counter`` counts (those of
             matrix products, convolutions and attention).
         real: compute the pass with the values of the example, for a model whose control flow
-            depends on them.
 
-    Returns:
-        A ``Summary``, in the order of the model. When printed, repeated layers share a line.
 
     Raises:
         PatternError: a pattern of ``only`` or ``init`` matches no tensor.
         InitError: a value of ``init`` is no initialiser.
-        NeedsValuesError: the pass depends on values; the message says where.
+        NeedsValuesError: the pass depends on values; the message names the line.
         ShapeError: the example does not fit a lazy module.
-        TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given for what is no
-            module.
+        TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given although
+            ``module`` is no module.
         ValueError: ``depth`` is no whole number, or negative.
 
     Example:
@@ -247,7 +246,7 @@ def _name(row: Row) -> str:
 
 
 def _alike(row: Row) -> tuple[Any, ...]:
-    """What rows on one printed line have in common; a tensor with ties has its own line."""
+    """The key that rows on one printed line have in common; a tied tensor has its own line."""
     own = row.name if row.notes else ""
     return (own, row.shape, row.dtype, row.what, row.state, row.init)
 

@@ -1,38 +1,31 @@
-"""Find out which function is calling: the one place that looks at Python frames.
+"""Find out which function of torch reads a property of a tensor, and why.
 
 Some functions of torch do something that no mode intercepts, or skip a step on ``meta``. Before
 that they read a property of the tensor, such as ``is_meta``. The answer must then depend on which
-function reads it, and only its frame tells. Frames are counted from the function that asks (a
-property, a hook), so these helpers must be called from it directly.
+function reads it, and only its frame identifies that function. The helpers of this file must be
+called directly from the property or hook that is read, the *asking* function: see ``frames``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import functools
-import os
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lateinit._torch.frames import frame_above, upwards
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
-# The modules whose frames lie between an initialiser and an op, and those that only call either.
+# Prefixes of the modules whose frames may lie between an initialiser and an op.
 _BETWEEN = ("lateinit", "torch.")
 _ABOVE = "torch.nn.modules."
-_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
-_NO_FILES = ("<frozen", "<eval_with_key")  # code of importlib and of torch/fx/graph_module.py
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
 _CONVERT = nn.Module._apply.__code__
 # torch/_tensor.py: what Tensor.__reduce_ex__ calls for tensors with a storage.
@@ -43,34 +36,13 @@ _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
 _ASKS_TO_RUN = "_validate_no_meta_params"  # of FSDPParamGroup
 _COMPARING = "_ensure_all_tensors_same_dtype"  # of torch/distributed/distributed_c10d.py
 _ITEMS = {torch.TypedStorage._getitem.__code__, torch.TypedStorage._setitem.__code__}
-# torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
-# not called, and what they say in a block.
+# torch/nn/modules/activation.py and transformer.py: the local variables with the reason why a fused
+# kernel is not called, and the reason that they hold in a block.
 _REASONS = {
     nn.MultiheadAttention.forward.__code__: "why_not_fast_path",
     nn.TransformerEncoderLayer.forward.__code__: "why_not_sparsity_fast_path",
 }
 _AS_A_MODE = "some Tensor argument has_torch_function"
-
-
-def _frame(above: int) -> FrameType:
-    """The frame that is so many calls above the function that asks a function of this file."""
-    return sys._getframe(above + 2)
-
-
-def _upwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def callers(skip: int = 0) -> Iterator[FrameType]:
-    """The frames above the function that asks, innermost first, without the first ``skip``."""
-    return _upwards(_frame(1 + skip))
-
-
-def calling_modules() -> Iterator[str]:
-    """The names of the modules whose functions are running, innermost first."""
-    return (str(frame.f_globals.get("__name__")) for frame in _upwards(_frame(0)))
 
 
 class Asked(NamedTuple):
@@ -95,8 +67,8 @@ _NOTHING = Asked(None, {})
 
 
 def why_is_meta(tensor: Any) -> Asked:
-    """Why the caller of the function that asks reads ``tensor.is_meta``."""
-    asking = _frame(1)
+    """Why the caller of the asking function reads ``tensor.is_meta``."""
+    asking = frame_above(1)
     if asking.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
     name = asking.f_code.co_name
@@ -111,10 +83,10 @@ def why_is_meta(tensor: Any) -> Asked:
 
 
 class Meant(enum.Enum):
-    """What code needs that reads ``device`` of a deferred tensor.
+    """What the code that reads ``device`` of a deferred tensor needs.
 
-    ``META`` is what anyone is told, ``RECORDED`` the device that the tensor will have. All others
-    need its values, and have the words for who does.
+    ``META``: the usual answer, ``meta``. ``RECORDED``: the device that the tensor was recorded for.
+    All others: its values; their text names that code in error messages.
     """
 
     META = "meta"
@@ -140,9 +112,9 @@ _MEANT = {
     "torch.distributions": Meant.RECORDED,
     # Observers are made on the device of the weights.
     "torch.ao": Meant.RECORDED,
-    # meta_utils.py: the device that a fake tensor says, as in torch.export.
+    # meta_utils.py: the device that a fake tensor reports, as in torch.export.
     "torch._subclasses": Meant.RECORDED,
-    # DistributedDataParallel compares shapes across ranks in C++, where no hook is asked.
+    # DistributedDataParallel compares shapes across ranks in C++, which calls no hook.
     "torch.nn.parallel": Meant.PARALLEL,
 }
 
@@ -150,25 +122,26 @@ _MEANT = {
 def meant_by_device(
     others: Mapping[str, Callable[[Mapping[str, Any]], bool]], recorded: tuple[str, ...]
 ) -> Meant:
-    """What the caller of the function that asks needs of a deferred tensor's ``device``.
+    """What the caller of the asking function needs when it reads a deferred tensor's ``device``.
 
     Args:
         recorded: the beginnings of the names of modules that need the recorded device.
         others: by the name of a module, whether its function with these local variables needs the
             values.
     """
-    asking = _frame(1)
+    asking = frame_above(1)
     # torch/nn/modules/batchnorm.py: if a state dict lacks ``num_batches_tracked``, the module keeps
     # its own counter, unless the counter's device is ``meta``: then it loads a zero.
     if asking.f_code is load_with_counter.__code__:
         return Meant.RECORDED
     # torch/nn/utils/parametrizations.py: _Orthogonal draws a tensor there, for an op that has no
     # kernel for meta and raises NotImplementedError. ParametrizationList of parametrize.py takes
-    # that to mean that there is no inverse, and the module is left half done. So may a user's do.
+    # that to mean that there is no inverse, and the module is left half done. A user's
+    # parametrization may do the same.
     if asking.f_code.co_name == "right_inverse":
         return Meant.INVERSE
-    # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: its error advises to_empty. It asks
-    # in a list comprehension, which before Python 3.12 has a frame of its own.
+    # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: its error advises to_empty. It reads
+    # the device in a list comprehension, which before Python 3.12 has a frame of its own.
     above = asking.f_back
     if _ASKS_TO_RUN in (asking.f_code.co_name, above and above.f_code.co_name):
         return Meant.FORWARD
@@ -181,7 +154,7 @@ def meant_by_device(
 
 @functools.cache
 def _meant_by_module(name: str, recorded: tuple[str, ...]) -> Meant:
-    """What any function of a module needs; FSDP2 asks twice for each parameter."""
+    """What any function of a module needs. Cached: FSDP2 reads it twice for each parameter."""
     if name.startswith("torch."):
         for module, meant in _MEANT.items():
             if name.startswith(module):
@@ -192,15 +165,15 @@ def _meant_by_module(name: str, recorded: tuple[str, ...]) -> Meant:
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """The name and the local variables of the outermost running function of ``nn.init``.
 
-    Initialisers call each other (``xavier_normal_`` calls ``_no_grad_normal_``), hence outermost.
+    Outermost, since initialisers call each other (``xavier_normal_`` calls ``_no_grad_normal_``).
     The search ends at the first frame of another library, so it is short outside initialisers.
 
     Args:
         names: the initialisers to look for, by name.
     """
-    # A plain loop, since this is asked for every fill.
+    # A plain loop, since this runs for every fill.
     found: FrameType | None = None
-    frame: FrameType | None = _frame(0)
+    frame: FrameType | None = frame_above(0)
     while frame is not None:
         module = frame.f_globals
         if module is _INIT:
@@ -219,14 +192,9 @@ def _is_between(module: str) -> bool:
     return module.startswith(_BETWEEN) and not module.startswith(_ABOVE)
 
 
-def is_running(code: CodeType, within: int) -> bool:
-    """Whether a function is among the ``within`` frames above the caller of the one that asks."""
-    return any(frame.f_code is code for frame in islice(_upwards(_frame(2)), within))
-
-
 def attention_without_fused_kernel() -> nn.Module | None:
-    """The running module that would call a fused kernel of attention, were it not for a mode."""
-    for frame in _upwards(_frame(1)):
+    """The running module that a mode alone keeps from calling a fused kernel of attention."""
+    for frame in upwards(frame_above(1)):
         reason = _REASONS.get(frame.f_code)
         if reason is not None and frame.f_locals.get(reason) == _AS_A_MODE:
             module: nn.Module = frame.f_locals["self"]
@@ -235,116 +203,118 @@ def attention_without_fused_kernel() -> nn.Module | None:
 
 
 def is_torch_saving(between: int = 0) -> bool:
-    """Whether the object whose method asks is being pickled by ``torch.save``.
+    """Whether ``torch.save`` pickles the object whose method is the asking function.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the asking function and the pickler.
     """
-    frame = _frame(1 + between)
+    frame = frame_above(1 + between)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
     return in_torch and frame.f_code.co_name in _SAVERS
 
 
 def is_storage_pickled(between: int = 0) -> bool:
-    """Whether a tensor that is being pickled asks for its storage, to pickle that.
+    """Whether a tensor that is being pickled reads its storage, to pickle that.
 
     Args:
-        between: how many frames lie between the function that asks and the method of the tensor.
+        between: how many frames lie between the asking function and the method of the tensor.
     """
-    frame = _frame(1 + between)
+    frame = frame_above(1 + between)
     reducing = frame.f_back is not None and frame.f_back.f_code is _REDUCE
     return reducing and frame.f_code is _TYPED_STORAGE and not is_copying_shallowly(between)
 
 
 def is_copying_shallowly(between: int = 0) -> bool:
-    """Whether ``copy.copy`` calls a method that pickling calls too, near the function that asks.
+    """Whether ``copy.copy`` is running a method that pickling runs too.
 
     Args:
-        between: how many frames lie between that function and the method.
+        between: how many frames lie between the asking function and that method.
     """
-    frames = islice(_upwards(_frame(1 + between)), 6)
+    frames = islice(upwards(frame_above(1 + between)), 6)
     return any(frame.f_code is copy.copy.__code__ for frame in frames)
 
 
 def is_dcp_writing(between: int = 0) -> bool:
-    """Whether torch's distributed checkpoint reads the property that asks, to write a file.
+    """Whether torch's distributed checkpoint reads the asking property, to write a file.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the property and the function of torch.
     """
-    name: str = _frame(1 + between).f_globals.get("__name__", "")
+    name: str = frame_above(1 + between).f_globals.get("__name__", "")
     return name == "torch.distributed.checkpoint.filesystem"
 
 
 def collective_that_compares() -> str | None:
-    """The function of ``torch.distributed`` that compares dtypes, if it reads the property asked.
+    """The collective that compares the dtypes of its tensors, if it reads the asking property.
 
-    Each that takes a list of tensors does so first. Of a list of lists nothing is heard later: the
-    dispatcher asks no tensor in it (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
+    Each collective that takes a list of tensors compares first. A list of lists cannot be
+    intercepted later: the dispatcher looks at no tensor in it
+    (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
     """
-    frame = _frame(1)
+    frame = frame_above(1)
     if frame.f_code.co_name != _COMPARING or frame.f_back is None:
         return None
     return frame.f_back.f_code.co_name
 
 
 def is_pointer_followed(between: int = 0) -> bool:
-    """Whether the caller of the function that asks reads memory through ``ctypes``.
+    """Whether the caller of the asking function reads memory through ``ctypes``.
 
     safetensors does so with ``data_ptr()``; most code only compares addresses.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the asking function and its caller.
     """
-    code = _frame(1 + between).f_code
+    code = frame_above(1 + between).f_code
     return "ctypes" in code.co_names or "ctypes" in code.co_varnames
 
 
 def is_module_converting() -> bool:
     """Whether ``nn.Module._apply``, which ``to_empty`` calls, replaces the tensors of a module."""
-    # Between the two lie the frames of lateinit and, for a shard, those of DTensor's dispatch.
-    return any(frame.f_code is _CONVERT for frame in islice(_upwards(_frame(1)), 40))
+    # Between it and the asking function lie the frames of lateinit and, for a shard, those of
+    # DTensor's dispatch: 40 is well above their number.
+    return any(frame.f_code is _CONVERT for frame in islice(upwards(frame_above(1)), 40))
 
 
 def is_making_parameter(between: int = 0) -> bool:
-    """Whether ``nn.Parameter(data)`` calls the function that asks.
+    """Whether ``nn.Parameter(data)`` calls the asking function.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the two functions.
     """
-    return _frame(1 + between).f_code is _NEW_PARAMETER
+    return frame_above(1 + between).f_code is _NEW_PARAMETER
 
 
 def class_of_new_parameter() -> type[nn.Parameter]:
-    """The class of parameter that is made by the caller of the function that asks."""
-    asking = _frame(1)
+    """The class of parameter that the caller of the asking function makes."""
+    asking = frame_above(1)
     made: type[nn.Parameter] = nn.Parameter
     return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
 
 
 def is_batching() -> bool:
-    """Whether ``torch.vmap`` looks at a tensor that it will wrap, by the method that asks."""
-    return _frame(1).f_globals.get("__name__") == "torch._functorch.vmap"
+    """Whether ``torch.vmap`` calls the asking method of a tensor that it is about to wrap."""
+    return frame_above(1).f_globals.get("__name__") == "torch._functorch.vmap"
 
 
 def is_differentiating() -> bool:
-    """Whether ``torch.func.grad``, ``jvp`` or their like run.
+    """Whether ``torch.func.grad``, ``jvp`` or a similar transform is running.
 
-    The stack of transforms does not tell: an op of theirs comes to the dispatcher when the last one
-    has been taken off.
+    The stack of transforms does not show it: an op under a transform reaches the dispatcher only
+    after the last transform has been taken off the stack.
     """
     transforms = "torch._functorch.eager_transforms"
-    return any(frame.f_globals.get("__name__") == transforms for frame in _upwards(_frame(0)))
+    return any(frame.f_globals.get("__name__") == transforms for frame in upwards(frame_above(0)))
 
 
 def is_typed_storage_indexed() -> bool:
-    """Whether ``storage[i]`` of a legacy typed storage reads the property that asks."""
-    return _frame(1).f_code in _ITEMS
+    """Whether ``storage[i]`` of a legacy typed storage reads the asking property."""
+    return frame_above(1).f_code in _ITEMS
 
 
 def is_optimizer_stepping() -> bool:
-    """Whether an optimizer that is about to step reads the property that asks."""
-    for frame in islice(_upwards(_frame(2)), 2):
+    """Whether an optimizer that is about to step reads the asking property."""
+    for frame in islice(upwards(frame_above(2)), 2):
         steps = frame.f_code.co_name in _STEPS
         if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return True
@@ -352,83 +322,6 @@ def is_optimizer_stepping() -> bool:
 
 
 def is_in_torch_optim() -> bool:
-    """Whether code of ``torch.optim`` reads the property that asks."""
-    package = _frame(1).f_globals.get("__package__") or ""
+    """Whether code of ``torch.optim`` reads the asking property."""
+    package = frame_above(1).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")
-
-
-class Caller(NamedTuple):
-    """A frame, by what does not keep it alive, and its thread."""
-
-    frame: int
-    code: CodeType
-    thread: int
-
-
-def caller(above: int) -> Caller:
-    """The frame that is so many calls above the function that asks."""
-    found = _frame(above)
-    return Caller(id(found), found.f_code, threading.get_ident())
-
-
-def is_on_stack(caller: Caller) -> bool:
-    """Whether a frame of this thread is running still."""
-    return any(id(f) == caller.frame and f.f_code is caller.code for f in _upwards(_frame(0)))
-
-
-def is_frame_of(value: Any, file: str, function: Any) -> bool:
-    """Whether a value is a frame of a function in a file, or of one function."""
-    code = getattr(value, "f_code", None)
-    return code is not None and (code.co_filename == file or code is function.__code__)
-
-
-# contextlib.py: the methods of a context manager that is written as a generator.
-_ENTERING = {
-    contextlib._GeneratorContextManager.__enter__.__code__,
-    contextlib._GeneratorContextManager.__exit__.__code__,
-}
-
-
-def close_contexts(trace: TracebackType | None) -> None:
-    """Run the rest of the generators that an interrupt of ``contextlib``'s own lines has left.
-
-    If such a generator were left alone, it would run on when the traceback is dropped, and put
-    modes back at any later time (torch/overrides.py: _pop_mode_temporarily).
-    """
-    for frame in reversed([frame for frame, _ in traceback.walk_tb(trace)]):
-        if frame.f_code in _ENTERING:
-            with contextlib.suppress(Exception):
-                frame.f_locals["self"].gen.close()
-
-
-CallPath = tuple[tuple[CodeType, int], ...]
-
-
-def stack_depth() -> int:
-    """The number of frames from the function that asks to the outermost one."""
-    return sum(1 for _ in _upwards(_frame(0)))
-
-
-def call_path(base: int) -> CallPath:
-    """From where the function that asks is called: the places in code outside torch and lateinit.
-
-    Args:
-        base: how many of the outermost frames to leave out.
-    """
-    frames = list(_upwards(_frame(0)))
-    own = frames[: len(frames) - base]
-    return tuple((f.f_code, f.f_lasti) for f in own if not is_library(f.f_code.co_filename))
-
-
-def is_library(file: str) -> bool:
-    """Whether a file belongs to torch or lateinit."""
-    return file.startswith(_LIBRARIES)
-
-
-def innermost_foreign_line() -> str | None:
-    """``file.py:12 in forward``: the innermost running line outside torch and lateinit."""
-    for frame in _upwards(_frame(0)):
-        code = frame.f_code
-        if not is_library(code.co_filename) and not code.co_filename.startswith(_NO_FILES):
-            return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-    return None

@@ -1,6 +1,6 @@
 """Load a checkpoint into a module: make a plan, then run it, one tensor after another.
 
-Until the plan is made nothing changes, so that every error before that leaves the module as it was.
+Nothing changes until the plan is made, so every error before that leaves the module as it was.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ from lateinit.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What ``load_checkpoint`` did: tensors by name, with dtype, shape and bytes.
+    """The result of ``load_checkpoint``: tensors by name, with dtype, shape and bytes.
 
     Attributes:
         path: the checkpoint.
-        loaded: the names that have their values from the checkpoint, tied ones included.
+        loaded: the names with values from the checkpoint, tied names included.
         initialised: the names that the checkpoint lacks. A deferred tensor was initialised by its
-            recorded construction; a real one was left as it was.
+            recorded construction; a real tensor was left as it was.
         computed: deferred tensors that no checkpoint holds, such as non-persistent buffers.
         unexpected: the tensors of the checkpoint that the model lacks.
         nbytes: the bytes that were loaded, tied tensors counted once.
-        under: what the names of the checkpoint begin with and those of the module do not: the keys
-            of the state dict in the file, and a prefix.
+        under: the beginning of the checkpoint's names that the module's names lack: the keys that
+            lead to the state dict in the file, and a prefix.
     """
 
     path: Path
@@ -116,21 +116,21 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What loading a checkpoint into a module does. Making it has changed nothing; ``print`` it.
+    """The steps to load a checkpoint into a module. Making a plan changes nothing; ``print`` it.
 
     Attributes:
         module: the module.
         reader: the checkpoint, with the names of the module.
         casts: the device and dtype that each deferred tensor gets.
-        strict: whether both sides must have the same names.
-        rules: the initialisers of what the checkpoint lacks.
+        strict: whether module and checkpoint must have the same names.
+        rules: the initialisers of tensors that the checkpoint lacks.
         names: the tensors of the module.
         groups: its deferred tensors, by program.
-        rehearsal: every copy. If it is ``plain``, nothing but these copies is done; otherwise
+        rehearsal: every copy. If it is ``plain``, only these copies are made; otherwise
             ``load_state_dict`` runs once more, and its hooks with it.
-        fitting: which names have their values from the checkpoint.
-        rest: the plans that compute what the checkpoint lacks.
-        files: the checkpoint's files, in words that tell them from others.
+        fitting: which names get their values from the checkpoint.
+        rest: the plans that compute the tensors that the checkpoint lacks.
+        files: a text that identifies the checkpoint's files.
     """
 
     module: nn.Module
@@ -150,6 +150,11 @@ class LoadPlan:
         """The bytes that are read."""
         sources = (source for _, source in self.rehearsal.copies)
         return sum(self.reader.entries[s].nbytes for s in sources if isinstance(s, str))
+
+    def foreseen(self) -> Loaded:
+        """What ``load_checkpoint`` will return."""
+        computed = _computed(self.names, self.fitting)
+        return _report(self.names, self.reader.path, self.reader, self.fitting, computed)
 
     def __str__(self) -> str:
         hooks = "" if self.rehearsal.plain else ", by load_state_dict and its hooks"
@@ -172,7 +177,7 @@ def plan_load(
     choice: Choice = AS_FOUND,
     init: Init | None = None,
 ) -> LoadPlan:
-    """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
+    """Plan and check the loading of a checkpoint; see ``load_checkpoint``.
 
     The module is left as it was.
     """
@@ -183,7 +188,7 @@ def plan_load(
     try:
         return _planned(module, reader, casting, init, strict)
     except MismatchError:
-        # After all the ways in which a module can load it as it is: hooks, translated names.
+        # Only if the module cannot load the checkpoint as it is, by hooks or translated names.
         part = selected(type(module).__name__, ours, reader, choice)
         if part is None:
             raise
@@ -201,7 +206,7 @@ def _planned(
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
     refuse_sums(shards)
     for name, shard in shards.items():
-        parts_of(shard, name)  # raises if it is not known where it lies
+        parts_of(shard, name)  # raises if its place in the full tensor is not known
     for group in groups:
         check_shared(group)
     refuse_foreign(reader, state)
@@ -232,12 +237,12 @@ def _planned(
 def _check_drawn(
     sized: dict[str, nn.Module], filled: set[tuple[Program, int, Draw]], loaded: set[str]
 ) -> None:
-    """Raise if a module that gets its sizes must draw values after one that stays lazy.
+    """Raise if a module that gets its sizes must draw values after a module that stays lazy.
 
     Args:
         sized: the modules that get their sizes from the checkpoint, by path.
-        filled: their holes.
-        loaded: the names that have their values from the checkpoint.
+        filled: the holes of these modules.
+        loaded: the names that get their values from the checkpoint.
     """
     for path, part in sized.items():
         names = [f"{path}.{name}".lstrip(".") for name, t in named_tensors(part) if is_lazy(t)]
@@ -293,13 +298,13 @@ def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
 
 
 def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
-    """Do what a plan says, on this rank."""
+    """Execute a plan on this rank."""
     module = plan.module
     names, computed = plan.names, _computed(plan.names, plan.fitting)
     with Progress("load", plan.nbytes, shown=progress) as bar:
         _run(plan, bar)
-    # What the checkpoint lacks is computed last. Hooks may have exchanged tensors, so that the
-    # module is searched anew unless none ran.
+    # Tensors that the checkpoint lacks are computed last. Hooks may have exchanged tensors, so the
+    # module is searched again if any hook ran.
     left: Any = module
     if plan.rehearsal.plain:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
@@ -330,10 +335,10 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
     def put(target: Tensor, name: str, values: Callable[[], Tensor]) -> None:
-        # A hook of its module may have left it so.
+        # A hook of its module may have left it lazy.
         if is_lazy(target):
             raise UninitializedError(f"{name} {NOT_ADOPTED}")
-        # Only a tensor that is read once may be given away as memory: a hook may write to a loaded
+        # A target may take memory only if its source is read once: a hook may write to a loaded
         # tensor before the same data is read again.
         once = uses[name] == 1 and name not in plan.rehearsal.revealed
         take = plan.rehearsal.plain or (once and name not in reader.shared)
@@ -343,7 +348,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     if not plan.rehearsal.plain:
         _run_hooks(plan, placer, put)
         return
-    # `load_state_dict` would do nothing but these copies.
+    # `load_state_dict` would make exactly these copies.
     for number, (target, name) in enumerate(copies):
         if isinstance(name, str) and number not in plan.fitting.repeated:
             put(target, name, partial(reader.read, name))
@@ -365,7 +370,7 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
             stands.reveal(source)
             placer.reveal(source)
         read = partial(block_of, source)
-        if name is not None:  # a rank reads its share only
+        if name is not None:  # a rank reads only its own blocks
             read = partial(reader.read, name, alone=sharded)
         values = partial(_values_for, target, source, read, plan.names)
         if name is None:
@@ -378,18 +383,18 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         with loading, caught(module) as lists:
             run(module, stands, lists, strict=plan.strict)
     except Exception as error:
-        # load_state_dict turns an exception in a copy into a message; the first one itself is
-        # raised.
+        # load_state_dict turns an exception in a copy into a message; raise the first exception
+        # itself.
         raise loading.failure or error from error
-    # Stand-ins that a hook kept somewhere in the module.
+    # Hooks may have kept stand-ins somewhere in the module.
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
     # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(
-            f"{type(module).__name__} loads {reader.path} otherwise the second time than in the "
-            "rehearsal, as its hooks keep something outside of it; it has changed by now: build it "
+            f"{type(module).__name__} loads {reader.path} in another way the second time than in "
+            "the dry run, as its hooks keep state outside of it; it has changed by now: build it "
             "anew, materialise it, and give it the state dict by load_state_dict()"
         )
 
@@ -397,12 +402,12 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
 def _values_for(
     target: Tensor, source: Tensor, read: Callable[..., Tensor], names: TensorNames
 ) -> Tensor:
-    """What a tensor takes of a source: all of it, or what a rank holds if it is a shard.
+    """The values of a source for a tensor: the whole source, or this rank's part for a shard.
 
     Args:
         target: the tensor.
         source: the source, or a stand-in for it.
-        read: reads a block of the source: where it starts, and its shape.
+        read: reads a block of the source, given its offsets and its shape.
         names: the tensors of the module, for messages.
     """
     if not is_dtensor(target) or is_dtensor(source):
@@ -425,7 +430,7 @@ def _left(group: Wanted, loaded: set[str]) -> Iterator[int]:
 
 
 def _computed(names: TensorNames, fitting: Fit) -> list[Found]:
-    """The deferred tensors that no checkpoint would hold."""
+    """The deferred tensors that a checkpoint never holds, such as non-persistent buffers."""
     known = {*fitting.loaded, *fitting.missing}
     return [f for f in names.distinct if f.deferred and not known.intersection(f.names)]
 
