@@ -19,12 +19,7 @@ from lateinit._recording import current
 from lateinit._tensors import Devices, DTypes, Init, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
 from lateinit._units import parse_bytes
-from lateinit.errors import (
-    CheckpointError,
-    DeferredTensorError,
-    LateinitError,
-    OutOfMemoryError,
-)
+from lateinit.errors import CheckpointError, DeferredTensorError, LateinitError, OutOfMemoryError
 
 
 @restoring

@@ -1,8 +1,9 @@
 """Load a checkpoint as ``load_state_dict`` would, tensor by tensor, all or nothing.
 
 The room gives ``load_into`` to ``api.py`` and ``translated`` to ``_report``. It may import what
-``_checkpoint`` may, and ``formats``, but not ``save``. Start with ``load.py``; ``dry_run.py`` finds
-out what loading would do, ``compatibility.py`` judges it, and ``assign.py`` puts the values.
+``_checkpoint`` may, and ``formats``, but not ``save``. Start with ``load.py``;
+``plan.py`` makes the plan (``dry_run.py`` finds out what loading would do, ``compatibility.py``
+judges it), and ``assign.py`` puts the values.
 """
 
 from lateinit._checkpoint.load.load import Loaded, load_into
