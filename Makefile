@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The part of it that the demo needs.
+DEMO := $(VENV)/.demo
 # The kernels in C; without a compiler they are left out, and so is this.
 NATIVE := $(VENV)/.native
 # What builds the site, and what builds and checks wheels. The demo does without them.
@@ -12,14 +14,15 @@ SHIP := $(VENV)/.ship
 # No hub is asked for anything, and two test workers do not fight over the cores.
 export HF_HUB_OFFLINE := 1
 QUIET_CORES := OMP_NUM_THREADS=1
+RANKS := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 # The torch versions of `make matrix`; tests/matrix.py has the same.
 MATRIX := 2.13.0 2.14.1 2.15.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick matrix lint format docs dist dist-check zoo shards recipes sweep bench clean
+.PHONY: help demo test quick matrix lint format docs dist dist-check zoo shards recipes gallery sweep bench clean
 
 help:
-	@echo "make demo    GPT-2's real architecture: described, then checked bit for bit"
+	@echo "make demo    GPT-2's architecture checked bit for bit; a GPT trained on two ranks, drawn"
 	@echo "make test    everything that CI runs"
 	@echo "make quick   every law over a dozen models, within a minute"
 	@echo "make matrix  the same under three torch versions and six CPU settings (long)"
@@ -30,6 +33,7 @@ help:
 	@echo "make zoo     every transformers model type against its eager twin (long)"
 	@echo "make shards  every model sharded in every way, by real processes (long)"
 	@echo "make recipes every recipe of docs/recipes.md whose library is installed"
+	@echo "make gallery the plots of docs/gallery.md, drawn again"
 	@echo "make sweep   every operator on every kind of deferred tensor, in every layout (long)"
 	@echo "make bench   construction time and memory against the alternatives"
 
@@ -41,8 +45,12 @@ help:
 	@touch $@
 
 # A half-made environment leaves no stamp, so the next call makes it again.
-$(STAMP): pyproject.toml constraints-dev.txt src/lateinit/_version.py
+$(DEMO): pyproject.toml constraints-dev.txt src/lateinit/_version.py
 	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[demo]'
+	@touch $@ $(NATIVE)
+
+$(STAMP): $(DEMO)
 	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[dev]'
 	@touch $@ $(NATIVE)
 
@@ -50,9 +58,12 @@ $(NATIVE): $(STAMP) src/lateinit/_native/kernels.c
 	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/lateinit inspect transformers:gpt2
 	$(BIN)/lateinit check transformers:gpt2 --seed 0
+	@mkdir -p build
+	$(QUIET_CORES) $(RANKS) examples/fsdp_gpt.py --plot build/demo.svg
+	@echo "Look at $(CURDIR)/build/demo.svg: the loss on two ranks, and on one device"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -111,6 +122,13 @@ sweep: $(STAMP)
 
 shards: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.sharding
+
+# The plots of docs/gallery.md, without the date, so that the same values give the same bytes.
+gallery: export MATPLOTLIBRC := docs/gallery/matplotlibrc
+gallery: export SOURCE_DATE_EPOCH := 0
+gallery: $(STAMP)
+	$(QUIET_CORES) $(RANKS) examples/fsdp_gpt.py --plot docs/gallery/fsdp_gpt.svg
+	$(QUIET_CORES) $(BIN)/python examples/mup_sweep.py --plot docs/gallery/mup_sweep.svg
 
 recipes: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m pytest -rs tests/test_recipes.py

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 HEADINGS = ("case", "what", "lateinit", "against", "theirs", "ratio", "goal", "met", "equal")
 PAGE = """# Benchmarks
 
-Measured by `make bench`, ours and theirs in turn within one run; each memory in a process of its
-own. A turn finds the memory that those before it freed: what the first touch of new memory costs
-differs much between machines, and a virtual one has to ask its host for it. Times are the shortest
-of their rounds (medians are in `benchmarks.json`). *Ratio* is ours over theirs, or theirs over ours
-where the goal is to be so many times faster. *Equal*: in the same run,
-every bit was compared with eager construction.
+This page compares the time and memory of lateinit with those of other ways to build, load and save
+models. Read it to estimate the cost of a model like yours. `make bench` writes it.
+
+Within one run, lateinit and the alternative are measured in turn, each memory in a process of its
+own. Times are the shortest of their rounds; `benchmarks.json` has the medians. *Ratio* is the value
+of lateinit divided by that of the alternative, or the reverse where the goal is a speedup. *Equal*:
+in the same run, every bit was compared with eager construction.
+
+The first access to new memory costs much more on some machines than on others, as a virtual machine
+must ask its host for the memory. Here a turn reuses the memory that earlier turns freed.
 
 {machine}
 

@@ -38,12 +38,14 @@ EXTENSIONS = re.compile(r"(?:sse4_|avx|fma|amx|f16c|asimd|sve)\w*")
 
 INTRODUCTION = """# Compatibility
 
-The results of `make quick`, which checks every law on a dozen representative models and every
-export of `lateinit._torch`, under several torch versions and CPU settings. A CPU setting is an
-environment variable that makes torch, oneDNN or MKL use the kernels of another CPU. The eager twin
-is built under the same setting.
+This page says under which torch versions and CPU settings the tests pass. Read it to see whether
+your combination is tested. `make matrix` writes it (`python -m tests.matrix --help` for parts of
+it).
 
-Made by `make matrix` (`python -m tests.matrix --help` for parts of it).
+Each cell is a run of `make quick`, which checks every law on a dozen representative models, and
+every export of `lateinit._torch`. A CPU setting is an environment variable that makes torch, oneDNN
+or MKL use the kernels of another CPU. The eager twin, the model built without lateinit, uses the
+same setting.
 """
 
 

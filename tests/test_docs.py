@@ -1,15 +1,12 @@
-"""What the documents show is what happens: every snippet, example and docstring is run."""
+"""What the documents show is what happens: every snippet and docstring is run."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import inspect
-import os
 import pkgutil
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,6 @@ import lateinit
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-# Those for torchrun are run with it, by tests/test_ranks.py.
-EXAMPLES = [
-    path for path in sorted((ROOT / "examples").glob("*.py")) if "torchrun" not in path.read_text()
-]
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(lateinit.__path__, "lateinit.")
@@ -79,26 +72,6 @@ def test_a_wrong_snippet_would_be_noticed() -> None:
         run_block(">>> 1\n2\n", {}, Path("wrong.md"), 0)
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         run_block("1 / 0\n", {}, Path("wrong.md"), 0)
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs_and_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 80
-    done = subprocess.run(
-        [sys.executable, "-W", "error", path],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(lateinit.__file__).parents[1])},
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    assert "equal to eager" in done.stdout
-    assert not [line for line in done.stdout.splitlines() if line.endswith("False")]
-
-
-def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 2
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -21,12 +21,21 @@ PACKAGE = Path(lateinit.__file__).parent
 
 OPTIONAL = {
     *("timm", "torchvision", "transformers", "lateinit._integrations.transformers_models"),
+    "plotly.offline",
     # It takes long, and is there where it is needed.
     "torch._functorch",
     "lateinit._checkpoint.save.sharded",  # torch.distributed.checkpoint
     "torch.distributed.checkpoint.filesystem",
 }
-NOT_AT_IMPORT = ("transformers", "timm", "torchvision", "accelerate", "torch._dynamo", "typer")
+NOT_AT_IMPORT = (
+    "transformers",
+    "timm",
+    "torchvision",
+    "accelerate",
+    "plotly",
+    "torch._dynamo",
+    "typer",
+)
 
 
 def module_of(path: Path) -> str:
@@ -128,7 +137,7 @@ def test_type_checkers_see_each_public_name_where_it_is_imported_from() -> None:
                     full = f"{statement.module}.{alias.name}"
                     seen[alias.name] = (
                         full
-                        if full in ("lateinit.nn", "lateinit.pfn_extras")
+                        if full in ("lateinit.init", "lateinit.nn", "lateinit.pfn_extras")
                         else (str(statement.module))
                     )
     assert seen == lateinit._HOMES

@@ -16,14 +16,14 @@ import typer
 from torch import nn
 
 from lateinit._checkpoint.api import save_checkpoint
-from lateinit._checkpoint.formats import DTYPES
-from lateinit._checkpoint.load import Choice
+from lateinit._checkpoint.formats import DTYPES, open_checkpoint
+from lateinit._checkpoint.load import Choice, plan_load
 from lateinit._checkpoint.save import Saved
 from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._progress import Progress
 from lateinit._recording import deferred_init
-from lateinit._report import Verification, parity
+from lateinit._report import Verification, page, parity
 from lateinit._report.computed import ComputedReader, opened
 from lateinit._report.contents import Contents, contents
 from lateinit._report.differences import Differences, differences
@@ -32,11 +32,21 @@ from lateinit._report.summary import Summary, summary
 from lateinit._report.trained import Trained
 from lateinit._report.verify import verify
 from lateinit._rng import seed_all
-from lateinit._tensors import DTypes
+from lateinit._tensors import DTypes, casting
 from lateinit._units import parse_bytes
 from lateinit.errors import LateinitError
 
-__all__ = ["ConstructionError", "Rank", "Sides", "check", "diff", "info", "init", "inspect"]
+__all__ = [
+    "ConstructionError",
+    "Rank",
+    "Sides",
+    "check",
+    "diff",
+    "info",
+    "init",
+    "inspect",
+    "report",
+]
 
 Build = Callable[[], nn.Module]
 
@@ -79,28 +89,38 @@ def inspect(
     if path is not None:
         _only_of_models(path, kwargs, rank)
         return contents(path, only=only)
+    share = _sharing(rank)
+    model = _recorded(_build(spec, kwargs))
+    if share is not None and rank.mesh is not None:
+        return share(model)
+    table = summary(model, only=only, depth=depth)
+    return table if share is None else Trained(table, share(model))
+
+
+def _sharing(rank: Rank) -> Callable[[nn.Module], mesh_cost.Share] | None:
+    """What tells what a rank holds of a model, or takes to train it; None if neither is asked."""
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
     policy = None if rank.train is None else training_cost.policy_named(rank.train)
     computed = _batch(rank)
     if computed is not None and policy is None:
         raise typer.BadParameter("--batch goes with --train")
     plan = None if rank.tp_plan is None else model_specs.parse_kwargs(rank.tp_plan, "--tp-plan")
-    model = _recorded(_build(spec, kwargs))
-    if axes is not None:
-        return mesh_cost.share_of_rank(model, axes, plan, policy, computed)
-    table = summary(model, only=only, depth=depth)
-    if policy is None:
-        return table
-    return Trained(table, mesh_cost.share_of_rank(model, {}, None, policy, computed))
+    if axes is None and policy is None:
+        return None
+    if axes is None:
+        return lambda model: mesh_cost.share_of_rank(model, {}, None, policy, computed)
+    return lambda model: mesh_cost.share_of_rank(model, axes, plan, policy, computed)
 
 
-def _only_of_models(path: Path, kwargs: str | None, rank: Rank) -> None:
+def _only_of_models(path: Path, kwargs: str | None, rank: Rank, **more: object) -> None:
+    """Raise if a checkpoint is given with options that are for models, of which some are more."""
     options: dict[str, object] = {
         "--kwargs": kwargs,
         "--mesh": rank.mesh,
         "--tp-plan": rank.tp_plan,
     }
     options |= {"--train": rank.train, "--batch": rank.batch, "--sequence": rank.sequence}
+    options |= {f"--{name}": value for name, value in more.items()}
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise typer.BadParameter(f"{path} is a checkpoint: {', '.join(given)} is for models")
@@ -175,6 +195,33 @@ def init(  # noqa: PLR0913 - the options of a command
         resume=resume,
         seed=seed,
     )
+
+
+def report(
+    spec: str,
+    kwargs: str | None,
+    output: Path,
+    rank: Rank,
+    *,
+    checkpoint: Path | None,
+    seed: int,
+    force: bool,
+) -> page.Written:
+    """Write the page of a model or of a checkpoint."""
+    page.check_output(output, force=force)
+    path = model_specs.path_named(spec)
+    if path is not None:
+        _only_of_models(path, kwargs, rank, checkpoint=checkpoint)
+        return page.written(page.of_checkpoint(spec, path), output)
+    share = _sharing(rank)
+    build = _build(spec, kwargs)
+    seed_all(seed)
+    model = _recorded(build)
+    plan = None
+    if checkpoint is not None:
+        plan = plan_load(model, open_checkpoint(checkpoint), casting(None, None), strict=False)
+    shown = page.of_model(spec, model, seed=seed, share=share and share(model), plan=plan)
+    return page.written(shown, output)
 
 
 def _build(spec: str, kwargs: str | None) -> Build:

@@ -1,4 +1,4 @@
-"""The command ``lateinit``: ``inspect`` a model, ``check`` it, ``init`` a checkpoint; ``info``.
+"""The command ``lateinit``: ``inspect``, ``check``, ``init``, ``diff``, ``report`` and ``info``.
 
 Each command finds the model (``model_specs``), calls the library, and prints text or JSON. Exit
 codes: 0, 1 for a difference, 2 for an expected error, 130 for an interrupt. The docstrings of
@@ -100,6 +100,40 @@ Seed = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 
 
+# What a rank is to be, and how it trains.
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXES",
+        help="What a rank of it would hold: fsdp=64,tp=8; also replicate, pp and ep",
+    ),
+]
+TpPlan = Annotated[
+    str | None,
+    typer.Option("--tp-plan", metavar="JSON", help='How tp cuts: \'{"*.up": "colwise"}\''),
+]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        "--train",
+        metavar="POLICY",
+        help="Add gradients and AdamW's state. recorded: in the model's dtype; mixed: that, and "
+        "FSDP2 or autocast computes in bfloat16; bfloat16: all of it; master: bfloat16 and a "
+        "float32 copy",
+    ),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="With --train: sequences of a micro-batch")
+]
+Sequence = Annotated[
+    int | None, typer.Option("--sequence", min=1, help="With --batch: tokens of a sequence")
+]
+Recompute = Annotated[
+    str, typer.Option("--recompute", help="Activations not kept: none, selective or full")
+]
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -137,37 +171,12 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
             "--depth", min=0, help="Show modules, down to this level, in place of tensors"
         ),
     ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            "--mesh",
-            metavar="AXES",
-            help="What a rank of it would hold: fsdp=64,tp=8; also replicate, pp and ep",
-        ),
-    ] = None,
-    tp_plan: Annotated[
-        str | None,
-        typer.Option("--tp-plan", metavar="JSON", help='How tp cuts: \'{"*.up": "colwise"}\''),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option(
-            "--train",
-            metavar="POLICY",
-            help="Add gradients and AdamW's state. recorded: in the model's dtype; "
-            "mixed: that, and FSDP2 or autocast computes in bfloat16; bfloat16: all of it; master: "
-            "bfloat16 and a float32 copy",
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="With --train: sequences of a micro-batch")
-    ] = None,
-    sequence: Annotated[
-        int | None, typer.Option("--sequence", min=1, help="With --batch: tokens of a sequence")
-    ] = None,
-    recompute: Annotated[
-        str, typer.Option("--recompute", help="Activations not kept: none, selective or full")
-    ] = "selective",
+    mesh: Mesh = None,
+    tp_plan: TpPlan = None,
+    train: Train = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    recompute: Recompute = "selective",
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a model and how it is initialised, or what a checkpoint holds.
@@ -319,6 +328,42 @@ def init(  # noqa: PLR0913, PLR0917 - the options of a command
         )
     else:
         typer.echo(str(saved))
+
+
+@app.command()
+def report(  # noqa: PLR0913, PLR0917 - the options of a command
+    spec: SpecOrPath,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=_path, metavar="PATH", help="The page: report.html"),
+    ],
+    seed: Seed = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", parser=_path, metavar="PATH", help="Show what loading this would do"
+        ),
+    ] = None,
+    mesh: Mesh = None,
+    tp_plan: TpPlan = None,
+    train: Train = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    recompute: Recompute = "selective",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there")] = False,
+    kwargs: Kwargs = None,
+) -> None:
+    """Write a page to look at: memory, initial values and tensors of a model or a checkpoint.
+
+    The model is not built, and the page needs no network. It is drawn by plotly: pip install
+    'lateinit[report]'.
+    """
+    with _working():
+        rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
+        found = _commands.report(
+            spec, kwargs, output, rank, checkpoint=checkpoint, seed=seed, force=force
+        )
+    typer.echo(str(found))
 
 
 @app.command()

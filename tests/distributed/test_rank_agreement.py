@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.sharding.launch import ROOT, launch
+from tests.sharding.launch import launch
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 EQUAL_AT_LEAST = 150
@@ -89,30 +86,3 @@ def test_a_rank_that_dies_is_missed_by_the_others(tmp_path: Path) -> None:
     for rank in (ended[0], ended[2]):
         assert rank.code == 0, rank.output
         assert re.search(r"not all of the ranks 0, 1, 2 answered", rank.output), rank.output
-
-
-SAID = {
-    "fsdp_gpt": "step 1: loss",
-    "torchtitan_llama3": "parameters and buffers equal those of one process",
-}
-
-
-@pytest.mark.parametrize("name", sorted(SAID))
-def test_an_example_for_several_ranks_runs_and_is_short(name: str) -> None:
-    if name.startswith("torchtitan"):
-        pytest.importorskip("torchtitan", reason="torchtitan is not there", exc_type=ImportError)
-    path = ROOT / "examples" / f"{name}.py"
-    assert len(path.read_text().splitlines()) < 80
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert SAID[name] in done.stdout

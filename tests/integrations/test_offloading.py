@@ -88,17 +88,20 @@ def test_moving_what_has_no_values_is_refused(way: str, tmp_path: Path) -> None:
         MOVES[way](model, str(tmp_path))
 
 
-def test_accelerate_is_told_not_to_send_what_a_deferred_model_has_not() -> None:
+@pytest.mark.parametrize("main", [True, False], ids=["rank 0", "another rank"])
+def test_accelerate_is_told_on_every_rank_not_to_send_what_is_deferred(main: bool) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = lateinit.deferred_init(nn.Linear, 4, 2)
-        state = model.state_dict()
+        model = lateinit.deferred_init(lambda: nn.Sequential(nn.Linear(4, 2)))
+        state = model.state_dict() if main else {}
         fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        main = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+        accelerator = SimpleNamespace(is_main_process=main, device=torch.device("cpu"))
         with pytest.raises(
             DeferredTensorError, match=r"pass cpu_ram_efficient_loading=False .*docs/recipes\.md"
         ):
-            fsdp2_load_full_state_dict(main, model, state)
+            fsdp2_load_full_state_dict(accelerator, model, state)
         lateinit.materialize(model)
+        full = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        fsdp2_load_full_state_dict(accelerator, model, full)
     finally:
         dist.destroy_process_group()

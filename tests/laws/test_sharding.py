@@ -114,7 +114,7 @@ class Drawn:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.elements = self.wholes = 0
-        draw, run = shard_ranges._Reader._draw, scheduler.run_piece
+        draw, run = shard_ranges.FlatReader._draw, scheduler.run_piece
 
         def counted(reader: Any, values: torch.Tensor, start: int) -> None:
             self.elements += values.numel()
@@ -124,7 +124,7 @@ class Drawn:
             self.wholes += 1
             run(*arguments)
 
-        monkeypatch.setattr(shard_ranges._Reader, "_draw", counted)
+        monkeypatch.setattr(shard_ranges.FlatReader, "_draw", counted)
         monkeypatch.setattr(scheduler, "run_piece", whole)
 
 
@@ -142,7 +142,7 @@ def test_rows_are_drawn_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_columns_are_drawn_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    read = shard_ranges._Reader.read
+    read = shard_ranges.FlatReader.read
 
     def measured(reader: Any, start: int, end: int) -> torch.Tensor:
         nonlocal largest
@@ -151,7 +151,7 @@ def test_columns_are_drawn_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch)
         return values
 
     monkeypatch.setattr(shard_ranges, "_ROWS", 512)
-    monkeypatch.setattr(shard_ranges._Reader, "read", measured)
+    monkeypatch.setattr(shard_ranges.FlatReader, "read", measured)
     with alone_as(2, 4):
         model = lateinit.deferred_init(big)
         PLACEMENTS["columns"](model, line(4), 0)

@@ -261,8 +261,6 @@ def test_a_prompt_leaves_out_the_middle_of_a_long_table(make: Any) -> None:
     assert len(shown) == 60
     assert f"... {len(whole) - 59:,} more lines" in shown[40]
     assert [*shown[:40], *shown[41:]] == [*whole[:40], *whole[-19:]]
-    assert "more lines" in made._repr_html_()
-    assert made._repr_html_().count("\n") + made._repr_html_().count("<tr>") < 70
 
 
 def test_a_plan_is_plain_data_too() -> None:

@@ -1,9 +1,10 @@
 """Shards, ranks and meshes: which part of a tensor a rank holds, and whether the ranks agree.
 
 The room gives ``_materialize`` the flat ranges of a shard (``shard_ranges``) and the agreement of
-ranks (``rank_agreement``), ``_checkpoint`` the place of a shard in its tensor (``placement``), and
-the command the cost of a mesh (``mesh_cost``). It may import ``_tensors`` and everything below
-that, but not ``_recording``, its neighbour. Start with ``shard_ranges.py``.
+ranks (``rank_agreement``), ``_checkpoint`` the place of a shard in its tensor (``placement``),
+``_report`` the cost of a mesh (``mesh_cost``) and a reader of flat ranges. It may import
+``_tensors`` and everything below that, but not ``_recording``, its neighbour. Start with
+``shard_ranges.py``.
 """
 
 from lateinit._distributed.placement import Part, parts_of, refuse_sums, whole_part
@@ -11,6 +12,7 @@ from lateinit._distributed.rank_agreement import Agreement
 from lateinit._distributed.ranks import Ranks, ranks_of
 from lateinit._distributed.shard_ranges import (
     Box,
+    FlatReader,
     Shard,
     groups,
     reads_nothing,
@@ -22,6 +24,7 @@ from lateinit._distributed.world import answered, everyone, is_running
 __all__ = [
     "Agreement",
     "Box",
+    "FlatReader",
     "Part",
     "Ranks",
     "Shard",

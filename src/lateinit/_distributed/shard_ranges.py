@@ -321,7 +321,7 @@ def run_leaves(
     whole.set_(storage, 0, copied.shape, _strides(copied.shape))
     box = tuple(slice(s, s + n) for s, n in zip(*copied.box, strict=True))
     with torch.no_grad():
-        target, reader = whole[box], _Reader(shard.fill, part[0].start // UNIT * UNIT, state)
+        target, reader = whole[box], FlatReader(shard.fill, part[0].start // UNIT * UNIT, state)
         for leaf in part:
             drawn = reader.rows(leaf)
             if drawn is None:
@@ -333,8 +333,14 @@ def run_leaves(
             target[leaf.target].copy_(drawn)
 
 
-class _Reader:
-    """Reads the elements that a fill would compute, forward from one place on."""
+class FlatReader:
+    """Reads the elements that a fill would compute, forward from one place on.
+
+    Args:
+        fill: the fill.
+        start: a multiple of 16, before which nothing is read.
+        state: the generator's state at the beginning of the full tensor; None if nothing is drawn.
+    """
 
     def __init__(self, fill: ChunkedFill, start: int, state: bytes | None) -> None:
         self._fill = fill

@@ -71,6 +71,14 @@ def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
     )
 
 
+def would_send(what: str, tensor: Tensor, instead: str) -> DeferredTensorError:
+    """The error for something that exchanges values with other ranks; ``instead``: what to do."""
+    return DeferredTensorError(
+        f"{what} would exchange the values of {described(tensor)} with other ranks, which has none "
+        f"yet: {instead}"
+    )
+
+
 def refusal(
     error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
 ) -> DeferredTensorError | None:
@@ -273,10 +281,7 @@ class Follower(RecordingMode):
             instead = before_sending(calling_modules()) or (
                 "call lateinit.materialize() first (docs/recipes.md)"
             )
-            raise DeferredTensorError(
-                f"{op} would exchange the values of {described(deferred[0])} with other ranks, "
-                f"which has none yet: {instead}"
-            )
+            raise would_send(op, deferred[0], instead)
         for changed in written(info, args, kwargs):
             if not changed.is_meta and not is_fake(changed):
                 raise DeferredTensorError(

@@ -15,12 +15,13 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
+from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED, before_sending
 from lateinit._recording.after_block import (
     as_meant,
     device_to,
@@ -28,6 +29,7 @@ from lateinit._recording.after_block import (
     needs_values,
     refusal,
     refuse_lost,
+    would_send,
 )
 from lateinit._recording.autocast import casts_of_autocast
 from lateinit._recording.conversions import AFTER_BLOCK
@@ -47,6 +49,7 @@ from lateinit._tensors import (
 from lateinit._torch import (
     Args,
     Kwargs,
+    calling_modules,
     flat,
     is_dtensor,
     meant_by_device,
@@ -79,7 +82,24 @@ def _guarding(cls: type[Tensor]) -> type[Tensor]:
                 return device_to(meant_by_device(NEEDS_VALUES, SEES_RECORDED), args[0])
         return _called(func, args, kwargs or {})
 
-    members = {"__torch_function__": classmethod(call), "__slots__": (), "original": cls}
+    of_class: Any = cls.device_mesh  # type: ignore[attr-defined]
+
+    def device_mesh(shard: Any) -> Any:
+        # accelerate/utils/fsdp_utils.py: fsdp2_load_full_state_dict reads it on every rank before
+        # rank 0 sends. The other ranks wait for that with real tensors of their own, of which
+        # nothing is heard.
+        asking = next(islice(calling_modules(), 1, None))
+        instead = before_sending([asking])
+        if instead is not None and not _renewed(shard):
+            raise would_send(asking, shard, instead)
+        return of_class.__get__(shard)
+
+    members = {
+        "__torch_function__": classmethod(call),
+        "__slots__": (),
+        "original": cls,
+        "device_mesh": property(device_mesh),
+    }
     return type(f"Deferred{cls.__name__}", (GuardedShard, cls), members)
 
 

@@ -152,13 +152,13 @@ def _shapes(values: Any) -> Shapes:
     return tuple(tuple(tensor.shape) for tensor in _tensors(values))
 
 
-def cells(modules: tuple[Module, ...], *, of_pass: bool) -> tuple[tuple[str, ...], ...]:
-    """The lines of the table, with repeated modules folded."""
-    groups = fold(modules, lambda module: module.name, lambda module: module.alike)
-    return tuple(_cells(name, rows, of_pass) for name, rows in groups)
+def folded(modules: tuple[Module, ...]) -> list[tuple[str, list[Module]]]:
+    """The modules of each line, under one name."""
+    return fold(modules, lambda module: module.name, lambda module: module.alike)
 
 
-def _cells(name: str, rows: list[Module], of_pass: bool) -> tuple[str, ...]:
+def cells(name: str, rows: list[Module], *, of_pass: bool) -> tuple[str, ...]:
+    """The line of some modules."""
     first = rows[0]
     times = f"  x{len(rows)}" if len(rows) > 1 else ""
     shown = (

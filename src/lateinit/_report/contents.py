@@ -143,7 +143,11 @@ def contents(path: Path, *, only: Iterable[str] | None = None) -> Contents:
         >>> contents(tmp_path / "one.safetensors").totals.elements
         10
     """
-    reader = open_checkpoint(path)
+    return contents_of(open_checkpoint(path), path, only=only)
+
+
+def contents_of(reader: Reader, path: Path, *, only: Iterable[str] | None = None) -> Contents:
+    """What an open checkpoint holds; see ``contents``."""
     folder = path if path.is_dir() else path.parent
     kept: dict[str, list[str]] = {}
     for alias, name in reader.aliases.items():
@@ -175,16 +179,23 @@ def _row(reader: Reader, name: str, aliases: list[str], folder: Path) -> StoredR
     )
 
 
-def _totals(rows: list[StoredRow], reader: Reader) -> Totals:
+def memory_of(rows: Iterable[StoredRow], reader: Reader) -> list[int]:
+    """The bytes of each row, without those that an earlier one shares."""
     # Of a storage that several tensors share, at most its own bytes, as in `summary`.
     left = {reader.shared[name][0]: nbytes for name, nbytes in reader.memory.items()}
-    by_dtype: Counter[str] = Counter()
+    found = []
     for row in rows:
         first = row.shares or row.name
-        counted = min(row.nbytes, left.get(first, row.nbytes))
-        by_dtype[row.dtype] += counted
+        found.append(min(row.nbytes, left.get(first, row.nbytes)))
         if first in left:
-            left[first] -= counted
+            left[first] -= found[-1]
+    return found
+
+
+def _totals(rows: list[StoredRow], reader: Reader) -> Totals:
+    by_dtype: Counter[str] = Counter()
+    for row, nbytes in zip(rows, memory_of(rows, reader), strict=True):
+        by_dtype[row.dtype] += nbytes
     return Totals(
         tensors=len(rows),
         elements=sum(math.prod(row.shape) for row in rows),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from lateinit._identity import IdentityMap
 from lateinit._lazy import show
 from lateinit._report import by_module
 from lateinit._report.name_folding import fold
+from lateinit._report.notebook import Shown, as_notebook
 from lateinit._report.rows import Entry, Row, Totals, entries, totals
 from lateinit._report.tables import in_columns
 from lateinit._tensors import Init, Only
@@ -40,8 +40,8 @@ _SPARED = (
 class Summary:
     """A table of a model's tensors, or of its modules.
 
-    At a prompt and in a notebook it shows itself, the middle of a long one left out. ``print``
-    shows all of it, and ``to_dict()`` gives the data.
+    At a prompt it shows itself, the middle of a long one left out, and in a notebook folded by
+    module. ``print`` shows all of it, and ``to_dict()`` gives the data.
 
     Attributes:
         rows: one for each tensor, in the order of the model.
@@ -72,11 +72,21 @@ class Summary:
         return (*by_module.HEADS, *(by_module.HEADS_OF_PASS if self._of_pass else ()))
 
     @cached_property
+    def _shown(self) -> tuple[Shown, ...]:
+        if self.modules:
+            return tuple(
+                Shown(name, by_module.cells(name, modules, of_pass=self._of_pass))
+                for name, modules in by_module.folded(self.modules)
+            )
+        return tuple(
+            Shown(name, _cells(name, rows), sum(row.nbytes or 0 for row in rows if not row.shares))
+            for name, rows in fold(self.rows, _name, _alike)
+        )
+
+    @property
     def lines(self) -> tuple[tuple[str, ...], ...]:
         """The cells of the table as printed, with repeated layers folded."""
-        if self.modules:
-            return by_module.cells(self.modules, of_pass=self._of_pass)
-        return tuple(_cells(name, rows) for name, rows in fold(self.rows, _name, _alike))
+        return tuple(line.cells for line in self._shown)
 
     @property
     def footer(self) -> str:
@@ -130,15 +140,7 @@ class Summary:
         return shown
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in self.heads)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
-            if isinstance(line, tuple)
-            else f"<tr><td colspan={len(self.heads)}>{line}</td></tr>"
-            for line in folded(self.lines)
-        )
-        footer = html.escape(self.footer).replace("\n", "<br>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{footer}</p>"
+        return as_notebook(self.heads, _RIGHT, self._shown, self.footer)
 
 
 @restoring

@@ -103,7 +103,7 @@ def _differences(reader: Reader, item: Item, value: Tensor) -> Iterator[tuple[st
             dtypes = f"the checkpoint has the dtype {entry.dtype}, the model {item.entry.dtype}"
             yield name, f"{dtypes}: give the --dtype that it was written with"
         else:
-            expected, found = value.to("cpu", item.entry.dtype), reader.read(name)
+            expected, found = value.to("cpu", item.entry.dtype), reader.read(name, alone=True)
             if not torch.equal(as_bytes(expected), as_bytes(found)):
                 told = values_differ(expected, found, ("seed", "checkpoint"))
                 yield name, f"values differ: {told}"

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,66 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lateinit._checkpoint.formats import Reader, StoredTensor, block_of, open_checkpoint
+from lateinit._checkpoint.formats import block_of, open_checkpoint
 from lateinit._checkpoint.load.assign import Placer
-from lateinit._checkpoint.load.compatibility import Fit, TensorNames
+from lateinit._checkpoint.load.compatibility import TensorNames
 from lateinit._checkpoint.load.dry_run import caught, run
+from lateinit._checkpoint.load.loaded import Loaded, computed_alone, report
 from lateinit._checkpoint.load.plan import LoadPlan, plan_load
 from lateinit._checkpoint.load.selection import AS_FOUND, Choice
 from lateinit._checkpoint.load.sending import Link
 from lateinit._checkpoint.load.stand_ins import Loading, Stands
 from lateinit._distributed import Agreement, parts_of, ranks_of
-from lateinit._lazy import NOT_ADOPTED, known_shape
+from lateinit._lazy import NOT_ADOPTED
 from lateinit._log import log
 from lateinit._materialize import Filling, offload_of
 from lateinit._progress import Progress
-from lateinit._tensors import Casting, Deferred, Found, Init, held
+from lateinit._tensors import Casting, Deferred, Init, held
 from lateinit._torch import is_dtensor
-from lateinit._units import format_bytes
 from lateinit.errors import CheckpointError, UninitializedError
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What ``load_checkpoint`` did: tensors by name, with dtype, shape and bytes.
-
-    Attributes:
-        path: the checkpoint.
-        loaded: the names that have their values from the checkpoint, tied ones included.
-        initialised: the names that the checkpoint lacks. A deferred tensor was initialised by its
-            recorded construction; a real one was left as it was.
-        computed: deferred tensors that no checkpoint holds, such as non-persistent buffers.
-        unexpected: the tensors of the checkpoint that the model lacks.
-        nbytes: the bytes that were loaded, tied tensors counted once.
-        under: what the names of the checkpoint begin with and those of the module do not: the keys
-            of the state dict in the file, and a prefix.
-    """
-
-    path: Path
-    loaded: tuple[StoredTensor, ...]
-    initialised: tuple[StoredTensor, ...]
-    computed: tuple[StoredTensor, ...]
-    unexpected: tuple[StoredTensor, ...]
-    nbytes: int
-    under: str = ""
-
-    def __str__(self) -> str:
-        under = f" (under {self.under!r})" if self.under else ""
-        size = format_bytes(self.nbytes)
-        lines = [f"{self.path}{under}: {len(self.loaded)} tensors loaded, {size}"]
-        for what, entries in (
-            ("initialised", self.initialised),
-            ("computed", self.computed),
-            ("unexpected", self.unexpected),
-        ):
-            if entries:
-                size = format_bytes(sum(entry.nbytes for entry in entries))
-                lines.append(f"  {what}: {len(entries)}, {size}")
-                lines += [
-                    f"    {entry.name} {entry.shape} {str(entry.dtype).removeprefix('torch.')}"
-                    for entry in entries
-                ]
-        return "\n".join(lines)
 
 
 def load_into(  # noqa: PLR0913 - options, all of them by keyword
@@ -123,7 +79,7 @@ def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
 def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
     """Do what a plan says, on this rank."""
     module = plan.module
-    names, computed = plan.names, _computed(plan.names, plan.fitting)
+    names, computed = plan.names, computed_alone(plan.names, plan.fitting)
     with Progress("load", plan.nbytes, shown=progress) as bar:
         _run(plan, bar)
     # What the checkpoint lacks is computed last. Hooks may have exchanged tensors, so that the
@@ -134,7 +90,7 @@ def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
     else:
         names = TensorNames(module)
     Filling(left, _is_known, plan.casts, rules=plan.rules).run(progress=progress)
-    found = _report(names, path, plan.reader, plan.fitting, computed)
+    found = report(names, path, plan.reader, plan.fitting, computed)
     counts = len(found.loaded), len(found.initialised), len(found.computed)
     log.info("%s: %d tensors loaded, %d initialised, %d computed", path, *counts)
     return found
@@ -236,33 +192,3 @@ def _values_for(
     for part in parts:
         block_of(joined, *part.local).copy_(read(*part.full))
     return joined
-
-
-def _computed(names: TensorNames, fitting: Fit) -> list[Found]:
-    """The deferred tensors that no checkpoint would hold."""
-    known = {*fitting.loaded, *fitting.missing}
-    return [f for f in names.distinct if f.deferred and not known.intersection(f.names)]
-
-
-def _report(
-    names: TensorNames, path: Path, reader: Reader, fitting: Fit, computed: list[Found]
-) -> Loaded:
-    loaded = _entries(names, fitting.loaded)
-    distinct = {names.key(names.found[entry.name].tensor): entry.nbytes for entry in loaded}
-    return Loaded(
-        path=path,
-        loaded=loaded,
-        initialised=_entries(names, fitting.missing),
-        computed=_entries(names, [found.name for found in computed]),
-        unexpected=tuple(reader.entries[n] for n in fitting.unexpected if n in reader.entries),
-        nbytes=sum(distinct.values()),
-        under=reader.under,
-    )
-
-
-def _entries(names: TensorNames, wanted: Iterable[str]) -> tuple[StoredTensor, ...]:
-    return tuple(
-        StoredTensor(name, tensor.dtype, tuple(size or 0 for size in known_shape(tensor) or ()))
-        for name in wanted
-        if name in names.found and (tensor := names.found[name].tensor) is not None
-    )

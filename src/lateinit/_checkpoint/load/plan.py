@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lateinit._checkpoint.formats import Reader
 from lateinit._checkpoint.load.compatibility import Fit, TensorNames, fit
 from lateinit._checkpoint.load.dry_run import Rehearsal, plain_state, refuse_foreign, rehearse
+from lateinit._checkpoint.load.loaded import Loaded, computed_alone, report
 from lateinit._checkpoint.load.renamed import translated
 from lateinit._checkpoint.load.selection import AS_FOUND, Choice, selected
 from lateinit._checkpoint.load.stand_ins import Stands
@@ -63,6 +64,11 @@ class LoadPlan:
         """The bytes that are read."""
         sources = (source for _, source in self.rehearsal.copies)
         return sum(self.reader.entries[s].nbytes for s in sources if isinstance(s, str))
+
+    def foreseen(self) -> Loaded:
+        """What ``load_checkpoint`` will return."""
+        computed = computed_alone(self.names, self.fitting)
+        return report(self.names, self.reader.path, self.reader, self.fitting, computed)
 
     def __str__(self) -> str:
         hooks = "" if self.rehearsal.plain else ", by load_state_dict and its hooks"

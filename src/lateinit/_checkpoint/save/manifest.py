@@ -81,9 +81,6 @@ def collect(
     """
     state: Mapping[str, Any]
     found = find_tensors(module)
-    if not isinstance(module, nn.Module):
-        for each in found:  # all of it is saved, and so cast
-            each.kind, each.persistent = "buffer", True
     casts, rules = (casting or AS_IT_IS).over(module, found), Rules(init, found)
     if isinstance(module, nn.Module):
         # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others
