@@ -1,6 +1,6 @@
-"""What the commands of ``cli`` do. They return what is to be shown; ``cli`` shows it.
+"""The work of the commands of ``cli``. Each returns its result; ``cli`` prints it.
 
-Apart from ``cli``, so that its help needs no torch.
+A module of its own, so that the help texts of ``cli`` need no torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ConstructionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The options of ``inspect`` that say what a rank is to be, and how it trains."""
+    """The options of ``inspect`` for one rank: its mesh and how it trains."""
 
     mesh: str | None
     tp_plan: str | None
@@ -69,7 +69,7 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The options of ``diff``: what is compared, under which names, and with which model."""
+    """The options of ``diff``: values or headers, names, and the model to build."""
 
     only: Sequence[str] | None
     values: bool
@@ -98,7 +98,7 @@ def inspect(
 
 
 def _sharing(rank: Rank) -> Callable[[nn.Module], mesh_cost.Share] | None:
-    """What tells what a rank holds of a model, or takes to train it; None if neither is asked."""
+    """A function that estimates a rank's share of a model, or training; None if not requested."""
     axes = None if rank.mesh is None else mesh_cost.parse_mesh(rank.mesh)
     policy = None if rank.train is None else training_cost.policy_named(rank.train)
     computed = _batch(rank)
@@ -113,7 +113,7 @@ def _sharing(rank: Rank) -> Callable[[nn.Module], mesh_cost.Share] | None:
 
 
 def _only_of_models(path: Path, kwargs: str | None, rank: Rank, **more: object) -> None:
-    """Raise if a checkpoint is given with options that are for models, of which some are more."""
+    """Raise if a checkpoint is given with options for models: ``rank``, ``kwargs`` and ``more``."""
     options: dict[str, object] = {
         "--kwargs": kwargs,
         "--mesh": rank.mesh,
@@ -235,7 +235,7 @@ def _recorded(build: Build) -> nn.Module:
 
 
 def _building(build: Build) -> Build:
-    """The same function, with its errors told apart from lateinit's own."""
+    """The same function; errors of the model's constructor become ``ConstructionError``."""
 
     @functools.wraps(build)
     def building() -> nn.Module:
@@ -249,7 +249,7 @@ def _building(build: Build) -> Build:
     return building
 
 
-# As people write them, and as safetensors files do.
+# The short forms that people write, and those of safetensors files.
 _SHORT = {
     "bf16": "bfloat16",
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),

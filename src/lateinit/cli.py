@@ -54,14 +54,14 @@ app = typer.Typer(
 
 
 def _seed(value: int) -> int:
-    """A seed that ``torch.manual_seed`` takes, or an error that says which those are."""
+    """Check that ``torch.manual_seed`` accepts a seed."""
     if not -(2**63) <= value < 2**64:
         raise typer.BadParameter(f"{value} is no seed: torch takes -2**63 to 2**64 - 1")
     return value
 
 
 def _path(text: str) -> Path:
-    """A path; ``Path("")`` would be the current folder."""
+    """Parse a path, which must not be empty: ``Path("")`` would be the current folder."""
     if not text.strip():
         raise typer.BadParameter("the path is empty: name a file or a folder")
     return Path(text)
@@ -100,7 +100,7 @@ Seed = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 
 
-# What a rank is to be, and how it trains.
+# The options for one rank: its mesh, and how it trains.
 Mesh = Annotated[
     str | None,
     typer.Option(
@@ -181,8 +181,8 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
 ) -> None:
     """Show every tensor of a model and how it is initialised, or what a checkpoint holds.
 
-    Nothing is allocated, and of a checkpoint only headers are read. What exists as a file or a
-    folder is a checkpoint; all else is a model.
+    Nothing is allocated, and of a checkpoint only headers are read. An argument that is an existing
+    file or folder is a checkpoint; any other is a model.
     """
     rank = _commands.Rank(mesh, tp_plan, train, batch, sequence, recompute)
     with _working():

@@ -1,16 +1,17 @@
-"""The ranks that hold the shards of a model: at the end of each phase all say how they fared.
+"""The ranks that hold the shards of a model: at the end of each phase they exchange their results.
 
-A phase that fails on one rank fails on all of them, each with an error that names the phase. The
-rules that keep ranks from waiting for each other for ever:
+A phase that fails on one rank fails on all of them, each with an error that names the phase. These
+rules prevent deadlocks:
 
-- A rank says one word for each phase, whatever happens in it: an error is a word too.
-- A word names the call and the phase. A rank that was interrupted and calls again is at another
-  place than those that still wait for it, and all of them see that.
-- Groups are asked in the order of their names, which all of their ranks know, so that no two ranks
-  wait for each other in two groups.
-- A rank that says nothing (it is dead, or never came) is missed within the timeout of the group.
+- A rank sends one *word* for each phase, in every case: an error is a word too.
+- A word names the call and the phase. If a rank was interrupted and calls again, its word differs
+  from those of the ranks that still wait for it, and all of them raise.
+- Groups communicate in the order of their names, which is the same on all ranks, so that no two
+  ranks wait for each other in two groups.
+- If a rank sends nothing (it is dead, or never made the call), the others raise after the timeout
+  of the group.
 
-Only ranks that hold shards on a common mesh ask each other. A model without shards asks nobody.
+Only ranks that hold shards on a common mesh communicate. Without shards there is no communication.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ _Word = tuple[str, str, str, tuple[Any, ...]]  # call, phase, error, and a summa
 
 
 class Compared(Protocol):
-    """What must be the same on all ranks.
+    """State that must be the same on all ranks.
 
     Attributes:
-        summary: differs if anything does.
+        summary: differs between ranks if the state differs.
     """
 
     @property
     def summary(self) -> tuple[Any, ...]: ...
 
     def compare(self, ranks: Ranks) -> None:
-        """Raise ``ShardingError`` with what differs; collective, called if summaries differ."""
+        """Raise ``ShardingError`` with the difference; collective, called if summaries differ."""
 
 
 @dataclass(slots=True)
 class Phase:
-    """A phase of a call; ``compared`` is set by whoever runs it."""
+    """A phase of a call; the code in the phase sets ``compared``."""
 
     compared: Compared | None = None
 
@@ -65,7 +66,7 @@ class Ranks:
         self._groups = _groups(shards.values())
 
     def __bool__(self) -> bool:
-        """Whether there is another rank to ask."""
+        """Whether there is another rank to communicate with."""
         return bool(self._groups)
 
     @contextlib.contextmanager
@@ -73,11 +74,11 @@ class Ranks:
         """Run a block as a phase: a collective operation of all ranks of the meshes.
 
         Args:
-            name: what is done in the phase, for messages.
+            name: the work of the phase, for messages.
 
         Raises:
             ShardingError: another rank failed, did not answer, is in another phase, or differs in
-                what was to be compared. An error of this rank is raised itself.
+                ``compared``. An error of this rank is raised itself.
         """
         phase = Phase()
         if not self:
@@ -120,8 +121,8 @@ class Ranks:
     def _say(
         self, phase: str, error: str, summary: tuple[Any, ...] = ()
     ) -> dict[_Word, tuple[int, ...]]:
-        """Tell the others a word, and return those of all ranks, with the ranks that said it."""
-        # Of plain data alone: other ranks may have other versions of these classes.
+        """Send a word, and return the words of all ranks, each with the ranks that sent it."""
+        # Plain data alone, since other ranks may have other versions of these classes.
         own: dict[_Word, tuple[int, ...]] = {
             (self._call, phase, error, summary): (dist.get_rank(),)
         }
@@ -149,7 +150,7 @@ def ranks_of(target: Any, call: str, *, only: Only | None = None, ask: bool = Tr
 
 
 def by_words(found: Mapping[Any, Iterable[int]]) -> str:
-    """What was said, each with the ranks that said it."""
+    """The values of the ranks in words, each with the ranks that have it."""
     return "; ".join(f"{words} on rank {listing(map(str, who))}" for words, who in found.items())
 
 

@@ -1,7 +1,7 @@
-"""All ranks of the default process group: at the end of a phase each says how it fared.
+"""All ranks of the default process group: at the end of a phase they exchange their results.
 
-For calls that every rank makes, whether it holds shards or not; those of a mesh are asked by
-``ranks.py``.
+For calls that every rank makes, with shards or without. ``ranks.py`` does the same for the ranks of
+a mesh.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lateinit.errors import LateinitError, ShardingError, listing
 
-# Characters of an error that other ranks are told.
+# The most characters of an error that are sent to other ranks.
 _LONGEST = 1000
 
 
@@ -24,12 +24,12 @@ def is_running() -> bool:
 
 
 def told(error: Exception) -> str:
-    """An error in the words that other ranks are told."""
+    """The text of an error that is sent to other ranks."""
     return f"{type(error).__name__}: {error}"[:_LONGEST]
 
 
 def reason(error: Exception) -> str:
-    """Why ranks could not be asked: the first line of an error of the process group."""
+    """Why communication failed: the first line of an error of the process group."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -39,7 +39,7 @@ def everyone(call: str, phase: str, group: Any = None) -> Iterator[None]:
 
     Args:
         call: the public function that was called, for messages.
-        phase: what is done in the block, for messages.
+        phase: the work of the block, for messages.
         group: a group of all ranks; by default the default group.
 
     Raises:
@@ -61,7 +61,7 @@ def everyone(call: str, phase: str, group: Any = None) -> Iterator[None]:
 
 
 def _say(error: str, call: str, phase: str, group: Any) -> list[str]:
-    """Tell the others an error, and return those of all ranks."""
+    """Send the error of this rank, and return the errors of all ranks."""
     if not is_running():
         return []
     said: list[Any] = [None] * dist.get_world_size()

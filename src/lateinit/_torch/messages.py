@@ -7,7 +7,7 @@ import re
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # c10/core/impl/alloc_cpu.cpp
-    "Cannot allocate memory",  # aten/src/ATen/MapAllocator.cpp: what mmap says
+    "Cannot allocate memory",  # aten/src/ATen/MapAllocator.cpp: the error of mmap
     "not enough memory",
     "out of memory",
 )
@@ -48,18 +48,18 @@ def is_of_mixed_graph(error: BaseException) -> bool:
 
 
 def is_of_legacy_type(error: BaseException) -> bool:
-    """Whether a legacy tensor type, as ``torch.FloatTensor``, says so of a tensor on meta.
+    """Whether a legacy tensor type, such as ``torch.FloatTensor``, has refused a tensor on meta.
 
-    torch/csrc/utils/tensor_new.cpp: legacy_tensor_generic_ctor_new. Nothing hears of the call.
+    torch/csrc/utils/tensor_new.cpp: legacy_tensor_generic_ctor_new. No mode intercepts the call.
     """
     return isinstance(error, TypeError) and _LEGACY.match(str(error)) is not None
 
 
 def is_misfit(error: BaseException) -> bool:
-    """Whether an exception is that of ``load_state_dict`` for keys and shapes that do not fit."""
+    """Whether ``load_state_dict`` raised an exception because keys or shapes do not fit."""
     return str(error).startswith(_MISFIT)
 
 
 def is_lazy_misuse(error: BaseException) -> bool:
-    """Whether an exception is that of torch's placeholders, used before they have a shape."""
+    """Whether a placeholder of torch raised an exception because it has no shape yet."""
     return str(error).startswith(_LAZY)

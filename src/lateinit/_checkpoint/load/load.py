@@ -1,6 +1,6 @@
 """Load a checkpoint into a module: make a plan, then run it, one tensor after another.
 
-Until the plan is made nothing changes, so that every error before that leaves the module as it was.
+Nothing changes until the plan is made, so every error before that leaves the module as it was.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def _shards_left(plan: LoadPlan) -> Iterator[Deferred]:
 
 
 def _load(plan: LoadPlan, path: Path, *, progress: bool) -> Loaded:
-    """Do what a plan says, on this rank."""
+    """Execute a plan on this rank."""
     module = plan.module
     names, computed = plan.names, computed_alone(plan.names, plan.fitting)
     with Progress("load", plan.nbytes, shown=progress) as bar:
         _run(plan, bar)
-    # What the checkpoint lacks is computed last. Hooks may have exchanged tensors, so that the
-    # module is searched anew unless none ran.
+    # Tensors that the checkpoint lacks are computed last. Hooks may have exchanged tensors, so the
+    # module is searched again if any hook ran.
     left: Any = module
     if plan.rehearsal.plain:
         left = {f.name: f.tensor for f in names.distinct if f.deferred}
@@ -108,10 +108,10 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
     def put(target: Tensor, name: str, values: Callable[[], Tensor]) -> None:
-        # A hook of its module may have left it so.
+        # A hook of its module may have left it lazy.
         if is_lazy(target):
             raise UninitializedError(f"{name} {NOT_ADOPTED}")
-        # Only a tensor that is read once may be given away as memory: a hook may write to a loaded
+        # A target may take memory only if its source is read once: a hook may write to a loaded
         # tensor before the same data is read again.
         once = uses[name] == 1 and name not in plan.rehearsal.revealed
         take = plan.rehearsal.plain or (once and name not in reader.shared)
@@ -121,7 +121,7 @@ def _run(plan: LoadPlan, bar: Progress) -> None:
     if not plan.rehearsal.plain:
         _run_hooks(plan, placer, put)
         return
-    # `load_state_dict` would do nothing but these copies.
+    # `load_state_dict` would make exactly these copies.
     for number, (target, name) in enumerate(copies):
         if isinstance(name, str) and number not in plan.fitting.repeated:
             put(target, name, partial(reader.read, name))
@@ -143,7 +143,7 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
             stands.reveal(source)
             placer.reveal(source)
         read = partial(block_of, source)
-        if name is not None:  # a rank reads its share only
+        if name is not None:  # a rank reads only its own blocks
             read = partial(reader.read, name, alone=sharded)
         values = partial(_values_for, target, source, read, plan.names)
         if name is None:
@@ -156,18 +156,18 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
         with loading, caught(module) as lists:
             run(module, stands, lists, strict=plan.strict)
     except Exception as error:
-        # load_state_dict turns an exception in a copy into a message; the first one itself is
-        # raised.
+        # load_state_dict turns an exception in a copy into a message; raise the first exception
+        # itself.
         raise loading.failure or error from error
-    # Stand-ins that a hook kept somewhere in the module.
+    # Hooks may have kept stand-ins somewhere in the module.
     for tensor, _ in stands.kept(module):
         stands.reveal(tensor)
     # FSDP2's copies after loading (`reset_sharded_param`) have no counterpart in the dry run.
     as_often = sharded or copies == len(rehearsal.copies)
     if not as_often or lists[:2] != (rehearsal.missing, rehearsal.unexpected):
         raise CheckpointError(
-            f"{type(module).__name__} loads {reader.path} otherwise the second time than in the "
-            "rehearsal, as its hooks keep something outside of it; it has changed by now: build it "
+            f"{type(module).__name__} loads {reader.path} in another way the second time than in "
+            "the dry run, as its hooks keep state outside of it; it has changed by now: build it "
             "anew, materialise it, and give it the state dict by load_state_dict()"
         )
 
@@ -175,12 +175,12 @@ def _run_hooks(plan: LoadPlan, placer: Placer, put: Callable[..., None]) -> None
 def _values_for(
     target: Tensor, source: Tensor, read: Callable[..., Tensor], names: TensorNames
 ) -> Tensor:
-    """What a tensor takes of a source: all of it, or what a rank holds if it is a shard.
+    """The values of a source for a tensor: the whole source, or this rank's part for a shard.
 
     Args:
         target: the tensor.
         source: the source, or a stand-in for it.
-        read: reads a block of the source: where it starts, and its shape.
+        read: reads a block of the source, given its offsets and its shape.
         names: the tensors of the module, for messages.
     """
     if not is_dtensor(target) or is_dtensor(source):

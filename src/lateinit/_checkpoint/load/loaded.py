@@ -1,4 +1,4 @@
-"""Report what loading a checkpoint gave, or will give, to each tensor."""
+"""Report what loading a checkpoint gives to each tensor."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lateinit._units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What ``load_checkpoint`` did: tensors by name, with dtype, shape and bytes.
+    """The result of ``load_checkpoint``: tensors by name, with dtype, shape and bytes.
 
     Attributes:
         path: the checkpoint.
-        loaded: the names that have their values from the checkpoint, tied ones included.
+        loaded: the names with values from the checkpoint, tied names included.
         initialised: the names that the checkpoint lacks. A deferred tensor was initialised by its
-            recorded construction; a real one was left as it was.
+            recorded construction; a real tensor was left as it was.
         computed: deferred tensors that no checkpoint holds, such as non-persistent buffers.
         unexpected: the tensors of the checkpoint that the model lacks.
         nbytes: the bytes that were loaded, tied tensors counted once.
-        under: what the names of the checkpoint begin with and those of the module do not: the keys
-            of the state dict in the file, and a prefix.
+        under: the beginning of the checkpoint's names that the module's names lack: the keys that
+            lead to the state dict in the file, and a prefix.
     """
 
     path: Path
@@ -73,7 +73,7 @@ def report(
 
 
 def computed_alone(names: TensorNames, fitting: Fit) -> list[Found]:
-    """The deferred tensors that no checkpoint would hold."""
+    """The deferred tensors that a checkpoint never holds, such as non-persistent buffers."""
     known = {*fitting.loaded, *fitting.missing}
     return [f for f in names.distinct if f.deferred and not known.intersection(f.names)]
 

@@ -1,4 +1,4 @@
-"""Find out what loading a checkpoint into a module does: a plan, made before anything changes."""
+"""Plan what loading a checkpoint into a module does, before anything changes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from lateinit.errors import MismatchError, RecordingError, listing
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What loading a checkpoint into a module does. Making it has changed nothing; ``print`` it.
+    """The steps to load a checkpoint into a module. Making a plan changes nothing; ``print`` it.
 
     Attributes:
         module: the module.
         reader: the checkpoint, with the names of the module.
         casts: the device and dtype that each deferred tensor gets.
-        strict: whether both sides must have the same names.
-        rules: the initialisers of what the checkpoint lacks.
+        strict: whether module and checkpoint must have the same names.
+        rules: the initialisers of tensors that the checkpoint lacks.
         names: the tensors of the module.
         groups: its deferred tensors, by program.
-        rehearsal: every copy. If it is ``plain``, nothing but these copies is done; otherwise
+        rehearsal: every copy. If it is ``plain``, only these copies are made; otherwise
             ``load_state_dict`` runs once more, and its hooks with it.
-        fitting: which names have their values from the checkpoint.
-        rest: the plans that compute what the checkpoint lacks.
-        files: the checkpoint's files, in words that tell them from others.
+        fitting: which names get their values from the checkpoint.
+        rest: the plans that compute the tensors that the checkpoint lacks.
+        files: a text that identifies the checkpoint's files.
     """
 
     module: nn.Module
@@ -91,7 +91,7 @@ def plan_load(
     choice: Choice = AS_FOUND,
     init: Init | None = None,
 ) -> LoadPlan:
-    """Find out what loading a checkpoint does, and whether it can be done; see ``load_checkpoint``.
+    """Plan and check the loading of a checkpoint; see ``load_checkpoint``.
 
     The module is left as it was.
     """
@@ -102,7 +102,7 @@ def plan_load(
     try:
         return _planned(module, reader, casting, init, strict)
     except MismatchError:
-        # After all the ways in which a module can load it as it is: hooks, translated names.
+        # Only if the module cannot load the checkpoint as it is, by hooks or translated names.
         part = selected(type(module).__name__, ours, reader, choice)
         if part is None:
             raise
@@ -120,7 +120,7 @@ def _planned(
     shards = {found.name: found.tensor for found in names.distinct if is_dtensor(found.tensor)}
     refuse_sums(shards)
     for name, shard in shards.items():
-        parts_of(shard, name)  # raises if it is not known where it lies
+        parts_of(shard, name)  # raises if its place in the full tensor is not known
     for group in groups:
         check_shared(group)
     refuse_foreign(reader, state)
@@ -151,12 +151,12 @@ def _planned(
 def _check_drawn(
     sized: dict[str, nn.Module], filled: set[tuple[Program, int, Draw]], loaded: set[str]
 ) -> None:
-    """Raise if a module that gets its sizes must draw values after one that stays lazy.
+    """Raise if a module that gets its sizes must draw values after a module that stays lazy.
 
     Args:
         sized: the modules that get their sizes from the checkpoint, by path.
-        filled: their holes.
-        loaded: the names that have their values from the checkpoint.
+        filled: the holes of these modules.
+        loaded: the names that get their values from the checkpoint.
     """
     for path, part in sized.items():
         names = [f"{path}.{name}".lstrip(".") for name, t in named_tensors(part) if is_lazy(t)]

@@ -1,9 +1,9 @@
-"""A checkpoint that one rank reads for all: each rank asks it for the blocks that it loads.
+"""A checkpoint that one rank, the *source*, reads for all: each rank requests its blocks.
 
-The other ranks open nothing. They are sent what the files say of their tensors, and make the same
-plan as if they had opened them. While a rank loads, it asks for one block after another. The source
-loads its own tensors first, and then answers until every rank has said that it is done. So ranks
-may load different tensors, in any order, and only one block is on its way at a time.
+The other ranks open no file. They receive the headers of the files, and make the same plan as if
+they had opened them. While a rank loads, it requests one block after another. The source loads its
+own tensors first, and then answers until every rank has reported that it is done. So ranks may load
+different tensors, in any order, and only one block is in transit at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LONGEST = 2 * 64
 # Bytes that are sent at once (64 MiB).
 _PIECE = 1 << 26
 _CALL = "load_checkpoint()"
-# What the other ranks are told of the files; see `Reader`.
+# The attributes of `Reader` that the source sends to the other ranks.
 _TOLD = ("aliases", "entries", "headers", "homes", "shared", "versions")
 
 
@@ -36,7 +36,7 @@ class Link:
     """The ranks of the default process group, one of which reads the files.
 
     Args:
-        source: that rank.
+        source: the rank that reads.
 
     Raises:
         ShardingError: there is no process group, or another rank named another source.
@@ -88,16 +88,16 @@ class Link:
         """Run a block in which ranks read; the source answers the others at its end.
 
         Args:
-            phase: what is done in the block, for messages.
+            phase: the name of the block, for messages.
 
         Raises:
-            ShardingError: another rank failed in it, or did not answer.
+            ShardingError: another rank failed in the block, or did not answer.
         """
         with everyone(_CALL, phase, self._group):
             try:
                 yield
             except Exception:
-                # A second error would hide the first.
+                # A second error would hide the first one.
                 with contextlib.suppress(ShardingError):
                     self._end()
                 raise

@@ -1,9 +1,10 @@
 """Save a model as safetensors: streamed, resumable, all or nothing.
 
 The room gives ``api.py`` ``save_files`` and ``save_shards``, and ``_report`` the manifest and
-``TensorComputer``. It may import what ``_checkpoint`` may, and ``formats``, but not ``load``. Start
-with ``save.py``. In the order of a save: ``manifest.py`` lists the tensors, ``resume_digest.py``
-identifies the save, ``pipeline.py`` computes and writes, ``atomic_output.py`` publishes.
+``TensorComputer``. It may import the same rooms as ``_checkpoint``, and ``formats``, but not
+``load``. Start with ``save.py``. In the order of a save: ``manifest.py`` lists the tensors,
+``resume_digest.py`` identifies the save, ``pipeline.py`` computes and writes, ``atomic_output.py``
+publishes.
 """
 
 from lateinit._checkpoint.save.atomic_output import check_suffix

@@ -52,13 +52,13 @@ class Saved:
     _future: Future[Saved] | None = field(default=None, repr=False, compare=False)
 
     def result(self, timeout: float | None = None) -> Saved:
-        """What was written, when it is in its place.
+        """Wait until the output is in its place, and return what was written.
 
         Args:
-            timeout: the most seconds to wait.
+            timeout: the most seconds to wait; by default without limit.
 
         Raises:
-            TimeoutError: it took longer.
+            TimeoutError: the save took longer.
             CheckpointError: a rank could not write. The earlier output is as it was.
         """
         return self if self._future is None else self._future.result(timeout)
@@ -69,7 +69,7 @@ class Saved:
 
 
 class Asked(NamedTuple):
-    """What the caller of ``save_checkpoint`` asks for: see there."""
+    """The arguments of ``save_checkpoint``, checked: see there."""
 
     casts: Casting
     init: Init | None
@@ -97,7 +97,7 @@ def save_files(
     metadata = metadata_of(recorded if seed is None else seed)
     nbytes = sum(shard.nbytes for shard in shards)
     check_room(target, nbytes)
-    # Also decides whether the files of a killed save may be kept.
+    # The digest also decides whether the files of a killed save may be kept.
     request = fingerprint(shards, metadata, seed)
     with staged(target, request, resume=asked.resume, force=asked.force) as stage:
         with Progress("write", nbytes, shown=asked.progress) as bar:
@@ -114,7 +114,7 @@ def save_files(
 
 def save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: Asked) -> Saved:
     """Have each rank write its shards."""
-    # It imports torch.distributed.checkpoint, which takes more than a second.
+    # Importing it imports torch.distributed.checkpoint, which takes more than a second.
     from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
 
     if not (asked.wait or is_running()):
@@ -132,7 +132,7 @@ def save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: A
         if ranks:
             phase.compared = Agreement(ranks.shards, filling.left(), seed)
         shown = known if seed is None else seed
-        # The state dict of a model with ties has every name, and so has what DCP loads into it.
+        # DCP loads into a state dict, which has every name of a tied tensor.
         named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
         shards, files = [ShardFile("", tuple(items))], None
         if asked.format == "safetensors":
@@ -161,9 +161,9 @@ def save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: A
 def _seeds(
     module: nn.Module | Mapping[str, Tensor], items: Iterable[Item], seed: int | None
 ) -> tuple[int | None, int | None]:
-    """The seed that all constructions started from, if known, and the seed to replace it, if any.
+    """The seed from which all constructions started, if known, and the seed to replace it, if any.
 
-    The replacing seed is dropped if it is the recorded one: nothing would change.
+    The replacing seed is dropped if it is the recorded one, since it would change nothing.
     """
     programs = dict.fromkeys(i.deferred.program for i in items if i.deferred is not None)
     recorded = {recorded_seed(program) for program in programs}
