@@ -15,9 +15,10 @@ import torch
 import typer
 from torch import nn
 
-from lateinit._checkpoint.api import Saved, save_checkpoint
+from lateinit._checkpoint.api import save_checkpoint
 from lateinit._checkpoint.formats import DTYPES, open_checkpoint
 from lateinit._checkpoint.load import Choice, plan_load
+from lateinit._checkpoint.save import Saved
 from lateinit._distributed import mesh_cost, training_cost
 from lateinit._integrations import model_specs
 from lateinit._progress import Progress
