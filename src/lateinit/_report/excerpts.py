@@ -21,6 +21,7 @@ from lateinit._program import Program, Step, TensorRef, plan_storages
 from lateinit._replay import ChunkedFill, execution_of, fill_of, one_thread
 from lateinit._report.rows import State
 from lateinit._tensors import Deferred, held
+from lateinit._torch import by_name
 from lateinit.errors import LateinitError
 
 # A range costs a jump of the generator, as much as about 5e5 draws, and there are four of them.
@@ -103,6 +104,8 @@ def _of_deferred(program: Program, ref: TensorRef) -> Excerpt:
     if device.type != "cpu":
         return _none(f"not shown for tensors on {device}")
     (step,) = plan_storages(program, [ref.storage])
+    if all(by_name(program.ops[number].name).is_empty for number in step.ops):
+        return _none("it is not initialised")
     execution = execution_of(program)
     fill = fill_of(program, step, _WHOLE)
     if fill is not None and len(fill.ops) == len(step.ops) and _in_a_row(ref, fill.ref):

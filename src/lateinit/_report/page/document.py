@@ -41,6 +41,8 @@ def check_output(path: Path, *, force: bool) -> None:
     plotly_js()
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file, such as {path / 'report.html'}")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no regular file: name another --output")
     if path.exists() and not force:
         raise OutputExistsError(f"{path} exists: give --force to replace it, or another --output")
     if not path.parent.is_dir():
@@ -70,11 +72,13 @@ def written(content: Content, path: Path) -> Written:
     """
     # File names may hold bytes that are no text (PEP 383) and cannot be encoded as UTF-8.
     encoded = page_of(content).encode("utf-8", "xmlcharrefreplace")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Through symbolic links, so that the rename replaces the page and not a link to it.
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         try:
             beside.write_bytes(encoded)
-            beside.replace(path)
+            beside.replace(place)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
