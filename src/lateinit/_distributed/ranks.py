@@ -145,7 +145,7 @@ class Ranks:
 
 
 def ranks_of(target: Any, call: str, *, only: Only | None = None, ask: bool = True) -> Ranks:
-    """The ranks that hold the shards of a target, real or deferred; none if ``ask`` is False."""
+    """The ranks that hold the shards of a target, real or deferred; no ranks if not ``ask``."""
     return Ranks(shards_in(target, only) if ask and is_running() else {}, call)
 
 
@@ -161,7 +161,7 @@ def _groups(shards: Iterable[Any]) -> list[Any]:
     for mesh in meshes.values():
         # A rank that is not in a mesh has no shards on it.
         for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else ():
-            # torch's fake process group (for tests and tracing) has no other ranks to ask.
+            # torch's fake process group (for tests and tracing) has no other ranks.
             if dist.get_backend(group) != "fake" and dist.get_world_size(group) > 1:
                 found[group.group_name] = group
     return [found[name] for name in sorted(found)]

@@ -54,7 +54,7 @@ def record_by_running(
     writer.append(op._replace(outs=outs))
     if is_random:
         # Python code now sees shapes that depend on random values. Under another seed= the replay
-        # must find the same shapes; the empty digest says that values do not matter.
+        # must find the same shapes; the empty digest means that values do not matter.
         before = len(writer.program.ops)
         writer.program.reads += [Read(ref, before, b"") for ref in outs if ref is not None]
     if not made:

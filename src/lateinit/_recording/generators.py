@@ -153,7 +153,7 @@ class Generators:
         """Put the generator that just drew, made by the constructor, into its eager state.
 
         Args:
-            state: gives the generator state before a draw.
+            state: returns the generator state before a draw.
         """
         watch, self.drawn = self.drawn, None
         assert watch is not None

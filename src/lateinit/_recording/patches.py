@@ -5,8 +5,8 @@
   All functions of torch.random, wherever they were imported, look up one global name.
 - ``Tensor._make_subclass``, which makes every parameter, and ``Tensor.as_subclass`` turn all modes
   off (torch/csrc/autograd/python_variable.cpp).
-- ``Tensor.__new__`` cannot make a tensor of a subclass under a dispatch mode, which gives C++ a
-  result that is a plain tensor to Python already (python_variable.cpp: THPVariable_NewWithVar).
+- ``Tensor.__new__`` cannot make a tensor of a subclass under a dispatch mode: the mode returns a
+  tensor that has a Python object already (python_variable.cpp: THPVariable_NewWithVar).
 - ``swap_tensors`` refuses tensors that the writer holds weakly, and no mode intercepts it.
 - ``Generator.__setstate__`` and ``set_state`` read a state's memory (torch/csrc/Generator.cpp).
 - Modules of TorchScript register no tensors or children in Python.

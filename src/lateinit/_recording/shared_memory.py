@@ -107,11 +107,11 @@ class SharedMemory:
         return [e for e in self._exposed.values() if storage_key(e.real.untyped_storage()) in keys]
 
     def take_back(self, numbers: Iterable[int]) -> None:
-        """Record what other code wrote to the real sides of some storages."""
+        """Record the writes of other code to the real sides of some storages."""
         self._compare([self._exposed[n] for n in numbers if n in self._exposed])
 
     def take_back_real(self, written: Iterable[Tensor]) -> None:
-        """Record what an op wrote to real tensors that may be on shared memory."""
+        """Record the writes of an op to real tensors that may be on shared memory."""
         self._compare(self._on(t.untyped_storage() for t in written if is_plain(t)))
 
     def _compare(self, exposures: Iterable[Exposure]) -> None:

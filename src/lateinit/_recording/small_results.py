@@ -47,7 +47,7 @@ def layouts_of_small(info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
     given, named = map_tensors((args, named), own.__getitem__)
     try:
         found = info.func(*given, **named)
-    except Exception:  # noqa: BLE001 - ones may be wrong for it: the meta kernel tells, or raises
+    except Exception:  # noqa: BLE001 - ones may be invalid for it: then use the meta kernel
         return None
     results = found if isinstance(found, tuple) else (found,)
     places = {ones.untyped_storage().data_ptr() for ones in own.values()}
