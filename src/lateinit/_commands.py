@@ -85,7 +85,7 @@ class Sides:
 def inspect(
     spec: str, kwargs: str | None, only: Sequence[str] | None, depth: int | None, rank: Rank
 ) -> Summary | Trained | mesh_cost.Share | Contents:
-    """The table of a model or of a checkpoint; with a mesh, what a rank of the model holds."""
+    """The table of a model or of a checkpoint; with a mesh, a rank's share of the model."""
     path = model_specs.path_named(spec)
     if path is not None:
         _only_of_models(path, kwargs, rank)
@@ -159,7 +159,7 @@ def check(
     dtype: str | None,
     rules: str | None,
 ) -> parity.Parity | Verification:
-    """Compare a model, or a checkpoint, with what eager construction gives."""
+    """Compare a model, or a checkpoint, with the values of eager construction."""
     cast = _dtype(dtype)
     if cast is not None and checkpoint is None:
         raise typer.BadParameter("--dtype is for --checkpoint")

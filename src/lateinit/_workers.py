@@ -88,13 +88,13 @@ def _work(calls: _Calls) -> None:
         future, call, args = found
         if future.set_running_or_notify_cancel():
             _run(future, call, args)
-        del found, future, call, args  # a result that nobody else holds is freed now
+        del found, future, call, args  # frees a result that no other code holds
 
 
 def _run(future: Future[Any], call: Callable[..., Any], args: Any) -> None:
     try:
         result = call(*args)
-    except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
+    except BaseException as error:  # noqa: BLE001 - the future raises it in the waiting thread
         future.set_exception(error)
     else:
         future.set_result(result)

@@ -184,7 +184,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - the options of a command
     recompute: Recompute = "selective",
     as_json: Json = False,
 ) -> None:
-    """Show every tensor of a model and how it is initialised, or what a checkpoint holds.
+    """Show every tensor of a model and how it is initialised, or every tensor of a checkpoint.
 
     Nothing is allocated, and of a checkpoint only headers are read. An argument that is an existing
     file or folder is a checkpoint; any other is a model.
@@ -263,7 +263,7 @@ def diff(  # noqa: PLR0913, PLR0917 - the options of a command
     kwargs: Kwargs = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two checkpoints, or a checkpoint with what a seed gives, larger than memory or not.
+    """Compare two checkpoints, or a checkpoint with the values of a seed, of any size.
 
     Exit status: 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
     """

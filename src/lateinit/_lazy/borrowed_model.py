@@ -92,7 +92,7 @@ def clone_placeholder(placeholder: Any) -> Any:
 def on_meta(tensor: Tensor) -> Tensor:
     """A meta tensor with the shape, the strides and the dtype of ``tensor``."""
     with without_subclass_functions():
-        # A fake input may have symbols for sizes, as torch.export gives a dynamic dim.
+        # A fake input may have symbolic sizes: torch.export uses them for dynamic dims.
         shape, dtype = [int(size) for size in tensor.size()], tensor.dtype
         try:
             stride = [int(step) for step in tensor.stride()]

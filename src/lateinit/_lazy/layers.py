@@ -19,7 +19,7 @@ def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
 
 
 def _instance_norm(cls: type[nn.Module], spatial: int) -> type[Any]:
-    """A lazy instance norm; torch's have other defaults than its plain ones.
+    """A lazy instance norm; torch's lazy ones have other defaults than its plain ones.
 
     ``torch.nn.LazyInstanceNorm1d`` to ``3d`` inherit their defaults from ``_LazyNormBase``
     (torch/nn/modules/batchnorm.py).

@@ -174,7 +174,7 @@ def calls_of(
     Args:
         fill: the fill.
         generator: the generator that the first kernel draws from.
-        late: the late rounds of a ``trunc_normal_`` in the one part that is filled.
+        late: the late rounds of a ``trunc_normal_`` in the part that is filled.
     """
     period = words_of(fill, fill.ref.numel)
     return [_call(op, generator, period, late) for op in fill.ops]

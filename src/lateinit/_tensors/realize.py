@@ -229,7 +229,7 @@ def show(tensor: Tensor, real: Tensor) -> None:
 def adopt(tensor: Tensor, source: Tensor) -> None:
     """Realise a deferred tensor with the values of a real one: ``tensor.copy_(source)``."""
     # If the tensor shows only part of its storage, other tensors may show the rest, which needs
-    # its recorded values. If it shows all of it, nothing recorded survives the copy.
+    # its recorded values. If it covers all of it, the copy overwrites every recorded value.
     deferred = Deferred.of(tensor)
     if deferred.slot.real is None and not deferred.is_whole():
         deferred.slot.real = AS_RECORDED.apply(deferred.values(), [deferred.ref])

@@ -135,7 +135,7 @@ def _undo_object(value: Any) -> Iterator[Undo]:
 
 
 def _undo_array(value: Any) -> Iterator[Undo]:
-    # A copy of a memory-mapped file would read all of it.
+    # A copy of a memory-mapped file would read the whole file.
     mapped = isinstance(value, np.memmap) or isinstance(value.base, np.memmap)
     if value.flags.writeable and not mapped:
         yield partial(_put_array, value, value.shape, value.copy())

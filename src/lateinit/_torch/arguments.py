@@ -57,7 +57,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def kwargs_to_meta(info: OpInfo, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments with which an op computes on ``meta`` what it would compute really.
+    """The keyword arguments of an op, adapted so that its meta kernel accepts them.
 
     Meta kernels accept neither pinned memory nor a generator of another device.
     """

@@ -50,7 +50,7 @@ class _Answer(BaseException):
 
 
 class autocast_heard:  # noqa: N801 - reads as a statement
-    """A block in which ``hear(op, args, kwargs)`` is called for the ops that autocast would cast.
+    """A block in which ``hear(op, args, kwargs)`` intercepts the ops that autocast would cast.
 
     It returns the result of the op, or ``NotImplemented`` to have the op go on to torch's autocast.
     """

@@ -14,7 +14,7 @@ def as_convolution_lays_out(args: tuple[Any, ...], result: Any, device: torch.de
     """The meta results of a convolution or of its backward, laid out as on a device.
 
     torch/_meta_registrations.py: meta_conv leaves results contiguous, since the backend, and with
-    it the memory format, follows from the device. torch/_subclasses/fake_impls.py asks as here.
+    it the memory format, follows from the device. torch/_subclasses/fake_impls.py does the same.
 
     Args:
         args: the arguments of ``aten::convolution``, or of ``aten::convolution_backward``.

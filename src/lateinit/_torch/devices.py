@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def device_of_result(asked: Any) -> torch.device:
-    """The device that a tensor reports if it was asked for on ``asked``."""
+    """The device that a tensor reports if it was requested on ``asked``."""
     device = torch.device(asked)
     return CPU if device.type == "cpu" else device  # a tensor on "cpu:0" reports "cpu"
 

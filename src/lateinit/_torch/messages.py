@@ -20,7 +20,7 @@ _MISFIT = "Error(s) in loading state_dict for "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of torch or Python says that memory ran out."""
+    """Whether an exception of torch or Python means that memory ran out."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):  # of mmap
@@ -31,18 +31,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def asks_for_values(error: BaseException) -> bool:
-    """Whether an exception says that an op needs the memory of a meta tensor."""
+    """Whether an exception means that an op needs the memory of a meta tensor."""
     said = str(error).lower()
     return any(word in said for word in _WITHOUT_MEMORY)
 
 
 def reaches_for_memory(error: BaseException) -> bool:
-    """Whether an exception says that a kernel for real tensors looked for memory on meta."""
+    """Whether an exception means that a kernel for real tensors accessed memory on meta."""
     return _NO_DATA in str(error)
 
 
 def is_of_mixed_graph(error: BaseException) -> bool:
-    """Whether an exception says that a graph joins tensors on meta with real ones."""
+    """Whether an exception means that a graph joins tensors on meta with real ones."""
     said = str(error)
     return _MIXED_GRAPH in said and "expected device" in said and "meta" in said
 

@@ -220,7 +220,7 @@ def untraced(function: _F) -> _F:
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
-    """A block after which process-wide settings are what they were."""
+    """A block whose end restores process-wide settings."""
     before = [setting() for setting, _ in _SETTINGS]
     try:
         yield
@@ -260,7 +260,7 @@ def read_autocast() -> Autocast:
 
 
 def put_autocast(state: Autocast) -> None:
-    """Set what ``read_autocast`` reads.
+    """Set the state that ``read_autocast`` returns.
 
     ``torch.autocast`` also counts how deeply it is nested, to empty its cache at the end. A count
     that an interrupt has left wrong would keep the casts of old weights for good.
@@ -340,7 +340,7 @@ def default_device_in_force() -> torch.device | None:
 
 
 def takes_default_device(func: Any) -> bool:
-    """Whether a function is a factory that ``with torch.device(...)`` gives its device to."""
+    """Whether a function is a factory to which ``with torch.device(...)`` passes its device."""
     return func in _device_constructors()
 
 

@@ -1,7 +1,7 @@
 """The private dictionaries of ``nn.Module``: parameters, buffers, children and hooks.
 
-torch's public iterators, such as ``named_parameters``, leave out entries that are None, and all
-but the first of tied ones.
+torch's public iterators, such as ``named_parameters``, leave out entries that are None, and of
+tied entries all but the first.
 """
 
 from __future__ import annotations

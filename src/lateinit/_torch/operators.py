@@ -28,7 +28,7 @@ TRUNCATED = "lateinit::trunc_normal_"
 REFUSED = "lateinit::refused"
 """An op that raises when it is replayed: ``refused(self!, reason)``."""
 
-# The namespaces of collectives. Schemas do not say what a c10d op writes
+# The namespaces of collectives. Schemas do not mark the arguments that a c10d op writes
 # (torch/csrc/distributed/c10d/Ops.cpp).
 _COLLECTIVES = frozenset(
     {"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"}

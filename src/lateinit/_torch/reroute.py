@@ -1,7 +1,8 @@
 """Redirect the calls of a Python function, by whatever name it is called.
 
-``from torch.nn.init import xavier_uniform_`` binds a name that replacing the one in
-``torch.nn.init`` does not reach. The function object is the same, and its code can be exchanged.
+``from torch.nn.init import xavier_uniform_`` binds another name, so replacing the name in
+``torch.nn.init`` has no effect on it. But both names are bound to the same function object, and the
+code of that object can be exchanged.
 """
 
 from __future__ import annotations

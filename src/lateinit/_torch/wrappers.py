@@ -1,7 +1,7 @@
 """Wrapper subclasses, tensors that consist of other tensors: ``DTensor`` above all; fake tensors.
 
-Their modules take long to import, so they are looked up among the imported ones: there is no
-``DTensor`` before someone has imported it.
+Their modules take long to import, so they are looked up in ``sys.modules``: as long as ``DTensor``
+is not imported, no tensor can be one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def tell_of_new_dtensors(listener: Callable[[Any], None] | None) -> bool:
     Those that torch's C++ code makes, for the results of ops, do not call the constructor.
 
     Returns:
-        Whether anyone has imported ``DTensor`` yet; else there is nothing to listen to.
+        Whether ``DTensor`` is imported yet; if not, nothing can be intercepted.
     """
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
@@ -101,7 +101,7 @@ def tell_of_fsdp_parameters(
     ``make`` is FSDP2's own sharding. It fills in ``state``, from which ``kept_by_fsdp`` reads.
 
     Returns:
-        Whether anyone has imported FSDP2 yet; else there is nothing to listen to.
+        Whether FSDP2 is imported yet; if not, nothing can be intercepted.
     """
     module = sys.modules.get(_FSDP)
     if module is None:
@@ -153,7 +153,7 @@ def tell_of_cuts(listener: Callable[[Cut], Tensor] | None) -> bool:
     """Have ``distribute_tensor`` take parts of tensors by ``listener``; None ends that.
 
     Returns:
-        Whether anyone has imported ``DTensor`` yet; else there is nothing to listen to.
+        Whether ``DTensor`` is imported yet; if not, nothing can be intercepted.
     """
     module = sys.modules.get("torch.distributed.tensor.placement_types")
     if module is None:
@@ -267,7 +267,7 @@ def indices_of_part(placement: Any, length: int, parts: int, part: int) -> Seque
     # There is a placement, so its class is imported. Its documentation specifies the cut.
     if type(placement) is sys.modules["torch.distributed.tensor"].Shard:
         return chunk_of(length, parts, part)
-    # `_StridedShard`, whose uneven parts differ between torch versions, is asked itself.
+    # `_StridedShard` itself must answer: its uneven parts differ between torch versions.
     split = getattr(placement, "_split_tensor", None)
     if split is None:
         return None

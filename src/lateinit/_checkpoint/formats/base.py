@@ -43,7 +43,7 @@ class StoredFile:
 
 
 class Objects(Mapping[str, Any]):
-    """Values by name, each read when it is first asked for."""
+    """Values by name, each read at its first access."""
 
     def __init__(self, reads: Mapping[str, Callable[[], Any]]) -> None:
         self._reads = dict(reads)

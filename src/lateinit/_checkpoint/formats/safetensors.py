@@ -42,7 +42,7 @@ OWN_KEYS = ("format", "lateinit", "seed", "torch")
 RESERVED = "__metadata__"
 """The name in a header under which the metadata are."""
 # The limit of the safetensors library (MAX_HEADER_SIZE in its tensor.rs). A file's first 8 bytes
-# give the length of the header; this bounds what they can make us read.
+# give the length of the header; this bounds the bytes that a corrupt length can cause to be read.
 _LONGEST_HEADER = 100_000_000
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 

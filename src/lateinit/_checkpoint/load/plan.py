@@ -41,7 +41,7 @@ class LoadPlan:
         names: the tensors of the module.
         groups: its deferred tensors, by program.
         rehearsal: every copy. If it is ``plain``, only these copies are made; otherwise
-            ``load_state_dict`` runs once more, and its hooks with it.
+            ``load_state_dict`` runs again, and its hooks with it.
         fitting: which names get their values from the checkpoint.
         rest: the plans that compute the tensors that the checkpoint lacks.
         files: a text that identifies the checkpoint's files.

@@ -85,7 +85,7 @@ class Blocks:
             else:
                 values = self._computer.of(batch)
             for item in reversed(batch):
-                yield item, held(values.pop()).detach()  # freed when the next one is asked for
+                yield item, held(values.pop()).detach()  # freed before the next one is computed
 
 
 class DcpWriter(FileSystemWriter):
