@@ -36,12 +36,12 @@ def constant(val: float) -> Initialiser:
 
 
 def dirac(groups: int = 1) -> Initialiser:
-    """``torch.nn.init.dirac_``: a convolution of 3 to 5 dims passes its input on."""
+    """``torch.nn.init.dirac_``: the identity for convolution weights of 3 to 5 dims."""
     return initialiser("dirac", groups)
 
 
 def eye() -> Initialiser:
-    """``torch.nn.init.eye_``: the identity, of two dims."""
+    """``torch.nn.init.eye_``: the identity matrix, for tensors of two dims."""
     return initialiser("eye")
 
 
@@ -80,19 +80,19 @@ def orthogonal(gain: float = 1) -> Initialiser:
 
 
 def sparse(sparsity: float, std: float = 0.01) -> Initialiser:
-    """``torch.nn.init.sparse_`` (Martens, 2010), of two dims."""
+    """``torch.nn.init.sparse_`` (Martens, 2010), for tensors of two dims."""
     return initialiser("sparse", sparsity, std)
 
 
 def trunc_normal(
     mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0
 ) -> Initialiser:
-    """``torch.nn.init.trunc_normal_``: normal values between ``a`` and ``b``."""
+    """``torch.nn.init.trunc_normal_``: normal values, truncated to ``a`` to ``b``."""
     return initialiser("trunc_normal", mean, std, a, b)
 
 
 def uniform(a: float = 0.0, b: float = 1.0) -> Initialiser:
-    """``torch.nn.init.uniform_``: between ``a`` and ``b``."""
+    """``torch.nn.init.uniform_``: uniform values from ``a`` to ``b``."""
     return initialiser("uniform", a, b)
 
 

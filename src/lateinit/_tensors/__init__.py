@@ -4,7 +4,7 @@ Gives the rooms above a slot for each deferred storage (``slots``), a walk over 
 module (``walk``), a handle on a deferred tensor and its values (``deferred``), and the exchange
 that puts real storage into an existing tensor object (``realize``). ``object_graph`` finds all
 objects that a module reaches, and ``undo`` restores them after a trial run. May import ``_replay``
-and the rooms below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
+and the rooms below it. Start with ``slots``, which decides whether a tensor is deferred.
 """
 
 from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home

@@ -1,4 +1,4 @@
-"""``Deferred``: a handle on a deferred tensor, and the one way to its values."""
+"""``Deferred``: a handle on a deferred tensor, through which all code reads its values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Deferred:
         return self.program.covers(self.ref)
 
     def real(self) -> Tensor | None:
-        """A tensor on the real memory of its storage, as it was cast; None if there is none yet.
+        """A tensor on the real memory of its storage, cast included; None if not yet real.
 
         The memory becomes real with the first tensor on it, and is shared by the others.
         """
@@ -80,7 +80,7 @@ class Deferred:
             return real.window(self.ref).on(real.storage)
 
     def values(self, execution: Execution | None = None) -> Computed:
-        """Its whole storage with the values that were recorded, in memory that nobody else has.
+        """Its whole storage with the recorded values, in new memory that no tensor shares.
 
         Args:
             execution: computes the values; by default from the recorded random state.

@@ -182,7 +182,7 @@ function cells(row, subject) {
       return element("td", { class: "drawn" }, ...(h && h.counts.length ? [element("button", {
         title: "show the histogram", "aria-label": `histogram of ${row.name}`,
         onclick: () => { show(subject); $("which").scrollIntoView({ block: "center" }); },
-      }, spark(h))] : []));
+      }, spark(h))] : [element("span", { title: inWords(h) }, "\u2013")]));
     }
     return element("td", { class: c.number ? "number" : c.key }, (c.text || c.of)(row) || "");
   });
