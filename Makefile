@@ -63,7 +63,10 @@ demo: $(DEMO)
 	$(BIN)/lateinit check transformers:gpt2 --seed 0
 	@mkdir -p build
 	$(QUIET_CORES) $(RANKS) examples/fsdp_gpt.py --plot build/demo.svg
-	@echo "Look at $(CURDIR)/build/demo.svg: the loss on two ranks, and on one device"
+	$(BIN)/lateinit report transformers:gpt2 --force -o build/demo.html
+	@echo "Look at, in a browser:"
+	@echo "$(CURDIR)/build/demo.html  GPT-2's memory, and the values that seed 0 gives"
+	@echo "$(CURDIR)/build/demo.svg   the loss of a small GPT on two ranks, and on one device"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,90 +1,25 @@
 """``save_checkpoint`` and ``load_checkpoint``: the public functions on checkpoints.
 
-This module checks their arguments and runs the steps of a save. ``load/load.py`` loads.
+This module checks their arguments. ``save/save.py`` saves, and ``load/load.py`` loads.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
-from lateinit._checkpoint.save import (
-    Item,
-    ShardFile,
-    WholeFiles,
-    check_room,
-    check_suffix,
-    check_target,
-    collect,
-    companions,
-    divide,
-    fingerprint,
-    metadata_of,
-    returned,
-    staged,
-    was_interrupted,
-    write_shards,
-)
-from lateinit._distributed import Agreement, is_running, ranks_of
-from lateinit._integrations import weights_stem
-from lateinit._log import log
-from lateinit._materialize import Filling, check_seed
-from lateinit._progress import Progress
+from lateinit._checkpoint.save import Asked, Saved, check_suffix, save_files, save_shards
 from lateinit._recording import current
-from lateinit._replay import recorded_seed
-from lateinit._tensors import Casting, Devices, DTypes, Init, bound_in, casting
+from lateinit._tensors import Devices, DTypes, Init, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
-from lateinit._units import format_bytes, parse_bytes
-from lateinit.errors import (
-    CheckpointError,
-    DeferredTensorError,
-    LateinitError,
-    OutOfMemoryError,
-    ShardingError,
-)
-
-# Bytes of tensors in memory at once while a single file is written: the default of
-# `max_shard_size`, which bounds them in a folder.
-_ROOM = 5 * 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What ``save_checkpoint`` wrote; ``nbytes`` counts the tensors' bytes, without headers.
-
-    With ``wait=False`` it is still being written, and ``files`` are those of ``result()``.
-    """
-
-    path: Path
-    files: tuple[str, ...]
-    tensors: int
-    nbytes: int
-    seed: int | None
-    _future: Future[Saved] | None = field(default=None, repr=False, compare=False)
-
-    def result(self, timeout: float | None = None) -> Saved:
-        """Wait until the output is in its place, and return what was written.
-
-        Args:
-            timeout: the most seconds to wait; by default without limit.
-
-        Raises:
-            TimeoutError: the save took longer.
-            CheckpointError: a rank could not write. The earlier output is as it was.
-        """
-        return self if self._future is None else self._future.result(timeout)
-
-    def __str__(self) -> str:
-        files = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
-        return f"{self.path}: {self.tensors} tensors, {format_bytes(self.nbytes)}, in {files}"
+from lateinit._units import parse_bytes
+from lateinit.errors import CheckpointError, DeferredTensorError, LateinitError, OutOfMemoryError
 
 
 @restoring
@@ -179,38 +114,14 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     casts = casting(None, dtype)
     if format not in {None, "dcp", "safetensors"}:
         raise ValueError(f"format={format!r}: 'dcp' or 'safetensors' is meant")
+    asked = Asked(casts, init, limit, force, seed, resume, format, wait, progress)
     if format == "dcp" or any(map(is_dtensor, _parameters(module))):
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
-        again = force or was_interrupted(target)
-        asked = _Asked(casts, init, limit, again, seed, resume, format, wait, progress)
-        return _save_shards(module, target, asked)
+        return save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
-    check_target(target, force=force or was_interrupted(target))  # `staged` looks again
-    items = collect(module, casts, init=init, seed=seed)
-    shards = (
-        divide(items, None, target.name)
-        if one_file
-        else divide(items, limit, None, weights_stem(module))
-    )
-    recorded, seed = _seeds(module, items, seed)
-    metadata = metadata_of(recorded if seed is None else seed)
-    nbytes = sum(shard.nbytes for shard in shards)
-    check_room(target, nbytes)
-    # The digest also decides whether the files of a killed save may be kept.
-    request = fingerprint(shards, metadata, seed)
-    with staged(target, request, resume=resume, force=force) as stage:
-        with Progress("write", nbytes, shown=progress) as bar:
-            room = _ROOM if one_file else limit
-            write_shards(stage, shards, metadata, seed=seed, room=room, bar=bar)
-        if not one_file:
-            for name, text in companions(module, shards).items():
-                stage.write_text(name, text)
-        files = tuple(sorted(path.name for path in stage.files.iterdir()))
-    saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
-    log.info("saved %s", saved)
-    return returned(target, saved)
+    return save_files(module, target, asked, one_file=one_file)
 
 
 @restoring
@@ -361,79 +272,3 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
 
 def _parameters(module: nn.Module | Mapping[str, Tensor]) -> Iterable[Tensor]:
     return module.parameters() if isinstance(module, nn.Module) else module.values()
-
-
-def _seeds(
-    module: nn.Module | Mapping[str, Tensor], items: Iterable[Item], seed: int | None
-) -> tuple[int | None, int | None]:
-    """The seed from which all constructions started, if known, and the seed to replace it, if any.
-
-    The replacing seed is dropped if it is the recorded one, since it would change nothing.
-    """
-    programs = dict.fromkeys(i.deferred.program for i in items if i.deferred is not None)
-    recorded = {recorded_seed(program) for program in programs}
-    known = recorded.pop() if len(recorded) == 1 else None
-    if seed is not None and seed == known:
-        return known, None
-    for program in programs | bound_in(module):
-        check_seed(program, seed)
-    return known, seed
-
-
-class _Asked(NamedTuple):
-    """The arguments of ``save_checkpoint`` that apply to shards."""
-
-    casts: Casting
-    init: Init | None
-    limit: int
-    force: bool
-    seed: int | None
-    resume: bool
-    format: str | None
-    wait: bool
-    progress: bool
-
-
-def _save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: _Asked) -> Saved:
-    """Have each rank write its shards."""
-    # Importing it imports torch.distributed.checkpoint, which takes more than a second.
-    from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
-
-    if not (asked.wait or is_running()):
-        raise ShardingError(
-            "wait=False: there is no process group; call torch.distributed.init_process_group() "
-            "on every rank first"
-        )
-    ranks = ranks_of(module, "save_checkpoint()")
-    with ranks.together("preparing") as phase:
-        items = collect(module, asked.casts, sharded=True, init=asked.init, seed=asked.seed)
-        known, seed = _seeds(module, items, asked.seed)
-        filling = Filling(module, seed=seed)
-        filling.check()
-        if ranks:
-            phase.compared = Agreement(ranks.shards, filling.left(), seed)
-        shown = known if seed is None else seed
-        # DCP loads into a state dict, which has every name of a tied tensor.
-        named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
-        shards, files = [ShardFile("", tuple(items))], None
-        if asked.format == "safetensors":
-            named = {item.entry.name: item for item in items}
-            shards = divide(items, asked.limit, None, weights_stem(module))
-            files = WholeFiles(shards, metadata_of(shown))
-        save = ShardedSave(target, named, files, seed, shown=asked.progress)
-    nbytes = sum(item.entry.nbytes for item in items)
-
-    def done() -> Saved:
-        written = tuple(sorted(path.name for path in target.iterdir()))
-        return Saved(target, written, len(items), nbytes, shown)
-
-    try:
-        texts = companions(module, shards)
-        save.open(texts, nbytes, force=asked.force, discard=asked.force or asked.resume)
-        if not asked.wait:
-            return Saved(target, (), len(items), nbytes, shown, save.start(done))
-        save.run()
-    except BaseException:
-        save.close()
-        raise
-    return done()

@@ -24,12 +24,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
 from lateinit._program import Program, TensorRef
 from lateinit._recording import calls_after_block
-from lateinit._recording.after_block import (
-    Follower,
-    device_to,
-    is_meta_to,
-    is_real,
-)
+from lateinit._recording.after_block import Follower, device_to, is_meta_to, is_real
 from lateinit._recording.answers import (
     ANSWERS,
     PLAIN,

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._integrations import before_sending
-from lateinit._program import (
-    Ambient,
-    Const,
-    Draw,
-    Op,
-    Program,
-    TensorRef,
-    initializer,
-)
+from lateinit._program import Ambient, Const, Draw, Op, Program, TensorRef, initializer
 from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators, Settled

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lateinit._checkpoint.formats import Objects, Reader, open_checkpoint
-from lateinit._distributed import answered, everyone, is_running
+from lateinit._distributed import answered, by_words, every_rank, is_running
 from lateinit.errors import ShardingError
 
 _DONE, _TENSOR, _OBJECT = range(3)
@@ -57,30 +57,22 @@ class Link:
         on_cpu = "cpu:" in dist.get_backend_config()
         self._group = None if on_cpu else dist.new_group(backend="gloo")
         self._reader: Reader | None = None
-        said: list[Any] = [None] * ranks
-        with answered(_CALL, "asking which rank reads the files"):
-            dist.all_gather_object(said, source, group=self._group)
-        if len(set(said)) > 1:
-            raise ShardingError(f"source_rank: the ranks say {said}: name one rank on all of them")
+        self._ranks = every_rank(_CALL, self._group)
+        named = self._ranks.say(source)
+        if len(named) > 1:
+            raise ShardingError(f"source_rank: {by_words(named)}: name one rank on all of them")
 
     def open(self, path: Path) -> Reader:
         """The checkpoint; a collective operation."""
-        told: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self._is_source:
-            try:
+        with self._ranks.together("opening the checkpoint"):
+            if self._is_source:
                 self._reader = open_checkpoint(path)
-                values = {name: getattr(self._reader, name) for name in _TOLD}
-                told = [values, list(self._reader.objects)]
-            except Exception as error:  # noqa: BLE001 - raised below, when the others know
-                failure = error
-                told = [None, f"{type(error).__name__}: {error}"]
-        with answered(_CALL, "opening the checkpoint"):
+        told: list[Any] = [None, None]
+        if self._reader is not None:
+            values = {name: getattr(self._reader, name) for name in _TOLD}
+            told = [values, list(self._reader.objects)]
+        with answered(_CALL, "telling what the files hold", self._group):
             dist.broadcast_object_list(told, self._source, self._group, torch.device("cpu"))
-        if failure is not None:
-            raise failure
-        if told[0] is None:
-            raise ShardingError(f"rank {self._source} cannot open the checkpoint: {told[1]}")
         return self._reader or _Sent(self, path, *told)
 
     @contextlib.contextmanager
@@ -93,7 +85,7 @@ class Link:
         Raises:
             ShardingError: another rank failed in the block, or did not answer.
         """
-        with everyone(_CALL, phase, self._group):
+        with self._ranks.together(phase):
             try:
                 yield
             except Exception:

@@ -42,7 +42,7 @@ from lateinit._checkpoint.save.shard_writers import (
     WholeFilesWriter,
 )
 from lateinit._checkpoint.save.whole_files import WholeFiles
-from lateinit._distributed import answered, everyone, is_running
+from lateinit._distributed import answered, every_rank, is_running
 from lateinit._torch import without_modes
 from lateinit.errors import CheckpointError, OutputError
 
@@ -85,7 +85,8 @@ class ShardedSave:
             discard: discard the files that a killed save left.
         """
         stage = self.stage
-        with everyone(_CALL, "opening the output"):
+        ranks = every_rank(_CALL)
+        with ranks.together("opening the output"):
             if is_first():
                 check_target(stage.target, force=force)
                 check_room(stage.target, nbytes)
@@ -94,7 +95,7 @@ class ShardedSave:
                     stage.write_text(name, text)
                 if self._files is not None:
                     self._files.make(stage.files)
-        with everyone(_CALL, "looking for the output"):
+        with ranks.together("looking for the output"):
             if not stage.files.is_dir():
                 raise OutputError(
                     None, f"{stage.files} is not there on this rank: choose a path that all share"
@@ -104,7 +105,8 @@ class ShardedSave:
 
     def run(self) -> None:
         """Write, and return when the output is in its place."""
-        with everyone(_CALL, _PHASE), self._told(), without_modes(), warnings.catch_warnings():
+        whole = every_rank(_CALL).together(_PHASE)
+        with whole, self._told(), without_modes(), warnings.catch_warnings():
             # DCP warns if there is no process group, which is a valid use here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save({}, storage_writer=self._writer(), planner=_Planner(self._blocks))

@@ -158,7 +158,7 @@ def of_model(
         title=title,
         subtitle=f"{type(model).__name__}, recorded and not built",
         facts=(
-            ("parameters", _count(sums.parameters), f"{sums.parameters:,}"),
+            ("parameters", *_count(sums.parameters)),
             ("memory", format_bytes(sums.bytes), _dtypes(sums.bytes_by_dtype)),
             ("tensors", f"{sums.tensors:,}", _unsized(sums.unsized_tensors)),
             ("tied names", f"{ties:,}", "more names than tensors" if ties else "none"),
@@ -194,7 +194,7 @@ def of_checkpoint(title: str, path: Path) -> Content:
         title=title,
         subtitle=f"a checkpoint in the format {found.format}, of which a few blocks were read",
         facts=(
-            ("elements", _count(found.totals.elements), f"{found.totals.elements:,}"),
+            ("elements", *_count(found.totals.elements)),
             ("memory", format_bytes(found.totals.bytes), _dtypes(found.totals.bytes_by_dtype)),
             ("tensors", f"{found.totals.tensors:,}", objects),
             ("tied names", f"{ties:,}", "not written again" if ties else "none"),
@@ -299,12 +299,12 @@ def _spread(members: Sequence[int], most: int) -> list[int]:
     return [members[(len(members) - 1) * i // (most - 1)] for i in range(most)]
 
 
-def _count(number: int) -> str:
-    """A count in words: ``70.6 billion``."""
+def _count(number: int) -> tuple[str, str]:
+    """A count in words, such as ``70.6 billion``, and in figures if the words are rounded."""
     for word, size in (("trillion", 10**12), ("billion", 10**9), ("million", 10**6)):
         if number >= size:
-            return f"{number / size:,.1f} {word}"
-    return f"{number:,}"
+            return f"{number / size:,.1f} {word}", f"{number:,}"
+    return f"{number:,}", ""
 
 
 def _dtypes(by_dtype: dict[str, int]) -> str:
