@@ -138,8 +138,8 @@ Recompute = Annotated[
 
 def main() -> None:
     """Run the command line."""
-    # Python looks through all objects once more when it ends, 0.5 s after transformers was
-    # imported. The memory goes back to the system without that.
+    # At exit Python collects garbage among all objects, which takes 0.5 s if transformers was
+    # imported. The system takes the memory back without that.
     atexit.register(gc.freeze)
     app()
 

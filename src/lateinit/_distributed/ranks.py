@@ -66,7 +66,7 @@ class Ranks:
     def __init__(self, call: str, groups: Iterable[Any], shards: Mapping[str, Any]) -> None:
         self.shards = shards
         self._call = call
-        # torch's fake process group (for tests and tracing) has no other ranks to ask.
+        # torch's fake process group (for tests and tracing) has no other ranks.
         self._groups = [
             group
             for group in groups
@@ -154,13 +154,13 @@ def is_running() -> bool:
 
 
 def ranks_of(target: Any, call: str, *, only: Only | None = None, ask: bool = True) -> Ranks:
-    """The ranks that hold the shards of a target, real or deferred; none if ``ask`` is False."""
+    """The ranks that hold the shards of a target, real or deferred; no ranks if not ``ask``."""
     shards = shards_in(target, only) if ask and is_running() else {}
     return Ranks(call, _groups(shards.values()), shards)
 
 
 def every_rank(call: str, group: Any = None) -> Ranks:
-    """All ranks of the default process group; ``group``: another one of all ranks, to ask them."""
+    """All ranks of the default process group; ``group``: another group of all ranks to use."""
     return Ranks(call, [group or dist.group.WORLD] if is_running() else [], {})
 
 

@@ -113,7 +113,7 @@ def execute(
 
 
 def computed_whole(plan: Plan) -> dict[Step, int]:
-    """The steps for which ``execute`` computes full tensors to keep shards, and the shards' bytes.
+    """The steps in which ``execute`` computes full tensors to keep shards, with the full bytes.
 
     These tensors are small, or filled by ops that do not fill in flat order, such as
     ``orthogonal_``.

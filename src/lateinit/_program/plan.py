@@ -38,7 +38,7 @@ class Plan:
         steps: the steps.
         names: the tensors, for printing.
         whole: for printing, returns the steps that compute full tensors of which only shards are
-            kept, each with the bytes of its shards.
+            kept, each with the bytes of its full tensors.
         notes: for printing, the requests that apply to each tensor, such as a dtype.
     """
 

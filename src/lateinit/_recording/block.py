@@ -174,6 +174,17 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
 def deferred_init(make: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``make(*args, **kwargs)`` in a ``deferred()`` block.
 
+    Args:
+        make: a module class, or any other function that builds a model.
+        *args: its positional arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The result of the call; its tensors are deferred.
+
+    Raises:
+        RecordingError: the construction did something that cannot be recorded faithfully.
+
     Example:
         >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2, bias=False)
         >>> lateinit.materialize(layer).weight.shape

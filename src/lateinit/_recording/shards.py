@@ -156,7 +156,7 @@ def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 
 
 def _honoured(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Call a function on DTensors; an error names the deferred one."""
+    """Call a function on DTensors; if a deferred one makes it fail, the error names that one."""
     tensors = tensors_in(args, kwargs)
     first = next(filter(is_deferred_tensor, tensors), None)
     handler = AFTER_BLOCK.get(func)

@@ -152,7 +152,7 @@ def _same(left: Tensor, right: Tensor) -> Tensor:
 def _distances(left: Tensor, right: Tensor) -> tuple[Tensor, float, int]:
     """The distances of elements that differ, the largest relative one, and the one-sided NaNs.
 
-    Relative to the larger magnitude. The distance from a NaN is given as less than zero.
+    Relative means relative to the larger magnitude. The distance from a NaN is less than zero.
     """
     parts = _parts(left, right)
     ours, theirs = parts[0]

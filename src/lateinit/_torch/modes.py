@@ -198,7 +198,7 @@ def graph_break() -> None:
 
 
 set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
-"""Set the callback that ``torch.compile`` receives each Python frame by; returns the previous one.
+"""Set the callback by which ``torch.compile`` intercepts Python frames; returns the previous one.
 
 With None, frames run uncompiled.
 """

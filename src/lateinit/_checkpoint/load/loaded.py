@@ -1,4 +1,4 @@
-"""Report what loading a checkpoint gives to each tensor."""
+"""The result of ``load_checkpoint``: the source of the values of each tensor."""
 
 from __future__ import annotations
 

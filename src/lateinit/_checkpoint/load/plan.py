@@ -1,4 +1,4 @@
-"""Plan what loading a checkpoint into a module does, before anything changes."""
+"""Plan the loading of a checkpoint into a module, before anything changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LoadPlan:
         return sum(self.reader.entries[s].nbytes for s in sources if isinstance(s, str))
 
     def foreseen(self) -> Loaded:
-        """What ``load_checkpoint`` will return."""
+        """The result that ``load_checkpoint`` will return."""
         computed = computed_alone(self.names, self.fitting)
         return report(self.names, self.reader.path, self.reader, self.fitting, computed)
 

@@ -94,7 +94,7 @@ def collect(
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
         key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
-        # A name among OWN_KEYS cannot be an alias in the metadata, so its tensor is written twice.
+        # A name among OWN_KEYS cannot be an alias in the metadata, so it gets an entry of its own.
         tied.setdefault(name if name in OWN_KEYS else key, []).append(name)
     targets = tied_targets(module)
     items = [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
