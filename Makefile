@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The part of it that the demo needs.
+# The part of it that the demo needs. Modules are compiled when they are imported: most never are.
 DEMO := $(VENV)/.demo
 # The kernels in C; without a compiler they are left out, and so is this.
 NATIVE := $(VENV)/.native
@@ -47,7 +47,7 @@ help:
 # A half-made environment leaves no stamp, so the next call makes it again.
 $(DEMO): pyproject.toml constraints-dev.txt src/lateinit/_version.py
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[demo]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints-dev.txt -e '.[demo]'
 	@touch $@ $(NATIVE)
 
 $(STAMP): $(DEMO)
