@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 # The modules that define the public names which need torch.
-_HOMES = {
+_MODULES = {
     "deferred": "lateinit._recording",
     "deferred_init": "lateinit._recording",
     "discard": "lateinit._lazy",
@@ -77,10 +77,10 @@ def _resolve() -> dict[str, object]:
     of torch, would keep the replacements.
     """
     with _one_thread:
-        homes = {name: importlib.import_module(home) for name, home in _HOMES.items()}
+        modules = {name: importlib.import_module(module) for name, module in _MODULES.items()}
         found: dict[str, object] = {
-            name: home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
-            for name, home in homes.items()
+            name: module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+            for name, module in modules.items()
         }
         for name, thing in found.items():
             globals().setdefault(name, thing)
@@ -90,7 +90,7 @@ def _resolve() -> dict[str, object]:
 if not typing.TYPE_CHECKING:  # a type checker would take every name for one that exists
 
     def __getattr__(name: str) -> object:  # PEP 562: called for names not in this module yet
-        if name in _HOMES:
+        if name in _MODULES:
             return _resolve()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -7,7 +7,7 @@ objects that a module reaches, and ``undo`` restores them after a trial run. May
 and the rooms below it. Start with ``slots``, which decides whether a tensor is deferred.
 """
 
-from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, device_to_move_to
 from lateinit._tensors.casts import (
     AS_IT_IS,
     Casting,
@@ -116,12 +116,12 @@ __all__ = [
     "copied_by_deepcopy",
     "described",
     "device_of",
+    "device_to_move_to",
     "ends_in",
     "exchange_held",
     "exchanged",
     "find_tensors",
     "held",
-    "home",
     "initialiser",
     "is_deferred_tensor",
     "is_of_waiting",

@@ -93,7 +93,7 @@ class Real(NamedTuple):
         return shown._replace(dtype=self.cast.dtype_of(ref))
 
 
-def home(
+def device_to_move_to(
     tensor: Any, recorded: torch.device, asked: torch.device | None = None
 ) -> torch.device | None:
     """The device to move a tensor to, or None to leave it where it was computed.

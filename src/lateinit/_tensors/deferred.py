@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lateinit._program import Storage, TensorRef
 from lateinit._replay import Computed, Execution, execution_of
-from lateinit._tensors.cast import Cast, home
+from lateinit._tensors.cast import Cast, device_to_move_to
 from lateinit._tensors.slots import ON_META, Slot, held, slot_of
 from lateinit._torch import without_modes, without_subclass_functions
 from lateinit.errors import NotRecordedError
@@ -62,7 +62,7 @@ class Deferred:
 
     def destination(self, cast: Cast) -> torch.device:
         """The device on which the tensor will have its values."""
-        return home(self.tensor, self.device, cast.device) or self.device
+        return device_to_move_to(self.tensor, self.device, cast.device) or self.device
 
     def is_whole(self) -> bool:
         """Whether the tensor shows every byte of its storage exactly once."""

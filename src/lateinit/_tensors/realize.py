@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lateinit._program import Read, Storage, TensorRef, is_random
 from lateinit._replay import Computed, execution_of, one_thread
-from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, device_to_move_to
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import (
     PLAIN_CLASSES,
@@ -77,7 +77,7 @@ class SharedStorage:
     def give(self, computed: Computed) -> None:
         """Realise the tensors on memory with their values, after moving and casting it."""
         cast = self.cast
-        device = home(self.tensors[0].tensor, computed.storage.device, cast.device)
+        device = device_to_move_to(self.tensors[0].tensor, computed.storage.device, cast.device)
         if device is not cast.device:
             cast = replace(cast, device=device)
         # The slot gets the memory first: if `share` is interrupted, a repeated call must give the

@@ -18,8 +18,8 @@ from lateinit._tensors import (
     SharedStorage,
     Slot,
     Wanted,
+    device_to_move_to,
     held,
-    home,
     is_deferred_tensor,
     slot_of,
 )
@@ -104,7 +104,7 @@ class Placer:
         if deferred.slot.real is not None:
             shared.share()
             return False
-        own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
+        own = not is_dtensor(target) or device_to_move_to(target, torch.device("cpu")) is None
         if take and own and self._may_take(source, deferred, shared.cast):
             self._taken.add(source.data_ptr())
             shared.put(source.untyped_storage())
