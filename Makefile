@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The part of it that the demo needs.
+# The part of it that the demo needs. Modules are compiled when they are imported: most never are.
 DEMO := $(VENV)/.demo
 # The kernels in C; without a compiler they are left out, and so is this.
 NATIVE := $(VENV)/.native
@@ -47,7 +47,7 @@ help:
 # A half-made environment leaves no stamp, so the next call makes it again.
 $(DEMO): pyproject.toml constraints-dev.txt src/lateinit/_version.py
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[demo]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints-dev.txt -e '.[demo]'
 	@touch $@ $(NATIVE)
 
 $(STAMP): $(DEMO)
@@ -63,7 +63,10 @@ demo: $(DEMO)
 	$(BIN)/lateinit check transformers:gpt2 --seed 0
 	@mkdir -p build
 	$(QUIET_CORES) $(RANKS) examples/fsdp_gpt.py --plot build/demo.svg
-	@echo "Look at $(CURDIR)/build/demo.svg: the loss on two ranks, and on one device"
+	$(BIN)/lateinit report transformers:gpt2 --force -o build/demo.html
+	@echo "Look at, in a browser:"
+	@echo "$(CURDIR)/build/demo.html  GPT-2's memory, and the values that seed 0 gives"
+	@echo "$(CURDIR)/build/demo.svg   the loss of a small GPT on two ranks, and on one device"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -465,6 +466,19 @@ def test_a_model_in_the_current_folder_is_found_and_stdout_holds_the_answer_only
     failed = run("init", "mine:made", "-o", "out", cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stderr.splitlines() == ["lateinit: 'mine:made': mine has no 'made'; it has: make"]
+
+
+def test_full_garbage_collections_wait_while_a_command_imports_a_library(tmp_path: Path) -> None:
+    usual = gc.get_threshold()[2]
+    (tmp_path / "model.py").write_text(
+        "import gc\n"
+        "import torch\n"
+        f"assert gc.get_threshold()[2] > {usual}\n"
+        "build = lambda: torch.nn.Linear(2, 3)\n"
+    )
+    done = lateinit_command("inspect", f"{tmp_path}/model.py:build")
+    assert done.exit_code == 0, done.output
+    assert gc.get_threshold()[2] == usual
 
 
 def test_the_example_of_parity_runs() -> None:

@@ -140,7 +140,7 @@ def test_type_checkers_see_each_public_name_where_it_is_imported_from() -> None:
                         if full in ("lateinit.init", "lateinit.nn", "lateinit.pfn_extras")
                         else (str(statement.module))
                     )
-    assert seen == lateinit._HOMES
+    assert seen == lateinit._MODULES
     assert sorted([*seen, "errors"]) == lateinit.__all__
 
 

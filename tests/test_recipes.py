@@ -60,6 +60,7 @@ def test_a_recipe_does_what_it_shows(said: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        cwd=tmp_path,  # a Trainer writes where it is
         env={
             **os.environ,
             **(own if start != START else {}),

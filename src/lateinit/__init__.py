@@ -1,9 +1,9 @@
 """Deferred and lazy parameter initialisation for PyTorch.
 
 Declare a model now; decide its shapes, memory, device and values later, and get exactly the model
-that eager construction would have given. These names, and those of ``lateinit.nn``,
-``lateinit.init``, ``lateinit.pfn_extras`` and ``lateinit.errors``, are the public API; everything
-with an underscore is not.
+that eager construction would have given. The public API is ``__all__`` of this module and of
+``lateinit.nn``, ``lateinit.init``, ``lateinit.pfn_extras`` and ``lateinit.errors``. Names with an
+underscore are private.
 """
 
 import importlib
@@ -45,8 +45,8 @@ __all__ = [
     "summary",
 ]
 
-# Where the names above are that need torch.
-_HOMES = {
+# The modules that define the public names which need torch.
+_MODULES = {
     "deferred": "lateinit._recording",
     "deferred_init": "lateinit._recording",
     "discard": "lateinit._lazy",
@@ -65,22 +65,22 @@ _HOMES = {
     "skip_init": "lateinit._skip_init",
     "summary": "lateinit._report.summary",
 }
-# One thread imports. importlib lets a thread that would wait in a circle go on with a module that
-# is half imported (``_DeadlockError`` in importlib/_bootstrap.py).
+# Only one thread at a time imports. To avoid a deadlock, importlib lets a thread go on with a
+# module that is only half imported (``_DeadlockError`` in importlib/_bootstrap.py).
 _one_thread = threading.RLock()
 
 
 def _resolve() -> dict[str, object]:
     """Import every public name, and put all of them into this module.
 
-    All and not only the first that is used: while a block replaces functions of torch, no module
-    of lateinit may be imported that would keep the replacements.
+    All at once, since a module of lateinit that is imported later, while a block replaces functions
+    of torch, would keep the replacements.
     """
     with _one_thread:
-        homes = {name: importlib.import_module(home) for name, home in _HOMES.items()}
+        modules = {name: importlib.import_module(module) for name, module in _MODULES.items()}
         found: dict[str, object] = {
-            name: home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
-            for name, home in homes.items()
+            name: module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+            for name, module in modules.items()
         }
         for name, thing in found.items():
             globals().setdefault(name, thing)
@@ -89,8 +89,8 @@ def _resolve() -> dict[str, object]:
 
 if not typing.TYPE_CHECKING:  # a type checker would take every name for one that exists
 
-    def __getattr__(name: str) -> object:  # PEP 562: what is not in this module yet
-        if name in _HOMES:
+    def __getattr__(name: str) -> object:  # PEP 562: called for names not in this module yet
+        if name in _MODULES:
             return _resolve()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -23,7 +23,7 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
         ('a', False)
     """
 
-    # A dictionary of each, so that reading is a plain look-up: this is on the way of every load.
+    # Separate dictionaries of keys and values make reading a plain look-up: every load reads often.
     __slots__ = ("_keys", "_values")
 
     def __init__(self, pairs: Iterable[tuple[K, V]] = ()) -> None:
@@ -57,5 +57,5 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
 
 
 def distinct(items: Iterable[K]) -> list[K]:
-    """The objects among some items, each once, in their order."""
+    """The distinct objects among some items, in order of first appearance."""
     return list(IdentityMap((item, None) for item in items))

@@ -1,6 +1,6 @@
-"""The logger ``lateinit``: at INFO what each call did, at DEBUG the plan that it ran.
+"""The logger ``lateinit``: at INFO the work of each call, at DEBUG the plan that it executed.
 
-Nothing is shown unless the program sets logging up.
+Nothing is shown unless the user's program configures logging.
 """
 
 import logging

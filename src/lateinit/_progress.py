@@ -1,4 +1,4 @@
-"""Progress bars on stderr: of a call that asks for one, and of every command that takes long."""
+"""Progress bars on stderr: for calls with ``progress=True``, and for commands that take long."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
-# Seconds after which a command shows what it does.
+# Seconds after which a command shows its progress.
 _PATIENCE = 2.0
 _of_command: progress.Progress | None = None
 
 
 class Progress:
-    """Context manager that shows how far an operation is, if ``shown`` or in a command.
+    """Context manager that shows the progress of an operation, if ``shown`` or in a command.
 
     Args:
         what: the operation, in a word.
-        total: its bytes; None if how long it takes is not known.
-        shown: show it also outside a command.
+        total: the bytes that it handles; None if not known.
+        shown: show the bar outside a command too.
     """
 
     def __init__(self, what: str, total: int | None, *, shown: bool = False) -> None:
@@ -54,9 +54,9 @@ class Progress:
 
 
 class Working:
-    """Context manager around a command: shows the progress of what it calls, if that takes long.
+    """Context manager around a command: shows the progress of its calls, if they take long.
 
-    Nothing is shown unless stderr is a terminal. Afterwards nothing of it is left there.
+    Nothing is shown unless stderr is a terminal. The bars are erased at the end.
     """
 
     def __init__(self) -> None:
@@ -106,6 +106,6 @@ def _new_bars(*, transient: bool = False) -> progress.Progress:
         _Sized(progress.TimeRemainingColumn()),
         console=Console(stderr=True),
         transient=transient,
-        # What is printed to a file or a pipe stays there: rich would send it to stderr.
+        # Text printed to a file or a pipe must stay there: rich would send it to stderr.
         redirect_stdout=sys.stdout.isatty(),
     )

@@ -24,14 +24,14 @@ P = ParamSpec("P")
 def skip_init(module_cls: Callable[P, M], /, *args: P.args, **kwargs: P.kwargs) -> M: ...
 
 
-# For classes that take no `device`: their own arguments cannot be named beside it (PEP 612).
+# For classes that take no `device`: PEP 612 allows no keyword argument beside `P.kwargs`.
 @overload
 def skip_init(
     module_cls: type[M], /, *args: Any, device: torch.device | str | None, **kwargs: Any
 ) -> M: ...
 
 
-# mypy is right: a class cannot have an argument of its own that is called module_cls.
+# mypy is right: the constructor of a class then cannot have an argument called module_cls.
 @restoring  # type: ignore[misc]
 def skip_init(
     module_cls: Any, *args: Any, device: torch.device | str | None = None, **kwargs: Any
@@ -46,8 +46,9 @@ def skip_init(
     Args:
         module_cls: a subclass of ``torch.nn.Module``.
         *args: arguments of its constructor.
-        device: the device to allocate on; by default the one that the constructor asks for. A
-            class that takes an argument ``device`` is given it too. On ``meta`` nothing has values.
+        device: the device to allocate on; by default the device that the constructor asks for. If
+            the class takes an argument ``device``, it receives this device. On ``meta`` no tensor
+            has values.
         **kwargs: keyword arguments of its constructor.
 
     Returns:
@@ -68,7 +69,7 @@ def skip_init(
     if where is not None and "device" in _arguments(cls):
         kwargs["device"] = device
     places = {place.type for place in (where, torch.get_default_device()) if place is not None}
-    # What is constructed on meta stays there, so the device that is asked for must be in force.
+    # Tensors constructed on meta stay there, so the requested device must be the default device.
     inside = where if where is not None and "meta" in places else contextlib.nullcontext()
     with deferred(advance_rng=False), inside:
         module = module_cls(*args, **kwargs)
@@ -76,7 +77,7 @@ def skip_init(
     found = [f for f in find_tensors(module) if f.deferred]
     parameters = IdentityMap((parameter, None) for parameter in module.parameters())
     others = {slot_of(f.tensor) for f in found if f.tensor not in parameters}
-    # A parameter that shares its storage with a buffer or another tensor must have true values.
+    # A parameter that shares its storage with a buffer or another tensor must have its true values.
     for item in found:
         if slot_of(item.tensor) not in others:
             adopt_uninitialized(item.tensor, where)

@@ -12,7 +12,7 @@ _MOST = 60
 
 
 def folded(lines: Sequence[T]) -> list[T | str]:
-    """The lines; of very many, the first and the last ones, and how many there are between them."""
+    """The lines; of very many, the first, the number of lines left out, and the last."""
     if len(lines) <= _MOST:
         return [*lines]
     head = _MOST * 2 // 3
@@ -22,5 +22,5 @@ def folded(lines: Sequence[T]) -> list[T | str]:
 
 
 def as_html(text: str) -> str:
-    """A text in the type that keeps its columns, for a notebook."""
+    """A text in a fixed-width font, for a notebook."""
     return f"<pre>{html.escape(text)}</pre>"

@@ -27,7 +27,7 @@ def format_count(count: int) -> str:
 def _scaled(count: int) -> tuple[str, str]:
     size = float(count)
     for prefix in ("", "k", "M", "G"):
-        # Rounded first: 999.96 kB reads 1.0 MB, not 1000.0 kB.
+        # Round before comparing: 999.96 kB becomes 1.0 MB, not 1000.0 kB.
         if round(size, 1) < 1000:
             return (f"{size:.1f}" if prefix else f"{size:.0f}"), prefix
         size /= 1000

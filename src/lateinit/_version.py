@@ -1,3 +1,3 @@
-"""The version. Every file that is written names it, and the metadata of the package takes it."""
+"""The version: written into every output file, and read by the package's metadata."""
 
 __version__ = "0.2.0"

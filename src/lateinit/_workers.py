@@ -1,4 +1,4 @@
-"""Worker threads that make do with fewer where the system gives no more."""
+"""A pool of worker threads that works with fewer threads if the system cannot start all of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _Calls: TypeAlias = "SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | N
 
 
 class Workers:
-    """Up to a number of threads, which run calls in the order in which they are submitted.
+    """A pool of up to ``count`` threads, which run calls in the order of submission.
 
     ``concurrent.futures.ThreadPoolExecutor`` raises if a thread cannot be started, after it has
-    queued the call. Here such a thread is done without; where there is none at all, ``submit``
-    runs the call itself.
+    queued the call. This pool goes on with fewer threads; without any thread, ``submit`` runs the
+    call itself.
 
     Example:
         >>> with Workers(2) as workers:
@@ -32,7 +32,7 @@ class Workers:
         self._calls: _Calls = SimpleQueue()
 
     def submit(self, call: Callable[..., R], *args: Any) -> Future[R]:
-        """Have a call run by a thread; gives what its result will be in."""
+        """Queue a call for a thread; returns the future of its result."""
         future: Future[R] = Future()
         if len(self._threads) < self._most:
             self._start_one()
@@ -43,12 +43,12 @@ class Workers:
         return future
 
     def map(self, call: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
-        """The results of a call for each item, in order; all are submitted at once."""
+        """The results of ``call(item)`` for each item, in order; all calls are queued at once."""
         for future in [self.submit(call, item) for item in items]:
             yield future.result()
 
     def shutdown(self) -> None:
-        """Cancel what has not begun, and wait for what has. After an interrupt, call it again."""
+        """Cancel the queued calls and wait for the running ones; repeat it after an interrupt."""
         while True:
             try:
                 left = self._calls.get_nowait()
@@ -78,7 +78,7 @@ class Workers:
             self._most = len(self._threads)
 
     def __del__(self) -> None:
-        # Not shut down, since that was interrupted: the threads end by themselves.
+        # If `shutdown` was interrupted, the threads end by themselves.
         for _ in getattr(self, "_threads", ()):
             self._calls.put(None)
 
@@ -88,13 +88,13 @@ def _work(calls: _Calls) -> None:
         future, call, args = found
         if future.set_running_or_notify_cancel():
             _run(future, call, args)
-        del found, future, call, args  # a result that nobody else holds is freed now
+        del found, future, call, args  # frees a result that no other code holds
 
 
 def _run(future: Future[Any], call: Callable[..., Any], args: Any) -> None:
     try:
         result = call(*args)
-    except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
+    except BaseException as error:  # noqa: BLE001 - the future raises it in the waiting thread
         future.set_exception(error)
     else:
         future.set_result(result)

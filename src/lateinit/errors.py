@@ -58,7 +58,7 @@ class SeedError(LateinitError, ValueError):
 
 
 class PatternError(LateinitError, ValueError):
-    """A pattern matches no tensor, or two patterns say different things of one tensor."""
+    """A pattern matches no tensor, or two patterns contradict each other on one tensor."""
 
 
 class InitError(LateinitError, ValueError):
@@ -74,7 +74,7 @@ class MaterializeError(LateinitError, RuntimeError):
 
 
 class ShardingError(LateinitError, RuntimeError):
-    """A shard cannot be computed on its own, or the ranks would fill shards of other models."""
+    """A shard cannot be computed on its own, or the ranks would fill shards of different models."""
 
 
 class OutOfMemoryError(LateinitError, MemoryError):

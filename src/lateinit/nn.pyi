@@ -1,5 +1,5 @@
-# What a type checker sees of nn.py: the classes there are made when it is imported. A layer that
-# torch has a lazy version of is torch's, of which it is a subclass.
+# The types of nn.py, whose classes are made when it is imported. If torch has a lazy version of a
+# layer, the type is torch's class, of which the layer is a subclass.
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias

@@ -192,7 +192,7 @@ DAMAGED = {
     "bytes, but its header describes": described(a=F32) + bytes(12),
     "no dtype, shape and place of 'a'": described(a={"dtype": "F32"}),
     "has the shape \\[-2\\]": described(a={**F32, "shape": [-2]}) + bytes(8),
-    "something else than strings": described(__metadata__={"a": 1}),
+    "values that are no strings": described(__metadata__={"a": 1}),
 }
 
 

@@ -102,7 +102,7 @@ def test_a_hook_that_does_something_else_the_second_time_is_no_silent_loss(tmp_p
     CALLS.clear()
     model = lateinit.deferred_init(nn.Linear, 3, 3)
     model.register_load_state_dict_pre_hook(only_once)
-    with pytest.raises(CheckpointError, match="otherwise the second time"):
+    with pytest.raises(CheckpointError, match="in another way the second time"):
         lateinit.load_checkpoint(model, saved(tmp_path, old=WEIGHT, bias=BIAS), strict=False)
 
 

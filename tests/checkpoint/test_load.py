@@ -12,7 +12,7 @@ from torch import nn
 import lateinit
 from lateinit._checkpoint.formats.open import open_checkpoint
 from lateinit._checkpoint.load.dry_run import Rehearsal, plain_state, rehearse
-from lateinit._checkpoint.load.load import plan_load
+from lateinit._checkpoint.load.plan import plan_load
 from lateinit._tensors import AS_IT_IS, find_tensors
 from tests.support import building
 from tests.support.formats import FORMATS, SAFETENSORS

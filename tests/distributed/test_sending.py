@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
-SOURCES = r"ShardingError: source_rank: the ranks say \[0, 1, 2\]: name one rank"
+SOURCES = r"ShardingError: source_rank: 0 on rank 0; 1 on rank 1; 2 on rank 2: name one rank"
 # What ranks 0, 1 and 2 see in those cases in which something goes wrong.
 SEEN: dict[str, tuple[list[str], ...]] = {
     "a_misfit_on_one_rank": (
@@ -30,9 +30,9 @@ SEEN: dict[str, tuple[list[str], ...]] = {
         [r"ShardingError: .* failed, planning, on rank 0: MismatchError"],
     ),
     "a_missing_file": (
-        [r"rank 1 cannot open the checkpoint: Corrupt.*none\.pt does not exist"],
+        [r"failed, opening the checkpoint, on rank 1: Corrupt.*none\.pt does not exist"],
         [r"^CorruptCheckpointError: .*none\.pt does not exist"],
-        [r"rank 1 cannot open the checkpoint: Corrupt.*none\.pt does not exist"],
+        [r"failed, opening the checkpoint, on rank 1: Corrupt.*none\.pt does not exist"],
     ),
     "another_source": ([SOURCES, "the ranks are 0 to 2"],) * 3,
 }

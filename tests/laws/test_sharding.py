@@ -22,7 +22,7 @@ import lateinit
 from lateinit._distributed import shard_ranges
 from lateinit._materialize import scheduler
 from lateinit._replay import chunks
-from lateinit._tensors.realize import home
+from lateinit._tensors.realize import device_to_move_to
 from lateinit._torch.modules import REGISTRATION_HOOKS
 from lateinit.errors import (
     CheckpointError,
@@ -305,17 +305,17 @@ def test_optimizers_hooks_and_names_stay() -> None:
         assert model[0].weight.device.type == "cpu"
 
 
-def test_home_of_a_shard_is_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_moves_to_the_device_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, other = torch.device("cpu"), torch.device("meta", 3)
     here = SimpleNamespace(current_device=lambda: 3)
     monkeypatch.setattr(torch, "get_device_module", lambda kind: here)
     with alone_as(0, 2):
         shard = distribute_tensor(torch.zeros(4), line(2), [Shard(0)], src_data_rank=None)
-        assert home(shard, cpu) is None
+        assert device_to_move_to(shard, cpu) is None
         monkeypatch.setattr(shard._spec.mesh, "_device_type", "meta")
-        assert home(shard, cpu) == other
-        assert home(shard, cpu, cpu) == cpu
-        assert home(torch.zeros(1), cpu) is None
+        assert device_to_move_to(shard, cpu) == other
+        assert device_to_move_to(shard, cpu, cpu) == cpu
+        assert device_to_move_to(torch.zeros(1), cpu) is None
 
 
 # What cannot be honoured.

@@ -119,6 +119,13 @@ def test_what_comes_after_an_open_hole_says_why_it_is_not_known() -> None:
     assert excerpt_of(model[0].weight, "lazy").why == "its shape is not known yet"
 
 
+@pytest.mark.parametrize("size", [3, 400])
+def test_memory_that_nothing_is_written_to_is_not_shown(size: int) -> None:
+    with lateinit.deferred():
+        tensor = torch.empty(size, size)
+    assert excerpt_of(tensor, "deferred").why == "it is not initialised"
+
+
 def test_a_tensor_without_values_says_so() -> None:
     assert "on meta" in excerpt_of(torch.empty(3, device="meta"), "meta").why
     assert "sparse" in excerpt_of(torch.eye(3).to_sparse(), "real").why

@@ -260,6 +260,18 @@ def test_an_output_that_cannot_be_written_is_refused_first(
     assert (tmp_path / "there.html").read_text() == "mine"
 
 
+def test_a_link_is_followed_and_a_device_is_no_place(tmp_path: Path) -> None:
+    place = tmp_path / "place.html"
+    place.write_text("old")
+    (tmp_path / "link.html").symlink_to(place)
+    report(tmp_path / "link.html", SPEC, "--force")
+    assert (tmp_path / "link.html").is_symlink()
+    assert place.stat().st_size > 1_000_000
+    found = command(SPEC, "-o", "/dev/null", "--force")
+    assert found.exit_code == 2
+    assert "/dev/null is no regular file" in found.output
+
+
 def test_without_plotly_the_command_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,91 +1,25 @@
 """``save_checkpoint`` and ``load_checkpoint``: the public functions on checkpoints.
 
-Arguments are checked here, and the steps of a save are put together. How a checkpoint is loaded is
-in ``load/load.py``.
+This module checks their arguments. ``save/save.py`` saves, and ``load/load.py`` loads.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lateinit._checkpoint.load import Choice, Loaded, Rename, load_into
-from lateinit._checkpoint.save import (
-    Item,
-    ShardFile,
-    WholeFiles,
-    check_room,
-    check_suffix,
-    check_target,
-    collect,
-    companions,
-    divide,
-    fingerprint,
-    metadata_of,
-    returned,
-    staged,
-    was_interrupted,
-    write_shards,
-)
-from lateinit._distributed import Agreement, is_running, ranks_of
-from lateinit._integrations import weights_stem
-from lateinit._log import log
-from lateinit._materialize import Filling, check_seed
-from lateinit._progress import Progress
+from lateinit._checkpoint.save import Asked, Saved, check_suffix, save_files, save_shards
 from lateinit._recording import current
-from lateinit._replay import recorded_seed
-from lateinit._tensors import Casting, Devices, DTypes, Init, bound_in, casting
+from lateinit._tensors import Devices, DTypes, Init, casting
 from lateinit._torch import is_dtensor, is_out_of_memory, outside, restoring, unhurried
-from lateinit._units import format_bytes, parse_bytes
-from lateinit.errors import (
-    CheckpointError,
-    DeferredTensorError,
-    LateinitError,
-    OutOfMemoryError,
-    ShardingError,
-)
-
-# Bytes of tensors in memory at once while a single file is written: the default of
-# `max_shard_size`, which bounds them in a folder.
-_ROOM = 5 * 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What ``save_checkpoint`` wrote; ``nbytes`` counts the tensors' bytes, without headers.
-
-    With ``wait=False`` it is still being written, and ``files`` are those of ``result()``.
-    """
-
-    path: Path
-    files: tuple[str, ...]
-    tensors: int
-    nbytes: int
-    seed: int | None
-    _future: Future[Saved] | None = field(default=None, repr=False, compare=False)
-
-    def result(self, timeout: float | None = None) -> Saved:
-        """What was written, when it is in its place.
-
-        Args:
-            timeout: the most seconds to wait.
-
-        Raises:
-            TimeoutError: it took longer.
-            CheckpointError: a rank could not write. The earlier output is as it was.
-        """
-        return self if self._future is None else self._future.result(timeout)
-
-    def __str__(self) -> str:
-        files = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
-        return f"{self.path}: {self.tensors} tensors, {format_bytes(self.nbytes)}, in {files}"
+from lateinit._units import parse_bytes
+from lateinit.errors import CheckpointError, DeferredTensorError, LateinitError, OutOfMemoryError
 
 
 @restoring
@@ -113,47 +47,47 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     renamed. A killed process leaves the earlier output as it was, and ``resume=True`` continues its
     work. If the call is interrupted (Ctrl-C), the same call in the same process continues it.
 
-    Of a sharded module each rank writes its shards, through ``torch.distributed.checkpoint`` (DCP),
-    and no rank holds more than those. Every rank of the default process group makes this call, with
-    a path on a file system that all share.
+    If the module is sharded, each rank writes its shards, through ``torch.distributed.checkpoint``
+    (DCP), and holds no others. Every rank of the default process group must make this call, with a
+    path on a file system that all ranks share.
 
     Args:
         module: any module, deferred, real or in part; or a dict of such tensors by name.
         path: a folder to make, or one file if it ends in ``.safetensors``. In a folder, the files
             have the names that the model's library looks for.
-        max_shard_size: the most bytes for a file in a folder, such as ``"5GB"``. A tensor that is
-            larger has a file of its own.
-        dtype: cast floating-point tensors to this dtype, or to those of a map, as ``materialize``
-            does.
+        max_shard_size: the most bytes for a file in a folder, such as ``"5GB"``. A larger tensor
+            gets a file of its own.
+        dtype: cast floating-point tensors to this dtype, or to the dtypes of a map, as
+            ``materialize`` does.
         init: initialisers for deferred tensors by name, as for ``materialize``.
         force: overwrite an existing checkpoint, or discard an unfinished one.
-        progress: show a progress bar on stderr; of a sharded module, of what this rank writes.
+        progress: show a progress bar on stderr; for a sharded module, for this rank's writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
-        resume: continue a save that was killed. The files are those that it would have written.
-            Shards are written again.
+        resume: continue a save that was killed; the files are the same as without the kill. The
+            shards of a sharded module are written again.
         format: ``"safetensors"``, or ``"dcp"`` for a folder of DCP, the default for a sharded
             module. In safetensors every rank writes its shards at their places in files of whole
             tensors.
         wait: if False, the shards are copied to the CPU, DCP writes them in the background, and
-            the call returns. The output appears when all ranks have written; ``result()`` of what
-            is returned waits for that.
+            the call returns. The output appears when all ranks have written; ``result()`` of the
+            returned object waits for that.
 
     Returns:
         What was written: path, files, tensors, bytes, and the seed if it is known.
 
     Raises:
         OutputExistsError: there is an output, finished or not, and neither ``force`` nor
-            ``resume``.
+            ``resume`` was given.
         OutputError: there is no room or no permission.
-        CheckpointError: the module holds something that safetensors cannot, or the unfinished
-            checkpoint to resume is of another model, seed, dtype or shard size. Or ``path`` ends as
-            a file of another format does.
+        CheckpointError: the module holds a value that safetensors cannot, or the unfinished
+            checkpoint to resume is of another model, seed, dtype or shard size, or ``path`` has the
+            suffix of another format.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         OutOfMemoryError: memory ran out while a tensor was computed.
-        ShardingError: the ranks would write shards of different models, one of them failed, or did
-            not answer. The earlier output is as it was.
+        ShardingError: the ranks would write shards of different models, or a rank failed or did not
+            answer. The earlier output is as it was.
         TypeError: ``module`` is neither a module nor a dict.
 
     Example:
@@ -180,38 +114,14 @@ def save_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     casts = casting(None, dtype)
     if format not in {None, "dcp", "safetensors"}:
         raise ValueError(f"format={format!r}: 'dcp' or 'safetensors' is meant")
+    asked = Asked(casts, init, limit, force, seed, resume, format, wait, progress)
     if format == "dcp" or any(map(is_dtensor, _parameters(module))):
         if one_file:
             raise CheckpointError(f"{target}: shards are written into a folder; name one")
-        again = force or was_interrupted(target)
-        asked = _Asked(casts, init, limit, again, seed, resume, format, wait, progress)
-        return _save_shards(module, target, asked)
+        return save_shards(module, target, asked)
     if not wait:
         raise CheckpointError("wait=False is for a module with shards, or with format='dcp'")
-    check_target(target, force=force or was_interrupted(target))  # `staged` looks again
-    items = collect(module, casts, init=init, seed=seed)
-    shards = (
-        divide(items, None, target.name)
-        if one_file
-        else divide(items, limit, None, weights_stem(module))
-    )
-    recorded, seed = _seeds(module, items, seed)
-    metadata = metadata_of(recorded if seed is None else seed)
-    nbytes = sum(shard.nbytes for shard in shards)
-    check_room(target, nbytes)
-    # Also decides whether the files of a killed save may be kept.
-    request = fingerprint(shards, metadata, seed)
-    with staged(target, request, resume=resume, force=force) as stage:
-        with Progress("write", nbytes, shown=progress) as bar:
-            room = _ROOM if one_file else limit
-            write_shards(stage, shards, metadata, seed=seed, room=room, bar=bar)
-        if not one_file:
-            for name, text in companions(module, shards).items():
-                stage.write_text(name, text)
-        files = tuple(sorted(path.name for path in stage.files.iterdir()))
-    saved = Saved(target, files, len(items), nbytes, recorded if seed is None else seed)
-    log.info("saved %s", saved)
-    return returned(target, saved)
+    return save_files(module, target, asked, one_file=one_file)
 
 
 @restoring
@@ -238,11 +148,11 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
     decides which tensor goes where, so that hooks, overrides, versions and extra state count. If
     the module has any of these or is lazy, or the checkpoint does not fit directly, it runs twice:
     first as a dry run on ``meta``, which finds all problems before anything changes, and then for
-    real, one tensor at a time. Hooks then run twice, and see the values that they always see.
-    Parameters stay the same objects.
+    real, one tensor at a time. Hooks then run twice, and see the same values as with
+    ``load_state_dict``. Parameters stay the same objects.
 
-    A ``transformers`` model also accepts the names under which it is saved: they are renamed,
-    joined and split as ``from_pretrained`` does it.
+    A ``transformers`` model also accepts the names under which it is saved: tensors are renamed,
+    joined and split as in ``from_pretrained``.
 
     On the CPU, a deferred tensor with the dtype of the file is not copied. It takes the file's
     memory, mapped privately: pages are read when they are touched, and training never writes to the
@@ -263,7 +173,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
         strict: whether module and checkpoint must have the same names, apart from those that a
             ``transformers`` model declares irrelevant. If False, they must still have one name in
             common.
-        device: where deferred tensors will be, by default the device each was recorded for. Real
+        device: the device of deferred tensors, by default the device each was recorded for. Real
             tensors stay where they are. Or a map of names, as for ``materialize``.
         dtype: cast deferred floating-point parameters and buffers of the state dict to this dtype;
             by default each keeps its own. Or a map of names, as for ``materialize``.
@@ -271,22 +181,22 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             lacks.
         offload_folder: where ``device="disk"`` writes, as for ``materialize``, once all is loaded.
         progress: show a progress bar on stderr.
-        check: of a sharded module, ask the other ranks of its mesh, before anything is put,
-            whether they load the same files into the same shards, and afterwards whether all have
-            finished. Every rank must make this call. With False no rank is asked. A module without
-            shards asks nobody.
+        check: for a sharded module, compare with the other ranks of its mesh, before any tensor
+            changes, whether they load the same files into the same shards, and afterwards whether
+            all have finished. Every rank must make this call. With False, or for a module without
+            shards, there is no communication.
         key: where the module's state dict is in the checkpoint of a training run, such as
             ``"model"`` or ``"state_dict"``; keys inside of keys are joined by dots, and ``""`` is
             the outermost dict. By default it is found, if only one fits.
-        prefix: what the names in that dict begin with and those of the module do not, such as
-            ``"module."``; what begins otherwise is left out. By default it is found too. The names
-            that ``torch.compile`` and activation checkpointing add are passed over on both sides.
-        rename: gives a name in that dict, after the prefix, the module's name for it, or None to
-            leave it out: a function, or a dict of the names that change. No prefix is looked for
-            then.
-        source_rank: the only rank that looks at ``path``. It sends each other rank of the default
-            process group what that rank loads, one tensor at a time. Every rank must make this
-            call, also those that hold no shards. By default each rank reads for itself.
+        prefix: the prefix of the names in that dict that the module's names lack, such as
+            ``"module."``; names without it are left out. By default it is found too. The names that
+            ``torch.compile`` and activation checkpointing add are ignored on both sides.
+        rename: maps a name in that dict, after the prefix, to the module's name for it, or to None
+            to leave it out: a function, or a dict of the names that change. Then no prefix is
+            searched for.
+        source_rank: the only rank that reads ``path``. It sends every other rank of the default
+            process group the tensors that this rank loads, one at a time. Every rank must make this
+            call, also ranks without shards. By default each rank reads for itself.
 
     Returns:
         What was loaded, initialised, computed and unexpected, with sizes; ``print`` it.
@@ -296,12 +206,12 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             another one. Nothing has changed.
         DeviceError: this machine does not have the device.
         InitError: a value of ``init`` is no initialiser, or does not fit its tensor.
-        MismatchError: names, shapes or dtypes do not fit. The message lists all of them; nothing
+        MismatchError: names, shapes or dtypes do not fit. The message lists all problems; nothing
             has changed.
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated,
             corrupt, outside its folder, or a pickle that could run code. Nothing has changed.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
-        ShardingError: it is not known which part of a tensor its local part is: load before
+        ShardingError: it is not known which part of the full tensor a local part is: load before
             sharding. Or another rank loads other files, failed, or did not answer within the
             timeout of the process group.
         ConstantChangedError: real data has changed since the construction read it, and a tensor
@@ -338,7 +248,7 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
             "load_checkpoint was called in a `with lateinit.deferred():` block: call it after it"
         )
     grad = torch.is_grad_enabled()
-    with outside(), torch.set_grad_enabled(grad):  # as hooks always see it
+    with outside(), torch.set_grad_enabled(grad):  # hooks must see the caller's setting
         try:
             return load_into(
                 module,
@@ -363,79 +273,3 @@ def load_checkpoint(  # noqa: PLR0913 - options, all of them by keyword
 
 def _parameters(module: nn.Module | Mapping[str, Tensor]) -> Iterable[Tensor]:
     return module.parameters() if isinstance(module, nn.Module) else module.values()
-
-
-def _seeds(
-    module: nn.Module | Mapping[str, Tensor], items: Iterable[Item], seed: int | None
-) -> tuple[int | None, int | None]:
-    """The seed that all constructions started from, if known, and the seed to replace it, if any.
-
-    The replacing seed is dropped if it is the recorded one: nothing would change.
-    """
-    programs = dict.fromkeys(i.deferred.program for i in items if i.deferred is not None)
-    recorded = {recorded_seed(program) for program in programs}
-    known = recorded.pop() if len(recorded) == 1 else None
-    if seed is not None and seed == known:
-        return known, None
-    for program in programs | bound_in(module):
-        check_seed(program, seed)
-    return known, seed
-
-
-class _Asked(NamedTuple):
-    """What the caller of ``save_checkpoint`` asks of shards."""
-
-    casts: Casting
-    init: Init | None
-    limit: int
-    force: bool
-    seed: int | None
-    resume: bool
-    format: str | None
-    wait: bool
-    progress: bool
-
-
-def _save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: _Asked) -> Saved:
-    """Have each rank write its shards."""
-    # It imports torch.distributed.checkpoint, which takes more than a second.
-    from lateinit._checkpoint.save.sharded import ShardedSave  # noqa: PLC0415
-
-    if not (asked.wait or is_running()):
-        raise ShardingError(
-            "wait=False: there is no process group; call torch.distributed.init_process_group() "
-            "on every rank first"
-        )
-    ranks = ranks_of(module, "save_checkpoint()")
-    with ranks.together("preparing") as phase:
-        items = collect(module, asked.casts, sharded=True, init=asked.init, seed=asked.seed)
-        known, seed = _seeds(module, items, asked.seed)
-        filling = Filling(module, seed=seed)
-        filling.check()
-        if ranks:
-            phase.compared = Agreement(ranks.shards, filling.left(), seed)
-        shown = known if seed is None else seed
-        # The state dict of a model with ties has every name, and so has what DCP loads into it.
-        named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
-        shards, files = [ShardFile("", tuple(items))], None
-        if asked.format == "safetensors":
-            named = {item.entry.name: item for item in items}
-            shards = divide(items, asked.limit, None, weights_stem(module))
-            files = WholeFiles(shards, metadata_of(shown))
-        save = ShardedSave(target, named, files, seed, shown=asked.progress)
-    nbytes = sum(item.entry.nbytes for item in items)
-
-    def done() -> Saved:
-        written = tuple(sorted(path.name for path in target.iterdir()))
-        return Saved(target, written, len(items), nbytes, shown)
-
-    try:
-        texts = companions(module, shards)
-        save.open(texts, nbytes, force=asked.force, discard=asked.force or asked.resume)
-        if not asked.wait:
-            return Saved(target, (), len(items), nbytes, shown, save.start(done))
-        save.run()
-    except BaseException:
-        save.close()
-        raise
-    return done()

@@ -9,7 +9,7 @@ ranks (``rank_agreement``), ``_checkpoint`` the place of a shard in its tensor (
 
 from lateinit._distributed.placement import Part, parts_of, refuse_sums, whole_part
 from lateinit._distributed.rank_agreement import Agreement
-from lateinit._distributed.ranks import Ranks, ranks_of
+from lateinit._distributed.ranks import Ranks, answered, by_words, every_rank, is_running, ranks_of
 from lateinit._distributed.shard_ranges import (
     Box,
     FlatReader,
@@ -19,7 +19,6 @@ from lateinit._distributed.shard_ranges import (
     run_leaves,
     shards_of,
 )
-from lateinit._distributed.world import answered, everyone, is_running
 
 __all__ = [
     "Agreement",
@@ -29,7 +28,8 @@ __all__ = [
     "Ranks",
     "Shard",
     "answered",
-    "everyone",
+    "by_words",
+    "every_rank",
     "groups",
     "is_running",
     "parts_of",

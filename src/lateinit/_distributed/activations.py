@@ -1,4 +1,4 @@
-"""What a model keeps for its backward pass, found by a forward pass on shapes alone.
+"""The memory that a model keeps for its backward pass, found by a forward pass on shapes alone.
 
 The tensors that autograd saves are counted on ``meta``, where nothing is computed. Each storage
 counts once, parameters and buffers not at all.
@@ -28,13 +28,13 @@ def activations_of(
     """The bytes that a forward pass of a batch of tokens keeps, on one device.
 
     Args:
-        model: a module that takes token ids, deferred or real; nothing of it is changed.
-        batch: what is computed at a time.
+        model: a module that takes token ids, deferred or real; it is not changed.
+        batch: the batch of one forward pass.
         dtype: the dtype of floating-point tensors in the computation; None for their own.
-        layers: the name of the list of layers, with a dot; None without one.
+        layers: the name of the list of layers, with a final dot; None without one.
 
     Raises:
-        Exception: whatever the model raises of token ids without values.
+        Exception: any error that the model raises for token ids without values.
     """
     parameters = {name: _stand_in(p, dtype) for name, p in model.named_parameters()}
     buffers = {name: _stand_in(b, dtype) for name, b in model.named_buffers()}
@@ -73,7 +73,7 @@ class _Tally:
     def save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage_key(storage) not in self._own:
-            # The storage itself, or its address could be another's.
+            # Keep the storage itself alive, so that its address is not reused.
             self._kept.setdefault(storage_key(storage), (storage, self.layer))
         return tensor
 
@@ -86,11 +86,11 @@ class _Tally:
                 self._inputs[storage_key(storage)] = storage.nbytes()
 
     def total(self) -> int:
-        """All that is kept."""
+        """The bytes that are kept."""
         return sum(storage.nbytes() for storage, _ in self._kept.values())
 
     def recomputed(self) -> int:
-        """What is kept if each layer keeps its inputs, and is computed again in the backward."""
+        """The bytes kept if each layer keeps only its inputs and is recomputed in backward."""
         layers: dict[str, int] = {}
         for key, (storage, layer) in self._kept.items():
             if key not in self._inputs:
@@ -124,7 +124,7 @@ def _in_layers(model: nn.Module, path: str | None, tally: _Tally) -> Iterator[No
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Has attention keep what a fused kernel keeps, where ``meta`` takes the one that is not."""
+    """Function mode: attention on ``meta`` saves the tensors that a fused kernel would save."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -141,8 +141,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # The log of each row's sum is in float32 (aten/src/ATen/native/transformers).
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        # Its result is laid out as (batch, length, heads, head), so that a model which joins the
-        # heads again copies nothing.
+        # The result is laid out as (batch, length, heads, head), so that a model which joins the
+        # heads again makes no copy.
         shape = (*query.shape[:-1], value.shape[-1])
         result = query.new_empty(shape)
         if len(shape) == 4:

@@ -1,11 +1,11 @@
-"""How much of a deferred model one rank of a mesh would hold and draw, without any rank.
+"""The memory and draws of one rank of a mesh for a deferred model, computed without any rank.
 
 The axes are ``replicate`` (a full copy on each), ``fsdp`` (parameters cut along their first dim, as
 ``fully_shard`` does), ``tp`` (cut by the model's own tensor-parallel plan, or by a given one),
-``pp`` (the longest list of layers divided into stages, what comes before it in the first stage, and
-the rest in the last) and ``ep``: experts are divided along it, and all other parameters are cut by
-FSDP along ``fsdp`` and ``ep`` together, as torchtitan does. The figures are those of the first rank
-of a stage, which has the largest of uneven shards, and of the stage that holds most.
+``pp`` (the longest list of layers divided into stages; modules before it are in the first stage,
+all others in the last) and ``ep``: experts are divided along it, and all other parameters are cut
+by FSDP along ``fsdp`` and ``ep`` together, as in torchtitan. The figures are for the first rank of
+a stage, which has the largest of uneven shards, and for the stage that holds most.
 ``lateinit inspect --mesh`` shows them.
 """
 
@@ -40,32 +40,32 @@ from lateinit.errors import ShardingError, candidates
 AXES = ("replicate", "fsdp", "tp", "pp", "ep")
 # Elements that are drawn to measure how fast this machine draws: 16 MiB.
 _TRIAL = 1 << 22
-# What torch's own part of `fully_shard` takes for a parameter, beside the views of all ranks'
-# chunks: measured on meta with torch 2.13, 8 ranks.
+# The time of torch's own code in `fully_shard` for a parameter, without the views of all ranks'
+# chunks. Measured on meta with torch 2.13, 8 ranks.
 _SECONDS_TO_SHARD = 3e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank has of a model.
+    """One rank's share of a model.
 
     Attributes:
         mesh: the size of each axis.
         model_bytes: the bytes of the full model.
         rank_bytes: the bytes that the rank holds.
         parameters: the elements of the model's parameters.
-        rank_parameters: those that the rank holds.
+        rank_parameters: the elements of parameters that the rank holds.
         buffer_bytes: the bytes of buffers and other tensors, which are not cut.
         drawn: the elements that the rank draws.
-        seconds: an estimate of the time for that.
-        threads: the threads that the estimate is for.
-        whole: the largest tensor that is computed in full for a shard, if any.
-        whole_bytes: its bytes.
-        whole_tensors: how many are computed in full.
-        whole_elements: their elements, all of which are drawn on every rank.
-        seconds_to_shard: an estimate of the time that ``fully_shard`` takes.
+        seconds: the estimated time to draw them.
+        threads: the number of threads for that estimate.
+        whole: the name of the largest tensor that is computed in full for a shard, if any.
+        whole_bytes: the bytes of this tensor.
+        whole_tensors: the number of tensors that are computed in full.
+        whole_elements: the elements of these, all of which are drawn on every rank.
+        seconds_to_shard: the estimated time of ``fully_shard``.
         stage: the number of the pipeline stage, from 0.
-        training: what training takes, if it was asked for.
+        training: the memory for training, if requested.
     """
 
     mesh: dict[str, int]
@@ -117,7 +117,7 @@ class Share:
 
     @property
     def training_line(self) -> str:
-        """What training takes, in words."""
+        """The memory for training, in words."""
         assert self.training is not None
         held = format_bytes(self.training.total + self.buffer_bytes)
         return f"training     {held}: {self.training}"
@@ -148,22 +148,22 @@ def share_of_rank(
     policy: Policy | None = None,
     batch: Batch | None = None,
 ) -> Share:
-    """What a rank of a mesh would hold of a deferred model, and how long it would draw.
+    """The share of a deferred model that a rank of a mesh would hold, and the time to draw it.
 
     Args:
-        model: a deferred module; nothing of it is changed.
+        model: a deferred module; it is not changed.
         mesh: the size of each axis.
         plan: how parameters are cut along ``tp``: globs on the fully qualified names of modules or
             parameters, each with a style that has ``colwise`` or ``rowwise`` in its name, as in
             ``transformers``. By default the model's own plan.
-        policy: what training keeps for each element; None leaves training out.
-        batch: what a rank computes at a time, for an estimate of the activations.
+        policy: the bytes that training keeps for each element; None leaves training out.
+        batch: the batch of a rank, for an estimate of the activations.
 
     Raises:
         ShardingError: there is a ``tp`` axis and no plan, or a pattern of the plan matches nothing;
-            there is a ``pp`` axis and fewer layers; there is an ``ep`` axis and no experts; or a
-            batch is given, and neither does the model take token ids without values, nor does it
-            tell its sizes.
+            there is a ``pp`` axis and fewer layers than stages; there is an ``ep`` axis and no
+            experts; or a batch is given, and the model neither takes token ids without values nor
+            has its sizes in a configuration.
     """
     cutting = Cutting.of(model, mesh, plan)
     found = find_tensors(model)
@@ -203,7 +203,7 @@ def share_of_rank(
 
 @dataclass(slots=True)
 class _Held:
-    """What the first rank of a pipeline stage holds, summed up."""
+    """Sums over the tensors that the first rank of a pipeline stage holds."""
 
     nbytes: int = 0
     parameters: int = 0
@@ -220,7 +220,7 @@ class _Held:
     def add(
         self, found: Found, shape: tuple[int, ...] | None, cost: tuple[int, bool], cut: Cutting
     ) -> None:
-        """Count a tensor; ``shape`` is that of its shard, None if the rank has none."""
+        """Count a tensor; ``shape`` is the shape of its shard, None if the rank has none."""
         size = found.tensor.element_size()
         if found.kind != "parameter":
             self.buffers += found.tensor.numel() * size
@@ -245,13 +245,13 @@ class _Held:
     def training(
         self, policy: Policy, activations: Activations | None, *, sharded: bool
     ) -> Training:
-        """What training with a policy takes, with FSDP or without."""
+        """The memory for training with a policy, with FSDP or without."""
 
         def total(each: int) -> int:
             return sum(bytes_of(each, count, size) for size, count in self.trainable.items())
 
         layers = sorted(bytes_of(policy.gathered, *layer) for layer in self.layers.values())
-        # Without FSDP, autocast keeps what it has cast until the step is over
+        # Without FSDP, autocast keeps its casts until the end of the step
         # (aten/src/ATen/autocast_mode.cpp, cached_casts).
         cast = total(policy.gathered) if policy.gathered != policy.parameters else 0
         return Training(
@@ -271,7 +271,7 @@ def _activations(
     policy: Policy,
     batch: Batch,
 ) -> Activations:
-    """What one device would keep, by a pass on shapes; a published formula says how it is cut."""
+    """The activations of one device, by a pass on shapes, and cut by a published formula."""
     known = plan if plan is not None else getattr(model, "_tp_plan", None) or {}
     tensor, pipeline = cutting.mesh.get("tp", 1), cutting.mesh.get("pp", 1)
     sequence = any("sequence" in style for style in known.values())
@@ -317,7 +317,7 @@ def _cost(found: Found, shape: tuple[int, ...]) -> tuple[int, bool]:
     whole = found.tensor.numel()
     if not all(_in_ranges(program, step) for step in steps):
         return whole * draws, math.prod(shape) < whole
-    # Rows are drawn from end to end, whichever of their columns are kept (`shard_ranges.leaves`).
+    # Rows are drawn completely, even if only some columns are kept (`shard_ranges.leaves`).
     return math.prod((shape[0], *ref.size[1:])) * draws if shape else whole * draws, False
 
 
@@ -328,7 +328,7 @@ def _in_ranges(program: Program, step: Step) -> bool:
 
 
 def _seconds_to_draw() -> float:
-    """The time that one thread of this machine takes to draw an element: the best of three."""
+    """The seconds in which one thread of this machine draws an element: the best of three."""
     trial, generator = torch.empty(_TRIAL), torch.Generator()
     times = []
     for _ in range(3):
@@ -339,7 +339,7 @@ def _seconds_to_draw() -> float:
 
 
 def _seconds_to_shard(ranks: int) -> float:
-    """The time that ``fully_shard`` takes for a parameter: it makes a view for each rank."""
+    """The seconds that ``fully_shard`` takes for a parameter: it makes a view for each rank."""
     trial = torch.empty(ranks, 1, device="meta")
     times = []
     for _ in range(3):

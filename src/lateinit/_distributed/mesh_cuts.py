@@ -1,4 +1,4 @@
-"""How a mesh cuts a model: which shape and which stage each tensor has on the first rank."""
+"""How a mesh cuts a model: the shape and the stage of each tensor on the first rank."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Cutting:
     Attributes:
         mesh: the size of each axis.
         dims: the dim along which ``tp`` cuts each parameter.
-        experts: for each parameter of experts, how many of them there are.
-        blocks: the name of the list of layers, with a dot, and its length; None without one.
+        experts: for each parameter of experts, the number of experts.
+        blocks: the name of the list of layers, with a final dot, and its length; None without one.
     """
 
     mesh: Mapping[str, int]
@@ -36,7 +36,7 @@ class Cutting:
     def of(
         cls, model: nn.Module, mesh: Mapping[str, int], plan: Mapping[str, str] | None
     ) -> Cutting:
-        """Find out how."""
+        """Find the cuts of a model."""
         experts = _experts(model)
         if mesh.get("ep", 1) > 1 and not experts:
             raise ShardingError(
@@ -54,15 +54,15 @@ class Cutting:
 
     @property
     def fsdp(self) -> int:
-        """The ranks among which FSDP cuts what is no expert."""
+        """The number of ranks among which FSDP cuts parameters that are no experts."""
         return self.mesh.get("fsdp", 1) * self.mesh.get("ep", 1)
 
     def fsdp_of(self, name: str) -> int:
-        """The ranks among which FSDP cuts a parameter."""
+        """The number of ranks among which FSDP cuts a parameter."""
         return self.mesh.get("fsdp", 1) if name in self.experts else self.fsdp
 
     def shape(self, found: Found) -> tuple[int, ...] | None:
-        """The shape of the first rank's shard; None if the expert is another rank's."""
+        """The shape of the first rank's shard; None if another rank has the expert."""
         sizes, name, parts = list(found.tensor.shape), found.name, self.fsdp_of(found.name)
         cuts, first = [(self.dims.get(name), self.mesh.get("tp", 1))], 0
         if name in self.experts:
@@ -70,7 +70,7 @@ class Cutting:
             alone = _EXPERT.search(name)
             if alone is None:
                 cuts.append((0, divided))
-                # torchtitan: experts that FSDP could not divide among ranks are cut along dim 1.
+                # As in torchtitan: if there are fewer experts than ranks, FSDP cuts along dim 1.
                 first = int(parts * divided > self.experts[name] and len(sizes) > 1)
             elif int(alone[1]) >= -(-self.experts[name] // divided):
                 return None
@@ -80,12 +80,12 @@ class Cutting:
         return tuple(sizes)
 
     def layer(self, name: str) -> str:
-        """The layer that ``fully_shard`` would gather a parameter with."""
+        """The layer with which ``fully_shard`` would gather a parameter."""
         path = self.blocks[0] if self.blocks else ""
         return path + name.removeprefix(path).partition(".")[0] if name.startswith(path) else ""
 
     def stages(self, found: Found) -> list[int]:
-        """The stages that hold a tensor: the layers in order, the first ones with one more."""
+        """The stages that hold a tensor: layers in order, one more in each of the first stages."""
         count = self.mesh.get("pp", 1)
         if count == 1 or self.blocks is None:
             return [0]
@@ -99,7 +99,7 @@ class Cutting:
         return sorted(held)
 
     def _is_before(self, name: str) -> bool:
-        """Whether a parameter outside of the layers is that of an embedding."""
+        """Whether a parameter outside of the layers belongs to an embedding."""
         return any("emb" in part or part in {"wte", "wpe"} for part in name.lower().split("."))
 
 
@@ -111,7 +111,7 @@ def _stage(layer: int, layers: int, count: int) -> int:
 
 
 def _blocks(model: nn.Module) -> tuple[str, int] | None:
-    """The name of the list of layers that has most parameters, with a dot, and its length."""
+    """The name of the list of layers with most parameters, with a final dot, and its length."""
     lists = {
         f"{name}.": (sum(p.numel() for p in module.parameters()), len(module))
         for name, module in model.named_modules()

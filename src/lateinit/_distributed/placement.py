@@ -22,8 +22,8 @@ class Part(NamedTuple):
     """A box that a rank holds of a tensor.
 
     Attributes:
-        local: where it is in the local part.
-        full: where it is in the full tensor.
+        local: its place in the local part.
+        full: its place in the full tensor.
     """
 
     local: Box
@@ -38,7 +38,7 @@ def parts_of(shard: Any, name: str) -> list[Part]:
         name: its fully qualified name, for messages.
 
     Raises:
-        ShardingError: the local part is no part of the full tensor, or it is not known which.
+        ShardingError: the local part is no part of the full tensor, or its place is not known.
     """
     if shard.device_mesh.get_coordinate() is None:
         return []  # this rank is not in the mesh
@@ -87,7 +87,7 @@ def _indices(shard: Any, name: str) -> list[Sequence[int]]:
                 f"{name}: it is not known which part of a tensor the placement {placement} holds: "
                 "load before sharding, or use Shard or Replicate"
             )
-        if isinstance(own, range):  # of neighbours, which stay a range
+        if isinstance(own, range):  # neighbours: the result stays a range too
             found[dim] = before[own.start : own.stop]
         else:
             found[dim] = [before[index] for index in own]
@@ -95,7 +95,7 @@ def _indices(shard: Any, name: str) -> list[Sequence[int]]:
 
 
 def _ranges(indices: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of neighbouring indices: the place among the indices, the first of them, how many."""
+    """Runs of neighbouring indices: the position in ``indices``, the first index, the length."""
     if type(indices) is range:
         yield from [(0, indices.start, len(indices))] if indices else []
         return

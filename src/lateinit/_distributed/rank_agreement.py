@@ -1,9 +1,9 @@
-"""Whether the ranks of a mesh are about to fill the shards of one and the same model.
+"""Check that the ranks of a mesh are about to fill the shards of one and the same model.
 
 Each rank fills its shards alone. They are parts of one model only if all ranks recorded the same
 ops for them, from the same random state and after the same draws, compute these with kernels that
 give the same bits, and load the same files. Digests of all this are compared. If they differ, all
-ranks exchange more, to say in what.
+ranks exchange more, to name the difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HASH = 8
 
 
 class Draws(NamedTuple):
-    """What the draws of one stream cost."""
+    """The costs of the draws of one stream."""
 
     costs: list[Any]
 
@@ -39,13 +39,13 @@ class Draws(NamedTuple):
 
 
 class Agreement:
-    """What a rank is about to fill the shards of a model with; ``Ranks`` compare it.
+    """Everything that determines the values of a rank's shards; ``Ranks`` compare it.
 
     Args:
         shards: all shards, deferred or real, by fully qualified name.
-        left: those that are to be computed.
+        left: the shards still to compute.
         seed: the seed that replaces the recorded random state.
-        files: the files that are loaded, in words that tell them apart.
+        files: a text that identifies the files to load.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Agreement:
         return _sha(self._placed), _sha(self._names()), self._files, *self._account.summary
 
     def compare(self, ranks: Ranks) -> None:
-        """Raise ``ShardingError`` with what differs between ranks, if anything that matters does.
+        """Raise ``ShardingError`` that names the difference, if any that matters exists.
 
         A collective operation: all ranks call it.
         """
         if len(ranks.say(_sha(self._names()))) > 1:
-            # After a call that failed on some ranks they have different shards left. Those that
-            # have their values on some were compared before.
+            # After a call that failed on some ranks, the ranks have different shards left. A shard
+            # with values on any rank was compared before.
             common = ranks.gather(
                 frozenset(self._names()), lambda said: said[0].intersection(*said)
             )
@@ -84,7 +84,7 @@ class Agreement:
         return [deferred.name for deferred in self._left]
 
     def _difference(self, ranks: Ranks) -> str:
-        """In what the ranks differ; all of them call it."""
+        """The difference between the ranks, in words; a collective operation."""
         account = self._account
         hashes = ranks.say(account.hashes)
         place = _first_difference(list(hashes))
@@ -138,7 +138,7 @@ def _items(found: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _first_unlike(found: Mapping[tuple[tuple[str, str], ...], Iterable[int]], lacking: str) -> str:
-    """The first name of which ranks say different things, and what they say."""
+    """The first name with different values on the ranks, and these values."""
     told = [(dict(items), ranks) for items, ranks in found.items()]
     for name in dict.fromkeys(name for items, _ in told for name in items):
         words: dict[str, list[int]] = {}
@@ -158,14 +158,14 @@ _WAYS_OUT = (
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What one rank computes.
+    """Everything that one rank computes.
 
     Attributes:
-        start: the random state it started from, in words.
-        ops: the ops of the construction that the shards depend on, and what draws cost.
-        hashes: a short digest of each of them, one after another.
-        samples: for each kernel that the ops use, a digest of what it gives for a small sample.
-        setting: the versions and vector extensions that kernels come from; empty without ops.
+        start: the random state from which it started, in words.
+        ops: the ops of the construction that the shards depend on, and the costs of draws.
+        hashes: a short digest of each of these, concatenated.
+        samples: for each kernel that the ops use, a digest of its results for a small sample.
+        setting: the versions and vector extensions that select kernels; empty without ops.
     """
 
     start: str
@@ -181,7 +181,7 @@ class _Account:
 
 
 def _account(left: Iterable[Deferred], seed: int | None) -> _Account:
-    # A shard without elements is made of a parameter too, but does not depend on its ops.
+    # A shard without elements is made from a parameter too, but does not depend on its ops.
     whole: dict[Program, set[int]] = {}
     for shard in left:
         program = shard.program
@@ -190,13 +190,14 @@ def _account(left: Iterable[Deferred], seed: int | None) -> _Account:
     hashes: list[bytes] = []
     samples: dict[str, dict[str, None]] = {}
     for program, storages in whole.items():
-        # Only these are there on every rank: what no tensor of a rank needs is dropped (``keep``).
+        # Only these ops exist on every rank: ops that no tensor of a rank needs are dropped
+        # (``Program.keep``).
         needed = [program.ops[number] for number in sorted(needed_for(program, storages))]
-        # By what they write, and not by number: dead ops are not there, so that only the ops on one
-        # storage can be set against each other.
+        # Sorted by the storages that they write, not by number: dead ops are missing, so only ops
+        # on the same storage can be compared in order.
         needed.sort(key=lambda op: [ref.storage for ref in op.written()])
         own = [*filter(partial(_in_block, program), needed)]
-        # A rank has rules for the shards that it has to fill only, and streams of these alone.
+        # The streams of rules are left out: a rank has them only for the shards that it must fill.
         every: list[Op | Draws] = [*own, *map(Draws, costs_of(program)[: program.rules_at])]
         names: dict[int, int] = {}
         ops += every

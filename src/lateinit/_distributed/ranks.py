@@ -1,16 +1,18 @@
-"""The ranks that hold the shards of a model: at the end of each phase all say how they fared.
+"""Ranks that make one call: at the end of each phase they exchange their results.
 
-A phase that fails on one rank fails on all of them, each with an error that names the phase. The
-rules that keep ranks from waiting for each other for ever:
+A phase that fails on one rank fails on all of them, each with an error that names the phase. These
+rules prevent deadlocks:
 
-- A rank says one word for each phase, whatever happens in it: an error is a word too.
-- A word names the call and the phase. A rank that was interrupted and calls again is at another
-  place than those that still wait for it, and all of them see that.
-- Groups are asked in the order of their names, which all of their ranks know, so that no two ranks
-  wait for each other in two groups.
-- A rank that says nothing (it is dead, or never came) is missed within the timeout of the group.
+- A rank sends one *word* for each phase, in every case: an error is a word too.
+- A word names the call and the phase. If a rank was interrupted and calls again, its word differs
+  from those of the ranks that still wait for it, and all of them raise.
+- Groups communicate in the order of their names, which is the same on all ranks, so that no two
+  ranks wait for each other in two groups.
+- If a rank sends nothing (it is dead, or never made the call), the others raise after the timeout
+  of the group.
 
-Only ranks that hold shards on a common mesh ask each other. A model without shards asks nobody.
+Only ranks that hold shards on a common mesh communicate (``ranks_of``). Without shards there is no
+communication. ``every_rank`` is for calls that all ranks make, with shards or without.
 """
 
 from __future__ import annotations
@@ -22,62 +24,69 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from lateinit._distributed.world import is_running, reason, told
 from lateinit._tensors import Only, shards_in
-from lateinit.errors import ShardingError, listing
+from lateinit.errors import LateinitError, ShardingError, listing
 
 T = TypeVar("T")
+# The most characters of an error that are sent to other ranks.
+_LONGEST = 1000
 _Word = tuple[str, str, str, tuple[Any, ...]]  # call, phase, error, and a summary to compare
 
 
 class Compared(Protocol):
-    """What must be the same on all ranks.
+    """State that must be the same on all ranks.
 
     Attributes:
-        summary: differs if anything does.
+        summary: differs between ranks if the state differs.
     """
 
     @property
     def summary(self) -> tuple[Any, ...]: ...
 
     def compare(self, ranks: Ranks) -> None:
-        """Raise ``ShardingError`` with what differs; collective, called if summaries differ."""
+        """Raise ``ShardingError`` with the difference; collective, called if summaries differ."""
 
 
 @dataclass(slots=True)
 class Phase:
-    """A phase of a call; ``compared`` is set by whoever runs it."""
+    """A phase of a call; the code in the phase sets ``compared``."""
 
     compared: Compared | None = None
 
 
 class Ranks:
-    """The ranks of the meshes that some shards are on.
+    """The ranks of some process groups.
 
     Args:
-        shards: the shards by fully qualified name.
         call: the public function that was called, for messages.
+        groups: the groups, in an order that is the same on all of their ranks.
+        shards: the shards that they hold, by fully qualified name.
     """
 
-    def __init__(self, shards: Mapping[str, Any], call: str) -> None:
+    def __init__(self, call: str, groups: Iterable[Any], shards: Mapping[str, Any]) -> None:
         self.shards = shards
         self._call = call
-        self._groups = _groups(shards.values())
+        # torch's fake process group (for tests and tracing) has no other ranks.
+        self._groups = [
+            group
+            for group in groups
+            if dist.get_backend(group) != "fake" and dist.get_world_size(group) > 1
+        ]
 
     def __bool__(self) -> bool:
-        """Whether there is another rank to ask."""
+        """Whether there is another rank to communicate with."""
         return bool(self._groups)
 
     @contextlib.contextmanager
     def together(self, name: str) -> Iterator[Phase]:
-        """Run a block as a phase: a collective operation of all ranks of the meshes.
+        """Run a block as a phase: a collective operation of all the ranks.
 
         Args:
-            name: what is done in the phase, for messages.
+            name: the work of the phase, for messages.
 
         Raises:
             ShardingError: another rank failed, did not answer, is in another phase, or differs in
-                what was to be compared. An error of this rank is raised itself.
+                ``compared``. An error of this rank is raised itself.
         """
         phase = Phase()
         if not self:
@@ -87,7 +96,7 @@ class Ranks:
             yield phase
         except Exception as error:
             with contextlib.suppress(ShardingError):
-                self._say(name, told(error))
+                self._say(name, f"{type(error).__name__}: {error}"[:_LONGEST])
             raise
         compared = phase.compared
         said = self._say(name, "", () if compared is None else compared.summary)
@@ -96,7 +105,7 @@ class Ranks:
             errors = "; ".join(f"on rank {listing(map(str, w))}: {e}" for e, w in failed.items())
             raise ShardingError(
                 f"{self._call} failed, {name}, {errors}. What is done stands: when that is mended, "
-                "call it again on every rank of the mesh"
+                f"call it again on every rank{self._of_mesh()}"
             )
         places: dict[str, tuple[int, ...]] = {}
         for (call, where, _, _), who in said.items():
@@ -104,7 +113,7 @@ class Ranks:
         if len(places) > 1:
             raise ShardingError(
                 f"the ranks are not in the same call: {by_words(places)}. Call "
-                f"{self._call} on every rank of the mesh, in the same order"
+                f"{self._call} on every rank{self._of_mesh()}, in the same order"
             )
         if len(said) > 1 and compared is not None:
             compared.compare(self)
@@ -120,8 +129,8 @@ class Ranks:
     def _say(
         self, phase: str, error: str, summary: tuple[Any, ...] = ()
     ) -> dict[_Word, tuple[int, ...]]:
-        """Tell the others a word, and return those of all ranks, with the ranks that said it."""
-        # Of plain data alone: other ranks may have other versions of these classes.
+        """Send a word, and return the words of all ranks, each with the ranks that sent it."""
+        # Plain data alone, since other ranks may have other versions of these classes.
         own: dict[_Word, tuple[int, ...]] = {
             (self._call, phase, error, summary): (dist.get_rank(),)
         }
@@ -130,26 +139,61 @@ class Ranks:
     def _spread(self, value: T, merge: Callable[[list[T]], T], phase: str) -> T:
         for group in self._groups:
             answers: list[Any] = [None] * dist.get_world_size(group)
-            try:
+            with answered(self._call, phase, group, errors=Exception):
                 dist.all_gather_object(answers, value, group=group)
-            except Exception as error:
-                ranks = listing(map(str, dist.get_process_group_ranks(group)))
-                raise ShardingError(
-                    f"{self._call}, {phase}: not all of the ranks {ranks} answered. One of them "
-                    f"has ended, is busy for longer than the timeout of the process group, or did "
-                    f"not call it on the same shards ({reason(error)})"
-                ) from error
             value = merge(answers)
         return value
 
+    def _of_mesh(self) -> str:
+        return " of the mesh" if self.shards else ""
+
+
+def is_running() -> bool:
+    """Whether there is a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
 
 def ranks_of(target: Any, call: str, *, only: Only | None = None, ask: bool = True) -> Ranks:
-    """The ranks that hold the shards of a target, real or deferred; none if ``ask`` is False."""
-    return Ranks(shards_in(target, only) if ask and is_running() else {}, call)
+    """The ranks that hold the shards of a target, real or deferred; no ranks if not ``ask``."""
+    shards = shards_in(target, only) if ask and is_running() else {}
+    return Ranks(call, _groups(shards.values()), shards)
+
+
+def every_rank(call: str, group: Any = None) -> Ranks:
+    """All ranks of the default process group; ``group``: another group of all ranks to use."""
+    return Ranks(call, [group or dist.group.WORLD] if is_running() else [], {})
+
+
+@contextlib.contextmanager
+def answered(
+    call: str, phase: str, group: Any = None, *, errors: type[Exception] = RuntimeError
+) -> Iterator[None]:
+    """Raise errors of a process group as ``ShardingError``.
+
+    Args:
+        call: the public function that was called, for messages.
+        phase: what is done in the block, for messages.
+        group: whose ranks are asked, for messages; by default all.
+        errors: the errors that come from the group.
+    """
+    try:
+        yield
+    except LateinitError:
+        raise
+    except errors as error:
+        who = "ranks"
+        if group is not None:
+            who = f"of the ranks {listing(map(str, dist.get_process_group_ranks(group)))}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ShardingError(
+            f"{call}, {phase}: not all {who} answered. One of them has ended, is busy for "
+            "longer than the timeout of the process group, or did not make the same call on the "
+            f"same shards ({reason})"
+        ) from error
 
 
 def by_words(found: Mapping[Any, Iterable[int]]) -> str:
-    """What was said, each with the ranks that said it."""
+    """The values of the ranks in words, each with the ranks that have it."""
     return "; ".join(f"{words} on rank {listing(map(str, who))}" for words, who in found.items())
 
 
@@ -160,9 +204,7 @@ def _groups(shards: Iterable[Any]) -> list[Any]:
     for mesh in meshes.values():
         # A rank that is not in a mesh has no shards on it.
         for group in mesh.get_all_groups() if mesh.get_coordinate() is not None else ():
-            # torch's fake process group (for tests and tracing) has no other ranks to ask.
-            if dist.get_backend(group) != "fake" and dist.get_world_size(group) > 1:
-                found[group.group_name] = group
+            found[group.group_name] = group
     return [found[name] for name in sorted(found)]
 
 

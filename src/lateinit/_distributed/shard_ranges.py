@@ -1,4 +1,4 @@
-"""From a shard to flat ranges: compute only the part of a tensor that a rank holds.
+"""Map a shard to flat ranges, to compute only the part of a tensor that a rank holds.
 
 Sharding a deferred tensor records copies: of a chunk into a padded buffer (FSDP2:
 ``FSDPParam._init_sharded_param``), or into chunks to be scattered (``distribute_tensor``). Followed
@@ -23,18 +23,18 @@ from lateinit._replay import PIECE, ChunkedFill, calls_of, words_of
 from lateinit._rng import UNIT, fills, mt19937
 from lateinit._torch import ZERO, by_name
 
-# Elements that are drawn at a time, 2 MiB in float32. Bounds the memory beside the shard.
+# The most elements that are drawn at a time, 2 MiB in float32. Bounds the memory beside the shard.
 _ROWS = 1 << 19
-# Elements of a shard from which several threads draw it. Each thread makes a jump of its own, as
-# long as about 5e5 draws.
+# From so many elements on, several threads draw a shard. Each thread makes a jump of its own, which
+# takes as long as about 5e5 draws.
 _APART = 1 << 22
-# Unused elements between two rows from which each row is drawn alone. Below it, drawing the gap is
-# preferred to moving the generator over it.
+# From so many unused elements between two rows on, each row is drawn alone. Below, drawing the gap
+# takes less time than moving the generator over it.
 _GAP = 1 << 16
 
 
 class Box(NamedTuple):
-    """A block of a tensor: where it starts and how long it is in each dim."""
+    """A block of a tensor: its start and its length in each dim."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -46,7 +46,7 @@ class Box(NamedTuple):
         return Box(start, tuple(max(0, e - s) for s, e in zip(start, ends, strict=True)))
 
     def moved(self, origin: Box, target: Box) -> Box:
-        """This box, moved as a move of ``origin`` to ``target`` would move it."""
+        """This box, moved by the distance from ``origin`` to ``target``."""
         start = zip(self.start, origin.start, target.start, strict=True)
         return Box(tuple(s - o + t for s, o, t in start), self.size)
 
@@ -61,9 +61,9 @@ class Copied:
     Attributes:
         shape: the shape of this tensor.
         dtype: its dtype.
-        box: where in it the copied values are.
-        source: where in the full tensor they come from.
-        casts: the dtypes that they went through on the way.
+        box: the place of the copied values in this tensor.
+        source: the place in the full tensor from which they were copied.
+        casts: the dtypes to which they were cast, in order.
     """
 
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Copied:
     casts: tuple[torch.dtype, ...] = ()
 
     def read(self, ref: TensorRef) -> Copied | None:
-        """The part of this tensor that a window shows; None if that is no box."""
+        """The part of this tensor in a window; None if that is no box."""
         seen = box_of(ref, self.shape)
         if seen is None or ref.dtype != self.dtype:
             return None
@@ -87,10 +87,10 @@ class Copied:
         )
 
     def written(self, ref: TensorRef, value: Copied) -> Copied | None:
-        """This tensor after ``value`` was copied to a window on it; None if that is not one box."""
+        """This tensor after ``value`` was copied to a window on it; None if not a single box."""
         target = box_of(ref, self.shape)
         whole = ref.size == self.shape
-        # One box is all that is followed: what is written must be all that is there.
+        # Only one box is followed, so the copy must bring all copied values.
         if target is None or value.shape != ref.size or not (whole or 0 in self.box.size):
             return None
         origin = Box((0,) * len(ref.size), ref.size)
@@ -139,10 +139,10 @@ class Shard:
 
 
 def shards_of(program: Program, step: Step, fill: ChunkedFill) -> list[Shard] | None:
-    """The shards that a step gives.
+    """The shards that a step computes.
 
-    None if the step does anything but copy boxes of what its fill computes: then it has to run
-    whole.
+    None if the step does anything but copy boxes of the tensor that its fill computes: then it must
+    run whole.
 
     Args:
         program: the program.
@@ -169,7 +169,7 @@ def _fills(program: Program, number: int, known: dict[int, Copied]) -> bool:
 
 
 def _follow(program: Program, op: Op, known: dict[int, Copied]) -> bool:
-    """Update ``known`` by what an op copies; False if the op does anything else."""
+    """Update ``known`` with the copies of an op; False if the op does anything else."""
     info = by_name(op.name)
     out = op.args[0] if info.mutates else next(iter(op.outs), None)
     if type(out) is not TensorRef or len(op.outs) > 1:
@@ -241,7 +241,7 @@ class Leaf(NamedTuple):
 
     Attributes:
         start: the first flat element of the full tensor.
-        end: the one after the last.
+        end: the flat element after the last.
         target: the index of the rows in the box of the shard.
         size: the shape of the elements to keep.
         stride: their strides in the flat range.
@@ -260,8 +260,8 @@ def leaves(shard: Shard) -> list[Leaf]:
     if 0 in size:
         return []
     strides = _strides(shard.fill.ref.size)
-    # The outermost dim of which one row is small enough to be drawn at a time; the dims before it
-    # are gone through one by one.
+    # The outermost dim whose rows are small enough to be drawn at a time; over the dims before it,
+    # this loops.
     dim = next(d for d, stride in enumerate(strides) if stride <= _ROWS)
     inner = list(zip(start, size, strides, strict=True))[dim + 1 :]
     before = sum(s * stride for s, _, stride in inner)
@@ -282,7 +282,7 @@ def leaves(shard: Shard) -> list[Leaf]:
 
 
 def _as_rows(leaf: Leaf) -> tuple[int, int, int] | None:
-    """How many rows a leaf is, how long, and how far apart; None for one row or rows too close."""
+    """The number, length and distance of a leaf's rows; None for one row or rows too close."""
     dims = [(n, stride) for n, stride in zip(leaf.size, leaf.stride, strict=True) if n > 1]
     length, count = 1, 1
     while dims and dims[-1][1] == length:
@@ -326,8 +326,7 @@ def run_leaves(
             drawn = reader.rows(leaf)
             if drawn is None:
                 drawn = reader.read(leaf.start, leaf.end).as_strided(leaf.size, leaf.stride)
-            # The last cast is made by the copy. Those before it are made too, since each one
-            # rounds.
+            # The copy makes the last cast. All earlier casts are made too, since each one rounds.
             for dtype in copied.casts[:-1]:
                 drawn = drawn.to(dtype)
             target[leaf.target].copy_(drawn)
@@ -338,7 +337,7 @@ class FlatReader:
 
     Args:
         fill: the fill.
-        start: a multiple of 16, before which nothing is read.
+        start: the first element that will be read, rounded down to a multiple of 16.
         state: the generator's state at the beginning of the full tensor; None if nothing is drawn.
     """
 
@@ -356,7 +355,7 @@ class FlatReader:
         self._values = torch.empty(0, dtype=fill.ref.dtype)
 
     def rows(self, leaf: Leaf) -> Tensor | None:
-        """The elements of a leaf, with only their words drawn; None if that cannot be done."""
+        """The elements of a leaf, drawn without the gaps; None if that is not possible."""
         rows, first, op = _as_rows(leaf), leaf.start // UNIT * UNIT, self._fill.ops[0]
         if rows is None or self._generator is None or op.kwargs or leaf.end > self._last:
             return None
@@ -378,8 +377,8 @@ class FlatReader:
         first, last = start // UNIT * UNIT, -(-end // UNIT) * UNIT
         if last > self._last:
             first, last = min(first, self._last), self._fill.ref.numel
-        # Ranges may overlap after they are widened to multiples of 16; elements drawn before are
-        # kept.
+        # Ranges may overlap after they are widened to multiples of 16, so the elements of the last
+        # draw are kept.
         values = torch.empty(last - first, dtype=self._values.dtype)
         kept = max(0, self._drawn - first)
         values[:kept] = self._values[first - self._start :][:kept]

@@ -1,6 +1,6 @@
-"""What one rank holds while it trains: gradients, optimizer state, gathered layers, activations.
+"""The memory of one rank in training: gradients, optimizer state, gathered layers, activations.
 
-Estimates, from the sizes of the shards and from published formulas; nothing is run.
+These are estimates, from the sizes of the shards and from published formulas; nothing is run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Policy:
     A negative number stands for the size of an element in the recorded dtype.
 
     Attributes:
-        parameters: of the parameter itself.
-        gradients: of its gradient.
-        optimizer: of AdamW's two moments, and of a copy of the parameter if there is one.
-        gathered: of an element of a layer that ``fully_shard`` gathers for its computation.
+        parameters: the bytes of the parameter itself.
+        gradients: the bytes of its gradient.
+        optimizer: the bytes of AdamW's two moments, and of a copy of the parameter if there is one.
+        gathered: the bytes in a layer that ``fully_shard`` gathers for its computation.
     """
 
     parameters: int
@@ -35,13 +35,13 @@ _OWN = -1
 POLICIES = {
     # torch/optim/adamw.py: both moments have the dtype of the parameter (zeros_like).
     "recorded": Policy(_OWN, _OWN, 2 * _OWN, _OWN),
-    # MixedPrecisionPolicy(param_dtype=torch.bfloat16): shards, gradients and moments stay as they
-    # are, the gathered layers are cast.
+    # MixedPrecisionPolicy(param_dtype=torch.bfloat16): shards, gradients and moments keep their
+    # dtype, the gathered layers are cast.
     "mixed": Policy(_OWN, _OWN, 2 * _OWN, 2),
     # model.bfloat16(), and all of it in that dtype.
     "bfloat16": Policy(2, 2, 4, 2),
-    # Rajbhandari et al., "ZeRO", 2020, section 3.1: 2 + 2 + 12 bytes, of which the last are a
-    # float32 copy of the parameter and the two moments in float32.
+    # Rajbhandari et al., "ZeRO", 2020, section 3.1: 2 + 2 + 12 bytes. The 12 bytes are a float32
+    # copy of the parameter and the two moments in float32.
     "master": Policy(2, 2, 12, 2),
 }
 
@@ -50,7 +50,7 @@ def policy_named(name: str) -> Policy:
     """The policy of this name.
 
     Raises:
-        ShardingError: there is none.
+        ShardingError: there is no such policy.
     """
     if name not in POLICIES:
         near = candidates(name, POLICIES)
@@ -59,13 +59,13 @@ def policy_named(name: str) -> Policy:
 
 
 def bytes_of(each: int, elements: int, recorded: int) -> int:
-    """The bytes of so many elements, by a number of a ``Policy`` and the recorded size."""
+    """The bytes of ``elements``, by a number of a ``Policy`` and the recorded element size."""
     return elements * (each if each >= 0 else -each * recorded)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a rank computes at a time.
+    """The batch that a rank computes at a time.
 
     Attributes:
         size: the sequences of a micro-batch.
@@ -93,10 +93,10 @@ class Transformer:
 
 
 def transformer_of(model: Any) -> Transformer:
-    """The sizes that the configuration of a model tells.
+    """The sizes in the configuration of a model.
 
     Raises:
-        ShardingError: it has no configuration, or one that lacks a size.
+        ShardingError: the model has no configuration, or the configuration lacks a size.
     """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -118,12 +118,12 @@ def activation_bytes(
 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022,
     equations 1 to 6. They are for layers with attention and an MLP of four times the width. The
-    first stage of a pipeline keeps as many micro-batches as there are stages (1F1B), so that it
-    has as much as all layers of one micro-batch.
+    first stage of a pipeline keeps as many micro-batches as there are stages (1F1B), as much as all
+    layers of one micro-batch.
 
     Args:
         sizes: the sizes of the model.
-        batch: what is computed at a time.
+        batch: the batch of one forward pass.
         tensor: the size of the axis of tensor parallelism.
         pipeline: the number of pipeline stages.
         sequence: whether tensor parallelism cuts norms and dropout along the sequence as well.
@@ -144,7 +144,7 @@ def activation_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """The bytes that are kept for backward; measured on shapes, or by a formula alone."""
+    """The bytes kept for backward: measured on shapes, or from a formula alone."""
 
     nbytes: int
     measured: bool = False
@@ -152,16 +152,16 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a rank holds beside its parameters while it trains, in bytes.
+    """The memory of a rank in training, in bytes.
 
     Attributes:
-        parameters: the parameters; the policy is for the trainable ones.
+        parameters: the parameters; the policy applies to the trainable ones.
         gradients: their gradients.
         optimizer: the state of AdamW.
         gathered: the two largest layers that ``fully_shard`` gathers at a time; without it, the
             copies that autocast makes of the parameters.
-        activations: what is kept for backward; None if no batch was given.
-        sharded: whether there is FSDP.
+        activations: the memory kept for backward; None if no batch was given.
+        sharded: whether the model is sharded by FSDP.
     """
 
     parameters: int
@@ -186,6 +186,6 @@ class Training:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all."""
         held = self.parameters + self.gradients + self.optimizer + self.gathered
         return held + (self.activations.nbytes if self.activations else 0)

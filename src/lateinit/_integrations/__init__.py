@@ -1,11 +1,11 @@
-"""What lateinit knows of other libraries: specifications, names, and who needs values.
+"""What lateinit knows of other libraries: specifications, names, and which code needs values.
 
 ``model_specs`` turns a text such as ``transformers:gpt2`` into a constructor, for the command.
-``transformers_names`` knows under which names ``transformers`` saves a model, for ``_checkpoint``.
-``saved_files`` knows how the files are called. ``accelerate_maps`` uses accelerate's device maps
-and hooks. ``float32_modules`` knows which tensors ``transformers`` and ``diffusers`` keep in
-float32. ``offloading`` knows who reads a tensor's device to move it, and who sends its values, and
-``pfn_extras`` which lazy layers are pytorch-pfn-extras'.
+``transformers_names`` has the names under which ``transformers`` saves a model, for
+``_checkpoint``. ``saved_files`` has the names of the files. ``accelerate_maps`` uses accelerate's
+device maps and hooks. ``float32_modules`` lists the tensors that ``transformers`` and ``diffusers``
+keep in float32. ``offloading`` lists the code that reads a tensor's device to move it, and the code
+that sends its values. ``pfn_extras`` recognises the lazy layers of pytorch-pfn-extras.
 The room may import only ``errors`` and the other leaves. A library is imported only when a
 specification asks for it. Start with ``model_specs.py``.
 """

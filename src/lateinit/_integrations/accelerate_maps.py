@@ -18,11 +18,11 @@ def has_accelerate() -> bool:
 
 
 def inferred(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The map that accelerate makes for the devices of this machine, and its disk.
+    """The device map that accelerate infers for the devices and the disk of this machine.
 
     Args:
         module: the model; its tensors may be on ``meta``.
-        dtype: the dtype that it will have.
+        dtype: the dtype that the model will have.
     """
     accelerate: Any = importlib.import_module("accelerate")
 
@@ -51,8 +51,8 @@ class Disk:
         """Write the index, and have modules load their weights from the folder.
 
         Args:
-            modules: the modules by name, all of whose own parameters are there.
-            device: where they are computed with.
+            modules: the modules by name; the folder has all of their own parameters.
+            device: the device on which the modules compute.
         """
         hooks: Any = importlib.import_module("accelerate.hooks")
         utils: Any = importlib.import_module("accelerate.utils")

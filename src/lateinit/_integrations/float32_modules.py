@@ -15,10 +15,10 @@ _HALF = (torch.float16, torch.bfloat16)
 def in_float32(
     modules: Callable[[], Mapping[str, nn.Module]],
 ) -> Callable[[str, torch.dtype], bool]:
-    """A function: whether ``from_pretrained(dtype=...)`` keeps the tensor of a name in float32.
+    """The test whether ``from_pretrained(dtype=...)`` keeps the tensor with a name in float32.
 
     Args:
-        modules: gives the modules of a model by name.
+        modules: returns the modules of a model by name.
     """
     kept = [
         (f"{path}." if path else "", dtypes, matches)
@@ -38,14 +38,14 @@ def in_float32(
 def _kept_by(
     module: nn.Module,
 ) -> Iterator[tuple[tuple[torch.dtype, ...], Callable[[str], bool]]]:
-    """For which dtypes a module keeps which names below it in float32."""
+    """The dtypes under which a module keeps tensors in float32, each with a test of their names."""
     lists = {key: _names(getattr(module, key, None)) for key in _DTYPES}
     if not any(lists.values()):
         return
     packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
     for key, names in lists.items():
         if names and "transformers" in packages:
-            # transformers/core_model_loading.py: build_glob_alternation, which is searched for.
+            # transformers/core_model_loading.py: build_glob_alternation; re.search applies it.
             pattern = re.compile("|".join(name.replace("*", ".*") for name in names))
             yield _DTYPES[key], partial(_is_found, pattern)
         elif names and "diffusers" in packages:

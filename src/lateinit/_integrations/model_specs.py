@@ -63,12 +63,12 @@ def load_spec(spec: str, kwargs: Mapping[str, Any] | None = None) -> Build:
 
 
 def path_named(argument: str) -> Path | None:
-    """The file or folder that an argument names, where it may also be a specification.
+    """The file or folder that an argument names; None if the argument is a specification.
 
-    What exists is a path, also with a colon in its name; all else is a specification.
+    An argument that exists as a path is one, even with a colon in its name.
 
     Raises:
-        SpecError: it does not exist, and has no colon, as every specification has.
+        SpecError: the argument neither exists as a path nor has the colon of a specification.
     """
     if os.path.exists(argument):  # noqa: PTH110 - False for a name that no file can have, too
         return Path(argument)
@@ -80,14 +80,14 @@ def path_named(argument: str) -> Path | None:
 
 
 def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
-    """Parse the keyword arguments that a JSON object on the command line gives.
+    """Parse keyword arguments from a JSON object on the command line.
 
     Args:
         text: the JSON text, or None for no arguments.
         option: the name of the option, for messages.
 
     Raises:
-        SpecError: this is no JSON object.
+        SpecError: the text is no JSON object.
     """
     if text is None:
         return {}
@@ -150,7 +150,7 @@ def _attribute(module: ModuleType, path: str, spec: str) -> Callable[..., Any]:
 
 
 def _calling(make: Callable[..., Any], kwargs: dict[str, Any], spec: str) -> Build:
-    """A function that makes the model; arguments are checked now, as far as a signature tells."""
+    """A function that makes the model; arguments are checked now, against the signature if any."""
     try:
         signature = inspect.signature(make)
     except (TypeError, ValueError):  # builtins have none

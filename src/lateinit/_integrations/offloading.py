@@ -7,16 +7,16 @@ from typing import Any
 
 
 def _places_without_value(given: Mapping[str, Any]) -> bool:
-    """Accelerate's ``set_module_tensor_to_device``: moves what is there, and raises on meta."""
+    """Accelerate's ``set_module_tensor_to_device``: moves the tensor it finds, raises on meta."""
     places = "tensor_name" in given and given.get("value") is None
     return places and str(given.get("device")) != "meta"
 
 
 SEES_RECORDED = (
-    "safetensors.torch",  # takes no two meta tensors for tied
-    "peft.",  # moves its own parameters, with their values, to where the weights are
+    "safetensors.torch",  # recognises no ties on meta
+    "peft.",  # moves its own parameters, with their values, to the device of the weights
 )
-"""The beginnings of the names of modules that are told the device that a tensor will have."""
+"""Prefixes of the names of modules that see the recorded device of a deferred tensor."""
 
 NEEDS_VALUES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "accelerate.utils.modeling": _places_without_value,
@@ -24,7 +24,7 @@ NEEDS_VALUES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 """By the name of a module: whether its function with these local variables needs the values."""
 
 _SENDS = {
-    # accelerate/utils/fsdp_utils.py: fsdp2_load_full_state_dict sends what rank 0 has.
+    # accelerate/utils/fsdp_utils.py: fsdp2_load_full_state_dict sends the values of rank 0.
     "accelerate.utils.fsdp_utils": "pass cpu_ram_efficient_loading=False to "
     "FullyShardedDataParallelPlugin, and after prepare() call lateinit.materialize(model), or "
     "lateinit.load_checkpoint(model, path, source_rank=0) (docs/recipes.md)",
@@ -36,6 +36,6 @@ _SENDS = {
 
 
 def before_sending(modules: Iterable[str]) -> str | None:
-    """What to do before values are sent to other ranks, by the modules that have them sent."""
+    """The step to take before one of some running modules sends values to other ranks, or None."""
     known = (step for name in modules for start, step in _SENDS.items() if name.startswith(start))
     return next(known, None)

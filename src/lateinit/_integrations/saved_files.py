@@ -31,7 +31,7 @@ def config_text(model: Any, dtype: torch.dtype | None) -> str | None:
 
 
 def _is_of_diffusers(model: Any) -> bool:
-    # Imported by whoever made one.
+    # If the model is one, its class has been imported.
     library = sys.modules.get("diffusers.models.modeling_utils")
     base = getattr(library, "ModelMixin", None)
     return isinstance(base, type) and isinstance(model, base)

@@ -121,7 +121,7 @@ def _auto_class(config_class: Any, source: str) -> Any:
 
 
 def _check(kwargs: dict[str, Any], config_class: Any) -> None:
-    """Refuse unknown attributes: a configuration would accept them, and nobody would read them."""
+    """Refuse unknown attributes: a configuration would accept and ignore them."""
     default = config_class()
     unknown = [key for key in kwargs if not hasattr(default, key)]
     if unknown:

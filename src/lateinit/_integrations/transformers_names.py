@@ -1,9 +1,8 @@
 """The names that ``transformers`` gives to the tensors of a checkpoint.
 
-Its models rename, split and join tensors when they load a checkpoint, and undo it when they save
-one. The tables for it (transformers/conversion_mapping.py) and the code that applies them
-(core_model_loading.py) are not documented. Whatever differs from the known form raises
-``UnknownTablesError``.
+Its models rename, split and join tensors when they load a checkpoint, and do the reverse when they
+save one. The tables for this (transformers/conversion_mapping.py) and the code that applies them
+(core_model_loading.py) are not documented. Any other form of them raises ``UnknownTablesError``.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class Conversion:
         """Compute the results, by name.
 
         Args:
-            read: gives the tensor of each source.
+            read: returns the tensor of a source.
         """
-        # It collects the tensors it is given, and one pattern serves several layers.
+        # A converter keeps the tensors that it is given, and one pattern serves several layers.
         converter = copy.deepcopy(self.converter)
         for name, pattern in self.sources:
             converter.add_tensor(self.first, name, pattern, read(name))
@@ -56,11 +55,12 @@ class Conversion:
 
 @dataclass(slots=True)
 class Translation:
-    """What becomes of the names of a checkpoint.
+    """How the names of a checkpoint map to the names of a model.
 
     Attributes:
-        renamed: for each name in the model, the names in the checkpoint; it should be one.
-        conversions: tensors that take more than another name.
+        renamed: for each name in the model, its names in the checkpoint, of which there should be
+            one.
+        conversions: tensors that need more than another name.
         strangers: names in the checkpoint that have no place in the model.
     """
 
@@ -71,7 +71,7 @@ class Translation:
 
 def is_theirs(module: nn.Module) -> bool:
     """Whether a module is a model of ``transformers``."""
-    library = sys.modules.get("transformers.modeling_utils")  # imported by whoever made one
+    library = sys.modules.get("transformers.modeling_utils")  # imported if there is such a model
     base = getattr(library, "PreTrainedModel", None)
     return isinstance(base, type) and isinstance(module, base)
 
@@ -86,8 +86,8 @@ def left_out(
 ) -> tuple[set[str], set[str]]:
     """The missing and the unexpected names that the model's class declares irrelevant.
 
-    Asked of ``PreTrainedModel._adjust_missing_and_unexpected_keys``, which removes such names from
-    a loading report.
+    ``PreTrainedModel._adjust_missing_and_unexpected_keys`` decides: it removes such names from a
+    loading report.
     """
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     before = set(info.missing_keys), set(info.unexpected_keys)
@@ -102,7 +102,7 @@ def left_out(
 
 
 def translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]) -> Translation:
-    """What ``from_pretrained`` makes of the names of a checkpoint.
+    """Map the names of a checkpoint to those of a model, as ``from_pretrained`` does.
 
     Args:
         module: a model of ``transformers``.
@@ -110,7 +110,7 @@ def translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str])
         names: the names in the checkpoint.
 
     Raises:
-        UnknownTablesError: this version has other tables, or applies them otherwise.
+        UnknownTablesError: this version has other tables, or applies them in another way.
     """
     try:
         return _translate(module, state, names)
@@ -127,8 +127,8 @@ def _translate(module: nn.Module, state: Mapping[str, Any], names: Iterable[str]
     found = Translation()
     conversions: dict[str, Conversion] = {}
     prefix = module.base_model_prefix
-    # As in `core_model_loading`: the order in which tensors are stacked, and on which some
-    # renamings depend (a group of renamings is switched on by its first match).
+    # As in `core_model_loading`: tensors are stacked in this order, and some renamings depend on it
+    # (the first match of a group of renamings enables the group).
     for name in sorted(names, key=_natural):
         new, pattern = core.rename_source_key(name, renamings, converters, prefix, state)
         if new not in state and name in state:
@@ -180,7 +180,7 @@ def tied_targets(module: Any) -> Iterable[str]:
 
 
 def preferred_name(names: list[str], targets: Iterable[str]) -> str:
-    """The name, of those of a tied tensor, under which it is written."""
+    """The name, among the names of a tied tensor, under which it is written."""
     for name in names:
         if not any(re.fullmatch(pattern, name) for pattern in targets):
             return name

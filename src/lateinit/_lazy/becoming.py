@@ -1,4 +1,4 @@
-"""A placeholder object becomes the tensor, so that whoever holds the one holds the other."""
+"""Turn a placeholder object into its tensor, so that every reference to it stays valid."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _OWN = ("_casts", "_in_block", "_known", "_label", "_origin", "_root", "persiste
 
 
 def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dtype, ...]]:
-    """The device that a placeholder was moved to since it was made, and the casts it went through.
+    """The device that a placeholder was moved to since it was made, and all casts since then.
 
-    Every cast counts: values that went by way of bfloat16 have lost their low bits for good.
+    Every cast counts: values that were bfloat16 once have lost their low bits for good.
     """
     origin, casts = placeholder.__dict__.get("_origin"), placeholder.__dict__.get("_casts", ())
     if origin is None:
@@ -34,11 +34,11 @@ def converted(placeholder: Tensor) -> tuple[torch.device | None, tuple[torch.dty
 
 
 def device_of(tensors: Iterable[Any]) -> torch.device:
-    """The device that the first placeholder is meant for; if there is none, the default device."""
+    """The device of the first placeholder; if there is none, the default device."""
     for tensor in tensors:
         if tensor is not None and is_placeholder(tensor):
-            # In a block a placeholder's own empty data is on the CPU (`_empty`), and the device
-            # that was asked for is in `_origin`. It counts unless the placeholder was moved since.
+            # In a block a placeholder's own empty data is on the CPU (`_empty`), and the requested
+            # device is in `_origin`. That one is right unless the placeholder was moved since.
             asked, origin = tensor.__dict__.get("_origin", (None, None))[:2]
             now: torch.device = tensor.data.device
             return asked if asked is not None and now == origin else now
@@ -51,13 +51,13 @@ def become(placeholder: Tensor, tensor: Tensor) -> None:
         with torch.no_grad():
             shown = tensor.detach()
         shown.requires_grad_(placeholder.requires_grad)
-        memory = memory_key(shown)  # a mode that hears of it would give a stand-in its values
+        memory = memory_key(shown)  # a mode that intercepted a read would realise a stand-in
         try:
             swap_with_hooks(placeholder, shown)
             _dress(placeholder, tensor)
         except BaseException:
             if memory_key(placeholder) == memory:
-                _dress(placeholder, tensor)  # interrupted: half of it would be no tensor at all
+                _dress(placeholder, tensor)  # after an interrupt, it must not stay half converted
             raise
 
 

@@ -1,7 +1,7 @@
-"""Stand-ins for a model's tensors, for as long as somebody else's code runs on the model.
+"""Stand-ins for a model's tensors while the model's own code runs.
 
-Each tensor gets one stand-in, wherever the model holds it, so that nothing which a forward pass
-(``infer_shapes``) or a dry run of loading (``_checkpoint.load``) does to tensors remains.
+Each tensor gets one stand-in, wherever the model holds it, so that a forward pass
+(``infer_shapes``) or a dry run of loading (``_checkpoint.load``) leaves the tensors unchanged.
 Attributes, hooks and flags are restored by ``_tensors.object_graph``.
 """
 
@@ -33,7 +33,7 @@ MakeStandIn = Callable[[Tensor], Tensor]
 
 
 class Lending:
-    """Makes one stand-in for each tensor, and gives the same one whenever the tensor is met."""
+    """Makes one stand-in for each tensor, and returns the same one for every later look-up."""
 
     def __init__(self, stand_in: MakeStandIn) -> None:
         self._stand_in = stand_in
@@ -47,16 +47,16 @@ class Lending:
         return known
 
     def know(self, stand_in: Tensor) -> Tensor:
-        """Take a tensor for a stand-in of its own; gives it."""
+        """Register a tensor as its own stand-in; returns it."""
         self._made[stand_in] = stand_in
         return stand_in
 
     def has_original(self, tensor: Tensor) -> bool:
-        """Whether a tensor has a stand-in, and is none."""
+        """Whether a tensor has a stand-in other than itself."""
         return self._made.get(tensor, tensor) is not tensor
 
     def make(self, tensor: Tensor) -> Tensor:
-        """A stand-in for a tensor that is met for the first time."""
+        """Make the stand-in of a tensor that has none yet."""
         if is_placeholder(tensor):
             placeholder: Tensor = clone_placeholder(tensor)
             return placeholder
@@ -66,7 +66,7 @@ class Lending:
 def dressed(stand_in: Tensor, tensor: Tensor, of: MakeStandIn) -> Tensor:
     """Give a stand-in the class, the attributes and the flags of its tensor.
 
-    Attributes that are tensors are replaced by their own stand-ins, which ``of`` gives.
+    Attributes that are tensors are replaced by their stand-ins, ``of(attribute)``.
     """
     if is_parameter(tensor):
         stand_in = nn.Parameter(stand_in, tensor.requires_grad)
@@ -92,7 +92,7 @@ def clone_placeholder(placeholder: Any) -> Any:
 def on_meta(tensor: Tensor) -> Tensor:
     """A meta tensor with the shape, the strides and the dtype of ``tensor``."""
     with without_subclass_functions():
-        # A fake input may have symbols for sizes, as torch.export gives a dynamic dim.
+        # A fake input may have symbolic sizes: torch.export uses them for dynamic dims.
         shape, dtype = [int(size) for size in tensor.size()], tensor.dtype
         try:
             stride = [int(step) for step in tensor.stride()]
@@ -105,7 +105,7 @@ def on_meta(tensor: Tensor) -> Tensor:
 def counting_stand_in(tensor: Tensor) -> Tensor:
     """A stand-in without memory, except that an integer scalar keeps its value.
 
-    Such a counter may steer a forward pass: ``_BatchNorm.forward`` (torch/nn/modules/batchnorm.py)
+    Control flow may depend on a counter: ``_BatchNorm.forward`` (torch/nn/modules/batchnorm.py)
     divides by ``num_batches_tracked`` if ``momentum`` is None.
     """
     with without_subclass_functions():
@@ -114,5 +114,5 @@ def counting_stand_in(tensor: Tensor) -> Tensor:
         return on_meta(tensor)
     try:
         return readable(own_copy(tensor, {}))
-    except RecordingError:  # its value depends on what lazy modules will draw
+    except RecordingError:  # its value depends on later draws of lazy modules
         return on_meta(tensor)

@@ -1,7 +1,7 @@
-"""The sizes of lazy modules from a checkpoint, when one is loaded into them.
+"""The sizes that lazy modules take from a checkpoint when it is loaded.
 
-``load_sizes`` serves the load hook of one lazy module. ``sizes_in`` says beforehand what that will
-do in a whole model, for ``load_checkpoint``.
+``load_sizes`` serves the load hook of one lazy module. ``sizes_in`` predicts the effect on a whole
+model, for ``load_checkpoint``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def load_sizes(
     prefix: str,
     error_msgs: list[str],
 ) -> dict[str, Any] | None:
-    """The sizes that a checkpoint tells of a lazy module, or None if it tells none.
+    """The sizes of a lazy module that follow from a checkpoint, or None if none do.
 
     Args:
         module: the lazy module.
-        layout: its layout.
+        layout: the module's layout.
         state_dict: the checkpoint. The entry of a tensor that does not fit is replaced by the
-            placeholder itself, so that torch does not try to load it.
+            placeholder, so that torch does not try to load it.
         prefix: the prefix of the module's names.
         error_msgs: receives a message for each problem.
     """
@@ -60,7 +60,7 @@ def load_sizes(
 
 
 def _present(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The placeholders of a module that the checkpoint has a value for, by key."""
+    """The placeholders of a module for which the checkpoint has a value, by key."""
     return {
         prefix + name: tensor
         for name, tensor in named_tensors(module)
@@ -79,10 +79,10 @@ def _shape(state_dict: dict[str, Any], prefix: str, name: Name) -> tuple[int, ..
 
 
 def _without_hook(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, str]:
-    """The placeholders that have a value in a checkpoint, and a module that cannot take a shape.
+    """A message for each placeholder with a value in a checkpoint that its module cannot adopt.
 
     A lazy module adopts the shapes of a checkpoint in a hook. Modules that hold torch's
-    placeholders and initialise themselves in a way of their own may have none.
+    placeholders and initialise themselves in their own way may lack such a hook.
     """
     adopting = [part for part in module.modules() if has_load_hook(part)]
     able = IdentityMap((part, None) for whole in adopting for part in whole.modules())
@@ -99,10 +99,10 @@ def _without_hook(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, st
 def sizes_in(
     module: nn.Module, state_dict: dict[str, Any]
 ) -> tuple[list[str], dict[str, nn.Module]]:
-    """What loading would do to the lazy modules of a model, without changing anything.
+    """Predict the effect of loading on the lazy modules of a model; changes nothing.
 
     Returns:
-        What is wrong with their sizes, and the modules that get all of their sizes, by path.
+        A message for each problem with sizes, and the modules that get all of their sizes, by path.
     """
     wrong: dict[str, str] = dict(check_known(module, state_dict, ""))
     messages: list[str] = []

@@ -22,7 +22,7 @@ from lateinit._torch import own_buffers, own_parameters, restoring
 def declare(module: nn.Module, spec: LazySpec) -> None:
     """Give ``module`` the structure of the plain class, with placeholders for its tensors.
 
-    The constructor runs on the module itself, with trial sizes, in a recording that nobody keeps.
+    The constructor runs on the module itself, with trial sizes, in a recording that is discarded.
     """
     layout = layout_of(spec)
     first = layout.families[-1].base.sizes
@@ -41,9 +41,10 @@ def declare(module: nn.Module, spec: LazySpec) -> None:
 
 
 def reset_part(part: nn.Module) -> None:
-    """The ``reset_parameters`` of a part whose sizes are not known, as of lazy layers.
+    """Stands in for ``reset_parameters`` of a part whose sizes are not known, as in lazy layers.
 
-    In a block it is run at its place once they are known: the eager twin draws there.
+    In a block the reset is run once the sizes are known, with the draws at this place in the random
+    stream, where the eager twin draws.
     """
     held = (*own_parameters(part).values(), *own_buffers(part).values())
     if current() is not None and any(is_lazy(t) and t.__dict__.get("_in_block") for t in held):
@@ -59,7 +60,7 @@ AskedFor = tuple[int, torch.dtype, torch.device, bool]
 
 
 def _facts(tensor: Tensor) -> AskedFor:
-    """What a placeholder takes over from a tensor of the trial: its identity, to keep ties."""
+    """The properties that a placeholder copies from a tensor of the trial; the id keeps ties."""
     if is_lazy(tensor):
         return id(tensor), tensor.data.dtype, tensor.data.device, tensor.requires_grad
     return id(tensor), tensor.dtype, tensor.device, tensor.requires_grad
@@ -76,7 +77,7 @@ def _tensors(module: nn.Module) -> list[tuple[Name, Tensor]]:
 
 
 def _place(module: nn.Module, layout: ModuleLayout, asked: dict[Name, AskedFor]) -> None:
-    """Put placeholders where a tensor is in some trial; tied tensors share one placeholder."""
+    """Put a placeholder where any trial has a tensor; tied tensors share one placeholder."""
     parts = dict(module.named_modules(remove_duplicate=False))
     made: dict[int, Any] = {}
     default = next(iter(asked.values()), (0, torch.get_default_dtype(), torch.device("cpu"), True))
@@ -98,7 +99,7 @@ def _place(module: nn.Module, layout: ModuleLayout, asked: dict[Name, AskedFor])
 
 
 def _forget_sizes(module: nn.Module, layout: ModuleLayout) -> None:
-    """Set the attributes that follow from sizes to 0, as torch's lazy layers have it."""
+    """Set the attributes that follow from sizes to 0, as in torch's lazy layers."""
     parts = dict(module.named_modules(remove_duplicate=False))
     for path, name in layout.varying:
         part = parts.get(path)
@@ -118,7 +119,7 @@ def _blanked(value: Any) -> Any:
 
 
 def layout_of(spec: LazySpec) -> ModuleLayout:
-    """The layout of what a lazy module will be; measured once for equal specs."""
+    """The layout of the module that a lazy one will become; measured once for equal specs."""
     parts = (spec.cls, _frozen(spec.rules), _frozen(spec.arguments), spec.settings)
     try:
         key = _Key(parts, spec)
@@ -149,13 +150,13 @@ class _Key:
         return isinstance(other, _Key) and self.key == other.key
 
 
-# Bounds what the cache keeps alive: a layout holds the shapes of several trial constructions.
+# The limit bounds the memory: a layout holds the shapes of several trial constructions.
 @functools.lru_cache(maxsize=512)
 def _layout(key: _Key) -> ModuleLayout:
     return measure(key.spec)
 
 
 def _frozen(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Arguments in a form that can be hashed; with types, since ``1 == True``."""
+    """Arguments in a hashable form, with their types, since ``1 == True``."""
     items = sorted(values.items(), key=lambda item: item[0])
     return tuple((k, type(v), tuple(v) if isinstance(v, list) else v) for k, v in items)

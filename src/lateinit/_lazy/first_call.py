@@ -1,9 +1,9 @@
-"""The first call of a module that initialises itself in it: how far it belongs to construction.
+"""Modules that initialise themselves in their first call: find which part is initialisation.
 
 Modules of pytorch-pfn-extras create their parameters in ``forward``, others in a hook of their own.
-Their first call is run up to the end of that, on inputs of which only the shape is known
-(``known_by_shape``). Where it ends is found by trial (``Noted``): what a second call, which finds
-the module initialised, does not come to is the initialisation.
+Their first call is run up to the end of the initialisation, on inputs of which only the shape is
+known (``known_by_shape``). The end is found by trial (``Noted``): the code that the first call
+reaches, and a second call on the initialised module does not, is the initialisation.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from lateinit._torch import (
     without_modes,
 )
 
-# On the storage of an input, and of what is computed from it.
+# An attribute of the storage of an input, and of every tensor computed from it.
 _MARK = "_lateinit_unknown"
 
 
 class EndOfInitialisationError(BaseException):
-    """Ends a first call. No ``except Exception`` of the module's own stops it."""
+    """Ends a first call. A ``BaseException``, so that ``except Exception`` does not catch it."""
 
 
 class Noted(FunctionMode):
-    """Function mode: notes from where a call of a module calls functions of torch, in order."""
+    """Function mode: notes, in order, the lines from which a module calls functions of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,22 +55,22 @@ class Noted(FunctionMode):
         self._last: CallPath | None = None
 
     def run(self, call: Callable[[], Any]) -> None:
-        """Run a call. If it fails, what came before is noted."""
+        """Run a call. If it fails, the lines up to the failure are noted."""
         self._base, self._last = stack_depth(), None
         with self:
             call()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         path = call_path(self._base)
-        # How many functions of torch one line of the module comes to depends on whether it runs
-        # with values, since lateinit's and torch's own code calls some.
+        # Repeats are dropped: how many functions of torch one line calls depends on whether it runs
+        # with values, since the code of lateinit and torch behind it calls some too.
         if path != self._last:
             self.note(path)
             self._last = path
         return func(*args, **(kwargs or {}))
 
     def note(self, path: CallPath) -> None:
-        """Note that a function of torch is called from another place than the last one."""
+        """Note a path that differs from the previous one."""
         self.paths.append(path)
 
 
@@ -110,14 +110,14 @@ def known_by_shape(
 ) -> Iterator[None]:
     """A block that runs code on inputs of which only the shape is known (``mark_unknown``).
 
-    Within, they say that they are on ``device``, and what is made like them is made there. What is
-    computed from them is known by its shape too. Tensors of the module are not written to, unless
-    that belongs to the initialisation.
+    Within, they report ``device``, and tensors made like them are made there. Of tensors computed
+    from them, too, only the shape is known. Tensors of the module are written to only by the
+    initialisation.
 
     Args:
         module: the module whose code runs.
-        device: where the inputs would be.
-        matters: whether the op that runs belongs to the initialisation.
+        device: the device where the inputs would be.
+        matters: returns whether the op that runs belongs to the initialisation.
 
     Raises:
         NeedsValuesError: the initialisation writes values of its inputs.
@@ -127,7 +127,7 @@ def known_by_shape(
 
 
 class _SaysDevice(FunctionMode):
-    """Function mode: tensors that are known by shape say the device where they would be."""
+    """Function mode: tensors known by shape report the device where they would be."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class _SaysDevice(FunctionMode):
 
 
 class _OnShapes(DispatchMode):
-    """Dispatch mode: ops on tensors that are known by shape run on shapes, all others as ever."""
+    """Dispatch mode: ops on tensors known by shape run on ``meta``, all others unchanged."""
 
     def __init__(
         self, module: nn.Module, device: torch.device, matters: Callable[[], bool]
@@ -182,7 +182,7 @@ class _OnShapes(DispatchMode):
         return map_tensors(made, mark_unknown)
 
     def _known(self, tensor: Tensor) -> Tensor:
-        """A tensor with memory for one that is known by shape."""
+        """A tensor with memory in place of one known by shape."""
         if not is_unknown(tensor):
             return tensor
         return torch.empty_strided(
@@ -199,7 +199,7 @@ def is_unknown(value: Any) -> bool:
 
 
 def mark_unknown(tensor: Tensor) -> Tensor:
-    """Note that only the shape of a tensor on ``meta`` is known; gives it."""
+    """Note that only the shape of a tensor on ``meta`` is known; returns the tensor."""
     with without_functions():
         setattr(tensor.untyped_storage(), _MARK, True)
     return tensor

@@ -1,9 +1,9 @@
 """``infer_shapes``: find the sizes of lazy modules by a forward pass on shapes alone.
 
 The pass runs on stand-ins for the model's tensors (``borrowed_model``). Each lazy module that it
-calls is initialised by way of trial, so that the pass can go on behind it. Afterwards the model is
-put back as it was, and only if the whole pass succeeded are the lazy modules initialised for good.
-``protocols.py`` says how one module is initialised.
+calls is initialised as a trial, so that the pass can go on after it. Afterwards the model is put
+back as it was, and only if the whole pass succeeded are the lazy modules initialised for good.
+``protocols.py`` initialises a single module.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def infer_shapes(
     Nothing is computed and no activation is allocated. In a model that was built in a
     ``deferred()`` block, the new parameters and buffers are deferred too: nothing is allocated, and
     each module's draws are recorded at the eager twin's place in the random stream. Elsewhere they
-    are allocated and drawn now, in the order of the forward pass, as a first forward pass would do
-    it. Placeholders stay the objects they are.
+    are allocated and drawn now, in the order of the forward pass, as a first forward pass would.
+    Placeholders stay the same objects.
 
     Everything else stays as it was: buffers, gradients, attributes, train/eval flags, and the
-    random states apart from the draws just named. What the pass writes to objects that the model
-    reaches is undone, and so are changes of the default dtype, of deterministic algorithms, of the
+    random states apart from the draws just named. Writes of the pass to objects that the model
+    reaches are undone, and so are changes of the default dtype, of deterministic algorithms, of the
     thread count and of cudnn's flags. Iterators, ``functools.lru_cache`` and objects that are held
     only by weak references are not restored. If anything raises, no module has been initialised.
 
@@ -92,7 +92,7 @@ def infer_shapes(
 
     Raises:
         UnreachedError: the pass did not reach some lazy modules.
-        NeedsValuesError: the pass depends on values; the message says where.
+        NeedsValuesError: the pass depends on values; the message names the line.
         ShapeError: the inputs do not fit a lazy module, or two calls of one module give it
             different sizes.
         TypeError: ``module`` is no module.
@@ -140,10 +140,10 @@ def observe_forward(
 
     Args:
         module: the model.
-        args: the arguments of its ``forward``.
-        kwargs: the arguments by keyword.
-        observer: makes the context in which the pass runs. Hooks that it puts on modules are taken
-            off again.
+        args: the positional arguments of its ``forward``.
+        kwargs: the keyword arguments.
+        observer: returns the context in which the pass runs. Hooks that it registers on modules are
+            removed at the end.
         real: run the pass with values.
     """
     names = IdentityMap((part, name) for name, part in module.named_modules())
@@ -155,13 +155,13 @@ def _unobserved(_: nn.Module) -> contextlib.AbstractContextManager[object]:
 
 
 class _Run:
-    """One forward pass, in which lazy modules are initialised by way of trial.
+    """One forward pass, in which lazy modules are initialised as a trial.
 
     Attributes:
         names: the name of each module.
         real: whether the pass runs with values.
         met: the lazy modules that the pass called, in order, with the shapes of their inputs.
-        done: the modules that these initialise: themselves, and parts of them.
+        done: those modules, and the parts that are initialised with them.
         lending: makes the stand-ins.
     """
 
@@ -194,7 +194,7 @@ class _Run:
                 states.restore()
 
         try:
-            # `outside` turns gradients on; the pass is to see the caller's setting.
+            # `outside` turns gradients on; the pass must see the caller's setting.
             with outside(), settings_kept(), torch.set_grad_enabled(grad), trying(self.real):
                 self._pass(reach, everything, left)
             put_back()
@@ -213,12 +213,12 @@ class _Run:
             module(*args, **kwargs)
 
     def _values_left(self, graph: Any, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors that kept their place, since what holds them cannot be given others; copies."""
+        """Tensors that could not be exchanged in the object that holds them, each with a copy."""
         for tensor in Reach(graph).tensors():
             if self.lending.has_original(tensor) and not tensor.is_meta:
                 yield tensor, tensor.detach().clone()
         for part in module.modules():
-            if isinstance(part, torch.jit.ScriptModule):  # its tensors are held below Python
+            if isinstance(part, torch.jit.ScriptModule):  # a C++ object holds its tensors
                 for tensor in (*part.parameters(), *part.buffers()):
                     yield tensor, tensor.detach().clone()
 
@@ -247,8 +247,7 @@ class _Run:
             if not is_lazy_module(part):
                 continue
             handle = part.__dict__.get("_initialize_hook")
-            # In the place of the module's own hook, so that other forward pre-hooks run before or
-            # after it as they always do.
+            # It replaces the module's own hook, so that the order of its forward pre-hooks stays.
             if isinstance(part, LazyModuleMixin) and handle is not None:
                 replace_forward_pre_hook(part, handle.id, self._meet)
             elif hasattr(part, "lazy_parmeters_determined"):
@@ -257,20 +256,20 @@ class _Run:
                 before_call(part, self._meet)
 
     def _meet(self, module: Any, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of a lazy module: note its inputs, and initialise it by way of trial."""
+        """Forward pre-hook of a lazy module: note its inputs, and initialise it as a trial."""
         if module in self.met or module in self._meeting or not is_lazy_module(module):
             return
         self._meeting[module] = None
         lazy = [part for part in module.modules() if is_lazy_module(part)]
-        rules = _rules_of(module)  # a class of the user's forgets them when it is initialised
+        rules = _rules_of(module)  # before: a user's class may change when it is initialised
         shapes = _map_inputs(_shape_only, (args, kwargs))
         end = self._end(module, *((args, kwargs) if self.real else shapes))
         try:
             initialise(module, shapes[0], shapes[1], end)
         except ShapeError as error:
             raise ShapeError(f"{self.names.get(module, '') or 'the module'}: {error}") from error
-        # The trial left tensors of a recording that nobody keeps. The pass goes on with stand-ins
-        # for them, like those of all other tensors.
+        # The trial left tensors of a discarded recording. The pass goes on with stand-ins for them,
+        # as for all other tensors.
         with outside():
             exchange_held(module, self._trial)
         self.met[module] = *shapes, end
@@ -282,7 +281,7 @@ class _Run:
             self._check(rules)(module, args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any) -> UpToEnd | None:
-        """Where the initialisation of a module ends in its first call; None if it has its own."""
+        """The end of the initialisation in a module's first call; None if it has a mixin."""
         if isinstance(module, LazyModuleMixin):
             return None
         met, done, reach = [*self.met.items()], [*self.done], Reach((module, args, kwargs))
@@ -295,7 +294,7 @@ class _Run:
             reach.restore()
 
     def _check(self, rules: Any) -> Any:
-        """A hook for later calls of a module: they must give it the sizes of the first call."""
+        """A hook for later calls of a module, which must give it the sizes of the first call."""
 
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
             sizes = evaluate_rules(rules, module, args, kwargs)
@@ -340,7 +339,7 @@ def _meta_input(tensor: Tensor) -> Tensor:
 def _rules_of(module: nn.Module) -> Any:
     """The rules by which a module was initialised, if it is a lazy layer of any library."""
     cls = type(module)
-    if is_pfn_layer(module):  # their layers keep their class
+    if is_pfn_layer(module):  # these layers keep their lazy class
         cls = next((base for base in cls.__mro__ if base in _RULES), cls)
     return _RULES.get(cls) or getattr(module, "_rules", None)
 
@@ -369,7 +368,7 @@ def _shape_only(tensor: Tensor) -> Tensor:
 def _said_where(real: bool) -> Iterator[None]:
     """Turn an error about missing values into ``NeedsValuesError`` that names the line.
 
-    ``numpy`` and ``tolist`` fail below the dispatcher, where ``ShapeMode`` does not hear them.
+    ``numpy`` and ``tolist`` fail below the dispatcher, where ``ShapeMode`` cannot intercept them.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Functions of torch that initialise a tensor in place: a placeholder can remember them."""
+"""Functions of torch that initialise a tensor in place, and that a placeholder can remember."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Those that need values of another tensor, or give the tensor another meaning.
+# In-place functions that need values of another tensor, or change more than values.
 _OTHERS = frozenset({"copy_", "requires_grad_", "set_", "share_memory_"})
 
 
 def initialised_by(
     func: Any, args: Any, kwargs: Any
 ) -> tuple[Any, Callable[[Tensor], None]] | None:
-    """What a call initialises, and how to do it again to the same tensor later.
+    """The tensor that a call initialises, and a function that repeats the call later.
 
     Returns:
         None if the call does anything but set or change the values of one tensor, from numbers
         alone.
     """
-    # torch/nn/init.py: they tell function modes and tensors of their calls by keyword.
+    # torch/nn/init.py: its functions pass keyword arguments to handle_torch_function.
     kwargs = dict(kwargs)
     owner, given = (args[0], args[1:]) if args else (kwargs.pop("tensor", None), ())
     others = (*given, *kwargs.values())
@@ -47,5 +47,5 @@ def _is_initialiser(func: Any) -> bool:
 
 
 def _again(func: Any, given: Any, kwargs: Any, owner: Tensor) -> None:
-    with torch.no_grad():  # as `nn.init` and `.data` have it
+    with torch.no_grad():  # as in `nn.init`, and on `.data`
         func(owner, *given, **kwargs)

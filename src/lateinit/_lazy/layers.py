@@ -19,9 +19,9 @@ def _layer(cls: type[nn.Module], **rules: Rule) -> type[Any]:
 
 
 def _instance_norm(cls: type[nn.Module], spatial: int) -> type[Any]:
-    """A lazy instance norm; torch's have other defaults than its plain ones.
+    """A lazy instance norm; torch's lazy ones have other defaults than its plain ones.
 
-    ``torch.nn.LazyInstanceNorm2d`` and its like take theirs from ``_LazyNormBase``
+    ``torch.nn.LazyInstanceNorm1d`` to ``3d`` inherit their defaults from ``_LazyNormBase``
     (torch/nn/modules/batchnorm.py).
     """
     made = _layer(cls, num_features=size(-1 - spatial, ndim=(spatial + 1, spatial + 2)))

@@ -33,13 +33,13 @@ from lateinit.errors import ShapeError, UninitializedError
 
 M = TypeVar("M", bound=nn.Module)
 
-# What a constructor raises for sizes that it cannot take, such as a width that its heads do not
-# divide.
+# The exceptions of constructors for sizes that they refuse, such as a width that the number of
+# heads does not divide.
 _REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
 
 
 class Lazy(LazyModuleMixin):
-    """The base of lazy versions of classes, constructed without the sizes that rules give.
+    """The base of lazy versions of classes, constructed without the sizes that rules infer.
 
     Until the sizes are known, an instance has the structure of the plain module, with placeholders
     for its tensors.
@@ -103,7 +103,7 @@ class Lazy(LazyModuleMixin):
         return contextlib.nullcontext()  # _initialize opens its own, around the construction alone
 
     def _initialize(self: Any, sizes: Mapping[str, Any]) -> None:
-        """Become what the plain class would be with these sizes."""
+        """Become an instance of the plain class with these sizes."""
         states, plain = RandomStates(), None
         try:
             plain = self._constructed(sizes)
@@ -111,7 +111,7 @@ class Lazy(LazyModuleMixin):
         except BaseException as error:
             if isinstance(error, Exception):
                 raise
-            # Interrupted: before it was constructed it stays lazy, and draws again the next time.
+            # An interrupt before the construction leaves it lazy; the next call draws again.
             if plain is None:
                 states.restore()
             else:
@@ -140,7 +140,7 @@ class Lazy(LazyModuleMixin):
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Adopt the sizes of a checkpoint and initialise; no module is left half lazy."""
         if self.is_initialized:
-            finish(self)  # interrupted before its end
+            finish(self)  # an earlier load was interrupted before this line
             return
         try:
             sizes = load_sizes(self, layout_of(self._spec), state_dict, prefix, rest[-1])
@@ -157,7 +157,7 @@ class Lazy(LazyModuleMixin):
         return _blank, (self._plain, dict(self._rules)), self.__dict__
 
     def extra_repr(self: Any) -> str:
-        """The plain class's own text; an unknown size shows as 0, as in torch's lazy layers."""
+        """The plain class's own text, with 0 for an unknown size, as in torch's lazy layers."""
         try:
             return str(super().extra_repr())  # type: ignore[misc]
         except Exception:  # noqa: BLE001 - a class's extra_repr may rely on sizes in any way
@@ -174,10 +174,10 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def lazy(cls: type[M], /, **rules: Rule) -> Callable[..., M]:
-    """A lazy version of a module class, constructed without the sizes that its input tells.
+    """A lazy version of a module class, constructed without the sizes that follow from its input.
 
-    To learn which parameters an instance has, and which of their dims are known already, the class
-    is constructed with trial sizes in recordings that are thrown away; this allocates and draws
+    To find which parameters an instance has, and which of their dims are known already, the class
+    is constructed with trial sizes in recordings that are discarded; this allocates and draws
     nothing. The first forward pass, or ``infer_shapes``, evaluates the rules, constructs the plain
     class, and moves the result into the lazy module. Parameter objects, hooks and the module itself
     stay the same objects. If the module was declared in a ``deferred()`` block, its tensors are
@@ -244,15 +244,15 @@ def _made(cls: type[nn.Module], rules: Rules, by_value: bool) -> type[Any]:
         "__doc__": _document(cls, dict(rules)),
         "__module__": __name__,
     }
-    # A layer is also an instance of torch's lazy layer, which libraries test for. `Lazy` comes
-    # before it, so that nothing of it is in force.
+    # A layer is also an instance of torch's lazy layer, which libraries test for. `Lazy` precedes
+    # it in the bases and overrides its methods.
     twin = None if by_value else getattr(nn, f"Lazy{cls.__name__}", None)
     return type(f"Lazy{cls.__name__}", (Lazy, cls) if twin is None else (Lazy, twin, cls), body)
 
 
 def of_plain(cls: type[nn.Module]) -> dict[str, Any]:
-    """The methods of a plain class that its lazy version has in another form."""
-    # The second name is that of torch's attention and transformers.
+    """The methods of a plain class that its lazy version overrides."""
+    # torch's attention and transformer layers have the second name.
     resets = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(cls, name)]
     return {"forward": _forward_of(cls), **{name: _reset_of(name) for name in resets}}
 
@@ -260,7 +260,7 @@ def of_plain(cls: type[nn.Module]) -> dict[str, Any]:
 def _forward_of(cls: type[nn.Module]) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Without the hook that comes before it, as when `torch.fx` traces it.
+        # Called without the forward pre-hook that initialises, such as when `torch.fx` traces it.
         if "_spec" in self.__dict__:
             raise UninitializedError(
                 f"forward of {self._get_name()}, whose sizes are not known yet, was called "
@@ -275,7 +275,8 @@ def _reset_of(name: str) -> Callable[[Any], None]:
     """A method that resets parameters.
 
     It does nothing before the sizes are known, as in the lazy layers of torch and
-    pytorch-pfn-extras. In a block it is run at its place once they are: the eager twin draws there.
+    pytorch-pfn-extras. In a block it runs once they are known, with its draws at the place in the
+    random stream where the eager twin draws.
     """
 
     def reset(self: Any) -> None:

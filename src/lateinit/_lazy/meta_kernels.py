@@ -1,8 +1,8 @@
 """Shapes of the most common ops, without torch's own ``meta`` kernels.
 
-Many of those are written in Python, and some take a millisecond or import a compiler at their first
-call. A shortcut answers the plain case and returns None for every other: then torch's kernel
-decides, and words the error.
+Many of torch's are written in Python, and some take a millisecond or import a compiler at their
+first call. A shortcut handles the plain case and returns None for every other: then torch's kernel
+is called, and raises any error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shortcut(info: OpInfo, args: Any, kwargs: Any) -> Any:
 
 
 def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
-    """``arange`` on meta, whose meta kernel is the slowest of all; None if it is not plain."""
+    """``arange`` on meta, whose own kernel is the slowest of all; None if not a plain call."""
     numel = numel_of_factory(info, args) if info.allocates == "range" else None
     if numel is None:
         return None
@@ -41,7 +41,7 @@ def range_on_meta(info: OpInfo, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def numel_of_factory(info: OpInfo, args: Any) -> int | None:
-    """How many elements a factory makes, or None if its arguments do not tell plainly."""
+    """The number of elements that a factory makes; None if its arguments are not plain."""
     if info.allocates == "one":
         return 1
     if info.allocates == "size":
@@ -60,7 +60,7 @@ def _alike(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x.new_empty(x.shape)
     steps = [step for step, length in zip(x.stride(), x.shape, strict=True) if length > 1]
-    # An expanded or overlapping tensor: the strides do not tell the order of the dims.
+    # An expanded or overlapping tensor: the order of the dims does not follow from the strides.
     if 0 in steps or len(set(steps)) < len(steps):
         return torch.empty_like(x)
     strides, expected = [0] * x.dim(), 1

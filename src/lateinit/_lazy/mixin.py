@@ -1,8 +1,8 @@
 """``LazyModuleMixin``: torch's protocol of lazy modules, with the eager twin's draws.
 
-Come here for where a lazy module is initialised (``initialising``: in its hole, by way of trial, or
-for real), how it ceases to be lazy (``finish``), and how a checkpoint's shapes are compared with
-what is known (``check_known``). ``lazy_class.py`` builds on it.
+``initialising`` decides where a lazy module is initialised: in its hole, as a trial, or for real.
+``finish`` makes it an ordinary module. ``check_known`` compares a checkpoint's shapes with the
+known sizes. ``lazy_class.py`` builds on these.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lateinit.errors import UninitializedError
 
 @contextlib.contextmanager
 def trying(real: bool = False) -> Iterator[None]:
-    """A block in which lazy modules are initialised by way of trial, out of the model's program.
+    """A block in which lazy modules are initialised as a trial, outside the model's program.
 
     Args:
-        real: initialise with values. By default in a recording that nobody keeps.
+        real: initialise with values. By default in a recording that is discarded.
     """
     before = here.trial
     try:
@@ -51,7 +51,7 @@ def initialising(module: nn.Module) -> Iterator[None]:
     """The block in which a lazy module is initialised.
 
     If the module was declared in a ``deferred()`` block, it records into the hole that was reserved
-    there. Otherwise it runs eagerly, or as ``trying`` says.
+    there. Otherwise it runs eagerly, or as a trial in a ``trying`` block.
     """
     held = itertools.chain(module.parameters(), module.buffers())
     with recorded_in(holes.hole_of(module), held):
@@ -98,13 +98,13 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
 
     @restoring
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Let placeholders adopt the checkpoint's shapes, where those fit what is known."""
+        """Let placeholders adopt those shapes of a checkpoint that fit the known sizes."""
         wrong = check_known(self, state_dict, prefix)
         rest[-1].extend(wrong.values())  # the error messages
         for name, tensor in itertools.chain(self._parameters.items(), self._buffers.items()):
             key = prefix + name
-            # torch would try to copy, and report a second error: a placeholder is copied into
-            # itself.
+            # torch would try to copy, and report a second error. Copying the placeholder into
+            # itself prevents that.
             if is_lazy(tensor) and key in wrong:
                 state_dict[key] = tensor
             elif is_lazy(tensor) and key in state_dict and not is_lazy(state_dict[key]):
@@ -120,12 +120,12 @@ class LazyModuleMixin(torch_lazy.LazyModuleMixin):
 
 
 def is_loaded(module: Any) -> bool:
-    """Whether a lazy module has its shape already, as a load hook of torch's mixin gives it."""
+    """Whether a lazy module has its shape already, such as from a load hook of torch's mixin."""
     return "_spec" not in module.__dict__ and not module.has_uninitialized_params()
 
 
 def finish_whole(module: Any, *, loaded: bool) -> None:
-    """``finish`` a module; raises if a tensor of it has no shape."""
+    """``finish`` a module; raises if one of its tensors has no shape."""
     if module.has_uninitialized_params():
         left = [n for n, t in own_parameters(module).items() if is_lazy(t)]
         left += [n for n, t in own_buffers(module).items() if is_lazy(t)]
@@ -137,17 +137,17 @@ def finish_whole(module: Any, *, loaded: bool) -> None:
 
 
 def finish(module: Any, *, loaded: bool = False) -> None:
-    """Take the hooks and the hole off an initialised module, and give it its final class.
+    """Remove the hooks and the hole of an initialised module, and give it its final class.
 
     Args:
         module: the module.
-        loaded: whether it has its values from a checkpoint, so that what was postponed is not run.
+        loaded: whether it has its values from a checkpoint, so that postponed calls are not run.
     """
     final = _class_to_become(type(module)) or type(module)
     try:
         _finish(module, final)
     except BaseException:
-        _finish(module, final)  # interrupted: half finished it would be neither lazy nor ordinary
+        _finish(module, final)  # after an interrupt: half done, it is neither lazy nor ordinary
         raise
     settle(module, loaded=loaded)
 
@@ -164,14 +164,14 @@ def _finish(module: Any, final: type[nn.Module]) -> None:
 
 
 def _class_to_become(cls: Any) -> Any:
-    """The class to become, or None to stay; a user's subclass of a lazy layer stays itself."""
+    """The class to become, or None; a user's subclass of a lazy layer keeps its class."""
     named = next(base for base in cls.__mro__ if "cls_to_become" in base.__dict__)
     of_layer = "_plain" in named.__dict__
     return None if of_layer and named is not cls else named.cls_to_become
 
 
 def check_known(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """Compare a checkpoint's shapes with what is known of placeholders.
+    """Compare a checkpoint's shapes with the known sizes of placeholders.
 
     Returns:
         A message for each key of the checkpoint whose shape contradicts its placeholder.

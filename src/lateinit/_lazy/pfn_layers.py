@@ -1,7 +1,7 @@
 """The lazy mixin, placeholder and layers of ``pytorch_pfn_extras`` (PPE), under PPE's protocol.
 
-The originals are in pytorch_pfn_extras/nn/modules/lazy.py, and lazy_conv.py and its like beside it.
-Names and arguments are theirs; ``lazy_parmeters_determined`` is spelt so there.
+The originals are in pytorch_pfn_extras/nn/modules/lazy.py and the files lazy_*.py beside it. Names
+and arguments are the same, the spelling ``lazy_parmeters_determined`` included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lateinit.errors import UninitializedError
 class UninitializedParameter(placeholders.UninitializedParameter):
     """A placeholder as PPE uses it: new tensors can be made from it (``new_ones`` and the like).
 
-    Building an optimizer over it gives a warning, as it does there.
+    Building an optimizer over it gives a warning, as in PPE.
 
     Example:
         >>> lateinit.pfn_extras.UninitializedParameter().new_empty(2).shape
@@ -34,7 +34,7 @@ class UninitializedParameter(placeholders.UninitializedParameter):
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
-        """True. Warns if an optimizer asks, as every optimizer does when it is built."""
+        """True. Warns if an optimizer reads it, which every optimizer does when it is built."""
         if is_in_torch_optim():
             warnings.warn(
                 "Use of uninitialized lazy parameter in Optimizer has been detected. Maybe you "
@@ -57,9 +57,9 @@ class LazyInitializationMixin:
     """A mixin for modules that create parameters and buffers in ``forward``.
 
     Name them in ``lazy_parameter_names`` and ``lazy_buffer_names``, and assign them in ``forward``
-    while ``isinstance(self.weight, UninitializedParameter)``. Assigning a parameter makes the
-    placeholder that parameter, so that whoever holds the object holds the parameter. The state dict
-    leaves out what is not initialised.
+    while ``isinstance(self.weight, UninitializedParameter)``. Assigning a parameter turns the
+    placeholder object into that parameter, so that every reference to it stays valid. The state
+    dict leaves out tensors that are not initialised.
 
     A module that was constructed in a ``deferred()`` block should be initialised by
     ``lateinit.infer_shapes``.
@@ -101,7 +101,7 @@ class LazyInitializationMixin:
         return bool(self.lazy_parmeters_determined)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        """Make the placeholder the assigned parameter, where PPE would replace the object."""
+        """Turn the placeholder into the assigned parameter; PPE would replace the object."""
         old = self.__dict__.get("_parameters", {}).get(name)
         if is_lazy(old) and isinstance(value, nn.Parameter) and not is_lazy(value):
             become(old, value)
@@ -115,7 +115,7 @@ class LazyInitializationMixin:
                 del destination[prefix + name]
 
     def _lazy_load_hook(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Adopt the shapes of a checkpoint; refuse a lazy one for an initialised module."""
+        """Adopt the shapes of a checkpoint; an initialised module refuses a lazy checkpoint."""
         self._load_buffers(state_dict, prefix)
         for name in self.lazy_parameter_names:
             parameter: Any = self._parameters[name]
@@ -160,7 +160,7 @@ class _LazyLayer(LazyInitializationMixin, Lazy):
             Lazy.__init__(self, *args, **kwargs)
         else:
             self._plain.__init__(self, first, *args, **kwargs)
-        self.__dict__.pop("_load_hook", None)  # stays for good, as PPE has it
+        self.__dict__.pop("_load_hook", None)  # without its handle the hook stays, as in PPE
         if first is not None:
             self._register_load_state_dict_pre_hook(self._lazy_load_hook)
         self.lazy_parameter_names = tuple(n for n, p in self._parameters.items() if p is not None)
@@ -180,7 +180,7 @@ class _LazyLayer(LazyInitializationMixin, Lazy):
             Lazy._lazy_load_hook(self, state_dict, prefix, *rest)
 
     def _leave_lazy(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
-        """Ignore what an uninitialised state holds (such as a bias): it tells no size."""
+        """Ignore the tensors of an uninitialised state (such as a bias): no size follows."""
         if not self.is_initialized:
             for name, tensor in (*self._parameters.items(), *self._buffers.items()):
                 if is_lazy(tensor):

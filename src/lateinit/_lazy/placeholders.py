@@ -1,8 +1,8 @@
 """Placeholders: parameters and buffers whose shape is not, or not wholly, known yet.
 
-They are instances of torch's own placeholder classes, so that torch recognises them, and also know
-what is known of their shape (``known_shape``). When the rest is known, the placeholder object
-itself becomes the tensor (``become``), so that whoever holds it holds the tensor.
+They are instances of torch's own placeholder classes, so that torch recognises them, and also hold
+the known part of their shape (``known_shape``). When the rest is known, the placeholder object
+itself becomes the tensor (``become``), so that every reference to it stays valid.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Shape = tuple[int | None, ...]
 _ADVICE = "call lateinit.infer_shapes(model, ...) or run a forward pass first"
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-# What `Module.to` and its like call on each parameter: a placeholder notes the cast and stays a
-# placeholder.
+# The methods that `Module.to`, `half` and others call on each parameter: a placeholder notes the
+# cast and stays a placeholder.
 _CONVERSIONS = (
     torch.Tensor.half,
     torch.Tensor.bfloat16,
@@ -56,7 +56,7 @@ def show(shape: Shape | None) -> str:
 
 
 def known_shape(tensor: Tensor) -> Shape | None:
-    """What is known of a tensor's shape.
+    """The known part of a tensor's shape.
 
     Args:
         tensor: any tensor, or a placeholder.
@@ -76,7 +76,7 @@ def known_shape(tensor: Tensor) -> Shape | None:
 
 
 def mismatch(known: Shape | None, found: Sequence[int]) -> str | None:
-    """How ``found`` contradicts what is known of a shape, in words; None if it does not."""
+    """How ``found`` contradicts the known part of a shape, in words; None if it does not."""
     if known is None:
         return None
     if len(known) != len(found):
@@ -99,7 +99,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
 
     @property
     def known_shape(self) -> Shape | None:
-        """What is known of the shape, None for each unknown size."""
+        """The known part of the shape, with None for each unknown size."""
         return known_shape(cast(Tensor, self))
 
     def materialize(self, shape: Any, device: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -109,12 +109,12 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
         the tensor is deferred instead.
 
         Args:
-            shape: the whole shape; an int is that of a vector.
-            device: where to allocate, by default the device of the placeholder.
-            dtype: the dtype, by default that of the placeholder.
+            shape: the whole shape; an int is the length of a vector.
+            device: the device to allocate on, by default the device of the placeholder.
+            dtype: the dtype, by default the dtype of the placeholder.
 
         Raises:
-            ShapeError: ``shape`` contradicts what is known of it.
+            ShapeError: ``shape`` contradicts ``known_shape``.
 
         Example:
             >>> p = lateinit.nn.UninitializedParameter(known_shape=(10, None))
@@ -135,7 +135,7 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
 
     @property
     def shape(self) -> Any:
-        """Raises ``UninitializedError``: only ``known_shape`` can be told.
+        """Raises ``UninitializedError``: only ``known_shape`` can be read.
 
         ``Module._load_from_state_dict`` (torch/nn/modules/module.py) relies on that to refuse a
         lazy state for an initialised module.
@@ -167,8 +167,8 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
     def detach(self) -> Any:
         """The placeholder itself.
 
-        ``Module._save_to_state_dict`` detaches what it saves, and torch's lazy mixin, which spares
-        placeholders that, is not on every module that holds one.
+        ``Module._save_to_state_dict`` detaches the tensors that it saves. torch's lazy mixin leaves
+        placeholders out of that, but a module that holds one may not have the mixin.
         """
         return self
 
@@ -192,18 +192,19 @@ class Placeholder(UninitializedTensorMixin):  # type: ignore[misc]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Attributes arrive as method wrappers, which torch's own mixin allows in the same way.
+        # Getters of attributes arrive as method wrappers; torch's own mixin allows them by the same
+        # test (torch/nn/parameter.py).
         allowed = func in cls._allowed_methods or type(func).__name__ == "method-wrapper"
         if allowed and not _is_lost(func, args):
             with without_subclass_functions():
                 result = func(*args, **(kwargs or {}))
-            if func == _GET_DATA:  # which may be cast and moved, and initialised like the whole
+            if func == _GET_DATA:  # `.data` may be cast, moved and initialised like the parameter
                 made = _alike(args[0], result)
                 made.__dict__["_root"] = _root(args[0])
                 return made
             if func == _SET_DATA and isinstance(args[1], Placeholder):
-                # `Module._apply` writes `param.data = converted`: the casts of the converted
-                # placeholder belong to the one that stays.
+                # `Module._apply` writes `param.data = converted`: copy the casts of the converted
+                # placeholder to the one that stays.
                 args[0].__dict__["_casts"] = args[1].__dict__.get("_casts", ())
             return _converted(args[0], result) if func in _CONVERSIONS else result
         initialised = initialised_by(func, args, kwargs or {})
@@ -239,9 +240,10 @@ class UninitializedParameter(  # type: ignore[misc, override]
 
     Args:
         requires_grad: whether the parameter will require gradients.
-        device: where the parameter will be, by default the default device.
+        device: the device of the parameter, by default the default device.
         dtype: its dtype, by default the default dtype.
-        known_shape: what is known of its shape, None for each unknown size; by default nothing.
+        known_shape: its shape, with None for each unknown size; by default not even the rank is
+            known.
 
     Example:
         >>> lateinit.nn.UninitializedParameter(known_shape=(10, None))
@@ -272,10 +274,11 @@ class UninitializedBuffer(  # type: ignore[misc, override]
 
     Args:
         requires_grad: whether the buffer will require gradients.
-        device: where the buffer will be, by default the default device.
+        device: the device of the buffer, by default the default device.
         dtype: its dtype, by default the default dtype.
         persistent: whether the buffer is in the state dict once it is assigned to a module.
-        known_shape: what is known of its shape, None for each unknown size; by default nothing.
+        known_shape: its shape, with None for each unknown size; by default not even the rank is
+            known.
 
     Example:
         >>> lateinit.nn.UninitializedBuffer(known_shape=(None,))
@@ -295,8 +298,8 @@ class UninitializedBuffer(  # type: ignore[misc, override]
     ) -> UninitializedBuffer:
         """An empty tensor of this class; it becomes the buffer."""
         made = _empty(cls, requires_grad, device, dtype, known_shape)
-        # As torch's own: `isinstance(x, nn.Buffer)` asks for `_is_buffer`, and a module that it is
-        # assigned to registers it.
+        # torch/nn/parameter.py: `isinstance(x, nn.Buffer)` reads `_is_buffer`, and a module
+        # registers such a tensor when it is assigned.
         made.__dict__.update(persistent=persistent, _is_buffer=True)
         return cast(UninitializedBuffer, made)
 
@@ -328,22 +331,22 @@ def _converted(placeholder: Tensor, result: Tensor) -> Tensor:
 
 
 def _root(placeholder: Tensor) -> Tensor:
-    """The placeholder that an alias (``.data``) of it stands for."""
+    """The placeholder of which another one is an alias (``.data``)."""
     root: Tensor = placeholder.__dict__.get("_root", placeholder)
     return root
 
 
 def _remembers(placeholder: Any) -> bool:
-    """Whether a placeholder can remember an initialisation: it is in a block, and was made in one.
+    """Whether a placeholder can remember an initialisation: in a block, and made in one.
 
-    One that was cast before would be initialised in the dtype that it has now.
+    A placeholder that was cast before cannot: it would be initialised in its dtype of now.
     """
     state = _root(placeholder).__dict__ if isinstance(placeholder, Placeholder) else {}
     return current() is not None and bool(state.get("_in_block")) and not state.get("_casts")
 
 
 def _is_lost(func: Any, args: Any) -> bool:
-    """Whether a call that torch's placeholders allow writes values, or asks for the shape."""
+    """Whether a call that torch's placeholders allow writes values, or reads the shape."""
     if func in (_SET_DATA, Tensor.copy_):
         return not isinstance(args[1], Placeholder)
     return bool(func == Tensor.size)

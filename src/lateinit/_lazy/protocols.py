@@ -36,7 +36,7 @@ def is_lazy_module(module: nn.Module) -> bool:
 
 def waits_for_call(module: nn.Module) -> bool:
     """Whether a module initialises itself somewhere in its first call, and has not done so."""
-    # Spelt so in pytorch_pfn_extras/nn/modules/lazy.py.
+    # The misspelling is that of pytorch_pfn_extras/nn/modules/lazy.py.
     determined = getattr(module, "lazy_parmeters_determined", None)
     if determined is None:
         held = itertools.chain(own_parameters(module).values(), own_buffers(module).values())
@@ -51,14 +51,14 @@ def initialise(module: Any, args: Any, kwargs: Any, end: UpToEnd | None = None) 
         module: any module; one that is not lazy is left alone.
         args: the arguments of the call, on ``meta`` and marked as unknown.
         kwargs: its keyword arguments.
-        end: where the initialisation ends in the call, for a module that ``waits_for_call``.
+        end: ends the call after the initialisation, for a module that ``waits_for_call``.
 
     Raises:
-        NeedsValuesError: it initialises a tensor with values of its input.
+        NeedsValuesError: the module initialises a tensor with values of its input.
     """
     if not is_lazy_module(module):
         return
-    if "_spec" in module.__dict__:  # its rules look at shapes alone
+    if "_spec" in module.__dict__:  # its rules read only shapes
         module._infer_parameters(module, args, kwargs)
         return
     before = {**own_parameters(module), **own_buffers(module)}
@@ -74,7 +74,7 @@ def initialise(module: Any, args: Any, kwargs: Any, end: UpToEnd | None = None) 
 
 
 def _by_method(module: Any, args: Any, kwargs: Any) -> None:
-    """Call ``initialize_parameters``, and let the module be an ordinary one."""
+    """Call ``initialize_parameters``, and make the module an ordinary one."""
     ours = isinstance(module, OurMixin)
     held = [*own_parameters(module).values(), *own_buffers(module).values()]
     loaded = is_loaded(module)
@@ -89,7 +89,7 @@ def _by_method(module: Any, args: Any, kwargs: Any) -> None:
 
 
 def close_holes(module: nn.Module) -> None:
-    """Fill the holes of modules that have their shapes from elsewhere, as from a checkpoint."""
+    """Fill the holes of modules that got their shapes in another way, such as from a checkpoint."""
     for part in module.modules():
         hole = holes.hole_of(part)
         if hole is None or is_lazy_module(part):
@@ -111,8 +111,8 @@ def _by_call(module: Any, args: Any, kwargs: Any, end: UpToEnd) -> None:
         known_by_shape(module, device_of(before.values()), lambda: end.initialising),
     ):
         end.run(lambda: called(module)(*args, **kwargs))
-    # PPE's modules replace their placeholders by new parameters. The placeholder objects become
-    # those, since an optimizer may hold them.
+    # PPE's modules replace their placeholders by new parameters. An optimizer may hold the
+    # placeholder objects, so these become the parameters.
     for name, placeholder in before.items():
         made = own_parameters(module).get(name)
         if made is not None and placeholder is not None and made is not placeholder:
@@ -125,7 +125,7 @@ def _by_call(module: Any, args: Any, kwargs: Any, end: UpToEnd) -> None:
 def end_of_initialisation(module: nn.Module, args: Any, kwargs: Any, *, real: bool) -> UpToEnd:
     """Find out, by two calls, where the initialisation ends in the first call of a module.
 
-    Whoever asks undoes what the calls do.
+    The caller must undo the effects of the calls.
 
     Args:
         module: a module that ``waits_for_call``.
@@ -143,7 +143,7 @@ def end_of_initialisation(module: nn.Module, args: Any, kwargs: Any, *, real: bo
             try:
                 noted.run(lambda: called(module)(*args, **kwargs))
             except Exception as error:
-                # What follows the initialisation may need values, and has to say so itself.
+                # An error after the initialisation does not matter here: the call itself raises it.
                 if not waits_for_call(module):
                     continue
                 if not is_lazy_misuse(error):
@@ -156,7 +156,7 @@ def end_of_initialisation(module: nn.Module, args: Any, kwargs: Any, *, real: bo
 
 
 def called(module: Any) -> Any:
-    """What runs the first call of a module: its ``forward``, or all that comes with a call."""
+    """The function to run as a module's first call: ``forward``, or the module with its hooks."""
     return module.forward if hasattr(module, "lazy_parmeters_determined") else module
 
 
@@ -164,7 +164,7 @@ def called(module: Any) -> Any:
 def _evaluating(module: nn.Module) -> Any:
     """A block in which a module is called to be initialised.
 
-    It does not train: a batch norm would count this batch.
+    The module is in eval mode: in training a batch norm would count this batch.
     """
     training, before = {part: part.training for part in module.modules()}, here.initialising
     here.initialising = True
@@ -179,12 +179,12 @@ def _evaluating(module: nn.Module) -> Any:
 
 
 def _is_waiting(tensor: Any) -> bool:
-    """Whether a first call may be to initialise a tensor; PPE's buffers are ``Tensor([])``."""
+    """Whether a first call may initialise a tensor; PPE's lazy buffers are ``Tensor([])``."""
     return tensor is None or is_placeholder(tensor) or tuple(tensor.shape) == (0,)
 
 
 def _check_known(module: nn.Module, before: dict[str, Any], lazy: set[str]) -> None:
-    """Put back tensors that the call replaced by ones without values; raise if they were lazy."""
+    """Put back the tensors that a call replaced by ones without values; raise for lazy ones."""
     for held in (own_parameters(module), own_buffers(module)):
         for name in [name for name, tensor in held.items() if is_unknown(tensor)]:
             if name in lazy or name not in before:

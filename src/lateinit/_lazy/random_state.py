@@ -1,6 +1,7 @@
-"""After the block of lazy modules: ``settle_rng`` once all shapes are known, ``discard`` of others.
+"""The random state and lazy modules: ``settle_rng`` and ``discard``.
 
-The random state after a block is as if its lazy modules had drawn nothing.
+After a block the random state is as if its lazy modules had drawn nothing. ``settle_rng`` corrects
+it once all shapes are known; ``discard`` gives up lazy modules that will never have a shape.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from lateinit.errors import RecordingError
 
 @restoring
 def discard(module: nn.Module, /) -> None:
-    """Do without lazy modules that were replaced or deleted before their shapes were known.
+    """Give up lazy modules that were replaced or deleted before their shapes were known.
 
-    In a model that was built in a ``deferred()`` block, random values that come after a lazy module
-    wait until it is known how much it draws. From this call on it draws nothing: later values are
-    those of a model that never had it. (The eager twin had it and drew its values; nobody can tell
-    how many.)
+    In a model that was built in a ``deferred()`` block, random values that are drawn after a lazy
+    module wait until the number of its draws is known. From this call on it draws nothing: later
+    values are those of a model that never had it. (The eager twin had it and drew its values, but
+    their number cannot be known.)
 
     Args:
-        module: a lazy module, which is given up with all that it holds; or a model, whose block is
-            searched for lazy modules that are gone.
+        module: a lazy module, which is given up with its parts; or a model, in whose block all lazy
+            modules that no longer exist are given up.
 
     Raises:
         TypeError: ``module`` is no module.
@@ -60,12 +61,12 @@ def discard(module: nn.Module, /) -> None:
 
 @restoring
 def settle_rng(module: nn.Module, /) -> None:
-    """Put the CPU's default generator into the state that constructing the eager twin leaves.
+    """Put the CPU's default generator into the state after construction of the eager twin.
 
     The random state after a ``deferred()`` block is as if its lazy modules had drawn nothing, since
-    what they will draw is not known there. When their shapes are known, this sets the state that
-    their draws belong to, so that the order of data, dropout and the next model are the eager
-    twin's too. Numbers that were drawn since the block do not count.
+    the number of their draws is not known there. When their shapes are known, this function sets
+    the state after those draws, so that the order of data, dropout and the next model are those of
+    the eager twin too. Numbers that were drawn since the block do not count.
 
     Args:
         module: a model that was built in one ``deferred()`` block; it may be materialised already.

@@ -1,6 +1,6 @@
 """Rules: how a size follows from the arguments of a forward call.
 
-``size`` is the usual rule; any function of the forward arguments is one, too. ``evaluate_rules``
+``size`` is the usual rule; any function of the forward arguments can be a rule. ``evaluate_rules``
 applies the rules of a lazy module to a call.
 """
 
@@ -25,11 +25,10 @@ class size:  # noqa: N801 - reads as a function in a rule
     """The rule "as long as this dim of the input".
 
     Called with the arguments of a forward call by name, it returns an int, or a tuple if there are
-    several dims. Nothing but shapes is read.
+    several dims. Only shapes are read.
 
     Args:
-        *dims: the dims of the input, by default the last one. Several of them give a tuple of
-            sizes.
+        *dims: the dims of the input, by default the last one. Several dims give a tuple of sizes.
         of: the input: its name, or its place among the arguments of ``forward``; by default the
             first. With several inputs their sizes must agree.
         ndim: the rank, or ranks, that the input may have; by default any rank that has the dims.
@@ -68,7 +67,7 @@ class size:  # noqa: N801 - reads as a function in a rule
         """The size, from the arguments of a forward call by name.
 
         Raises:
-            ShapeError: the input is missing, is no tensor, or has not the rank or the dim; or the
+            ShapeError: the input is missing, is no tensor, or lacks the rank or the dim; or the
                 inputs disagree.
         """
         sources = self.of if isinstance(self.of, tuple) else (self.of,)
@@ -161,7 +160,7 @@ def _inputs(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def check_rules(cls: type[nn.Module], rules: Mapping[str, Rule], names: list[str]) -> None:
-    """Raise ``RuleError`` if a rule is none, or is for no argument of the class."""
+    """Raise ``RuleError`` if a value is no rule, or its name is no argument of the class."""
     for name, rule in rules.items():
         if name not in names:
             raise RuleError(

@@ -1,4 +1,4 @@
-"""Recordings that nobody keeps, and the settings that a later construction needs.
+"""Recordings that are discarded, and the settings that a later construction needs.
 
 ``aside`` runs trial constructions: they allocate nothing, and move no generator.
 """
@@ -19,10 +19,9 @@ from lateinit._torch import default_device_in_force, outside
 
 @contextlib.contextmanager
 def aside() -> Iterator[ProgramWriter]:
-    """Record a block into a program that nobody keeps; the generators stay where they are.
+    """Record a block into a program that is discarded; no generator moves.
 
-    Warnings are ignored: they are about trial sizes, or are given again by the construction that
-    counts.
+    Warnings are ignored: they are about trial sizes, or the final construction repeats them.
     """
     writer = ProgramWriter(Program())
     with outside(), warnings.catch_warnings():

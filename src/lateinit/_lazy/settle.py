@@ -1,4 +1,4 @@
-"""Run what was postponed until a shape is known (``_recording.postponed``), and casts after it."""
+"""Run the calls that were postponed until a shape is known (``_recording.postponed``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lateinit._recording.postponed import (
 from lateinit._tensors import is_deferred_tensor, is_placeholder
 from lateinit._torch import here, outside, own_buffers, own_parameters
 
-# On a tensor whose casts are to come after what was postponed: the device, and the dtypes.
+# An attribute of a tensor that is cast after its postponed calls: the device, and the dtypes.
 _DUE = "_lateinit_casts"
 
 
@@ -30,7 +30,7 @@ _DUE = "_lateinit_casts"
 def recorded_in(hole: Hole | None, held: Any) -> Iterator[None]:
     """A block whose ops are recorded in a hole; without one they run eagerly.
 
-    While lazy modules are initialised by way of trial (``mixin.trying``), they do so as that says.
+    In a trial (``mixin.trying``) they run as the trial requires.
 
     Args:
         hole: the hole.
@@ -44,32 +44,32 @@ def recorded_in(hole: Hole | None, held: Any) -> Iterator[None]:
         else:
             with fill(hole):
                 yield
-    # A placeholder that became deferred in the block is neither new nor registered anew: the end of
-    # the block, which guards such tensors, may not see it.
+    # The end of a block guards the tensors that were made or registered in it. A placeholder that
+    # became deferred in the block is neither, so it is guarded here.
     for tensor in held:
         if is_deferred_tensor(tensor):
             guard(tensor)
 
 
 def has_postponed(module: nn.Module) -> bool:
-    """Whether something was postponed for a module, a part of it, or a tensor of these."""
+    """Whether a call was postponed for a module, a part of it, or a tensor of these."""
     return any(postponed(owner) for owner in _owners(module))
 
 
 def cast_later(tensor: Tensor, device: torch.device | None, casts: tuple[torch.dtype, ...]) -> None:
-    """Have ``settle`` move and cast a tensor after what was postponed for it."""
+    """Have ``settle`` move and cast a tensor after its postponed calls."""
     if device is not None or casts:
         tensor.__dict__[_DUE] = device, casts
 
 
 def settle(module: nn.Module, *, loaded: bool = False) -> None:
-    """Run what was postponed for a module and its parts, in its order, as far as shapes are known.
+    """Run the postponed calls of a module and its parts, in order, as far as shapes are known.
 
-    What stays behind belongs to parts that are lazy still.
+    The calls of parts that are still lazy stay postponed.
 
     Args:
         module: the module.
-        loaded: it has its shape and its values from a checkpoint, which come last.
+        loaded: whether it has its shape from a checkpoint, whose values replace all others.
     """
     due: list[tuple[Postponed, Any]] = []
     owners = [owner for owner in _owners(module) if postponed(owner) or _DUE in owner.__dict__]
@@ -81,7 +81,7 @@ def settle(module: nn.Module, *, loaded: bool = False) -> None:
     for each, owner in sorted(due, key=lambda pair: pair[0].hole.resolve()[1]):
         held = [*module.parameters(), *module.buffers()]
         real = not any(is_deferred_tensor(tensor) for tensor in held)
-        # Values that are real already, after a first forward pass, are written now.
+        # After a first forward pass the tensor is real: its values are written now, not recorded.
         with recorded_in(None if real and not loaded else each.hole, held):
             if not loaded:
                 each.run(owner)

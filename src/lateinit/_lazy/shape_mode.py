@@ -1,8 +1,8 @@
 """Run torch code on shapes alone, for ``infer_shapes``.
 
-``ShapeMode`` sends what a forward pass computes to ``meta``. Tensors that the pass makes from
-nothing, such as positions or sizes, and inputs such as masks are small and often read by Python, so
-they are computed. A mark on their storage says that their values can be trusted, or no longer can.
+``ShapeMode`` sends the ops of a forward pass to ``meta``. Tensors that the pass makes from nothing,
+such as positions or sizes, and inputs such as masks are small and often read by Python, so they are
+computed. A mark on their storage records whether their values are still right.
 """
 
 from __future__ import annotations
@@ -31,32 +31,33 @@ from lateinit._torch import (
 )
 from lateinit.errors import NeedsValuesError
 
-# Elements up to which a tensor that the pass makes from nothing is computed, so that its values can
-# be read, and of an input that keeps its values: a mask of 512 x 512. Bounds the memory and the
-# arithmetic of a pass on shapes.
+# The most elements of a tensor made from nothing that is computed, so that its values can be read,
+# and of an input that keeps its values: a mask of 512 x 512. Bounds the memory and the arithmetic
+# of a pass on shapes.
 _SMALL = 1 << 18
-# Elements up to which what an op makes of them is not asked for first: an outer product of them all
-# is bearable.
+# For tensors of at most so many elements, the size of an op's result is not checked first: even an
+# outer product of them is affordable.
 _TINY = 4096
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-# Ops whose results' shapes, or whose answer, follow from the values of one argument, by its
-# position. nn.TransformerEncoder.forward (torch/nn/modules/transformer.py) asks the first one of a
-# padding mask; torch/nn/utils/rnn.py packs by lengths. They have no meta kernels.
+# Ops whose results, or the shapes of whose results, follow from the values of one argument, with
+# its position. nn.TransformerEncoder.forward (torch/nn/modules/transformer.py) calls the first one
+# on a padding mask; torch/nn/utils/rnn.py packs by lengths. They have no meta kernels.
 _VALUES_OF = {
     "aten::_nested_tensor_from_mask_left_aligned": 1,
     "aten::_pack_padded_sequence": 1,
     "aten::_pad_packed_sequence": 1,
 }
-# On real storages of the pass: "small" (values can be read) or "spoilt" (values of a meta tensor
-# were written there, or computed with, so that nobody knows them).
+# An attribute of real storages of the pass: "small" (values can be read) or "spoilt" (unknown
+# values of a meta tensor were written there or used to compute them).
 _MARK = "_lateinit_small"
 
 
 class ShapeMode(DispatchMode):
-    """Dispatch mode: sends what a forward pass computes to ``meta``.
+    """Dispatch mode: sends the ops of a forward pass to ``meta``.
 
     Small tensors that the pass makes from nothing (sizes as tensors, ranges) are computed, so that
-    their values can be read. Real tensors from elsewhere are seen by shape, and are not written to.
+    their values can be read. Of other real tensors only the shape is read, and they are not written
+    to.
     """
 
     def __torch_dispatch__(
@@ -140,10 +141,10 @@ def _marked(made: Any, spoilt: bool = False) -> Any:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the values of a real input may be read in the pass: those of masks, lengths, indices.
+    """Whether the pass may read the values of a real input: of a mask, of lengths or of indices.
 
-    An input of floating point is an activation, unless it holds an infinity: no activation does,
-    and masks that are added to scores do.
+    A floating-point input is taken for an activation, unless it holds an infinity: masks that are
+    added to scores do, and activations do not.
     """
     if tensor.device.type != "cpu" or tensor.numel() > _SMALL or tensor.requires_grad:
         return False
@@ -183,22 +184,22 @@ def _is_spoilt(tensor: Any) -> bool:
 
 
 def _spoil(tensor: Any) -> None:
-    """Note that a real tensor was written to with values that nobody knows."""
+    """Note that unknown values were written to a real tensor."""
     if _is_small(tensor):
         setattr(tensor.untyped_storage(), _MARK, "spoilt")
 
 
 def needs_values(op: str, error: BaseException | None = None) -> NeedsValuesError:
-    """The error for a forward pass that needs values; it names the line that asks for them.
+    """The error for a forward pass that needs values; it names the line that reads them.
 
     Args:
-        op: the op, or the message of the error, that asked.
+        op: the op that reads values, or the message of its error.
         error: the error to take the line from, by default the running frame.
     """
     place = where(error.__traceback__ if error is not None else None)
     return NeedsValuesError(
         f"{place}: the forward pass needs the values of a tensor here ({op}), and only its shape "
-        "is known: pass real=True to run it truly"
+        "is known: pass real=True to run it with values"
     )
 
 

@@ -1,8 +1,8 @@
 """The arguments of a module class, even if its ``__init__`` forwards ``*args`` and ``**kwargs``.
 
-A lazy class is constructed without some of the plain class's arguments, by place or by name. Here
-the plain class's arguments are found, the given ones bound to names, and a call of the plain class
-written from names.
+A lazy class is constructed without some of the plain class's arguments, given by position or by
+name. This module finds the plain class's arguments, binds the given ones to names, and builds the
+call of the plain class from names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def parameters_of(cls: type[nn.Module]) -> Parameters:
 
 
 def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
-    """The arguments of a constructor, and the ``*args`` and ``**kwargs`` that no class names."""
+    """The arguments of a constructor, and the variadic ones that no base class gives names to."""
     found: Parameters = {}
     rest: Parameters = {}
     for base in cls.__mro__:
@@ -35,7 +35,7 @@ def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
         rest = {p.name: p for p in own if p.kind in _VARIADIC}
         if not rest:
             break
-    # torch/nn/modules/rnn.py: nn.RNN, nn.LSTM and nn.GRU forward everything to RNNBase, and give it
+    # torch/nn/modules/rnn.py: nn.RNN, nn.LSTM and nn.GRU forward everything to RNNBase, and pass
     # `mode` themselves.
     if issubclass(cls, nn.RNNBase) and cls is not nn.RNNBase:
         found = {name: p for name, p in found.items() if name != "mode"}
@@ -45,7 +45,7 @@ def _own_and_rest(cls: type[nn.Module]) -> tuple[Parameters, Parameters]:
 
 
 def _with_nonlinearity(found: dict[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
-    # nn.RNN.__init__ takes it out of its *args itself, in fourth place (torch/nn/modules/rnn.py).
+    # nn.RNN.__init__ reads `nonlinearity` from its *args, as the fourth (torch/nn/modules/rnn.py).
     items = list(found.items())
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     items.insert(3, ("nonlinearity", inspect.Parameter("nonlinearity", kind, default="tanh")))
@@ -80,7 +80,8 @@ def call_with(cls: type[nn.Module], values: Mapping[str, Any]) -> tuple[list[Any
     kinds = {name: p.kind for name, p in (found | rest).items()}
     more = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL]
     by_place = values.get(more[0], ()) if more else ()
-    # With values for *args, everything before them is passed by place; else only what must be.
+    # With values for *args, all arguments before them are passed by position; otherwise only those
+    # that must be.
     last = (
         inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.POSITIONAL_ONLY
     )

@@ -1,4 +1,4 @@
-"""Move what a plain module holds into a lazy one, whose objects stay the same objects."""
+"""Move the contents of a plain module into a lazy one, whose objects stay the same objects."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PLUMBING = OWN_ATTRIBUTES | {"_initialize_hook", "_load_hook"}
 class Transplant:
     """Moves tensors, submodules and attributes from a plain module into a lazy one.
 
-    A placeholder becomes its tensor. If the user has put another tensor in a placeholder's place,
-    that one stays.
+    A placeholder becomes its tensor. If the user has replaced a placeholder by another tensor, that
+    tensor stays.
 
     Attributes:
         varying: the attributes that depend on sizes, which are replaced.
-        owned: the tensors that the class declared, and may retire if the plain module has none.
+        owned: the tensors that the class declared; those that the plain module lacks are retired.
         moved: the target's tensor for each tensor of the plain module.
     """
 
@@ -41,7 +41,7 @@ class Transplant:
         self.varying = varying
         self.owned = owned
         self.moved: IdentityMap[Tensor, Tensor] = IdentityMap()
-        self._later = False  # casts come after what was postponed
+        self._later = False  # whether casts come after postponed calls
         self._modules: IdentityMap[nn.Module, nn.Module] = IdentityMap()
         self._targets: IdentityMap[nn.Module, nn.Module] = IdentityMap()
 
@@ -69,7 +69,7 @@ class Transplant:
     def _tensors(self, path: str, target: dict[str, Any], plain: dict[str, Any]) -> None:
         for name, tensor in plain.items():
             if (path, name) in self.owned and target.get(name) is None:
-                continue  # it was declared, and the user has taken it out
+                continue  # the user has removed a declared tensor
             target[name] = self._moved(_join(path, name), target.get(name), tensor)
         for name in list(target):
             if (path, name) in self.owned and is_lazy(target[name]) and plain.get(name) is None:
@@ -104,7 +104,7 @@ class Transplant:
         elif tuple(old.shape) != tuple(new.shape):
             raise ShapeError(
                 f"{fqn}: a tensor of shape {show(tuple(old.shape))} was put in place of a "
-                f"placeholder, but the input wants {show(tuple(new.shape))}"
+                f"placeholder, but the input needs {show(tuple(new.shape))}"
             )
         self.moved[new] = old
         return old
@@ -143,7 +143,7 @@ def _cast(new: Tensor, device: torch.device | None, casts: tuple[torch.dtype, ..
 
 
 def _retire(placeholder: Any) -> None:
-    """Make a placeholder that is not needed an empty tensor, for those who still hold it."""
+    """Turn a placeholder that is not needed into an empty tensor, since it may still be held."""
     kind: Callable[..., Tensor] = placeholder.cls_to_become
     become(placeholder, kind(torch.empty(0, dtype=placeholder.data.dtype)))
 

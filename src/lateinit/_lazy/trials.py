@@ -1,9 +1,9 @@
-"""Layouts: what is known of a module before its sizes are.
+"""Layouts: the known part of a module's structure while its sizes are not known.
 
-A class is constructed with trial sizes, in recordings that nobody keeps, and the results are
-compared. A dim that stays the same is known. A dim that moves is taken to follow from the sizes in
-a straight line, so that a checkpoint's shapes give the sizes back (``solve``). Come here for which
-trial sizes are tried; ``declare.py`` turns a layout into placeholders.
+A class is constructed with trial sizes, in recordings that are discarded, and the results are
+compared. A dim that stays the same is known. A dim that changes is assumed to be a linear function
+of the sizes, so that the sizes can be solved for from a checkpoint's shapes (``solve``). This
+module chooses the trial sizes; ``declare.py`` turns a layout into placeholders.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _STEPS = (48, 5040)
 
 @dataclass(frozen=True)
 class LazySpec:
-    """What a lazy module will be.
+    """The class, rules and arguments of a lazy module.
 
     Attributes:
         cls: the plain class.
-        rules: for each missing argument, the rule that gives it.
-        arguments: the arguments that were given.
+        rules: the rule for each missing argument.
+        arguments: the given arguments.
         settings: the default dtype and device in force when it was declared.
     """
 
@@ -60,7 +60,7 @@ class LazySpec:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial construction: its sizes, and what the module then had."""
+    """One trial construction: its sizes, and the tensors and attributes of the module."""
 
     sizes: dict[str, Any]
     shapes: dict[Name, Shape | None]
@@ -82,11 +82,12 @@ class Family:
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """What the trials have in common.
+    """The part of a module's structure that all trials have in common.
 
     Attributes:
         families: the families of trials. In the last one all sizes are equal.
-        known: the shape of each tensor, None for each dim that varies, or None if its rank does.
+        known: the shape of each tensor, with None for each dim that varies, or None alone if its
+            rank varies.
         buffers: which of the tensors are buffers.
         varying: the plain attributes that differ between trials.
     """
@@ -143,8 +144,9 @@ def measure(spec: LazySpec) -> ModuleLayout:
 def _steps(arguments: Mapping[str, Any]) -> list[int]:
     """Trial sizes that are divisible by the arguments given, such as heads or groups."""
     numbers = [n for value in arguments.values() for n in _integers(value)]
-    # Large arguments (a vocabulary, a width) are seldom divisors and would make large trial sizes:
-    # up to 64 they are tried first, and all of them last, up to 2**30.
+    # Large arguments (a vocabulary, a width) are seldom divisors and would make large trial sizes.
+    # So multiples of the arguments up to 64 are tried first, and of all arguments last, if below
+    # 2**30.
     small = math.lcm(*(n for n in numbers if n <= 64))
     every = math.lcm(*numbers)
     return list(dict.fromkeys([math.lcm(small, 16), *_STEPS, min(every, 1 << 30)]))
@@ -163,16 +165,16 @@ def _measure(spec: LazySpec, step: int) -> ModuleLayout:
     together = Family(_try(spec, equal), {None: _try(spec, twice)})
     if len(every) == 1:
         return _compare((Family(together.base, {every[0]: together.moved[None]}),))
-    # With all sizes different, each can be solved for alone. A class that wants some of them equal
-    # has only the family in which all move together.
+    # With all sizes different, each can be solved for alone. A class that requires some of them to
+    # be equal has only the family in which all change together.
     apart = _apart(spec, step)
     return _compare((apart, together) if apart is not None else (together,))
 
 
 def _apart(spec: LazySpec, step: int) -> Family | None:
-    """A family in which all sizes differ, or None if the class cannot be constructed so."""
-    # Multiples of the step, so that they are divisible as the step is; the moved one, 30 steps, is
-    # none of the first 27 of them.
+    """A family in which all sizes differ, or None if the class refuses such sizes."""
+    # Multiples of the step, so that they are divisible as the step is. The changed size is 30
+    # steps, which is none of the first 27 multiples.
     base = trial_sizes(spec.rules, itertools.count(3 * step, step))
     try:
         return Family(
@@ -190,7 +192,7 @@ def _try(spec: LazySpec, sizes: dict[str, Any]) -> Trial:
 
 
 def look(module: nn.Module, sizes: dict[str, Any]) -> Trial:
-    """What a module has: the shapes of its tensors, and its plain attributes."""
+    """The trial of a constructed module: the shapes of its tensors, and its plain attributes."""
     shapes: dict[Name, Any] = {}
     buffers, attributes = set(), {}
     for path, part in module.named_modules(remove_duplicate=False):
@@ -218,7 +220,7 @@ def _compare(families: tuple[Family, ...]) -> ModuleLayout:
 
 
 def _bare(family: Family) -> Family:
-    """The family without attributes: they are compared by now, and may keep anything alive."""
+    """The family without attributes, which may keep anything alive; they are compared by now."""
     moved = {unknown: replace(trial, attributes={}) for unknown, trial in family.moved.items()}
     return Family(replace(family.base, attributes={}), moved)
 
@@ -258,13 +260,13 @@ Solved = dict[str, Any]
 
 
 def solve(layout: ModuleLayout, shapes: Callable[[Name], tuple[int, ...] | None]) -> Solved | None:
-    """The sizes that would give the tensors these shapes; None if the shapes do not tell them.
+    """The sizes that give the tensors these shapes; None if they do not follow from the shapes.
 
     Args:
         layout: the layout of the lazy module.
-        shapes: the shape of each tensor in a checkpoint, None if it is not there.
+        shapes: returns the shape of a tensor in the checkpoint, None if it is not there.
     """
-    # First the family whose tensors are the most of those that the checkpoint has.
+    # First the family with the most tensors in the checkpoint.
     for family in sorted(
         layout.families, key=lambda f: -sum(shapes(n) is not None for n in f.base.shapes)
     ):
@@ -284,7 +286,7 @@ def _solve_one(
     unknown: tuple[str, int] | None,
     shapes: Callable[[Name], tuple[int, ...] | None],
 ) -> int | None:
-    """One size, from the first dim that follows from this size and from no other."""
+    """One size, from the first dim that depends on this size and on no other."""
     base, moved = family.base, family.moved[unknown]
     others = [t for u, t in family.moved.items() if u != unknown]
     before = _single(base.sizes, unknown)
@@ -296,7 +298,7 @@ def _solve_one(
         for dim, here in enumerate(shape):
             rise = _dim(moved, name, dim, here)
             if rise and not any(_dim(t, name, dim, here) for t in others):
-                # The line through two trials. A dim off the line (a checkpoint of another
+                # Solve on the line through two trials. A dim off the line (a checkpoint of another
                 # configuration) gives no whole number.
                 exact = before + (found[dim] - (here or 0)) * run / rise
                 return int(exact) if exact == int(exact) else None
@@ -310,7 +312,7 @@ def _single(sizes: Mapping[str, Any], unknown: tuple[str, int] | None) -> int:
 
 
 def _dim(trial: Trial, name: Name, dim: int, before: int | None) -> int:
-    """How far a dim moved between the base trial and ``trial``."""
+    """How much a dim changed between the base trial and ``trial``."""
     shape = trial.shapes.get(name)
     if shape is None or len(shape) <= dim:
         return 0

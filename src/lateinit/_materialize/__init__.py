@@ -3,8 +3,8 @@
 The room gives ``materialize``, ``plan`` and ``is_deferred`` to users, and ``execute`` (the steps of
 a plan on several threads) to ``_checkpoint.save``. It may import ``_distributed`` and everything
 below that, but not ``_lazy``, its neighbour, and not ``_recording``: recording and materialising
-meet only in the program. Import ``materialize`` from its own module, whose name it has. Start with
-``materialize.py``; ``scheduler.py`` is what it drives.
+meet only in the program. Import the function ``materialize`` from the module of the same name.
+Start with ``materialize.py``; ``scheduler.py`` executes its plans.
 """
 
 from lateinit._materialize.checks import check_constants, check_holes, check_seed, check_shared

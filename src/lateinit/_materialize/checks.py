@@ -1,4 +1,4 @@
-"""The checks before tensors become real: everything that can fail before one of them changes."""
+"""The checks that run before the first tensor changes, so that a failed call changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lateinit.errors import (
 
 
 def check_script_constants(modules: Iterable[nn.Module]) -> None:
-    """Raise ``MaterializeError`` if a TorchScript graph has a deferred tensor for a constant."""
+    """Raise ``MaterializeError`` if a TorchScript graph has a deferred tensor as a constant."""
     for module in modules:
         for constant in constants_of_script(module):
             if is_deferred_tensor(constant):
@@ -47,7 +47,7 @@ def check_seed(program: Program, seed: int | None) -> None:
     execution = execution_of(program, seed)
     for read in program.reads:
         value = execution.value(read.ref, read.before)
-        # A read without a digest recorded only that Python saw a shape; replay itself compares it.
+        # A read without a digest is a read of a shape, which replay itself compares.
         if read.digest and digest(value) != read.digest:
             reader = f"{read.name!r} realised itself with" if read.name else "the constructor read"
             raise SeedError(
@@ -69,7 +69,7 @@ def check_shards(group: Wanted) -> None:
 
 
 def check_shared(group: Wanted) -> None:
-    """Raise if a storage is real already, and was cast or moved otherwise than is asked for now."""
+    """Raise if a storage is real already with another device or dtype than requested now."""
     for shared in group.storages.values():
         real = shared.slot.real
         if real is None or shared.as_recorded:
@@ -85,11 +85,11 @@ def check_shared(group: Wanted) -> None:
 
 
 def check_constants(group: Wanted, plan_: Plan, session: Session) -> None:
-    """Raise if real data has changed that some values are computed from.
+    """Raise if real data from which values are computed has changed.
 
     Args:
         group: the selected tensors of one program.
-        plan_: what will be computed.
+        plan_: the plan that will be executed.
         session: reads the constants and compares their checksums.
     """
     program = group.program
@@ -112,8 +112,8 @@ def check_holes(group: Wanted, plan_: Plan, session: Session, filled: Collection
 
     Args:
         group: the selected tensors of one program.
-        plan_: what will be computed.
-        session: what it will be computed in.
+        plan_: the plan that will be executed.
+        session: the session that will execute it.
         filled: the numbers of holes that will be filled before.
     """
     program = group.program

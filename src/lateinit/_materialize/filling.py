@@ -1,8 +1,8 @@
 """``Filling``: give the deferred tensors of a target their values, on this rank.
 
-The order is fixed: collect the wanted tensors by program, check everything that can fail before a
-tensor changes, then execute the plan and place each storage as soon as it has its values. Come here
-for the order of two checks; the checks themselves are in ``checks.py``.
+The order is fixed: collect the selected tensors by program, check everything that can fail before a
+tensor changes, then execute the plan and put each storage into its tensors as soon as it has its
+values. The order of the checks is here; the checks themselves are in ``checks.py``.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Filling:
 
     Args:
         target: a module, a tensor, or a container of them.
-        only: which tensors; by default all deferred ones.
-        casts: the device and dtype that each of them gets.
+        only: selects tensors; by default all deferred ones.
+        casts: the device and dtype of each tensor.
         seed: replaces the recorded random state; None keeps it.
         rules: the initialisers that act on finished values.
-        offload: takes what goes to disk.
+        offload: takes the tensors that go to disk.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Filling:
         self._offload = offload
         scripts = list(modules_in(target))
         check_script_constants(scripts)
-        # Held from before the walk: as long as they live, the walk finds these tensor objects.
+        # Held from before the walk: TorchScript makes new tensor objects unless old ones live.
         self._held = held_by_script(scripts)
         self._wanted = wanted_in(target, only, casts)
         for group in self._wanted:
@@ -85,19 +85,19 @@ class Filling:
             group.extend(rules, seed)
 
     def left(self) -> list[Deferred]:
-        """The shards that are to be computed."""
+        """The shards still to compute."""
         shards = (shard for group in self._wanted for shard in group.shards())
         return [shard for shard in shards if shard.slot.real is None]
 
     def check(self) -> None:
-        """Check what can fail before a tensor changes. ``run`` does so too."""
+        """Run all checks that precede the first change. ``run`` repeats them."""
         with one_thread:
             self._planned()
 
     def run(self, *, threads: int | None = None, progress: bool = False) -> None:
         """Give the tensors their values."""
         start = time.perf_counter()
-        # Other ranks are not waited for while this is held.
+        # While this lock is held there is no communication with other ranks.
         with one_thread:
             programs = self._programs()
             planned = self._planned()
@@ -179,8 +179,8 @@ def _run(
     """Run the plan of one program, and realise each storage as soon as it has its values."""
     left = dict.fromkeys(number for step in plan_.steps for number in step.gives)
     with without_modes():
-        # The other storages became real in an earlier call. The tensors left on them only share the
-        # memory.
+        # The other storages became real in an earlier call. Deferred tensors on them only need to
+        # share that memory.
         for number in group.storages.keys() - left.keys():
             group.storages[number].share()
     running: Step | None = None
@@ -198,8 +198,8 @@ def _run(
                     del left[number]
                 running = None
     except Exception as error:
-        # No step is running if `execute` failed while it started a later one, for example in
-        # allocating memory: then everything that is left is named.
+        # No step is running if `execute` failed while it started a later one, for example when
+        # allocating memory: then the message names all remaining tensors.
         names = group.names(left if running is None else running.gives)
         if is_out_of_memory(error):
             raise OutOfMemoryError(

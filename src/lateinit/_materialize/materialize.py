@@ -1,6 +1,6 @@
 """``materialize``, ``plan`` and ``is_deferred``: the public functions on deferred tensors.
 
-Arguments are checked here, and ranks asked. What is done is in ``filling.py``.
+This module checks arguments and compares ranks; ``filling.py`` does the work.
 """
 
 from __future__ import annotations
@@ -65,46 +65,46 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
     tensors plus a bounded working set. Calls from several threads run one after another.
 
     If a model was sharded while it was deferred (``fully_shard``, ``parallelize_module``,
-    ``distribute_tensor``), each rank computes its own shards. The ranks exchange nothing but
-    digests.
+    ``distribute_tensor``), each rank computes its own shards. The ranks exchange only digests.
 
     Args:
         target: a module, a tensor, or a list, tuple, set or dict of them.
-        only: which tensors: a glob on their fully qualified names (``"*.bias"``), several globs, or
-            a predicate ``(fqn, tensor) -> bool``. A tensor with several names is selected if any of
-            them matches. By default all deferred tensors.
-        device: where the tensors will be. By default the device that each tensor was recorded for;
-            for a shard, the device type of its mesh (pass ``device="cpu"`` for FSDP2's CPU
-            offloading). Values are computed on the recorded device and then copied. Or a map of
-            names, as those of accelerate: ``{"encoder": "cuda:0", "*": "cpu"}``. A pattern is a
-            glob, or the name of a tensor, or of a module and all below it; the most specific one
-            wins. A map has to say something of every parameter and buffer. ``"auto"`` is the map
-            that accelerate makes. ``"disk"``, for everything or in a map, writes parameters to
+        only: the tensors to materialise: a glob on their fully qualified names (``"*.bias"``),
+            several globs, or a predicate ``(fqn, tensor) -> bool``. A tensor with several names is
+            selected if any of them matches. By default all deferred tensors.
+        device: the device of the materialised tensors. By default the device that each tensor was
+            recorded for; for a shard, the device type of its mesh (pass ``device="cpu"`` for
+            FSDP2's CPU offloading). Values are computed on the recorded device and then copied. Or
+            a map from names, as in accelerate: ``{"encoder": "cuda:0", "*": "cpu"}``. A pattern is
+            a glob, or the name of a tensor, or of a module and everything below it; the most
+            specific pattern wins. A map must match every parameter and buffer. ``"auto"`` is the
+            map that accelerate infers. ``"disk"``, for everything or in a map, writes parameters to
             ``offload_folder`` one at a time and leaves them on ``meta``, with accelerate's hooks,
             which load them in each forward.
         dtype: cast floating-point parameters and buffers of the state dict to this dtype. By
-            default each tensor keeps the dtype it has now, as do other buffers, plain attributes,
-            and what ``transformers`` or ``diffusers`` keep in float32. Or a map of names:
-            ``{"*norm*": torch.float32, "*": torch.bfloat16}``. A pattern that matches only what one
-            dtype would leave alone casts that.
+            default each tensor keeps the dtype it has now. Other buffers, plain attributes, and
+            tensors that ``transformers`` or ``diffusers`` keep in float32 keep theirs in any case.
+            Or a map from names: ``{"*norm*": torch.float32, "*": torch.bfloat16}``. A pattern that
+            matches only tensors which a single dtype would not cast does cast them.
         init: initialisers that act on the finished values, by name, as ``nn.init.f_(p)`` after
             construction would: ``{"*.o_proj.weight": lateinit.init.normal(std=0.01), "lm_head":
             "zeros"}``. A value is one of ``lateinit.init``, its name, a function of ``nn.init``, or
-            any function that initialises a tensor in place. A pattern is for the parameters among
-            what it matches; if there are none, for all of it. Each draws from a generator of its
-            own, which starts from the recorded random state and the name. No other value changes,
-            and what was computed from the old value keeps it.
-        offload_folder: where ``device="disk"`` writes.
+            any function that initialises a tensor in place. A pattern acts on the parameters that
+            it matches, or, if it matches none, on all its tensors. Each initialiser draws from a
+            generator of its own, which starts from the recorded random state and the name. No other
+            value changes, and values computed from the old value stay.
+        offload_folder: the folder to which ``device="disk"`` writes.
         seed: as if ``torch.manual_seed(seed)`` had preceded the construction. By default the random
             state that really preceded it.
         threads: how many threads fill large tensors, by default ``torch.get_num_threads()``. The
             bits do not depend on it.
         progress: show a progress bar on stderr.
-        check: before shards are filled, ask the other ranks of the mesh whether they recorded the
-            same construction from the same random state and compute with the same kernels, and
-            afterwards whether all of them have finished. Each takes one all-gather of a few bytes
-            along each mesh axis, so every rank must make this call, whatever it has left to do.
-            With False no rank is asked. A target without shards asks nobody.
+        check: before shards are filled, compare with the other ranks of the mesh whether all
+            recorded the same construction from the same random state and compute with the same
+            kernels, and afterwards whether all of them have finished. Each comparison takes one
+            all-gather of a few bytes along each mesh axis, so every rank must make this call, even
+            if it has nothing left to compute. With False, or for a target without shards, there is
+            no communication.
 
     Returns:
         ``target`` itself.
@@ -112,22 +112,22 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
     Raises:
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
         UninitializedError: a selected tensor is lazy: its shape is not known yet.
-        PatternError: a pattern matches no tensor, or two that are equally specific, or that match
-            two names of one tensor, say different things.
+        PatternError: a pattern matches no tensor, or two patterns that are equally specific, or
+            that match two names of one tensor, have different values.
         DeviceError: this machine does not have the device.
         InitError: a value of ``init`` is no initialiser, or does not fit its tensor.
         RecordingError: a selected tensor is drawn after a lazy module whose shape is not known yet.
         SeedError: the construction branched on a random value, and ``seed`` gives another one.
         ConstantChangedError: real data that the construction read has changed since.
-        DeferredTensorError: tensors that share a storage cannot all have the dtype or device asked
-            for, or a selected shard has a gradient.
-        ShardingError: the ranks disagree on what they recorded or how they compute it, one of them
-            failed or did not answer within the timeout of the process group, or a placement has no
-            part of a tensor that could be computed alone.
+        DeferredTensorError: tensors that share a storage cannot all have the requested dtype or
+            device, or a selected shard has a gradient.
+        ShardingError: the ranks differ in what they recorded or how they compute it, or a rank
+            failed or did not answer within the timeout of the process group, or a shard cannot be
+            computed on its own.
         MaterializeError: a recorded op failed when it was replayed.
         OutOfMemoryError: memory ran out. Tensors that were materialised before stay so, and another
             call continues.
-        TypeError: ``target`` is none of the above, or ``dtype`` is no ``torch.dtype``.
+        TypeError: ``target`` is of another type, or ``dtype`` is no ``torch.dtype``.
         ValueError: ``threads`` is less than 1, ``dtype`` is no floating-point dtype, or ``device``
             is ``meta``.
 
@@ -177,13 +177,13 @@ def plan(
     init: Init | None = None,
     seed: int | None = None,
 ) -> Plan:
-    """The plan that ``materialize`` with these arguments makes and runs; this only makes it.
+    """Make the plan that ``materialize`` with these arguments would execute, without executing it.
 
     Nothing is allocated, drawn or changed.
 
     Args:
         target: a module, a tensor, or a container of them, as for ``materialize``.
-        only: which tensors, as for ``materialize``.
+        only: selects tensors, as for ``materialize``.
         device: as for ``materialize``.
         dtype: as for ``materialize``.
         init: as for ``materialize``.
@@ -192,7 +192,7 @@ def plan(
     Returns:
         A ``Plan``; ``print`` it to see every op, with its place in the random stream, and which
         tensors a rank computes whole to keep a shard of them. If ``device``, ``dtype`` or ``init``
-        is given, it says of each tensor what it gets, and what is left alone, and why.
+        is given, it lists for each tensor what it gets, or the reason why it is left alone.
 
     Raises:
         ValueError: the tensors were recorded in several separate blocks, so that they have no
@@ -224,7 +224,7 @@ def plan(
 
 
 def _notes(found: list[Found], casts: Casts, rules: Rules) -> Iterator[str]:
-    """What each deferred tensor gets, and what is left alone, and why."""
+    """For each deferred tensor, its device, dtype and rule, or why it is left alone."""
     for each in found:
         rule = rules.of(each.tensor)
         if not each.deferred:

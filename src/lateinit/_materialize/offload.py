@@ -24,8 +24,8 @@ class Offload:
     Args:
         module: the module.
         found: all of its tensors.
-        casts: what each of them gets.
-        folder: where they are written.
+        casts: the device and dtype of each tensor.
+        folder: the folder to write to.
 
     Raises:
         DeviceError: accelerate cannot do it, or there is no folder.
@@ -60,7 +60,7 @@ class Offload:
                 )
 
     def take(self, tensors: Iterable[Tensor]) -> None:
-        """Write those of some real tensors that go to disk, and leave them on ``meta``."""
+        """Write the real tensors that go to disk, and leave them on ``meta``."""
         for tensor in tensors:
             names = self._names.get(tensor)
             if names is not None and not tensor.is_meta:
@@ -68,7 +68,7 @@ class Offload:
                 swap(tensor, torch.empty_like(tensor, device="meta"))
 
     def finish(self) -> None:
-        """Write what was real before too, and attach accelerate's hooks."""
+        """Write the tensors that were real before too, and attach accelerate's hooks."""
         self.take(list(self._names))
         self._disk.attach(self._modules, self._device)
 
@@ -80,7 +80,7 @@ def offload_of(
     folder: str | os.PathLike[str] | None,
     only: Only | None,
 ) -> Offload | None:
-    """The checked offloading that ``device=`` asks for; None if it does not say ``"disk"``."""
+    """The checked offloading if ``device=`` contains ``"disk"``, else None."""
     if not casts.on_disk:
         return None
     if not isinstance(target, nn.Module) or only is not None:

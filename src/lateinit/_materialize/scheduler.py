@@ -4,7 +4,7 @@ A *fill* is the beginning of a step that computes one storage element by element
 pieces of it can be computed alone (``_replay.chunks``). A *run* is a sequence of pieces, of one
 fill or of neighbouring ones, that one thread computes with one generator. Moving a generator to a
 distant position (a *jump*) costs as much as half a million draws, which is why pieces are joined to
-runs. Come here for how work is divided; ``materialize.py`` decides what work there is.
+runs. This module divides the work; ``filling.py`` decides which steps to run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from lateinit._rng import UNIT, Late, mt19937
 from lateinit._torch import TRUNCATED, allocate, without_modes
 from lateinit._workers import Workers
 
-# Runs submitted for each thread beyond the oldest step that is not placed yet. Bounds the storages
-# that are allocated and not yet handed to their tensors.
+# Runs submitted for each thread beyond the oldest unfinished step. Bounds the storages that are
+# allocated and not yet in their tensors.
 _AHEAD = 3
-# Elements of the shortest run that is cut off for a thread. Its jump, as long as about 5e5 draws
-# (see `PIECE`), then costs at most a quarter of what its draws cost.
+# The least elements of a run that is cut off for a thread. Its jump takes as long as about 5e5
+# draws (see `PIECE`), which is then at most a quarter of the time of its draws.
 _LEAST = 1 << 21
-# Steps after a large fill in which a small fill may still join its run. The run is not begun before
-# they are known, so this bounds how long it waits.
+# The most steps after a large fill in which a small fill may still join its run. The run does not
+# begin before they are known, so this bounds how long it waits.
 _MOST_JOINED = 16
 
 Results = Callable[[], dict[int, Computed]]
@@ -52,17 +52,17 @@ Results = Callable[[], dict[int, Computed]]
 def execute(
     session: Session, steps: Iterable[Step], threads: int | None = None
 ) -> Iterator[tuple[Step, Results]]:
-    """Run steps; yield each with a function that returns what it computed, or raises.
+    """Run steps; yield each with a function that returns its results, or raises.
 
-    A step that begins by filling a large storage is given to threads in pieces, and so is a small
-    fill that draws right after it. All other steps run in the calling thread, when their function
-    is called, as eager construction runs them.
+    The large fill at the beginning of a step is given to threads in pieces, and so is a small fill
+    that draws right after it. All other steps run in the calling thread, when their function is
+    called, as eager construction runs them.
 
     If a storage is needed only to produce shards, only the sharded ranges are computed. If that is
     impossible, the full storage is computed, at most one at a time.
 
     Args:
-        session: runs the steps of the program, under the seed asked for.
+        session: runs the steps of the program, under its seed.
         steps: steps of a plan, in program order.
         threads: how many threads fill large storages, by default ``torch.get_num_threads()``.
     """
@@ -70,19 +70,19 @@ def execute(
     found = _fills(session.program, steps)
     left = sum(fill.ref.numel for _, fill in found if fill is not None and not is_small(fill))
     waiting: deque[_Started] = deque()
-    crew: _Crew | None = None  # made where something is large
+    crew: _Crew | None = None  # made for the first large fill
     try:
         for number, (step, fill) in enumerate(found):
             if fill is None:
                 yield step, partial(session.run, step)
                 continue
             crew = crew or _Crew(session, count)
-            # Long runs need few jumps; short ones at the end keep all threads busy. A single thread
-            # has nobody to share the end with.
+            # Long runs need few jumps; short runs at the end keep all threads busy. With a single
+            # thread they have no use.
             length = max(_LEAST, min(PIECE, left // (2 * count))) if count > 1 else PIECE
             left -= 0 if is_small(fill) else fill.ref.numel
-            # Nobody asked for the filled storage itself: other storages of this step are computed
-            # from it.
+            # The filled storage is no target itself: other storages of this step are computed from
+            # it.
             passing = fill.ref.storage not in step.gives
             shards = shards_of(session.program, step, fill) if passing else None
             try:
@@ -91,13 +91,13 @@ def execute(
                 else:
                     waiting.append(crew.start_shards(step, shards))
             except Exception:
-                # Memory may have run out for this step. The steps before it have their memory
-                # already: they are still yielded, so that their tensors become real.
+                # Memory may have run out for this step. The steps before it already have theirs, so
+                # they are still yielded, and their tensors become real.
                 while waiting:
                     yield crew.collect(waiting.popleft())
                 raise
             # A full storage that is needed only for its shards is finished before the next step
-            # begins, so that no two of them are in memory.
+            # begins, so that never two such storages are in memory.
             most = 0 if passing and shards is None else _AHEAD * count
             while waiting and (most == 0 or crew.runs - waiting[0].run > most):
                 yield crew.collect(waiting.popleft())
@@ -105,7 +105,7 @@ def execute(
             yield crew.collect(waiting.popleft())
     finally:
         if crew is not None:
-            # Also when the consumer stops early or is interrupted: no thread writes on after this.
+            # Also if the consumer stops early or is interrupted: no thread may write after this.
             try:
                 crew.pool.shutdown()
             finally:
@@ -113,9 +113,10 @@ def execute(
 
 
 def computed_whole(plan: Plan) -> dict[Step, int]:
-    """The steps that ``execute`` has compute full tensors for their shards, and the bytes of those.
+    """The steps in which ``execute`` computes full tensors to keep shards, with the full bytes.
 
-    They are small, or filled by ops that do not work in flat order, such as ``orthogonal_``.
+    These tensors are small, or filled by ops that do not fill in flat order, such as
+    ``orthogonal_``.
     """
     program, found = plan.program, {}
     for step, fill in _fills(program, plan.steps):
@@ -130,7 +131,7 @@ def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedF
     """Pair each step with the fill that threads will compute, or with None.
 
     A small fill is included if it draws right after a large one, as a bias does after a weight: the
-    thread's generator is at that position already, and any other would have to jump there.
+    thread's generator is at that position already, and another generator would have to jump there.
     """
     found: list[tuple[Step, ChunkedFill | None]] = []
     following, joined = None, 0
@@ -151,7 +152,7 @@ def _fills(program: Program, steps: Iterable[Step]) -> list[tuple[Step, ChunkedF
 def _counted(step: Step, fill: ChunkedFill) -> bool:
     """Whether the position after a fill follows from its number of elements alone.
 
-    It does not if only shards of it are computed, nor for a ``trunc_normal_`` that redraws.
+    It does not if only shards of the fill are computed, nor for a ``trunc_normal_`` that redraws.
     """
     return fill.ref.storage in step.gives and fill.ops[0].name != TRUNCATED
 
@@ -164,7 +165,7 @@ def _followed(found: list[tuple[Step, ChunkedFill | None]], number: int) -> bool
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A step that threads work on.
+    """A step on which threads work.
 
     Attributes:
         step: the step.
@@ -187,10 +188,10 @@ class _Job:
 
     Attributes:
         fill: the ops that compute it.
-        storage: the storage that it is a part of.
-        piece: the first element, and the one after the last.
+        storage: the storage to fill.
+        piece: the first element of the piece, and the element after the last.
         after: the words between the first draw of the run and the first draw of this piece.
-        late: what is known of the late rounds of a ``trunc_normal_``.
+        late: the late rounds of a ``trunc_normal_``, if known.
         done: set when the piece is filled or has failed.
     """
 
@@ -204,15 +205,15 @@ class _Job:
 
 @dataclass(slots=True)
 class _Run:
-    """Jobs that one thread does in turn, moving one generator forward from each to the next."""
+    """Jobs that one thread does in turn, with one generator that moves forward between them."""
 
     jobs: list[_Job] = field(default_factory=list)
     numel: int = 0
-    origin: tuple[Draw, int] | None = None  # the draw it begins in, and the words before it there
+    origin: tuple[Draw, int] | None = None  # the draw in which it begins, and the words before it
 
 
 class _Crew:
-    """The threads, and the run that is being put together for the next free one."""
+    """The threads, and the run that is collected for the next free thread."""
 
     def __init__(self, session: Session, threads: int) -> None:
         self.pool = Workers(threads)
@@ -241,7 +242,7 @@ class _Crew:
         return _Started(step, {number: storage}, rest, done, last)
 
     def start_shards(self, step: Step, shards: list[Shard]) -> _Started:
-        """Allocate the shards that a step gives, and have the threads fill them."""
+        """Allocate the shards that a step computes, and have the threads fill them."""
         begun: Storages = {}
         done: list[Future[None]] = []
         for shard in shards:
@@ -258,9 +259,9 @@ class _Crew:
         return _Started(step, begun, None, done, self.runs - 1)
 
     def collect(self, started: _Started) -> tuple[Step, Results]:
-        """Give a started step, with a function that waits for it and completes it."""
+        """Return a started step, with a function that waits for it and completes it."""
         if started.run == self.runs:
-            # The last piece is in the run that is still open: nobody would ever compute it.
+            # The last piece is in the run that is still open, which no thread would ever get.
             self.flush()
 
         def results() -> dict[int, Computed]:
@@ -287,7 +288,7 @@ class _Crew:
     def _add(
         self, fill: ChunkedFill, storage: torch.UntypedStorage, piece: tuple[int, int]
     ) -> Future[None]:
-        """Add a piece to the open run, or to a new run if its distance from there is not known."""
+        """Add a piece to the open run, or to a new run if the distance between is not known."""
         draw, into = fill.draw, words_of(fill, piece[0])
         after = 0
         if draw is not None:
@@ -334,7 +335,7 @@ class _Crew:
 
 
 def _work(jobs: list[_Job], state: bytes | None) -> None:
-    """Do the jobs of a run; an error is raised to whoever waits for a job that is not done."""
+    """Do the jobs of a run; an error is passed to the futures of all jobs that are not done."""
     try:
         generator = None if state is None else mt19937.generator_at(state)
         at = 0
@@ -350,7 +351,7 @@ def _work(jobs: list[_Job], state: bytes | None) -> None:
 
 
 def _fail(jobs: list[_Job], error: BaseException) -> None:
-    """Give ``error`` to all waiting for a job that is not done, so that nobody waits forever."""
+    """Set ``error`` on the futures of all jobs that are not done, so that no wait is endless."""
     for job in jobs:
         if not job.done.done():
             job.done.set_exception(error)

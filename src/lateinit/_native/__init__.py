@@ -2,10 +2,10 @@
 
 Gives the rooms above ``fill`` (``uniform_`` and ``normal_`` on a flat tensor), ``fill_rows`` and
 ``normal_at`` (parts of it), ``jump`` (a generator's state after some words), ``verdicts`` (which
-kernels are used, and why) and ``digest_of_draws`` (a sample of what torch draws). None is trusted:
-each is compared with torch's before its first use (``trial``), and each function says whether it
-did what was asked, so that the caller can ask torch instead. The extension is optional. May import
-the leaf modules only. Start with ``kernels``; docs/kernels.md explains the C code.
+kernels are used, and why) and ``digest_of_draws`` (a sample of torch's own draws). Each kernel is
+compared with torch's before its first use (``trial``). Each function returns whether it did the
+work, so that the caller can use torch's kernel instead. The extension is optional. May import the
+leaf modules only. Start with ``kernels``; docs/kernels.md explains the C code.
 """
 
 from lateinit._native.calls import APART, DTYPES, NORMAL, UNIFORM

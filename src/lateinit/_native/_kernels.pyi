@@ -1,4 +1,4 @@
-# The C functions (kernels.c). Addresses are those of memory that the caller holds.
+# The C functions (kernels.c). The caller must keep the memory at each address alive.
 
 HAS_AVX2: int
 

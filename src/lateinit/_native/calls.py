@@ -1,4 +1,4 @@
-"""The C functions, for tensors. They do not ask whether torch would agree."""
+"""The C functions, for tensors. They do not check that their bits are those of torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ else:
 NORMAL, UNIFORM = "aten::normal_", "aten::uniform_"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as kernels.c numbers them
 APART = 32
-"""Elements between two rows from which on they never share a group of 16."""
-_BLOCK = 624  # words that a generator makes at once
+"""The least distance of two rows, in elements, at which they share no group of 16."""
+_BLOCK = 624  # words that a generator makes at once (at::mt19937: MERSENNE_STATE_N)
 _NEXT = slice(16, 24)  # the bytes of a state that count the words drawn of its block
 
 

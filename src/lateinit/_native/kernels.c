@@ -2,18 +2,18 @@
  *
  * torch draws from the Mersenne Twister MT19937 one word at a time, in scalar code. Here whole
  * blocks of the generator are made, tempered and transformed by loops that a compiler vectorises.
- * Nothing here is trusted: lateinit/_native/trial.py compares each kernel with torch's before its
- * first use. docs/kernels.md explains the algorithms.
+ * lateinit/_native/trial.py compares each kernel with torch's before its first use.
+ * docs/kernels.md explains the algorithms.
  *
  * Sources:
  *   M. Matsumoto and T. Nishimura, "Mersenne Twister: A 623-Dimensionally Equidistributed Uniform
  *     Pseudo-Random Number Generator", ACM TOMACS 8(1), 1998: the generator.
  *   H. Haramoto et al., "Efficient Jump Ahead for F2-Linear Random Number Generators", INFORMS
  *     JoC 20(3), 2008: jumps.
- *   S. Moshier, cephes (logf.c, sinf.c), as aten/src/ATen/native/cpu/avx_mathfun.h has them.
+ *   S. Moshier, cephes (logf.c, sinf.c), in the form of aten/src/ATen/native/cpu/avx_mathfun.h.
  *   aten/src/ATen/native/cpu/DistributionTemplates.h: normal_fill and uniform_kernel.
  *
- * Compile with -ffp-contract=off: each fused multiply-add is written out, and there are no others.
+ * Compile with -ffp-contract=off: all fused multiply-adds are explicit.
  */
 #define PY_SSIZE_T_CLEAN
 #ifndef Py_LIMITED_API
@@ -64,7 +64,7 @@ typedef struct {
 /* torch's bytes of a generator (aten/src/ATen/CPUGeneratorImpl.cpp: CPUGeneratorImplStateLegacy). */
 enum { LEFT_AT = 8, NEXT_AT = 16, WORDS_AT = 24, STATE_SIZE = 5056 };
 
-/* False for bytes that are no state. Seeding sets left to 1 and next to 0. */
+/* False if the bytes are no state. Seeding sets left to 1 and next to 0. */
 static bool load(Twister *twister, const uint8_t *state)
 {
     int32_t left;
@@ -142,7 +142,7 @@ KERNEL void draw(Twister *twister, uint32_t *out, size_t count)
 
 /* ---- Numbers ---------------------------------------------------------------------------------- */
 
-/* `fused`: as torch's AVX2 kernels compute, with FMA. Otherwise as its DEFAULT kernels do, which
+/* `fused`: compute like torch's AVX2 kernels, with FMA. Otherwise like its DEFAULT kernels, which
  * are scalar and call the C library. */
 
 /* 24 bits of a word, and 53 of two, in [0, 1). */
@@ -178,7 +178,8 @@ KERNEL float log_cephes(float x)
     y = fmaf(y, x, -2.4999993993e-1f);
     y = fmaf(y, x, 3.3333331174e-1f);
     y = y * x;
-    /* avx_mathfun.h multiplies by z and adds; its compiler fuses these two so (found by trial). */
+    /* avx_mathfun.h multiplies by z and adds; its compiler fuses the two like this (found by
+     * trial). */
     y = fmaf(y, z, e * -2.12194440e-4f);
     y = fmaf(-z, 0.5f, y);
     x = x + y;
@@ -207,7 +208,7 @@ KERNEL void sincos_cephes(float x, float *sine, float *cosine)
     s = fmaf(s, x, x);
     uint32_t sine_sign = (uint32_t)(octant & 4) << 29;
     uint32_t cosine_sign = (uint32_t)(~(octant - 2) & 4) << 29;
-    bool as_named = (octant & 2) == 0; /* otherwise sine and cosine change places */
+    bool as_named = (octant & 2) == 0; /* otherwise sine and cosine are exchanged */
     *sine = as_float(bits_of(as_named ? s : c) ^ sine_sign);
     *cosine = as_float(bits_of(as_named ? c : s) ^ cosine_sign);
 }
@@ -237,8 +238,9 @@ KERNEL uint16_t to_bfloat16(float value)
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-/* The hardware's conversion to float16 by float arithmetic: scaling overflows what is too large,
- * and adding a power of two rounds at the last bit kept. M. Dukhan's FP16, as c10/util/Half.h. */
+/* The hardware's conversion to float16 by float arithmetic: scaling makes too large values
+ * infinite, and adding a power of two rounds at the last bit kept. From M. Dukhan's FP16, as is
+ * c10/util/Half.h. */
 KERNEL uint16_t to_float16(float value)
 {
     uint32_t bits = bits_of(value), sign = bits & 0x80000000u, twice = bits + bits;
@@ -274,7 +276,7 @@ KERNEL char *element(void *target, size_t at, int dtype)
     return (char *)target + at * (dtype == FLOAT32 ? 4 : dtype == FLOAT64 ? 8 : 2);
 }
 
-/* As uniform_kernel: what the cast rounds up to `high` becomes `low`. */
+/* Like uniform_kernel: a value that the cast rounds up to `high` becomes `low`. */
 KERNEL void uniform_32(Twister *twister, void *target, size_t count, int dtype, float low,
                        float high, bool fused)
 {
@@ -334,8 +336,8 @@ KERNEL void groups(Twister *twister, void *target, size_t count, int dtype, floa
     }
 }
 
-/* As normal_fill: for a remainder on groups of 16, the last 16 elements are drawn anew. In float32
- * the remainder itself is drawn before, and not used. */
+/* Like normal_fill: if there is a remainder after the groups of 16, the last 16 elements are drawn
+ * again. In float32 the remainder itself is drawn first, and not used. */
 KERNEL void last_group(Twister *twister, void *last_16, size_t count, int dtype, float mean,
                       float std, bool fused)
 {
@@ -346,7 +348,7 @@ KERNEL void last_group(Twister *twister, void *last_16, size_t count, int dtype,
     groups(twister, last_16, 16, dtype, mean, std, fused);
 }
 
-/* 16 elements or more: torch draws fewer one by one, by another method. */
+/* For 16 elements or more: torch draws fewer one by one, with another method. */
 KERNEL void normal(Twister *twister, void *target, size_t count, int dtype, float mean, float std,
                    bool fused)
 {
@@ -354,8 +356,8 @@ KERNEL void normal(Twister *twister, void *target, size_t count, int dtype, floa
     last_group(twister, element(target, count - 16, dtype), count, dtype, mean, std, fused);
 }
 
-/* Those elements of a `normal` of `count` elements that are at `places` (ascending), one after the
- * other. Only the groups of 16 that hold them are computed; all other words are passed over. */
+/* The elements at `places` (ascending) of a `normal` of `count` elements, one after the other. Only
+ * the groups of 16 that contain them are computed; all other words are skipped. */
 KERNEL void normal_at(Twister *twister, const int64_t *places, size_t chosen, void *values,
                       size_t count, int dtype, float mean, float std, bool fused)
 {
@@ -378,8 +380,8 @@ KERNEL void normal_at(Twister *twister, const int64_t *places, size_t chosen, vo
 
 /* ---- Jumps ------------------------------------------------------------------------------------ */
 
-/* Over GF(2) the words that follow n words later are a sum of words that follow now; which, the
- * coefficients of x^n modulo the characteristic polynomial of the recurrence say. */
+/* Over GF(2) the words that follow n words later are a sum of words that follow now. The
+ * coefficients of x^n modulo the characteristic polynomial of the recurrence select these words. */
 
 enum { LIMBS = DEGREE / 64 + 1 }; /* of a polynomial: bit i % 64 of limb i / 64 belongs to x^i */
 enum { TERMS = 134 };             /* of the characteristic polynomial below x^DEGREE */
@@ -494,9 +496,9 @@ KERNEL void sort_groups(Workspace *space, const uint64_t *coefficients)
     }
 }
 
-/* Move on to the next block, and from there by the words whose power of x is given, to a block of
- * which `used` words are drawn. All runs of words with one pattern are added up unshifted; then the
- * sums are shifted as the pattern says. */
+/* Move to the next block, and from there by the number of words whose power of x is given, to a
+ * block of which `used` words are drawn. All runs of words with one pattern are added unshifted;
+ * then the sums are shifted by the bits of the pattern. */
 KERNEL void leap(Twister *twister, const uint64_t *coefficients, Workspace *space, int used)
 {
     twister->used = used;
@@ -562,7 +564,7 @@ KERNEL void fill(Twister *twister, const Task *task, void *target, size_t count,
  * share a group. */
 KERNEL void rows(Twister *twister, const Task *task, int dtype, bool fused)
 {
-    double drawn[PART]; /* of any dtype */
+    double drawn[PART]; /* for values of any dtype */
     char *out = AT(task->target);
     size_t done = 0, words = dtype == FLOAT64 ? 2 : 1;
     for (size_t row = 0; row < task->count; row++) {
@@ -632,7 +634,7 @@ static bool cpu_has_avx2(void)
 
 /* ---- Python ----------------------------------------------------------------------------------- */
 
-/* Addresses are integers: lateinit/_native checks that the memory is there. A state is torch's own
+/* Addresses are integers: lateinit/_native checks that the memory is valid. A state is torch's own
  * bytes, and is changed in place. Every call releases the GIL. */
 
 static PyObject *perform(Task *task)

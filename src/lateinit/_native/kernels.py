@@ -1,7 +1,7 @@
-"""Call the C kernels, those that agree with torch's.
+"""Call those C kernels that give the bits of torch's.
 
-The functions take and move torch's own generators. They return whether they did what was asked; if
-not, nothing was changed and torch's kernel is to be called.
+The functions take and move torch's own generators. They return whether they did the work; if not,
+nothing has changed, and the caller uses torch's kernel.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from lateinit._native import calls, trial
 from lateinit._native.calls import DTYPES, NORMAL, UNIFORM
 
 WORTH = 1 << 12
-"""Elements from which on a native fill is faster.
+"""The least number of elements for which a native fill is faster.
 
-Taking a generator's state and putting it back costs 3 us, what torch takes for 1,000 elements.
+Reading a generator's state and setting it again takes 3 us; torch draws 1,000 elements in that
+time.
 """
-# torch has no vectorised kernel for it: log, sin and cos of the C library are nearly all of its
-# time. Measured: 17 ns an element by torch, 23 in C.
+# Neither torch nor the C code has a vectorised kernel for it: log, sin and cos of the C library
+# take nearly all of the time. Measured: 17 ns an element by torch, 23 in C.
 _NOT_FASTER = {(NORMAL, torch.float64)}
 
-# Words from which on leaping is faster than making every block. Measured: 0.1 ns a word, 0.11 ms a
-# leap, and 0.02 ms for each doubling of the distance if its polynomial is not cached.
+# The least number of words for which a leap is faster than making every block. Measured: 0.1 ns a
+# word, 0.11 ms a leap, and 0.02 ms for each doubling of the distance if its polynomial is not
+# cached.
 _LEAP_FROM = 2_000_000
 
 
@@ -35,9 +37,9 @@ class Verdict(NamedTuple):
     """Whether a kernel is used, and why.
 
     Attributes:
-        used: whether it is.
-        why: as ``lateinit info`` says it.
-        fused: whether it computes as torch's AVX2 kernels do, by fused multiply-adds.
+        used: whether the kernel is used.
+        why: the reason, as ``lateinit info`` prints it.
+        fused: whether the kernel uses fused multiply-adds, as torch's AVX2 kernels do.
     """
 
     used: bool
@@ -62,11 +64,11 @@ def fill(op: str, target: Tensor, first: float, second: float, generator: torch.
         target: contiguous, on the CPU.
         first: the lower bound, or the mean.
         second: the upper bound, or the standard deviation.
-        generator: is moved as torch would move it.
+        generator: the generator to draw from; it is moved as torch would move it.
 
     Returns:
-        False, with nothing changed, if torch has to do it: there is no native kernel that agrees
-        with torch's, or torch might refuse these numbers, or draw so few elements another way.
+        False, with nothing changed, if torch's kernel must be used: no native kernel gives the same
+        bits, or torch might refuse these numbers or draw so few elements in another way.
 
     Example:
         >>> eager, ours = torch.empty(2, 10_000)
@@ -96,14 +98,16 @@ def fill_rows(
 
     Args:
         op: as for ``fill``.
-        rows: of the shape (rows, elements to keep of each), contiguous, on the CPU.
+        rows: receives the elements; of the shape (rows, elements to keep of each), contiguous, on
+            the CPU.
         begin: the element of the fill with which the first row begins, less than 16.
-        stride: the elements from one row to the next, ``APART`` more than are kept.
-        numbers: the first and the second number of ``fill``.
-        generator: is before the fill; moved past the last group of 16 that holds elements of a row.
+        stride: the elements from one row to the next, at least ``APART`` more than are kept.
+        numbers: the ``first`` and ``second`` of ``fill``.
+        generator: a generator at the start of the fill; it is moved past the last group of 16 that
+            holds elements of a row.
 
     Returns:
-        As ``fill``.
+        The same as ``fill``.
     """
     if not in_range(op, rows.dtype, *numbers) or not _verdict(op, rows.dtype).used:
         return False
@@ -116,18 +120,18 @@ def fill_rows(
 def normal_at(
     places: Tensor, values: Tensor, numel: int, mean: float, std: float, generator: torch.Generator
 ) -> None:
-    """Draw those elements of a ``normal_`` that are at some places.
+    """Draw the elements of a ``normal_`` at some places.
+
+    Requires a native ``normal_`` for the dtype, numbers that are ``in_range``, and a ``normal_`` of
+    at least 16 elements.
 
     Args:
-        places: their flat indices, ascending, in int64.
-        values: is filled with them, one after the other.
-        numel: how many elements the whole ``normal_`` fills.
+        places: the flat indices of the elements, ascending, in int64.
+        values: receives the elements, in that order.
+        numel: the number of elements that the whole ``normal_`` fills.
         mean: the mean.
         std: the standard deviation.
-        generator: is moved as the whole ``normal_`` would move it.
-
-    Only if there is a native ``normal_`` for the dtype, and it is ``in_range``; of 16 elements or
-    more.
+        generator: the generator to draw from; it is moved as the whole ``normal_`` would move it.
     """
     state, fused = generator.get_state(), _verdict(NORMAL, values.dtype).fused
     calls.normal_at(places, values, numel, mean, std, state, fused=fused)
@@ -148,7 +152,7 @@ def jump(state: bytes, words: int) -> bytes:
 
 
 def verdicts() -> dict[str, Verdict]:
-    """Each kernel's name, with whether it is used and why; compares those not used before."""
+    """The verdict on each kernel by its name; kernels that were not used yet are compared now."""
     found = {"jump": _jump_verdict()}
     for op in (UNIFORM, NORMAL):
         for dtype in DTYPES:
@@ -158,7 +162,7 @@ def verdicts() -> dict[str, Verdict]:
 
 
 def _absent() -> str | None:
-    """Why there are no kernels at all, or None."""
+    """The reason why there are no kernels at all, or None."""
     if os.environ.get("LATEINIT_NATIVE") == "0":
         return "switched off by LATEINIT_NATIVE=0"
     return "not built: there was no C compiler" if calls.library is None else None
@@ -201,7 +205,7 @@ def in_range(op: str, dtype: torch.dtype, first: float, second: float) -> bool:
     """Whether torch accepts these numbers and no result is NaN: kernels.c handles no others."""
     try:
         finite = math.isfinite(first) and math.isfinite(second)
-    except OverflowError:  # an integer that is no double
+    except OverflowError:  # an integer that is too large for a double
         return False
     if dtype not in DTYPES or not finite:
         return False

@@ -1,9 +1,9 @@
-"""Compare the C kernels with torch's: another torch, compiler or processor may compute others.
+"""Compare the C kernels with torch's: their bits depend on torch version, compiler and processor.
 
 A trial draws a few thousand elements with generators of its own, over every boundary: groups of 16
 elements, blocks of the generator (624 words), the parts that kernels.c draws at a time (4 blocks),
-and remainders. It takes about a millisecond. What torch draws in it is also the sample by which the
-ranks of a mesh tell whether their kernels give the same bits.
+and remainders. It takes about a millisecond. Torch's draws in it are also the sample by which the
+ranks of a mesh compare their kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lateinit._native import calls
 
 _PART = 4 * 624
-# numel, and words drawn before
+# The number of elements, and the number of words drawn before the fill.
 _CASES = (
     *((16, 0), (17, 1), (31, 609), (32, 608), (640, 1), (645, 623)),
     *((_PART, 0), (_PART + 16, 624), (2 * _PART + 5, 100)),
@@ -29,13 +29,13 @@ _MOMENTS = ((0.0, 1.0), (0.5, 0.0173), (-3.0, 1e-6), (2.0, 0.0), (0.0, 3e4))
 
 
 def fill_agrees(op: str, dtype: torch.dtype, *, fused: bool) -> bool:
-    """Whether a native fill has the bits of torch's, and moves generators as far."""
+    """Whether a native fill gives the bits of torch's fill, and moves generators equally far."""
     return all(_agrees(op, dtype, *case, numbers, fused=fused) for case, numbers in _pairs(op))
 
 
 @functools.cache
 def digest_of_draws(op: str, dtype: torch.dtype) -> str:
-    """A digest of what torch's kernel draws in the trial of a fill."""
+    """A digest of the values that torch's kernel draws in the trial of a fill."""
     found = hashlib.sha256()
     for (numel, before), numbers in _pairs(op):
         drawn = _drawn(op, dtype, numel, numbers, _generator(before))
@@ -55,7 +55,7 @@ def _drawn(
     numbers: tuple[float, float],
     generator: torch.Generator,
 ) -> Tensor:
-    """What torch draws."""
+    """The values that torch's kernel draws."""
     values = torch.zeros(numel, dtype=dtype, device="cpu")
     fill = values.normal_ if op == calls.NORMAL else values.uniform_
     return fill(*numbers, generator=generator)

@@ -8,16 +8,16 @@ from lateinit._program.ops import Const
 from lateinit._program.program import Constant, Program
 from lateinit._torch import checksum, copied_with_strides, is_plain, storage_key
 
-# 64 KiB: below that a copy costs next to nothing, and large data is not held twice.
+# 64 KiB: a copy of less costs next to nothing, and larger data should not be in memory twice.
 _SMALL = 1 << 16
 
 
 class RealData:
     """The real tensors that recorded ops read.
 
-    Data of up to 64 KiB is copied, as is memory that torch did not allocate (an array's owner may
-    write to it). Other data is kept by reference, with a checksum that replay compares. It is
-    copied before an op of the block writes to it. The tensor's version counter would not do: it
+    Data of up to 64 KiB is copied, and so is memory that torch did not allocate (an array's owner
+    may write to it). Other data is kept by reference, with a checksum that replay compares, and is
+    copied before an op of the block writes to it. The tensor's version counter is not enough: it
     does not count writes through ``.data`` or an array.
     """
 

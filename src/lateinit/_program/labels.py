@@ -20,8 +20,8 @@ from lateinit._program.program import Program
 from lateinit._torch import FILL, ZERO, by_name, running_initialiser
 
 EMPTY = "empty (uninitialised)"
-_MOST_PIECES = 3  # writes that are listed; more are counted
-_DEEPEST = 8  # copies of copies that are followed to their source
+_MOST_PIECES = 3  # the most writes to list; of more writes only the number is shown
+_DEEPEST = 8  # the longest chain of copies that is followed to its source
 
 # -- while recording -----------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ _DEFAULTS = _initialisers()
 def describe_initialisation(program: Program, ref: TensorRef) -> str:
     """The words for how a tensor of a program gets its values.
 
-    The live writes, if they are few and simple; otherwise the number of ops.
+    They list the live writes, if those are few and simple, or else give the number of ops.
     """
     words = _describe(program, ref, len(program.ops), _DEEPEST)
     if words is not None:
@@ -93,9 +93,9 @@ def describe_initialisation(program: Program, ref: TensorRef) -> str:
 
 
 def _describe(program: Program, ref: TensorRef, before: int, depth: int) -> str | None:
-    """The words for a tensor as it is before op ``before``, or None if they are too many.
+    """The words for a tensor as it is before op ``before``, or None if there are too many writes.
 
-    Walks backwards over the writes that overlap the tensor, until one that overwrites all of it.
+    Walks backwards over the writes that overlap the tensor, until a write that covers all of it.
     """
     pieces: list[_Piece] = []
     for number in reversed(program.writers(ref.storage)):
@@ -126,7 +126,7 @@ class _Piece(NamedTuple):
 
 
 def _joined(pieces: list[_Piece]) -> str | None:
-    """The words for a sequence of writes, or None for too many."""
+    """The words for a sequence of writes, or None if there are too many."""
     if tuple(_base(piece.op.name) for piece in pieces) == _TRUNCATED:
         return _truncated(*(piece.op for piece in pieces[2:]))
     if len(pieces) > _MOST_PIECES:
@@ -157,7 +157,7 @@ def _words(program: Program, op: Op, number: int, depth: int) -> str | None:
         if type(source) is TensorRef and depth:
             return _describe(program, source, number, depth - 1)
         return None
-    # The first argument is no other tensor: it is written, or lends its sizes alone.
+    # Skip the first argument if the op writes it, or reads only its sizes.
     own = 1 if info.mutates or info.from_sizes else 0
     if _mentions_tensor(op.args[own:]) or _mentions_tensor(
         value for key, value in op.kwargs.items() if key != "out"

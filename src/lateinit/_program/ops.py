@@ -1,8 +1,8 @@
-"""``Op`` and what it refers to: windows on storages, real data, places in random streams.
+"""``Op`` and its references: windows on storages, real data, places in random streams.
 
-An op's tensor argument is a ``TensorRef``, a window on a storage, and no tensor has a number. For
-views, ``.data``, ``set_`` and ``Parameter(...)`` make new tensors that the dispatcher does not
-always see, while their storage always identifies itself.
+An op's tensor argument is a ``TensorRef``, a window on a numbered storage; tensors have no numbers.
+For views, ``.data``, ``set_`` and ``Parameter(...)`` make new tensors that the dispatcher does not
+always see, but the storage of a tensor can always be read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TensorRef(NamedTuple):
         bits = (CONJUGATE if tensor.is_conj() else 0) | (NEGATIVE if tensor.is_neg() else 0)
         size, stride, offset = tuple(tensor.size()), tensor.stride(), tensor.storage_offset()
         fields = storage, tensor.dtype, size, stride, int(offset), bits
-        return tuple.__new__(cls, fields)  # as cls(...) does, without its Python function
+        return tuple.__new__(cls, fields)  # the same as cls(...), without a call of Python code
 
     @property
     def numel(self) -> int:
@@ -47,7 +47,7 @@ class TensorRef(NamedTuple):
 
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
-        # The stride of a dim of length one moves nothing and may be any number.
+        # The stride of a dim of length one has no effect and may be any number.
         expected = 1
         for length, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
             if length != 1:
@@ -102,10 +102,10 @@ class Op(NamedTuple):
     Attributes:
         name: the qualified name of the overload; ``OpOverload`` objects cannot be pickled.
         args: its positional arguments, with ``TensorRef`` or ``Const`` in place of tensors.
-        kwargs: its keyword arguments, likewise, without ``generator``.
+        kwargs: its keyword arguments in the same form, without ``generator``.
         outs: the windows of its results; empty if it only writes its arguments.
         draw: its place in a random stream, None if it draws nothing.
-        ambient: the number of the settings in force.
+        ambient: the number of the settings under which it was recorded.
         label: the words for the initialiser that called it, if one did.
     """
 
@@ -130,7 +130,7 @@ class Op(NamedTuple):
 
     def written(self) -> list[TensorRef]:
         """The windows that this op writes."""
-        filled = self.fills()  # most ops are fills, and this is asked of every op of a plan
+        filled = self.fills()  # first, since most ops are fills and a plan reads this of every op
         if filled is not None:
             return [filled]
         found: list[TensorRef] = []
@@ -146,7 +146,7 @@ class Op(NamedTuple):
 
     def read(self) -> list[TensorRef]:
         """The windows that this op reads."""
-        # An op that fills its first argument does not read it: what was there is dead.
+        # An op that fills its first argument does not read it: earlier values are dead.
         found: list[TensorRef] = []
         for value in self.args[1:] if operators.by_name(self.name).fills else self.args:
             found += tensor_refs(value)

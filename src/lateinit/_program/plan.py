@@ -4,8 +4,8 @@ A plan is found by walking the program backwards from the last write of each tar
 is needed if it writes a storage whose values are needed; then the storages that it reads are needed
 too. An op that overwrites a whole storage makes earlier writes to it dead. Most writes of an eager
 constructor are dead: a layer initialises its weights, and the model initialises them again. Dead
-writes are not run; only their draws are skipped over. Ops that share storages form a ``Step``, and
-steps are independent of each other.
+writes are not run; the generator only skips their draws. Ops that share storages form a ``Step``,
+and steps are independent of each other.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Plan:
         program: the program.
         steps: the steps.
         names: the tensors, for printing.
-        whole: for printing, finds the steps that compute full tensors of which only shards are
-            kept, and the bytes of those.
-        notes: for printing, what each tensor gets that was asked for.
+        whole: for printing, returns the steps that compute full tensors of which only shards are
+            kept, each with the bytes of its full tensors.
+        notes: for printing, the requests that apply to each tensor, such as a dtype.
     """
 
     program: Program
@@ -95,7 +95,7 @@ class Plan:
         return "\n".join([*lines, *self.notes])
 
     def _cost_of(self, whole: dict[Step, int]) -> str:
-        """What the steps that compute full tensors compute, and what is kept of it."""
+        """A line on the steps that compute full tensors: their bytes, and the bytes kept."""
         ops, storages = self.program.ops, self.program.storages
         drawn = sum(
             ref.numel
@@ -144,7 +144,7 @@ def _first_op(step: Step) -> float:
 def _fills(program: Program, wanted: Iterable[int], before: int | None) -> dict[int, int]:
     """The last write of each storage that is a fill from numbers: storage to op number.
 
-    Nearly all parameters end this way. For these the plan is one op, and the walk is spared.
+    Nearly all parameters end this way. For these the plan is one op, found without the walk.
     """
     end = len(program.ops) if before is None else before
     fills: dict[int, int] = {}
@@ -168,10 +168,10 @@ def needed_ops(program: Program, wanted: Iterable[int], before: int | None = Non
     Args:
         program: the program.
         wanted: the numbers of the storages.
-        before: the op before which the values are meant, by default the end.
+        before: take the values that the storages have before this op, by default at the end.
     """
-    # Visits writes in descending order, over all live storages at once: when an op is visited,
-    # every later op that could need its result, or make it dead, has been visited.
+    # Visits writes in descending order, over all live storages together. So every later op that
+    # could need the result of an op, or make it dead, is visited before that op.
     end = len(program.ops) if before is None else before
     heap: list[tuple[int, int]] = []  # (minus the number of the last write, storage)
     live: dict[int, bool] = {}

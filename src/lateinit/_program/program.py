@@ -29,9 +29,10 @@ from lateinit._torch import (
 class Storage:
     """The size of one storage, and the device that the constructor asked for.
 
-    ``followed`` marks one that an op made after a block, such as a shard: it is no part of the
-    construction, and may differ between ranks. ``made_of`` is then the one in the construction that
-    it was made of, if only of its shape. ``gone`` marks one that no tensor shows any more.
+    ``followed`` marks a storage that an op made after a block, such as a shard: it is no part of
+    the construction, and may differ between ranks. ``made_of`` is then the storage of the
+    construction from whose values or shape it was made. ``gone`` marks a storage that no living
+    tensor uses.
     """
 
     nbytes: int
@@ -43,7 +44,7 @@ class Storage:
 
 _DROPPED_STORAGE = Storage(0, torch.device("cpu"), gone=True)
 _DROPPED_OP = Op(operators.REFUSED, ("dropped",), {}, (), None, 0, None)
-"""In the place of an op that nobody needs: it reads and writes nothing."""
+"""Takes the place of an op that no tensor needs: it reads and writes nothing."""
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class Constant:
 class Ambient(NamedTuple):
     """Process-wide settings that the result of a kernel depends on.
 
-    Autocast is none of them: what it casts is recorded.
+    Autocast is not among them: its casts are recorded as ops.
     """
 
     default_dtype: torch.dtype
@@ -94,9 +95,9 @@ class Ambient(NamedTuple):
 class Stream:
     """A sequence of draws from one generator, and the state of the generator before the first.
 
-    ``start`` is that state, or a place in another stream from which this one branches off.
-    ``root`` marks a stream that begins in the state in which the block found the default generator:
-    ``seed=`` replaces that state. A negative number among ``ops`` is a hole: ``-1 - hole``.
+    ``start`` is that state, or a place in another stream from which this stream branches off.
+    ``root`` marks a stream that starts from the state that the default generator had when the block
+    began: ``seed=`` replaces that state. A negative number among ``ops`` is a hole: ``-1 - hole``.
     """
 
     start: bytes | Draw
@@ -111,11 +112,11 @@ class Stream:
 
 
 class Read(NamedTuple):
-    """A read of a random value: of which window, before which op, and its digest.
+    """A read of a random value: its window, the op before which it was read, and its digest.
 
-    The digest is empty if only the shape of the value was seen. Materialising under another seed
-    compares digests (or shapes) and raises ``SeedError`` if they differ. ``name`` is that of a
-    tensor that realised itself; it is empty if the constructor read the value.
+    The digest is empty if only the shape of the value was read. Materialising under another seed
+    compares digests (or shapes) and raises ``SeedError`` if they differ. ``name`` is the name of a
+    tensor that realised itself, or empty if the constructor read the value.
     """
 
     ref: TensorRef
@@ -135,8 +136,8 @@ class Ruled(NamedTuple):
         name: its name, for messages.
         tensor: the tensor.
         ref: its window.
-        rule: initialises a tensor in place.
-        key: what the generator of the rule starts from.
+        rule: a function that initialises a tensor in place.
+        key: the text from which the generator of the rule is seeded.
     """
 
     name: str
@@ -147,16 +148,19 @@ class Ruled(NamedTuple):
 
 
 class Program:
-    """A recorded construction. Anyone may read it; only recording extends it.
+    """A recorded construction. Any room may read it; only recording extends it.
 
-    ``holes`` has the stream that fills each hole, None while it is open. ``seed_bound`` says why no
-    other seed can be honoured, ``final`` is the state of the default generator after the block, and
-    ``end`` the place in the streams that has this state once all holes are filled.
-    ``seed`` is the last one that tensors were materialised under, None for the recorded state: the
-    tensors that realise themselves later are of the same construction. ``gone`` counts the storages
-    that no tensor shows any more; when there are ``drop_at`` of them, what nobody needs is dropped,
-    unless something is ``recording``. ``record_rules`` gives an extension of this program in which
-    rules act on finished values: materialising, which does not know recording, meets it here.
+    ``holes`` has the stream that fills each hole, or None while the hole is open. ``seed_bound`` is
+    the reason why no other seed can be honoured, or None. ``final`` is the state of the default
+    generator after the block, and ``end`` the place in the streams that has this state once all
+    holes are filled.
+
+    ``seed`` is the seed of the last materialising, or None for the recorded state: tensors that
+    realise themselves later use it too, so that they belong to the same construction. ``gone``
+    counts the storages that no living tensor uses; when it reaches ``drop_at``, the ops that no
+    living tensor needs are dropped, unless something is ``recording``. ``record_rules`` returns an
+    extension of this program in which rules act on finished values. Recording sets it and
+    materialising calls it, since neither room may import the other.
     """
 
     def __init__(self) -> None:
@@ -179,7 +183,7 @@ class Program:
         self._reset()
 
     def _reset(self) -> None:
-        self._writers: tuple[int, list[list[int]]] = (0, [])  # how many ops are indexed; the index
+        self._writers: tuple[int, list[list[int]]] = (0, [])  # number of indexed ops, and the index
 
     def __getstate__(self) -> dict[str, Any]:
         kept = (
@@ -207,10 +211,10 @@ class Program:
         self._reset()
 
     def extension(self, changed: Iterable[int]) -> Program:
-        """A program that begins as this one, and may be recorded in; nothing of it is dropped.
+        """A program that starts with the ops of this one and can be extended; it drops no op.
 
         Args:
-            changed: the storages that will be written.
+            changed: the storages that the further ops will write.
         """
         program = Program()
         shared = self.__getstate__()
@@ -240,45 +244,46 @@ class Program:
         writers = [*known, *([] for _ in range(len(known), len(self.storages)))]
         for storage, numbers in found.items():
             writers[storage] = writers[storage] + numbers
-        # One assignment of new lists: an interruption here leaves the old index whole, and threads
-        # that index at the same time do not disturb each other.
+        # One assignment of new lists: an interrupt leaves the old index whole, and threads that
+        # index at the same time do not disturb each other.
         self._writers = end, writers
         return writers
 
     def forget(self, number: int) -> None:
-        """Drop the ops from a number on, none of which draws."""
+        """Drop op ``number`` and all later ops, none of which draws."""
         del self.ops[number:]
         if self._writers[0] > number:
             self._reset()
 
     def merged(self) -> Program:
-        """The program that this one was merged into, if it was, else this one."""
+        """The program that this one was merged into, or this program itself."""
         return self if self.merged_into is None else self.merged_into[0].merged()
 
     def rest(self) -> None:
-        """Have what nobody needs dropped when half of the tensors that there are now are gone."""
+        """Set ``drop_at``: unneeded ops are dropped when half of the present tensors are gone."""
         shown = len(self.storages) - self.gone
-        # Each time at most half as much is looked at as the last time, and at first no more than
-        # was recorded. A few tensors may need much: then it is done as soon as one of them is gone.
+        # Each time at most half as many ops are examined as the last time, and at first no more
+        # than were recorded, so the total stays proportional to the program. If few tensors need
+        # much memory, ops are dropped as soon as one of these tensors is gone.
         much = len(self.ops) > _MANY * shown or any(
             c.tensor.numel() * c.tensor.element_size() > _MUCH for c in self.constants
         )
         self.drop_at = self.gone + (1 if much and shown < _FEW else (shown + 1) // 2)
 
     def origin(self, storage: int) -> int:
-        """The storage of the construction that one made after a block was made of."""
+        """The storage of the construction from which a later storage was made; else itself."""
         made_of = self.storages[storage].made_of
         return storage if made_of is None else made_of
 
     def keep(self, needed: set[int], alike: Callable[[Op], Any]) -> None:
         """Drop all ops but some, and the constants and storages that none of these needs.
 
-        All numbers stay. A dropped op may draw: its place in the stream goes to an op that is like
-        it, one of which is kept. Whatever is interrupted here has dropped nothing that is needed.
+        All numbers stay. If a dropped op draws, its place in the stream goes to a kept op that
+        moves a generator equally far. An interrupt at any line leaves every needed op in place.
 
         Args:
             needed: the numbers of the ops to keep.
-            alike: gives equal values for ops that move a generator alike.
+            alike: returns equal values for ops that move a generator equally far.
         """
         end, first = len(self.ops), dict[Any, int]()
         for stream in self.streams:
@@ -299,7 +304,7 @@ class Program:
             if storage.gone and number not in storages:
                 self.storages[number] = _DROPPED_STORAGE
         for number, constant in enumerate(self.constants):
-            if number not in constants:  # in place: a program that was merged into this one has it
+            if number not in constants:  # in place: a program merged into this one shares it
                 constant.tensor, constant.checksum = torch.empty(0), None
         self._reset()
 
@@ -309,16 +314,16 @@ class Program:
 
     def covers(self, ref: TensorRef) -> bool:
         """Whether a window shows every byte of its storage exactly once."""
-        # As many bytes as the storage has, and dense: then every byte, once.
+        # A dense window of as many bytes as the storage has shows every byte once.
         nbytes = ref.numel * ref.dtype.itemsize
         if ref.offset != 0 or nbytes != self.storages[ref.storage].nbytes:
             return False
         return ref.is_contiguous() or ref.is_dense()
 
     def absorb(self, other: Program) -> None:
-        """Append another program to this one; ``other`` then only forwards to it.
+        """Append another program to this one; afterwards ``other`` only forwards to this one.
 
-        Slots and holes of ``other`` find their new numbers through ``merged_into``.
+        The slots and holes of ``other`` find their new numbers through ``merged_into``.
         """
         bases = Bases(
             op=len(self.ops),
@@ -349,10 +354,10 @@ class Program:
     def _follow(self, other: Program, base: int) -> str | None:
         """Let the root stream start where the root stream of an appended program ended.
 
-        Then ``seed=`` can be honoured for both blocks: it replaces the start of the first.
+        Then ``seed=`` can be honoured for both blocks: it replaces the start of the first block.
 
         Returns:
-            None, or why no other seed can be honoured.
+            None, or the reason why no other seed can be honoured.
         """
         for stream in self.streams[:base]:
             if stream.root and stream.start == other.final:

@@ -3,10 +3,11 @@
 A function mode (``function_mode``) answers Python code that inspects deferred tensors. A dispatch
 mode below it (``recorder``) decides how each op is treated, and a ``ProgramWriter`` (``writer``)
 writes it into the program. Patches (``patches``) replace the few functions of torch that reach
-neither mode. Outside blocks, deferred tensors are guarded (``guard``). What is called on them is
-answered (``answers``) or followed (``calls_after_block``), and their ops recorded (``after_block``)
-by the same writer. Gives the rooms above ``deferred`` and the filling of holes.
-May import ``_tensors`` and the rooms below it; it and ``_materialize`` do not know each other.
+neither mode. Outside blocks, deferred tensors are guarded (``guard``): calls on them are answered
+(``answers``) or followed (``calls_after_block``), and their ops recorded (``after_block``) by the
+same writer. Gives the rooms above ``deferred`` and the filling of holes.
+May import ``_tensors`` and the rooms below it. This room and ``_materialize`` do not import each
+other.
 Start with ``block``, then ``recording`` and ``recorder``.
 """
 

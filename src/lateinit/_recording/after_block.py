@@ -1,9 +1,8 @@
 """Record ops on deferred tensors outside blocks, or refuse them.
 
 Views, copies, casts, writes and arithmetic among deferred tensors are recorded in their program.
-Together with plain meta tensors the result is a plain meta tensor, which is what shape propagation
-needs. An op that draws, needs values, or exchanges them with other ranks raises
-``DeferredTensorError``.
+If a plain meta tensor takes part, the result is a plain meta tensor, as shape propagation needs. An
+op that draws, needs values, or exchanges values with other ranks raises ``DeferredTensorError``.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from lateinit.errors import DeferredTensorError, LateinitError
 
 
 def needs_values(what: str, tensor: Tensor, see: str = "") -> DeferredTensorError:
-    """The error for something that needs the values of a deferred tensor; ``see``: a page."""
+    """The error for a call that needs the values of a deferred tensor; ``see``: a page of docs."""
     return DeferredTensorError(
         f"{what} needs the values of {described(tensor)}, which has none yet: call "
         f"lateinit.materialize() first{see and f' ({see})'}"
@@ -72,7 +71,7 @@ def would_change(what: str, tensor: Tensor) -> DeferredTensorError:
 
 
 def would_send(what: str, tensor: Tensor, instead: str) -> DeferredTensorError:
-    """The error for something that exchanges values with other ranks; ``instead``: what to do."""
+    """The error for a call that exchanges values with other ranks; ``instead``: the next step."""
     return DeferredTensorError(
         f"{what} would exchange the values of {described(tensor)} with other ranks, which has none "
         f"yet: {instead}"
@@ -82,13 +81,13 @@ def would_send(what: str, tensor: Tensor, instead: str) -> DeferredTensorError:
 def refusal(
     error: Exception, func: Callable[..., Any], first: Tensor, tensors: list[Tensor]
 ) -> DeferredTensorError | None:
-    """The error in place of one of torch's own that a deferred tensor may explain.
+    """The error to raise in place of an error of torch that a deferred tensor may have caused.
 
     aten/src/ATen/native/RNN.cpp: check_attributes compares the devices of input and weights before
-    it calls any op. Where all tensors are deferred or on meta, eager construction fails too, unless
-    the error says that a tensor is on meta.
+    it calls any op. If all tensors are deferred or on meta, eager construction fails too, unless
+    the error is about a tensor on meta.
     """
-    # Argument checks raise other classes of error, eagerly too.
+    # Errors of other classes come from argument checks, which eager construction makes too.
     if isinstance(error, LateinitError) or not isinstance(error, RuntimeError):
         return None
     name = getattr(func, "__name__", str(func))
@@ -103,9 +102,9 @@ def refusal(
 
 
 def refuse_lost(func: Callable[..., Any], result: Any, first: Tensor) -> None:
-    """Refuse a result of deferred tensors alone that torch made of a tensor on ``meta`` of its own.
+    """Refuse a result for which torch itself made a tensor on ``meta``, whose values are lost.
 
-    So does an index that is a list (torch/csrc/autograd/python_variable_indexing.cpp).
+    It does so for an index that is a list (torch/csrc/autograd/python_variable_indexing.cpp).
     """
     for leaf in flat(result):
         if isinstance(leaf, Tensor) and leaf.is_meta and slot_of(leaf) is None:
@@ -113,7 +112,7 @@ def refuse_lost(func: Callable[..., Any], result: Any, first: Tensor) -> None:
 
 
 def as_meant(args: Args, kwargs: Kwargs, device: torch.device) -> tuple[Args, Kwargs]:
-    """Arguments of a conversion: outside blocks ``x.to(y.device)`` asks for ``meta``."""
+    """The arguments of a conversion as the user means them: outside blocks ``y.device`` is meta."""
 
     def meant(value: Any) -> Any:
         on_meta = isinstance(value, (torch.device, str)) and value in (META, "meta")
@@ -123,14 +122,14 @@ def as_meant(args: Args, kwargs: Kwargs, device: torch.device) -> tuple[Args, Kw
 
 
 def is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is real, be it because another one on its storage has become so."""
+    """Whether a tensor is real, or its storage has become real through another tensor."""
     share_real_storage(tensor)
     return not is_deferred_tensor(tensor)
 
 
 def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
-    """The answer to code that asks whether a deferred tensor or shard is on meta."""
-    # Every rank has the recorded values, so that nothing need be sent.
+    """The ``is_meta`` of a deferred tensor or shard for the code that reads it."""
+    # Every rank can compute the recorded values, so nothing need be sent.
     if asked.why in ("scatter", "broadcast"):
         return True
     # torch/nn/modules/module.py: _load_from_state_dict reads is_meta only to warn that copying
@@ -143,9 +142,9 @@ def is_meta_to(asked: Asked, tensor: Tensor) -> bool:
 
 
 def device_to(meant: Meant, tensor: Tensor) -> torch.device:
-    """The answer to code that asks for the device of a deferred tensor or shard."""
+    """The ``device`` of a deferred tensor or shard for the code that reads it."""
     slot = slot_of(tensor)
-    # First what FSDP2 asks, twice for each parameter.
+    # First the most frequent case: FSDP2 reads it twice for each parameter.
     if meant is Meant.META and slot is not None and slot.waits and slot.real is None:
         return META
     if is_real(tensor):
@@ -161,8 +160,8 @@ class Follower(RecordingMode):
 
     ``meant`` is a tensor of a call, if all of the meta tensors of the call are deferred. A tensor
     that the call makes on meta, such as the number in ``mask[0] = 1``, is then recorded for the
-    device of that one. ``final`` is set if a call was refused, and no tensor may realise itself to
-    have it done.
+    device of ``meant``. ``final`` is set if a call was refused for good: no tensor may realise
+    itself to repeat it.
 
     Args:
         program: the program of the deferred tensors.
@@ -179,7 +178,7 @@ class Follower(RecordingMode):
         self._before: dict[torch.Generator, Tensor] = {}
 
     def undo_draws(self) -> None:
-        """Put back the generators that real tensors were drawn from, in a call that failed."""
+        """Put back the generators from which a failed call drew into real tensors."""
         for generator, state in self._before.items():
             generator.set_state(state)
         self._before.clear()
@@ -236,25 +235,25 @@ class Follower(RecordingMode):
             return info.func(*map_tensors(args, as_fake), **map_tensors(kwargs, as_fake))
         if among_meta:
             return info.func(*args, **kwargs)
-        # Straight to the kernels: the guards of the arguments have been heard.
+        # Straight to the kernels: the guards of the arguments have intercepted the op already.
         with below_python():
             result = self.writer.record(info, args, kwargs, deferred)
         return self._guarded(result, deferred, reads=not info.from_sizes)
 
     def _as_fake(self, fake: Tensor, tensor: Tensor) -> Tensor:
-        """A fake tensor for a deferred one, among fake tensors that say where they would be."""
+        """A fake tensor in place of a deferred one, in a call with fake tensors."""
         return fake_like(fake, tensor, self.writer.device_of(tensor)) if tensor.is_meta else tensor
 
     def _guarded(self, result: Any, sources: list[Tensor], *, reads: bool) -> Any:
-        """Guard new deferred tensors, and name them after the first one that they are made from.
+        """Guard new deferred tensors, and name them after the first of their sources.
 
-        Below autograd, which then adds the graph to the guarded tensors.
+        This runs below autograd, which then adds the graph to the guarded tensors.
 
         Args:
             result: the result of an op.
-            sources: the deferred tensors that it is made from.
-            reads: whether its values depend on theirs. What is computed from a parameter after the
-                block waits for ``materialize`` as the parameter does.
+            sources: the deferred tensors from which it is made.
+            reads: whether its values depend on those of the sources. A tensor computed from a
+                parameter after the block waits for ``materialize`` as the parameter does.
         """
         waiting = [t for t in sources if waits(t)] if reads else []
         of_waiting = any(map(is_of_waiting, sources))
@@ -311,7 +310,7 @@ class Follower(RecordingMode):
 
 
 def named_after(slot: Slot, source: Slot) -> Slot:
-    """Name a storage made after the block as the one that it was made of, and return its slot."""
+    """Give a storage made after the block the name of its source; returns its slot."""
     slot.name = slot.name or source.name
     program, number = slot.resolve()
     made, (_, origin) = program.storages[number], source.resolve()

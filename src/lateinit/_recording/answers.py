@@ -1,7 +1,7 @@
-"""What a deferred tensor answers outside the block: properties, reads, and what asks for memory.
+"""Handlers of calls on deferred tensors outside blocks: properties, reads, access to memory.
 
-Each handler is given the function of torch and the deferred tensor, and the other arguments.
-``guard`` looks a function up in ``ANSWERS`` before it follows it.
+Each handler receives the function of torch, the deferred tensor, and the other arguments. ``guard``
+looks a function up in ``ANSWERS`` before it follows the call.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def need_values_of(what: str, tensor: Tensor) -> None:
 
 
 def realises_itself(tensor: Tensor) -> bool:
-    """Whether a deferred tensor gets its values here and now when they are needed."""
+    """Whether a deferred tensor realises itself, at once, when its values are needed."""
     return current() is None and is_deferred_tensor(tensor) and not waits(tensor)
 
 
 def is_table(tensor: Tensor) -> bool:
-    """Whether a deferred tensor is one that realises itself and that no module of a block holds."""
+    """Whether a deferred tensor realises itself and is held by no module of a block."""
     slot = slot_of(tensor)
     return realises_itself(tensor) and slot is not None and slot.name is None
 
@@ -68,14 +68,14 @@ def mark(tensor: Tensor) -> None:
 
 
 def _read(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    for given in (tensor, *args):  # map_ takes other tensors
+    for given in (tensor, *args):  # Tensor.map_ takes another tensor
         if isinstance(given, Tensor) and is_deferred_tensor(given):
             need_values_of(func.__name__, given)
     return func(tensor, *args, **kwargs)
 
 
 def _is_cpu(func: Any, tensor: Tensor) -> bool:
-    # torch/distributed/checkpoint/filesystem.py reads it of a tensor to be written.
+    # torch/distributed/checkpoint/filesystem.py reads it before it writes a tensor.
     if is_dcp_writing(between=1):
         need_values_of("saving a checkpoint", tensor)
     return not waits(tensor) and device_to(Meant.RECORDED, tensor).type == "cpu"
@@ -92,8 +92,8 @@ def _get_device(func: Any, tensor: Tensor) -> int:
 
 
 def _requires_grad_(func: Any, tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    # A graph must begin at the real tensor, and torch.autograd.Function notes its inputs before
-    # any op is heard.
+    # A graph must begin at the real tensor, and torch.autograd.Function notes its inputs before any
+    # op can be intercepted.
     begins = requires_grad and not tensor.requires_grad and realises_itself(tensor)
     if begins and not is_of_waiting(tensor) and not is_making_parameter(between=1):
         realize_now(tensor)
@@ -128,7 +128,7 @@ def shows_the_same(tensor: Tensor, other: Any) -> bool:
 
 
 def _backward(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not tensor.is_leaf:  # realised, it would have lost its graph
+    if not tensor.is_leaf:  # realising it would lose its graph
         raise needs_values("backward", tensor)
     return _read(func, tensor, *args, **kwargs)
 
@@ -144,7 +144,7 @@ def _deepcopy(func: Any, tensor: Tensor, memo: dict[int, Any]) -> Any:
 def _set_grad(func: Any, tensor: Tensor, grad: Any) -> None:
     """``tensor.grad = grad``, which torch refuses if exactly one of them is on meta.
 
-    The gradient of a deferred tensor could not be kept when that becomes real.
+    A gradient could not be kept when the deferred tensor becomes real.
     """
     for given in (tensor, grad):
         if isinstance(grad, Tensor) and is_deferred_tensor(given):
@@ -177,7 +177,7 @@ def _copy(func: Any, tensor: Tensor, source: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _module_load(func: Any, tensor: Tensor, other: Any, assign: bool = False) -> Any:
-    """What ``load_state_dict`` calls under ``set_swap_module_params_on_conversion``."""
+    """``module_load``: ``load_state_dict`` calls it with swap_module_params_on_conversion set."""
     if assign or not is_whole_load(tensor, other):
         return NotImplemented
     return _copy(torch.Tensor.copy_, tensor, other).detach()
@@ -203,7 +203,7 @@ def _set_data(func: Any, tensor: Tensor, data: Any) -> None:
 
 
 def _data_of_placeholder(slot: Slot, tensor: Any, data: Tensor) -> Tensor:
-    """What a placeholder of pytorch-pfn-extras gets for data: see ``argument_checks.check_data``.
+    """The data to set for a placeholder of pytorch-pfn-extras; see ``argument_checks.check_data``.
 
     Its ``materialize`` allocates on the device of its data, which is ``meta`` here.
     """
@@ -216,7 +216,7 @@ def _data_of_placeholder(slot: Slot, tensor: Any, data: Tensor) -> Tensor:
     return data
 
 
-# Functions that need the values, or the memory itself: no op that could be recorded gives these.
+# Functions that need the values, or the memory itself: no recordable op provides these.
 _READERS = (
     torch.Tensor.numpy,
     torch.Tensor.tolist,
@@ -246,9 +246,9 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     **dict.fromkeys(_READERS, _read),
 }
-"""The functions that are answered without following them, by handlers ``(func, tensor, ...)``.
+"""The functions with a handler ``(func, tensor, ...)``, whose calls are not followed.
 
-A handler that returns ``NotImplemented`` leaves the call to be followed.
+If a handler returns ``NotImplemented``, the call is followed.
 """
 
 VIEWS = frozenset(
@@ -256,7 +256,7 @@ VIEWS = frozenset(
 )
 """The attributes that are tensors on the same memory."""
 
-# Functions that answer from the meta tensor alone. Every other function is followed.
+# Functions whose answer comes from the meta tensor alone. Calls of all others are followed.
 PLAIN = frozenset(
     {
         torch.Tensor.size,

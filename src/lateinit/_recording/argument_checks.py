@@ -20,8 +20,8 @@ from lateinit.errors import UninitializedError
 
 NOT_YET = "initialise it in another deferred() block, after lateinit.infer_shapes(model, ...)"
 EMPTY = (0,)
-"""The size of what a placeholder of another library holds."""
-# How many callers of a handler are searched for `materialize`: those of modes and guards.
+"""The size of the empty data of another library's placeholder."""
+# How many callers of a handler are searched for `materialize`: the frames of modes and guards.
 _DEEPEST = 6
 
 
@@ -33,7 +33,7 @@ def are_usual(info: OpInfo, numbers: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def check_fill(
     info: OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...]
 ) -> None:
-    """Raise what a fill raises for its numbers, such as 1e30 for float16 or 300 for uint8."""
+    """Raise the error of a fill for its numbers, such as 1e30 for float16 or 300 for uint8."""
     if not numbers:
         return
     floating = ref.dtype.is_floating_point or ref.dtype.is_complex
@@ -49,14 +49,14 @@ def _are_bytes(numbers: tuple[Any, ...]) -> bool:
 def check_numbers(
     info: OpInfo, ref: TensorRef, device: torch.device, numbers: tuple[Any, ...], **kwargs: Any
 ) -> None:
-    """Raise what an in-place op raises for its numbers; only CPU kernels are tried."""
+    """Raise the error of an in-place op for its numbers; only CPU kernels are tried."""
     if device.type == "cpu":
-        # One element has its own kernel.
+        # A single element is handled by another kernel, so a tensor of one element is tried as one.
         _try(info.name, ref.dtype, min(ref.numel, 2), numbers, **kwargs)
 
 
 def check_kept(slot: Slot | None) -> None:
-    """Raise if a storage is that of another library's placeholder: a write to it would be lost."""
+    """Raise if a storage belongs to another library's placeholder: a write would be lost."""
     if slot is not None and slot.lazy is not None:
         raise UninitializedError(
             f"{slot.lazy} has no shape yet, so that what is written to it would be lost: {NOT_YET}"
@@ -64,7 +64,7 @@ def check_kept(slot: Slot | None) -> None:
 
 
 def takes_all(written: Any, *others: Any) -> bool:
-    """Whether a tensor as empty as a placeholder is written to, from none that is as empty."""
+    """Whether an op writes a tensor as empty as a placeholder, and reads no such tensor."""
     return _is_empty(written) and not any(map(_is_empty, others))
 
 
@@ -77,7 +77,8 @@ def _is_empty(value: Any) -> bool:
 def check_data(slot: Slot | None, placeholder: Any, data: Tensor) -> None:
     """Raise if a placeholder of another library is given data that it would lose.
 
-    It keeps what ``materialize`` gives it, and what ``Module._apply`` does: as empty as before.
+    It keeps data from ``materialize``, and the converted data from ``Module._apply``, which is as
+    empty as before.
     """
     if data.size() != EMPTY and not is_running(placeholder.materialize.__code__, _DEEPEST):
         check_kept(slot)

@@ -1,7 +1,7 @@
-"""Autocast of deferred tensors: its casts are recorded, and then the op on what they give.
+"""Autocast of deferred tensors: its casts are recorded, and then the op on their results.
 
-torch is asked how it would cast real tensors of the same dtypes (``_torch.autocast``), so that no
-list of ops is kept here. What is recorded is independent of autocast.
+torch itself decides how it would cast real tensors of the same dtypes (``_torch.autocast``), so
+that no list of ops is kept here. The recorded ops are independent of autocast.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def casts_of_autocast(
     """A block in which autocast, if it is on, casts deferred tensors too.
 
     Args:
-        writer: says the devices of the tensors, where no recording is in force.
+        writer: knows the devices of the tensors; needed if no recording is in force.
     """
     on = is_any_autocast_enabled()
     return autocast_heard(partial(_cast, writer)) if on else contextlib.nullcontext()
 
 
 def _cast(writer: ProgramWriter | None, op: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Record what autocast makes of one op."""
+    """Record the casts of autocast for one op, and the op."""
     writer, tensors = current() or writer, tensors_in(args, kwargs)
     first = next(filter(is_deferred_tensor, tensors), None)
     if writer is None or first is None:
@@ -55,7 +55,7 @@ def _cast(writer: ProgramWriter | None, op: Any, args: Args, kwargs: Kwargs) -> 
     def device(tensor: Tensor) -> torch.device:
         if not tensor.is_meta:
             return tensor.device
-        # A plain meta tensor, in shape propagation, stands for one on the same device.
+        # A plain meta tensor, in shape propagation, counts as one on the same device.
         return writer.device_of(tensor) if is_deferred_tensor(tensor) else meant
 
     def stand_in(tensor: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ _casts = _Casts()
 
 
 def is_cast_already(tensor: Tensor, device: str) -> bool:
-    """Whether autocast keeps a cast of a weight, and would take that cast in place of the weight.
+    """Whether autocast keeps a cast of a weight, and would use that cast in place of the weight.
 
     Args:
         tensor: the weight.
@@ -105,9 +105,9 @@ def is_cast_already(tensor: Tensor, device: str) -> bool:
 
 
 def _converted(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    """A tensor as autocast casts it: a weight that was cast before is not cast again.
+    """A tensor cast as by autocast: a weight that was cast before is not cast again.
 
-    If it was changed since, the old values are used, as eagerly; likewise the old dtype.
+    If the weight was changed since, the old values and dtype are used, as in eager construction.
     """
     if not is_cast_once(tensor, device, dtype):
         with below_autocast():

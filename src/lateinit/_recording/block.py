@@ -87,7 +87,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         self._entered, self._before = caller(2), before
         one_at_a_time.acquire()
         recording = self._recording = Recording(ProgramWriter(Program()), self._before)
-        # From the start, drawn from or not: settle() must know where the block began.
+        # From the start, even if no number is drawn: settle() must know where the block began.
         recording.writer.generators.watch(torch.default_generator)
         recording.begin()
         here.block = weakref.ref(self)
@@ -101,13 +101,14 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
     ) -> None:
         recording, before = self._recording, self._before
         try:
-            # Only the outermost ``with`` of this object, in no other block, has one to end.
+            # Only the outermost ``with`` of this object, outside any other block, has a recording.
             self._depth -= 1
             if self._depth == 0 and self._recording is not None:
                 self._end(self._recording, error)
         except BaseException as failed:
             if recording is not None and self._depth == 0:
-                # Also if nothing was left to do but to return: whoever is interrupted calls again.
+                # Even if only the return was interrupted: the caller of an interrupted method calls
+                # it again.
                 self._recording, self._before = recording, before
             self.abandon(failed.__traceback__)
             raise
@@ -136,7 +137,7 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         log.info("%s %d ops on %d storages", done, len(program.ops), len(program.storages))
 
     def abandon(self, trace: TracebackType | None = None) -> None:
-        """End the block wherever it was interrupted, as if it had not been entered.
+        """End the block at whatever line it was interrupted, as if it had not been entered.
 
         Args:
             trace: the traceback of the interrupt.
@@ -156,17 +157,17 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
         self._before = self._recording = None
 
     def is_abandoned(self) -> bool:
-        """Whether nobody will end this block: its ``__exit__`` was interrupted before it began.
+        """Whether no code will end this block: its ``__exit__`` was interrupted before it began.
 
-        Then the frame that entered it is gone, and nothing refers to it but the frames of its own
-        methods, which the traceback of the interrupt keeps.
+        Then the frame that entered it is gone, and only the frames of its own methods refer to it,
+        which the traceback of the interrupt keeps.
         """
         if self._entered is None or is_on_stack(self._entered):
             return False
         return all(is_frame_of(holder, __file__, mend) for holder in gc.get_referrers(self))
 
     def __del__(self) -> None:
-        # Interrupted as above, and the traceback is gone. Another thread cannot help.
+        # Abandoned as above, and the traceback is gone. Only the thread that entered can end it.
         entered = getattr(self, "_entered", None)
         if entered is not None and entered.thread == threading.get_ident():
             self.abandon()
@@ -174,6 +175,17 @@ class deferred(contextlib.AbstractContextManager[Program]):  # noqa: N801 - read
 
 def deferred_init(make: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``make(*args, **kwargs)`` in a ``deferred()`` block.
+
+    Args:
+        make: a module class, or any other function that builds a model.
+        *args: its positional arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The result of the call; its tensors are deferred.
+
+    Raises:
+        RecordingError: the construction did something that cannot be recorded faithfully.
 
     Example:
         >>> layer = lateinit.deferred_init(torch.nn.Linear, 4, 2, bias=False)

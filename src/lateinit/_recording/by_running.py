@@ -1,4 +1,4 @@
-"""Record an op after running it on real values, where its meta kernel cannot tell the results."""
+"""Record an op after running it on real values, if its meta kernel cannot give the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def record_by_running(
     """Run an op on the values of its arguments, and record it with the shapes of its results.
 
     Args:
-        writer: records it.
+        writer: the writer that records it.
         info: the op.
         args: its positional arguments.
         kwargs: its keyword arguments.
@@ -32,7 +32,7 @@ def record_by_running(
     _check_without_graph(info, args)
     op, results = _run(writer, info, args, kwargs)
     is_random = info.random or writer.values.are_random(op.read())
-    # Sparse, quantised and nested tensors have no windows on a storage: they stay real.
+    # Sparse, quantised and nested tensors are no windows on a storage: they stay real.
     if not all(is_plain(leaf) for leaf in results if isinstance(leaf, Tensor)):
         if is_random:
             writer.program.seed_bound = f"{info.name} made a tensor without a plain layout"
@@ -54,7 +54,7 @@ def record_by_running(
     writer.append(op._replace(outs=outs))
     if is_random:
         # Python code now sees shapes that depend on random values. Under another seed= the replay
-        # must find the same shapes; the empty digest says that values do not matter.
+        # must find the same shapes; the empty digest means that values do not matter.
         before = len(writer.program.ops)
         writer.program.reads += [Read(ref, before, b"") for ref in outs if ref is not None]
     if not made:
@@ -63,11 +63,11 @@ def record_by_running(
 
 
 def _check_without_graph(info: OpInfo, args: Args) -> None:
-    """Refuse an op whose results depend on whether a gradient is needed, if one is.
+    """Refuse an op whose results depend on whether a gradient is needed, if a gradient is.
 
-    aten/src/ATen/native/sparse/SparseCsrTensorMath.cpp: the indices of amax and amin are made only
-    if an argument requires a gradient, which none does in a replay. The kernel of the backward pass
-    follows them without a check, and the process would die.
+    aten/src/ATen/native/sparse/SparseCsrTensorMath.cpp: the indices of amax and amin are computed
+    only if an argument requires a gradient, which none does in a replay. The kernel of the backward
+    pass uses them without a check, and the process would die.
     """
     finds = info.name == "aten::_sparse_mm_reduce_impl" and args[2] in ("amax", "amin")
     if finds and any(t.requires_grad for t in tensors_in(args, {})):
@@ -80,7 +80,7 @@ def _check_without_graph(info: OpInfo, args: Args) -> None:
 def _run(
     writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
 ) -> tuple[Op, tuple[Any, ...]]:
-    """The op without results, and the real results."""
+    """Run an op; returns it as an ``Op`` without results, and the real results."""
     device = writer.device_for(kwargs, [t for t in tensors_in(args, {}) if t.is_meta])
     # Composite kernels pass on the device of a deferred argument, which is meta to them.
     args = tuple(device if _is_meta(value) else value for value in args)

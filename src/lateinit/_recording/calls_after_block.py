@@ -1,7 +1,7 @@
 """Call a torch function on deferred tensors outside the block that recorded them.
 
-The call is recorded by a ``Follower``. If it cannot be, the tensors realise themselves and it is
-called again, or it is refused.
+The call is recorded by a ``Follower``. If that is impossible, the tensors realise themselves and
+the function is called again, or the call is refused.
 """
 
 from __future__ import annotations
@@ -61,16 +61,17 @@ def follow(
 
     In another block its modes record the call.
 
-    If it cannot be recorded, the deferred tensors realise themselves and it is called again, unless
-    one of them waits for ``materialize``.
+    If the call cannot be recorded, the deferred tensors realise themselves and the function is
+    called again, unless one of them waits for ``materialize``.
 
     Args:
-        follower_of: makes the mode that records into a program.
+        follower_of: returns the mode that records into a program.
         func: the function.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        at_dispatch: whether it is an op at the dispatcher. If it has a graph by now, no tensor may
-            realise itself: the graph has its meta tensor, and backward ends in an internal error.
+        at_dispatch: whether this is an op at the dispatcher. If it is already part of a graph, no
+            tensor may realise itself: the graph holds its meta tensor, and backward would end in an
+            internal error.
     """
     if current() is not None:
         return func(*args, **kwargs)
@@ -98,7 +99,7 @@ def _followed(
         tensors = tensors_in(args, kwargs)
         deferred = [t for t in tensors if is_deferred_tensor(t)]
         for tensor in deferred:
-            # Its storage may be real by now through another tensor, and changed since.
+            # Its storage may have become real through another tensor, and changed since.
             share_real_storage(tensor)
         deferred = [t for t in deferred if is_deferred_tensor(t)]
         if deferred and (at_dispatch or not _is_for_values(func, tensors, deferred)):
@@ -120,20 +121,20 @@ def _followed(
     if failed is None or not at_dispatch:
         return run(*args, **kwargs)
     try:
-        # The device was taken from one of them, as by torch.sparse_coo_tensor.
+        # torch.sparse_coo_tensor and others take the device from one of the tensors.
         args, kwargs = as_meant(args, kwargs, deferred[0].device)
         return run(*args, **kwargs)
     except RuntimeError as again:
-        # The op was chosen for meta; its next call is right.
+        # torch chose the op for meta; the next call chooses the right one.
         raise failed from again
 
 
 def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> bool:
-    """Whether a call among real tensors, or one with a graph, needs values.
+    """Whether a call with real tensors, or with a graph, needs values.
 
-    It is not tried without them: a graph or a wrapper of ``torch.func`` would keep tensors on meta,
-    and those that the failed call has saved are counted (torch/utils/checkpoint.py). Nor is a call
-    of a user's class, which hears of functions itself and says of which class their results are.
+    Such a call is not tried on meta: a graph or a wrapper of ``torch.func`` would keep meta
+    tensors, and tensors that a failed call has saved are counted (torch/utils/checkpoint.py). Nor
+    is a call with a user's subclass, whose ``__torch_function__`` decides the class of results.
     """
     meta = [t for t in tensors if t.is_meta]
     if len(meta) > len(deferred) or any(map(is_of_waiting, deferred)):
@@ -152,7 +153,7 @@ def _is_for_values(func: Any, tensors: list[Tensor], deferred: list[Tensor]) -> 
 def _recorded(
     follower: Follower, deferred: list[Tensor], func: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> Any:
-    """Call a function that is recorded, and guard its results; undo all if it fails."""
+    """Call a function, record it, and guard its results; undo everything if it fails."""
     programs = {Deferred.of(tensor).program for tensor in deferred}
     program = follower.writer.program
     before = len(program.ops)
@@ -187,13 +188,13 @@ def _called(
 
 
 def _is_late(tensors: list[Tensor], deferred: list[Tensor]) -> bool:
-    """Whether an op at the dispatcher has a graph by now, of autograd or ``torch.func``."""
+    """Whether an op at the dispatcher is already part of a graph of autograd or ``torch.func``."""
     followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return followed or any(map(is_of_waiting, deferred)) or is_differentiating()
 
 
 def _heard_by_classes(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function on real tensors, some of which may be of a class that hears of it."""
+    """Call a function on real tensors, some of which may have a ``__torch_function__``."""
     before = functions_state()
     enable_functions()  # our caller does so too, if the call raises
     result = func(*args, **kwargs)
@@ -209,7 +210,7 @@ def deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copied
 
 
-# Functions whose result has no graph and that are recorded among real tensors too.
+# Functions whose result has no graph, and that are recorded even if real tensors take part.
 _NO_VALUES = frozenset(
     {*CONVERSIONS, deepcopied, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 )

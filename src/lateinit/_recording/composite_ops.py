@@ -3,10 +3,10 @@
 Torch decomposes these above the dispatcher, in a way that depends on the device of the tensors:
 attention into a fused kernel or into matrix products, a recurrent layer into one kernel for the
 sequence or one for each step, singular values with or without their vectors. The results differ in
-their layout and their last bits, and so do gradients. So the decomposition on ``meta`` is recorded
-for its shapes alone, and then an op ``lateinit::whole``, which has an op for its gradients.
-Replaying them calls the function itself, with the ``requires_grad`` flags of the original call,
-since these select kernels too.
+their layout and their last bits, and so do gradients. So the decomposition runs on ``meta`` only to
+find the shapes, and then an op ``lateinit::whole`` is recorded, which has an op for its gradients.
+Replay calls the function itself, with the ``requires_grad`` flags of the original call, since these
+select kernels too.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _run_backward(grads: Any, name: str, *call: Any, **kwargs: Any) -> Any:
     """Replay the gradients of a composite function.
 
     Args:
-        grads: those of its results, None where there is none.
-        name: as in ``_run``, like all that follows.
+        grads: the gradients of its results, None for a result without one.
+        name: as in ``_run``, like all other arguments.
         *call: the other positional arguments.
         **kwargs: the keyword arguments.
     """
@@ -99,7 +99,7 @@ def _requiring(arguments: Any, flags: Iterator[bool]) -> Any:
 
 
 _OP = register("lateinit::whole", _run, OpTraits(layout="asked if permuted"))
-_CASTING = dataclasses.replace(_OP, layout="asked")  # nothing is cast on meta
+_CASTING = dataclasses.replace(_OP, layout="asked")  # autocast does not cast meta tensors
 _BACKWARD = register("lateinit::whole_backward", _run_backward, OpTraits(layout="asked"))
 
 
@@ -113,7 +113,7 @@ class _Call(NamedTuple):
     shapes: list[Tensor]
 
     def forward(self) -> list[Any]:
-        """Record the function; its results have the shapes that the decomposition has."""
+        """Record the function; its results have the shapes found by the decomposition."""
         autocast, called = self.options[2], (*self.options, self.args)
         info = _CASTING if autocast else _OP
         made = self.writer.record_laid_out(info, called, self.kwargs, self.shapes)
@@ -122,7 +122,7 @@ class _Call(NamedTuple):
         return made
 
     def backward(self, tensors: Iterable[Tensor], grads: tuple[Tensor | None, ...]) -> list[Any]:
-        """Record the gradients of the arguments that require some."""
+        """Record the gradients of the arguments that require a gradient."""
         saved = iter(tensors)
         args, kwargs = map_tensors((self.args, self.kwargs), lambda _: next(saved))
         wanted = itertools.compress(tensors_in(args, kwargs), self.options[-1])
@@ -132,7 +132,7 @@ class _Call(NamedTuple):
 
 
 class _Whole(torch.autograd.Function):
-    """A composite function in a graph: its gradients are those that replay finds."""
+    """A composite function in a graph: replay computes its gradients."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -160,8 +160,8 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
     Args:
         name: an op of ATen, or a function of ``_IN_PYTHON``.
         dropout: the policy if the call recorded a draw. "same": record it as usual.
-            "leave": keep the decomposition, which eager construction uses too when it drops out.
-            "refuse": materialising raises, since eager construction uses a third way.
+            "leave": keep the decomposition, which eager construction uses too under dropout.
+            "refuse": materialising raises, since eager construction uses a third decomposition.
     """
 
     def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
             )
         result = func(*args, **kwargs)
         if not all(map(is_deferred_tensor, flat(result))):
-            return result  # after the block, among tensors that are plainly on meta
+            return result  # after the block, with plain meta tensors
         if dropout == "same" or writer.program.draws() == drawn:
             written = kwargs.get("out") is not None
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
@@ -211,9 +211,9 @@ def _whole(name: str, dropout: Policy = "leave") -> Handler:
 
 
 def on_real_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Call a function of real tensors alone as if there were no block; NotImplemented if it draws.
+    """Call a function of real tensors alone as if outside a block; NotImplemented if it draws.
 
-    Within a block the new tensors that it makes on its way would be deferred.
+    Inside a block its intermediate tensors would be deferred.
     """
     given, state = tensors_in(args, kwargs), torch.default_generator.get_state()
     if not given or any(tensor.is_meta for tensor in given):
@@ -230,7 +230,7 @@ def on_real_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -
 
 
 def _autocast_of(writer: ProgramWriter, given: list[Tensor]) -> Autocast:
-    """The autocast under which a composite function has to be replayed."""
+    """The autocast under which a composite function must be replayed."""
     kind = next(writer.device_of(t).type for t in given if is_deferred_tensor(t))
     on = is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
     return (kind, torch.get_autocast_dtype(kind)) if on else None
@@ -250,7 +250,7 @@ def _recurrent(name: str) -> Handler:
 
 
 def _as_recurrent_kernel_takes(writer: ProgramWriter, value: Any) -> Any:
-    """An argument of a recurrent kernel, as it is checked before any op is called.
+    """An argument of a recurrent kernel in the form that passes its checks.
 
     aten/src/ATen/native/RNN.cpp reads the batch sizes of packed sequences, which must be real, and
     compares the devices of all other tensors, which must be deferred.
@@ -266,7 +266,7 @@ def _as_recurrent_kernel_takes(writer: ProgramWriter, value: Any) -> Any:
 
 
 def all_deferred(writer: ProgramWriter, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a call, from now on with deferred copies of the real tensors among them."""
+    """The arguments of a call, with deferred copies in place of the real tensors."""
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor if tensor.is_meta else _deferred_copy(writer, tensor)
@@ -313,7 +313,7 @@ def _multi_head(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) ->
 
 
 def _in_graph(whole: Handler) -> Handler:
-    """The handler of a function of which only the gradient is another one on ``meta``."""
+    """The handler of a function that differs on ``meta`` only in its gradient."""
 
     def handler(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(args, kwargs))
@@ -339,21 +339,22 @@ def _refuse(writer: ProgramWriter, result: Any, what: str) -> None:
             writer.refuse(leaf, what)
 
 
-# Where no mode of a block answers: interpolate of torch/nn/functional.py asks ``is_cpu``, and has
-# another way for determinism elsewhere; norm of torch/functional.py calls ``linalg.matrix_norm``.
+# Functions that branch where no mode of a block intercepts: interpolate of torch/nn/functional.py
+# reads ``is_cpu``, and has another decomposition for determinism elsewhere; norm of
+# torch/functional.py calls ``linalg.matrix_norm``.
 _UNANSWERED: dict[str, Handler] = {
     "interpolate": functional.interpolate,
     "norm": torch.norm,
     "Tensor.norm": torch.Tensor.norm,
 }
-# On meta tensors it accumulates in another dtype.
+# On meta tensors these accumulate in another dtype.
 _ACCUMULATING: dict[str, Handler] = {
     name: getattr(functional, name)
     for name in ("linear_cross_entropy",)
     if hasattr(functional, name)  # from torch 2.13 on
 }
-# torch/csrc/autograd/FunctionsManual.cpp has another formula for their gradients on meta, or under
-# a dispatch mode.
+# torch/csrc/autograd/FunctionsManual.cpp has another formula for the gradients of these on meta, or
+# under a dispatch mode.
 _DERIVED: dict[str, Handler] = {
     f"{owner.__name__}.{name}": getattr(owner, name)
     for owner in (torch, torch.Tensor)
@@ -369,7 +370,7 @@ _DERIVED: dict[str, Handler] = {
     ]
 } | {"linalg.householder_product": torch.linalg.householder_product}
 _IN_PYTHON = {**_ACCUMULATING, **_UNANSWERED, **_DERIVED}
-# Called with function modes off, by:
+# Functions that torch calls with function modes off, each with its caller.
 _UNHEARD = (
     (functional, "scaled_dot_product_attention"),  # multi_head_attention_forward
     (torch, "group_norm"),  # functional.group_norm
@@ -383,7 +384,7 @@ HANDLERS: dict[Any, Handler] = {
     torch.group_norm: _whole("aten::group_norm"),
     torch.max_pool1d: _whole("aten::max_pool1d"),
     torch.native_channel_shuffle: _whole("aten::native_channel_shuffle"),
-    # Its schema does not say that it draws nothing, so it counts as drawing.
+    # Their schemas do not state that they draw nothing, so they count as drawing.
     **{function: _whole(name, dropout="same") for name, function in _ACCUMULATING.items()},
     **{function: _in_graph(_whole(name)) for name, function in _DERIVED.items()},
     **{

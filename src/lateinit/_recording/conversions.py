@@ -62,7 +62,7 @@ def _to(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
         return func(tensor, asked, copy=copy, memory_format=_layout(layout))
     if not is_deferred_tensor(tensor):
         return func(tensor, device, asked, non_blocking, copy=copy)
-    # The user asks for meta: without this, the recorder would take meta for the recorded device.
+    # The user requests meta: without this, the recorder would replace it by the recorded device.
     if device.type == "meta":
         writer.call = (), {"device": device}
     return to_copy(
@@ -159,7 +159,7 @@ def _type_as(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> An
 
 
 def from_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``torch.tensor`` and its like, given a deferred tensor or lists that contain some."""
+    """``torch.tensor``, ``as_tensor`` and others, with a deferred tensor in their data."""
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     if isinstance(data, Tensor) and is_deferred_tensor(data):
         device = kwargs.get("device")
@@ -204,7 +204,7 @@ def _by_index(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> A
 
 
 def _set_by_index(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``x[index] = value``, which comes to no op if ``x`` is empty, as another's placeholder is."""
+    """``x[index] = value``; if ``x`` is empty, as a foreign placeholder is, it runs no op."""
     if args[0].size() == EMPTY:
         check_kept(slot_of(args[0]))
     return _by_index(writer, func, args, kwargs)

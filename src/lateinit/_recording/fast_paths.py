@@ -1,9 +1,9 @@
 """Handlers of the most frequent calls of a constructor: record them before the dispatcher.
 
 Nearly all calls of a construction are factories and fills. Their results are known without a
-kernel, and each is one op in the program or none. The way through the dispatcher takes several
-times as long as recording the op. If anything about a call is unusual, the handler makes the call
-itself, and the dispatcher records it.
+kernel, and each is one op in the program or none. Going through the dispatcher takes several times
+as long as recording the op. If anything about a call is unusual, the handler calls the function,
+and the dispatcher records it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _making(name: str) -> Handler:
 
 
 def _from_number(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``torch.tensor(number)``: a constant, as every batch norm has one for its counter."""
+    """``torch.tensor(number)``: a constant, such as the counter of every batch norm."""
     number = len(args) == 1 and type(args[0]) in NUMBERS
     usual = number and _DTYPE.issuperset(kwargs) and kwargs.get("device") in _HOST
     if not usual or not is_recording_alone():
@@ -75,7 +75,7 @@ def _from_number(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -
 
 
 def _data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """``x.data``: a view, which needs no op; it is only remembered, to be guarded later."""
+    """``x.data``: a view, which needs no op; it is only noted, to be guarded later."""
     if not is_deferred_tensor(args[0]) or not is_recording_alone():
         return func(*args, **kwargs)
     with below_python():
@@ -94,8 +94,8 @@ def _overwriting(name: str) -> Handler:
         if kwargs:
             rest = takewhile(kwargs.__contains__, keywords[len(values) :])
             values += tuple([kwargs[key] for key in rest])
-        # Every argument is accounted for, or the call is left to torch, as is an in-place write
-        # that autograd may have to refuse.
+        # A call with any other argument is left to torch, and so is an in-place write that autograd
+        # may have to refuse.
         usual = 1 + len(values) + ("generator" in kwargs) == len(args) + len(kwargs)
         grad = tensor.requires_grad and torch.is_grad_enabled()
         if not usual or grad or not _filled(writer, info, tensor, values, kwargs):
@@ -109,7 +109,7 @@ def _initialising(name: str, *keywords: str) -> Handler:
     """The handler of a function of ``nn.init`` that is one in-place fill.
 
     torch/nn/init.py passes every argument by name to ``handle_torch_function``. It fills under
-    ``no_grad``, so autograd need not be asked.
+    ``no_grad``, so autograd has nothing to refuse.
     """
     info = by_name(name)
 
@@ -167,7 +167,7 @@ def _without_gradients(private: str, name: str, numbers: int) -> Handler:
 
 
 class _StandIn:
-    """Stands for a deferred tensor in an initialiser that reads its sizes, then fills it.
+    """Stands in for a deferred tensor in an initialiser that reads its sizes, then fills it.
 
     The initialiser computes its bounds as usual; the fill is recorded without the dispatcher.
     """
@@ -235,19 +235,19 @@ _INITIALISERS: dict[str, Any] = {
     if inspect.isfunction(value) and value.__name__ == name
 }
 # How many callers of a function mode are searched for an initialiser. In torch 2.13 it is the
-# second one, after handle_torch_function (torch/overrides.py).
+# second caller, after handle_torch_function (torch/overrides.py).
 _DEEPEST = 4
 
 
 def initialiser_behind(func: Any) -> Handler | None:
-    """The initialiser of torch, if ``func`` is a library's replacement of it that has called it.
+    """The original initialiser of torch, if ``func`` is a library's wrapper that has called it.
 
     Libraries replace functions of ``nn.init`` (such as ``nn.init.normal_``) by wrappers that call
-    the original. The original passes its global name to ``handle_torch_function``, which by then is
-    the wrapper. Calling that again would recurse.
+    the original. The original looks up its own global name, which is now the wrapper, and passes
+    that to ``handle_torch_function``. Calling the wrapper again would recurse.
 
     Returns:
-        The original function if it is the one that is running, else None.
+        The original function if it is running, else None.
     """
     own: Any = _INITIALISERS.get(getattr(func, "__name__", ""))
     if own is None or getattr(nn.init, own.__name__) is not func:

@@ -3,8 +3,8 @@
 Inside a block a deferred tensor is a ``meta`` tensor. Third-party constructors look at ``device``
 and ``is_meta``, and skip their own initialisation on ``meta``. ``Masquerade`` reports the recorded
 device instead. It also handles the calls that never reach the dispatcher: reads (``tolist``,
-``numpy``, ``repr``) and exchanges of storage between real and deferred tensors. ``_HANDLERS`` says
-which function of torch is answered by which handler.
+``numpy``, ``repr``) and exchanges of storage between real and deferred tensors. ``_HANDLERS`` maps
+functions of torch to handlers.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Masquerade(FunctionMode):
 def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:
     """The keywords of a factory, with ``meta`` for the device that a deferred ``out`` reports.
 
-    torch/csrc/utils/out_types.cpp: check_out_type_matches compares the two. The device may be that
-    of a ``with torch.device(...)`` around the call or the block.
+    torch/csrc/utils/out_types.cpp: check_out_type_matches compares it with the device of ``out``.
+    The device may come from a ``with torch.device(...)`` around the call or the block.
     """
     out, device = kwargs["out"], kwargs.get("device")
     if device is None and takes_default_device(func):
@@ -102,9 +102,9 @@ def _on_the_device_of_out(writer: ProgramWriter, func: Any, kwargs: Any) -> Any:
 
 
 def _asks(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Handler of the most frequent functions, which need no answer but torch's own.
+    """Handler of the most frequent functions, for which torch's own answer is right.
 
-    Recognised first, so that they skip the bookkeeping of ``__torch_function__``.
+    They are recognised first, to skip the bookkeeping of ``__torch_function__``.
     """
     return func(*args, **kwargs)
 
@@ -138,7 +138,7 @@ def _data_ptr(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> i
 
 
 def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """The storage of a deferred tensor; one with its values if it is being pickled."""
+    """The storage of a deferred tensor; a real one with its values if it is being pickled."""
     if is_storage_pickled(between=2):
         with without_modes():
             return writer.read(args[0]).untyped_storage()
@@ -146,7 +146,7 @@ def _untyped_storage(writer: ProgramWriter, func: Handler, args: Any, kwargs: An
 
 
 def _reduce(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Pickle a deferred tensor of a user's class, or with attributes: others ask for a storage."""
+    """Pickle a deferred tensor of a user's class, or with attributes; others read a storage."""
     tensor = args[0]
     if is_copying_shallowly(between=2):
         return _alike, (type(tensor), tensor.detach(), tensor.requires_grad, tensor.__dict__)
@@ -195,7 +195,7 @@ def _numpy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
 
 
 def _shared(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
-    """Run ``apply_``, ``__dlpack__`` and the like on memory that both sides share."""
+    """Run ``apply_``, ``__dlpack__`` and similar methods on memory that both sides share."""
     with without_modes():
         real = [_exposed(writer, value) for value in args]
         result = func(*real, **kwargs)
@@ -225,7 +225,7 @@ def _deepcopy(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> T
 def _set_data(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
     """``a.data = b``, which torch refuses if exactly one of them is on meta."""
     target, source = args
-    if "_in_block" in target.__dict__:  # a placeholder of lateinit's, which refuses it
+    if "_in_block" in target.__dict__:  # a placeholder of lateinit, which raises
         return func(*args)
     if type(target) not in PLAIN_CLASSES and is_placeholder(target):
         return _set_data_of_placeholder(writer, func, target, source)
@@ -241,9 +241,9 @@ def _set_any_data(writer: ProgramWriter, func: Handler, target: Tensor, source: 
 def _set_data_of_placeholder(
     writer: ProgramWriter, func: Handler, target: Any, source: Tensor
 ) -> Any:
-    """The same for another library's placeholder, which gets its data from ``materialize`` alone.
+    """The same for another library's placeholder, which may get data only from ``materialize``.
 
-    ``Module._apply`` gives it converted data, as empty as before.
+    ``Module._apply`` also sets converted data, as empty as before.
     """
     slot = slot_of(target)
     as_empty = is_placeholder(source) or source.size() == EMPTY
@@ -275,7 +275,7 @@ _OF_DEVICES = frozenset(
         torch.get_device,
     }
 )
-"""What the block answers of a shard too: the recorded device."""
+"""The handlers that apply to shards too: they report the recorded device."""
 
 _HANDLERS: dict[Any, Handler] = {
     set_grad_enabled: _asks,

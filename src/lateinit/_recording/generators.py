@@ -2,12 +2,12 @@
 
 Recording a draw does not advance the generator. Instead it writes a *token* into it: a state that
 names the place of the next draw (stream and index). Code may save and set the generator's state
-meanwhile (``fork_rng``, ``set_state``, from Python or C++). At the next draw, a token says at which
-place of which stream the generator is, and any other state begins a new stream.
+meanwhile (``fork_rng``, ``set_state``, from Python or C++). At the next draw, a token identifies
+the stream and the place in it, and any other state begins a new stream.
 
 The default generator of the CPU holds a token from the beginning of the block to its end, so that
-seeding it to the very state that it had is noticed. It has its eager state only while it is asked
-for (``settle``). A generator of the constructor's own has it after each draw (``reveal``).
+seeding it to the same state as before is noticed. It has its eager state only while that is read
+(``settle``). A generator that the constructor made has it after each draw (``reveal``).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lateinit._torch import generator_key
 from lateinit.errors import RecordingError
 
 _MAGIC = 0x9A17E1A7  # marks tokens; a true state has it with probability 2**-32
-# Tells the tokens of one recording from those of another: of this process by counting, of another
-# (states can be saved to files) by starting at random.
+# Distinguishes the tokens of different recordings: within this process by counting, from other
+# processes (states can be saved to files) by starting at random.
 _NONCES = itertools.count(secrets.randbits(24))
 
 # The state of a CPU generator (aten/src/ATen/CPUGeneratorImpl.cpp) has a seed at byte 0, `left`,
-# `seeded` and `next` at bytes 8 to 24, then 624 words in 8 bytes each. That of a CUDA generator
+# `seeded` and `next` at bytes 8 to 24, then 624 words in 8 bytes each. The state of a CUDA one
 # (Philox) is a seed and an offset. The bytes compared between two states are called the key. In
 # the key of a CPU token the first four words are magic, nonce, stream and index; in that of a
 # Philox token the seed holds magic, nonce and stream, and the offset holds the index.
@@ -61,16 +61,16 @@ class Settled(NamedTuple):
 class Generators:
     """The generators that a recording uses, and the place of each in the program's streams.
 
-    A root stream begins at the state in which the block found the default generator. ``drawn`` is
-    a generator of the constructor's own that has just drawn, until ``reveal``.
+    A root stream begins at the state that the default generator had when the block began. ``drawn``
+    is a generator that the constructor made and that has just drawn, until ``reveal``.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._nonce = next(_NONCES) & 0xFFFFFFFF
         self._watched: dict[int, _Watch] = {}
-        self._settled: dict[bytes, Draw] = {}  # the places of the eager states that were told
-        self.drawn: _Watch | None = None  # a generator of the constructor's own that just drew
+        self._settled: dict[bytes, Draw] = {}  # the places of the eager states that were read
+        self.drawn: _Watch | None = None  # a generator of the constructor that just drew
 
     def draw(self, generator: torch.Generator, op: int, root: bool) -> Draw:
         """Record that op number ``op`` draws from a generator, and return the draw's place.
@@ -90,7 +90,7 @@ class Generators:
             self._check_source(watch)
             self._moved(watch)
         ops = self.program.streams[watch.stream].ops
-        # Another generator was set to this place and drew there: this one branches off.
+        # Another generator was set to this place and drew there, so this one begins a branch.
         if len(ops) != watch.at:
             self._begin(watch, Draw(watch.stream, watch.at))
             ops = self.program.streams[watch.stream].ops
@@ -142,7 +142,7 @@ class Generators:
             watch.leave_token(0)
 
     def restored(self, generator: torch.Generator) -> None:
-        """Record that the default generator was put into a state that was told before, or not."""
+        """Record that the default generator was set to a state, read before or not."""
         watch = self._watched.get(generator_key(generator))
         if watch is not None and watch.key() != watch.expected:
             self._check_source(watch, restored=True)
@@ -150,10 +150,10 @@ class Generators:
             watch.leave_token(watch.at)
 
     def reveal(self, state: Callable[[Draw], bytes]) -> None:
-        """Put the generator that just drew, one of the constructor's own, into its eager state.
+        """Put the generator that just drew, made by the constructor, into its eager state.
 
         Args:
-            state: gives the generator state before a draw.
+            state: returns the generator state before a draw.
         """
         watch, self.drawn = self.drawn, None
         assert watch is not None
@@ -161,7 +161,7 @@ class Generators:
         true = state(place)
         set_state(watch.generator, true)
         watch.stand()
-        # Another generator that is set to this state goes on from here, under any seed.
+        # A generator that is later set to this state continues from this place, under any seed.
         if isinstance(self.program.streams[watch.stream].start, Draw):
             self._settled[true] = place
 
@@ -169,10 +169,10 @@ class Generators:
         """Put every generator into the state that eager construction would have left by now.
 
         Args:
-            state: gives the generator state before a draw.
+            state: returns the generator state before a draw.
 
         Returns:
-            What ``resume`` needs.
+            The argument of ``resume``.
         """
         settled = []
         for watch in self._watched.values():
@@ -190,11 +190,11 @@ class Generators:
         return settled
 
     def resume(self, settled: list[Settled], *, told: bool) -> None:
-        """Put the tokens back into the generators that are as ``settle`` has left them.
+        """Put the tokens back into the generators that did not change since ``settle``.
 
         Args:
             settled: the result of ``settle``.
-            told: the constructor has been told the states, and may put generators into them.
+            told: whether the constructor has read the states, and may set generators to them.
         """
         for generator, place, token, true in settled:
             if state_of(generator) == true:
@@ -214,7 +214,7 @@ class Generators:
         return False
 
     def restore(self) -> None:
-        """Put every generator into the state in which the block found it."""
+        """Put every generator into the state that it had when the block began."""
         for watch in self._watched.values():
             set_state(watch.generator, watch.first)
 
@@ -227,15 +227,15 @@ class Generators:
         self.program.streams.append(Stream(start, watch.device, root))
 
     def _check_source(self, watch: _Watch, *, restored: bool = False) -> None:
-        """Note if nobody can tell where a generator has its state from: another seed would.
+        """Bind the seed if the origin of a state is unknown: under another seed it may differ.
 
         Args:
             watch: the generator, whose state was set from outside.
-            restored: it was put into the state by ``torch.set_rng_state``, and not seeded.
+            restored: whether it was set by ``torch.set_rng_state``, not seeded.
         """
         state = state_of(watch.generator)
         told = state in self._settled
-        # What was told may have been changed.
+        # The constructor may have changed a state that it read.
         unknown = bool(self._settled) and not told and self._named(watch, state) is None
         if (told and not restored) or (unknown and seed_behind(state) is None):
             self.program.seed_bound = (
@@ -288,7 +288,7 @@ class _Watch:
         self._nonce = nonce
         self._start, length = _CPU_KEY if self._cpu else _PHILOX_KEY
         self._end = self._start + length
-        self.expected = self.first  # a token's key, or a whole state that is none
+        self.expected = self.first  # the key of a token, or a whole state that is no token
         self._words = bytearray()
         self._token: Any = None  # a tensor on the memory of _words: the state to set
         self._named = -1  # the stream that the token names
@@ -306,7 +306,7 @@ class _Watch:
         return key
 
     def stand(self) -> None:
-        """Expect the generator in its current state."""
+        """Expect the generator to stay in its current state."""
         self.has_token = False
         self.expected = self.key()
 
@@ -328,7 +328,7 @@ class _Watch:
         if not self._words:
             self._words[:] = self.first
             if self._cpu:
-                # Without cached normals, which a kernel could use up unseen.
+                # Without cached normals, which a kernel could use up unnoticed.
                 self._words[_CPU_WORDS_END:] = bytes(len(self.first) - _CPU_WORDS_END)
             self._token = torch.frombuffer(self._words, dtype=torch.uint8)
         if self._cpu:
@@ -342,7 +342,7 @@ class _Watch:
         self._named = self.stream
 
     def read_token(self, key: bytes) -> Draw | None:
-        """The place that a key or a state names, or None if it is not that of a token.
+        """The place that a key or a state names, or None if it belongs to no token.
 
         Raises:
             RecordingError: a kernel drew from the token unseen, or another recording wrote it.

@@ -2,11 +2,11 @@
 
 Inside a block a deferred tensor is a plain tensor under the modes of the recorder. When the block
 ends, its class becomes ``DeferredTensor``. No op can silently compute a wrong result from it, and
-it can be deep-copied and pickled. A guard hears at two levels:
-``__torch_function__`` the calls of Python code, and ``__torch_dispatch__`` every op, also those of
-TorchScript, of ``vmap``, of collectives and of a ``DTensor`` on its local part.
+it can be deep-copied and pickled. A guard intercepts at two levels: ``__torch_function__`` the
+calls of Python code, and ``__torch_dispatch__`` every op, also those of TorchScript, of ``vmap``,
+of collectives and of a ``DTensor`` on its local part.
 
-Come here for the answer to "what happens if I call X on a deferred tensor outside a block".
+So this module answers the question "what happens if I call X on a deferred tensor outside a block".
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from lateinit._integrations import NEEDS_VALUES, SEES_RECORDED
 from lateinit._program import Program, TensorRef
 from lateinit._recording import calls_after_block
-from lateinit._recording.after_block import (
-    Follower,
-    device_to,
-    is_meta_to,
-    is_real,
-)
+from lateinit._recording.after_block import Follower, device_to, is_meta_to, is_real
 from lateinit._recording.answers import (
     ANSWERS,
     PLAIN,
@@ -92,14 +87,14 @@ class DeferredTensor(Guarded):
     """A deferred tensor outside the block that recorded it.
 
     Views, copies, casts and writes of it, and arithmetic among deferred tensors, are recorded.
-    Reads, draws, and ops that mix it with real tensors need its values. A parameter, or what shares
+    Reads, draws, and ops that mix it with real tensors need its values. A parameter, or a tensor on
     its storage, then raises ``DeferredTensorError``; it reports the device ``meta``. Any other
-    deferred tensor realises itself, and reports the device that it will have. ``copy_`` of a whole
-    real tensor of the same shape makes either real.
+    deferred tensor realises itself, and reports the device that it was recorded for. ``copy_`` of a
+    whole real tensor of the same shape makes both kinds real.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """``type(p)(data, requires_grad=...)``: code makes a parameter of the class of another."""
+        """``type(p)(data, requires_grad=...)``: a new tensor of the original class."""
         return cls.original(*args, **kwargs)
 
     @classmethod
@@ -122,11 +117,11 @@ class DeferredTensor(Guarded):
                 # Sizes, flags and hooks belong to the meta tensor and need no values.
                 if func in PLAIN:
                     if func in _ASKED_BY_VMAP and is_batching() and realises_itself(args[0]):
-                        realize_now(args[0])  # what vmap wraps is out of reach
+                        realize_now(args[0])  # once vmap has wrapped it, that is impossible
                     with below_python():  # some are ops, such as is_pinned
                         return func(*args, **(kwargs or {}))
                 if func in _MAKING and is_making_parameter() and _is_stale(args[0]):
-                    # It becomes real when `_is_param` is set, which says of which class it is.
+                    # It becomes real when `_is_param` is set: only then its class is known.
                     with below_python():
                         made = func(*args, **(kwargs or {}))
                     made.__class__ = type(args[0])
@@ -145,7 +140,7 @@ class DeferredTensor(Guarded):
                     _same_class(result, args[0])
                 return result
         except BaseException:
-            enable_functions()  # they were, or this would not have been called
+            enable_functions()  # they were enabled, since this method was called
             raise
         finally:
             set_eval_frame(compiling)
@@ -176,7 +171,7 @@ class DeferredTensor(Guarded):
             self.__class__ = made  # type: ignore[assignment]
             return
         if realises_itself(self) and not is_of_waiting(self):
-            # Made of a table: a deferred parameter would be none of a deferred model.
+            # A parameter made from a table belongs to no deferred model, so it is not deferred.
             realize_now(self)
             self.__class__ = made  # type: ignore[assignment]
             return
@@ -222,7 +217,7 @@ class DeferredTensor(Guarded):
 
     @restoring
     def __reduce_ex__(self, proto: Any) -> Any:
-        # A file must not need lateinit for a table that no module of a block holds.
+        # A table that no module of a block holds is saved as a plain tensor, without lateinit.
         if is_torch_saving(between=1) and is_table(self):
             realize_now(self)
             return self.__reduce_ex__(proto)
@@ -235,20 +230,20 @@ class DeferredTensor(Guarded):
 
 
 def _got(func: Any, args: Args, kwargs: Kwargs, collective: str | None) -> Any:
-    """A property of the meta tensor; a collective that compares it is about to need the values."""
+    """A property of the meta tensor; a collective that compares it will need the values next."""
     if collective is not None and not is_real(args[0]):
         need_values_of(collective, args[0])
     return func(*args, **kwargs)
 
 
 def _is_stale(tensor: Tensor) -> bool:
-    """Whether the storage of a deferred tensor is real by now, through another tensor."""
+    """Whether the storage of a deferred tensor has become real through another tensor."""
     slot = slot_of(tensor)
     return slot is not None and slot.real is not None
 
 
 def _same_class(made: Tensor, data: Tensor) -> None:
-    """Give ``data.detach()`` the class of ``data``: ``nn.Parameter(data)`` insists on that."""
+    """Give ``data.detach()`` the class of ``data``, which ``nn.Parameter(data)`` requires."""
     if isinstance(made, Guarded) and isinstance(data, Guarded):
         made.__class__ = type(data)
 
@@ -268,7 +263,7 @@ def _scatter(asked: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
-    """The guarding subclass of a tensor class, or None if its tensors are not to be guarded.
+    """The guarding subclass of a tensor class, or None if its tensors are not guarded.
 
     Not guarded are tensors that are guarded already, lazy placeholders, and wrapper subclasses.
     """
@@ -281,13 +276,13 @@ def _guarding(cls: type[Tensor]) -> type[Tensor] | None:
 
 
 def hear(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Call an op on deferred tensors that has come to the dispatcher."""
-    # A recorder has heard it already, and runs it on meta to learn the shape of its result. A guard
-    # stays on a tensor that was set to other memory, which no block recorded.
+    """Call an op on deferred tensors that has reached the dispatcher."""
+    # In a block the recorder has intercepted the op already, and runs it on meta for its shapes.
+    # Also, a tensor that was set to memory which no block recorded still has its guard.
     if current() is not None or not any(map(is_deferred_tensor, tensors_in(args, kwargs))):
         with below_python():
             return func(*args, **kwargs)
-    if func is copy_into and is_whole_load(*args[:2]):  # of a shard: its local part
+    if func is copy_into and is_whole_load(*args[:2]):  # for a shard, on its local part
         adopt(args[0], args[1])
         return args[0]
     return follow(func, args, kwargs, at_dispatch=True)
@@ -300,8 +295,8 @@ def guard(tensor: Tensor) -> None:
         return
     if issubclass(guarding, nn.Parameter):
         mark(tensor)
-    # Assigning the class alone would not do: the dispatcher asks __torch_dispatch__ only of tensors
-    # that were made as such a class. So make one, and exchange implementations.
+    # Assigning the class is not enough: the dispatcher calls __torch_dispatch__ only for tensors
+    # that were created with such a class. So create one, and exchange implementations.
     inference = tensor.is_inference()
     try:
         if inference == torch.is_inference_mode_enabled():
@@ -322,7 +317,7 @@ def _exchange(tensor: Tensor, guarding: type[Tensor]) -> None:
     gradient = tensor.grad if requires else None
     if type(tensor) in PLAIN_CLASSES:
         made = as_subclass(guarding, tensor, requires)
-    else:  # a user's class may hear functions and ops itself
+    else:  # a user's class may intercept functions and ops itself
         with without_subclass_functions(), below_python():
             made = as_subclass(guarding, tensor, requires)
     with without_subclass_functions():
@@ -342,7 +337,7 @@ def _rebuild(
     cls: type[Tensor],
     state: dict[str, Any],
 ) -> Tensor:
-    """Unpickle a deferred tensor; pickles hold this function by name, as ``__reduce_ex__`` says."""
+    """Unpickle a deferred tensor; the pickles of ``__reduce_ex__`` hold this function by name."""
     tensor = slot.window(ref)
     if issubclass(cls, nn.Parameter):
         tensor = cls(tensor, requires_grad)
@@ -366,7 +361,7 @@ watch_cuts = Watched(
 
 
 def watch_sharding(program: Program) -> None:
-    """Hear from now on of what is made of the deferred tensors of a program in sharding them."""
+    """From now on intercept the sharding of the deferred tensors of a program."""
     watch_new_shards(program)
     watch_fully_shard(program)
     watch_cuts(program)
@@ -380,6 +375,6 @@ def _follower_of(program: Program) -> Follower:
 follow = partial(calls_after_block.follow, _follower_of)
 """Call a torch function on deferred tensors: see ``calls_after_block``."""
 
-# What Parameter.__new__ calls of data that is no plain tensor (torch/nn/parameter.py).
+# The methods that Parameter.__new__ calls on data that is no plain tensor (torch/nn/parameter.py).
 _MAKING = (torch.Tensor.detach, torch.Tensor.requires_grad_)
 _ASKED_BY_VMAP = (torch.Tensor.dim, torch.Tensor.size)

@@ -20,7 +20,7 @@ from lateinit._torch import remove_hook
 
 _ATTRIBUTE = "_lateinit_hole"
 FIRST_CALL = "_lateinit_first_call"
-"""On a module with a hole: the handle of the hook that hears of its first call."""
+"""An attribute of a module with a hole: the handle of the hook that intercepts its first call."""
 
 
 class Hole:
@@ -54,7 +54,7 @@ _held: weakref.WeakSet[Hole] = weakref.WeakSet()
 
 
 def abandoned(program: Program) -> list[Hole]:
-    """New holes for the open ones of a program that no module has any more."""
+    """New ``Hole`` objects for the open holes of a program whose modules no longer exist."""
     gc.collect()  # a lazy module's own hook refers to it
     open_ = {number for number, stream in enumerate(program.holes) if stream is None}
     for hole in list(_held):

@@ -28,7 +28,7 @@ class RuleRecorder:
         self._targets = [_Target(program, one) for one in ruled]
         self.program = program.extension(target.ref.storage for target in self._targets)
         self.writer = ProgramWriter(self.program, alone=True)
-        # Here and not in the block, which would record that these are made.
+        # Made here and not in the block, which would record it.
         slots: dict[int, Slot] = {}
         for target in self._targets:
             number = target.ref.storage
@@ -48,13 +48,13 @@ class RuleRecorder:
             self.program.ops += target.again
 
     def finish(self) -> Program:
-        """The extension, of which nothing is dropped."""
+        """The extension, with all of its ops."""
         self.writer.generators.restore()
         self.program.drop_at = NEVER
         return self.program
 
     def _check(self, target: _Target, first: int, stream: int) -> None:
-        """Raise if a rule drew elsewhere, or wrote to anything but its tensor."""
+        """Raise if a rule drew from another generator, or wrote to anything but its tensor."""
         slot = slot_of(target.tensor)
         own = slot is not None and slot is not ON_META and slot.program is self.program
         if not own or self.writer.ref(target.tensor) != target.ref:
@@ -68,18 +68,18 @@ class RuleRecorder:
 
 
 class _Target:
-    """The tensor that a rule is called with: of a shard the whole tensor."""
+    """The tensor with which a rule is called: for a shard, the whole tensor."""
 
     def __init__(self, program: Program, ruled: Ruled) -> None:
         self.ruled = ruled
-        self.again: list[Op] = []  # that make the shard anew
+        self.again: list[Op] = []  # the ops that cut the shard again
         self.ref = ruled.ref
         if is_dtensor(ruled.tensor) and ruled.ref.numel != ruled.tensor.numel():
             self.ref, self.again = _whole(program, ruled)
         self.tensor = ruled.tensor
 
     def like(self, window: Tensor) -> Tensor:
-        """A tensor on the window, as the original one is."""
+        """A tensor on the window, of the same kind as the original one."""
         original = self.ruled.tensor
         if is_parameter(original):
             return nn.Parameter(window, original.requires_grad)
@@ -103,10 +103,10 @@ class _Target:
 
 
 def _whole(program: Program, ruled: Ruled) -> tuple[TensorRef, list[Op]]:
-    """The whole tensor that a shard was cut from, and the ops that cut it.
+    """The whole tensor from which a shard was cut, and the ops that cut it.
 
     Raises:
-        ShardingError: something else than a cut was done to the shard, or before.
+        ShardingError: another op than a cut was called on the shard, or between the two.
     """
     tensor, storage = ruled.tensor, ruled.ref.storage
     nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -128,7 +128,7 @@ def _whole(program: Program, ruled: Ruled) -> tuple[TensorRef, list[Op]]:
 
 
 def _cuts(op: Op) -> bool:
-    """Whether an op copies, or makes what is copied to."""
+    """Whether an op copies, or makes the target of a copy."""
     info = by_name(op.name)
     made = info.is_empty or ZERO in (op.name, *(info.filled_by or ()))
     return op.draw is None and (made or info.copies is not None or op.name in _COPIES)

@@ -1,4 +1,4 @@
-"""The kind of a call in a block: what its arguments make of an op."""
+"""The kind of a call in a block, by its op and its arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lateinit._torch import META, ZERO, Args, Kwargs, OpInfo, has_tensor, tensor
 
 
 class Kind(enum.Enum):
-    """How a recorder treats a call. The order of ``classify`` decides where several would do."""
+    """How a recorder treats a call. If several kinds apply, the order of ``classify`` decides."""
 
     FILL = "fills a deferred tensor with numbers or draws"
     DRAWN = "makes a new tensor of draws"
@@ -77,9 +77,9 @@ def _takes_fill(info: OpInfo, tensor: Tensor) -> bool:
 
 
 def fits(info: OpInfo, tensor: Tensor) -> bool:
-    """Whether the usual numbers of a fill fit a tensor's dtype: then no kernel is asked about it.
+    """Whether the usual numbers of a fill fit a tensor's dtype: then no kernel needs to be tried.
 
-    Of integers only zero is sure to be in range.
+    For integer dtypes only zero is certain to be in range.
     """
     return tensor.is_floating_point() or (info.name == ZERO and not tensor.is_quantized)
 

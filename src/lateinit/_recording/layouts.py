@@ -1,9 +1,9 @@
 """The results of an op without its values: their shapes, dtypes and layouts, on ``meta``.
 
-The meta kernel is asked, unless the results are small (see ``small_results``). Of some ops it gives
-another layout than the real kernel; rows of ``op_table`` say of which. Then the kernel is asked: it
-is run on a twin of the arguments, small tensors of ones that are laid out alike. What it gives says
-the order of the dims in memory.
+The meta kernel computes them, unless they are small (see ``small_results``). For some ops, marked
+in their rows of ``op_table``, its layout differs from that of the real kernel. Then the real kernel
+runs on a *twin* of the arguments: small tensors of ones with the same layout. Its results show the
+order of the dims in memory.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from lateinit._torch import (
     without_modes,
 )
 
-# Sizes up to this one, and numbers that may stand in a relation to a size, are the same in a twin.
+# Sizes up to this one, and numbers that may depend on a size, are the same in a twin.
 _KEPT = 16
 _COMPLEX_TO_REAL = "aten::_fft_c2r"
 
 
 class LayoutUnknownError(Exception):
-    """Only a run on the values themselves tells how the results lie in memory."""
+    """Only a run on the values themselves can give the layout of the results."""
 
 
 def results_on_meta(
     info: OpInfo, args: Args, kwargs: Kwargs, device: torch.device, *, small: bool
 ) -> Any:
-    """The results of an op as meta tensors, laid out as its kernel lays them out.
+    """The results of an op as meta tensors, with the layout of its real kernel.
 
     Args:
         info: the op.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        device: where the op is to be computed.
-        small: whether the kernel itself may be asked of small results: all is on the CPU.
+        device: the device on which the op will be computed.
+        small: whether the real kernel may be used for small results: all tensors are on the CPU.
 
     Raises:
-        LayoutUnknownError: only a run tells.
+        LayoutUnknownError: only a run on the values can give the layout.
         Exception: the meta kernel refuses the call, or there is none.
     """
     result = layouts_of_small(info, args, kwargs) if small else None
@@ -69,17 +69,17 @@ def results_on_meta(
 def as_kernel_lays_out(
     info: OpInfo, args: Args, kwargs: Kwargs, result: Any, device: torch.device
 ) -> Any:
-    """The results of a meta kernel, laid out as the kernel of a device lays them out.
+    """The results of a meta kernel, with the layout of the real kernel of a device.
 
     Args:
         info: the op, whose row has a ``layout``.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        result: what the meta kernel gave.
-        device: where the op is to be computed.
+        result: the results of the meta kernel.
+        device: the device on which the op will be computed.
 
     Raises:
-        LayoutUnknownError: the kernel cannot be asked.
+        LayoutUnknownError: the kernel cannot run on a twin.
     """
     if info.layout == "values":
         raise LayoutUnknownError
@@ -111,7 +111,7 @@ def _sizes_of_twin(info: OpInfo, args: Args, kwargs: Kwargs, given: list[Tensor]
     """The size in the twin of each size that is not kept: small, and in the same order."""
     numbers = args[:3] if info.name == _COMPLEX_TO_REAL and _is_half(args) else args
     if any(n > _KEPT for n in _integers((*numbers, *kwargs.values()))):
-        return {}  # it may have to do with a size
+        return {}  # a number may depend on a size
     if any(_overlaps(tensor) for tensor in given):
         return {}
     large = sorted({n for tensor in given for n in tensor.size() if n > _KEPT})
@@ -125,13 +125,13 @@ def _integers(value: Any) -> Iterable[int]:
 
 
 def _is_half(args: Args) -> bool:
-    """Whether a real FFT's last size is the one that the complex tensor's size stands for."""
+    """Whether a real FFT's last size follows from the last size of the complex tensor."""
     data, dims, _, last = args
     return bool(data.size(dims[-1]) == last // 2 + 1)
 
 
 def _halved(info: OpInfo, args: Args, sizes: dict[int, int]) -> Args:
-    """The arguments with the last size of a real FFT as it is in the twin."""
+    """The arguments, with the last size of a real FFT that belongs to the twin."""
     if info.name != _COMPLEX_TO_REAL or not sizes:
         return args
     data, dims, normalisation, last = args
@@ -140,14 +140,14 @@ def _halved(info: OpInfo, args: Args, sizes: dict[int, int]) -> Args:
 
 
 def _in_memory(size: Iterable[int], stride: Iterable[int]) -> list[int]:
-    """The dims in the order in which they lie in memory, the innermost first."""
-    # Of dims with one stride, those of length one lie within the other.
+    """The dims in their order in memory, the innermost first."""
+    # Among dims with equal strides, dims of length one are inside the others.
     order = sorted((s, n, d) for d, (n, s) in enumerate(zip(size, stride, strict=True)))
     return [d for _, _, d in order]
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements of a tensor share memory, apart from dims that are expanded."""
+    """Whether elements of a tensor share memory other than in expanded dims."""
     span = 1
     for d in _in_memory(tensor.size(), tensor.stride()):
         if tensor.stride(d):
@@ -178,7 +178,7 @@ def _scaled(tensor: Tensor, sizes: dict[int, int]) -> TensorRef:
         return _window(tensor)
     size = tuple(sizes.get(n, n) for n in tensor.size())
     stride = [0] * len(size)
-    span, scaled = 1, 1  # how much memory the inner dims take, there and here
+    span, scaled = 1, 1  # the memory of the inner dims, in the original and in the twin
     for d in _in_memory(tensor.size(), tensor.stride()):
         if tensor.stride(d):
             stride[d] = scaled * (2 if tensor.stride(d) > span else 1)  # a gap stays a gap
@@ -198,9 +198,9 @@ def _answered(
     info = by_name(name)
     state = torch.default_generator.get_state()
     try:
-        # Ones suit nearly all kernels; as indices, zeros are sure to lie within.
+        # Ones suit nearly all kernels; zeros are always valid indices.
         for value in (1, 0):
-            with contextlib.suppress(Exception):  # of any kind, as the kernel sees fit
+            with contextlib.suppress(Exception):  # a kernel may raise any class
                 on_meta = flat(_called(info, args, kwargs, META, value))
                 real = flat(_called(info, args, kwargs, device, value))
                 pairs = zip(real, on_meta, strict=True)
@@ -236,7 +236,7 @@ def _laid_out(leaf: Any, found: tuple[TensorRef, TensorRef] | None, sizes: dict[
     """A result of the meta kernel, laid out as the kernel's result in the twin."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if found is None:  # it is no tensor then: gradients may be undefined
+    if found is None:  # then the result is no tensor: gradients may be undefined
         return None
     real, on_meta = found
     size, stride = real.size, real.stride

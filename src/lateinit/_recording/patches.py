@@ -1,25 +1,25 @@
 """Replace the functions of torch that no mode intercepts, while a block runs.
 
 - ``torch.get_rng_state`` must return the state of eager construction, not a token, and
-  ``torch.manual_seed`` and ``torch.set_rng_state`` may give the generator the very state that it
-  had. All functions of torch.random, wherever they were imported, ask one global name.
+  ``torch.manual_seed`` and ``torch.set_rng_state`` may give the generator the same state as before.
+  All functions of torch.random, wherever they were imported, look up one global name.
 - ``Tensor._make_subclass``, which makes every parameter, and ``Tensor.as_subclass`` turn all modes
   off (torch/csrc/autograd/python_variable.cpp).
-- ``Tensor.__new__`` cannot make a tensor of a subclass under a dispatch mode, which gives C++ a
-  result that is a plain tensor to Python already (python_variable.cpp: THPVariable_NewWithVar).
-- ``swap_tensors`` refuses tensors that the writer holds weakly, and exchanges them unheard.
+- ``Tensor.__new__`` cannot make a tensor of a subclass under a dispatch mode: the mode returns a
+  tensor that has a Python object already (python_variable.cpp: THPVariable_NewWithVar).
+- ``swap_tensors`` refuses tensors that the writer holds weakly, and no mode intercepts it.
 - ``Generator.__setstate__`` and ``set_state`` read a state's memory (torch/csrc/Generator.cpp).
 - Modules of TorchScript register no tensors or children in Python.
 - ``trunc_normal_`` is a Python loop that is recorded as one op (``trunc_normal``).
 - ``FakeTensorMode`` and ``torch.export`` make tensors that no recording could hold.
-- ``to_dlpack`` reads memory, and comes to no mode.
+- ``to_dlpack`` reads memory, and no mode intercepts it.
 - ``clip_grad_norm_`` and optimizers group tensors by device below Python.
 - Some functions of torch call others with function modes off (``composite_ops``).
 - Initialisers are fills under ``no_grad``, which are recorded at once (``fast_paths``).
-- What initialises tensors without a shape is remembered for later (``postponed``).
+- Calls that initialise tensors without a shape are postponed (``postponed``).
 
-The replacements are process-wide while any thread is in a block. Each asks ``current()`` and acts
-only in a thread that is recording.
+The replacements are process-wide while any thread is in a block. Each checks ``current()``, and
+acts only in a thread that is recording.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ from lateinit.errors import RecordingError
 
 _default = torch.default_generator
 _INHERITED = object()
-# Bytes of a state: of the CPU's generator, and of those that have a seed and an offset.
+# Bytes of a state: of the CPU's generator, and of generators with a seed and an offset.
 _STATES = (STATE_BYTES, 16)
 
 
 class _Heard:
-    """Stands for the default generator in ``torch.random``, and tells the writer what is asked."""
+    """Stands in for the default generator in ``torch.random``, and reports calls to the writer."""
 
     @untraced
     def get_state(self) -> Tensor:
@@ -82,7 +82,7 @@ class _Heard:
     def set_state(self, state: Tensor) -> None:
         writer = current()
         if writer is not None and is_deferred_tensor(state):
-            with without_modes():  # one that was saved and loaded
+            with without_modes():  # a state that was saved and loaded
                 state = writer.read(state).clone()
         _default.set_state(state)
         if writer is not None:
@@ -125,7 +125,7 @@ def _swapped(a: Tensor, b: Tensor) -> None:
 
 
 def _rebuilt(storage: Any, *args: Any) -> Tensor:
-    """A tensor that is loaded; one that may be the state of a generator is real."""
+    """A loaded tensor; it stays real if it may be the state of a generator."""
     writer = current()
     if writer is None or writer.busy or bytes_loaded(storage) not in _STATES:
         return rebuild_tensor(storage, *args)
@@ -154,11 +154,11 @@ def _noted_script(module: Any, *args: Any, **kwargs: Any) -> None:
 def _refused_fake_mode(mode: Any) -> Any:
     writer = current()
     if writer is not None and not writer.busy:
-        # Later is too late: an error in an op that torch.export traces aborts the process.
+        # Refuse now: a later error, in an op that torch.export traces, would abort the process.
         raise RecordingError(
             "FakeTensorMode was entered in a deferred constructor, perhaps by torch.export: fake "
             "tensors have no values that could be recorded, and would stand for deferred tensors "
-            "that say another device; do it after lateinit.materialize()"
+            "that report another device; do it after lateinit.materialize()"
         )
     return enter_fake_mode(mode)
 
@@ -221,16 +221,16 @@ _PATCHES: tuple[tuple[Any, str, Any], ...] = (
 
 
 class Patches:
-    """The replacements, for as long as at least one block of any thread asks for them.
+    """The replacements, in place while at least one block of any thread needs them.
 
-    ``enter`` and ``leave`` can be called again after an interrupt: they set everything, and count
-    nothing.
+    ``enter`` and ``leave`` can be called again after an interrupt: they set everything, and keep no
+    count.
     """
 
     _lock = turn()
     _users: ClassVar[set[int]] = set()
-    # What was there, and what a block has put in its place. Libraries replace functions too (as
-    # transformers does with those of nn.init while it loads), so that it may not be torch's.
+    # The previous function, and its replacement by a block. The previous one may not be torch's,
+    # since libraries replace functions too (transformers those of nn.init while it loads).
     _replaced: ClassVar[dict[tuple[Any, str], tuple[Any, Any]]] = {}
 
     def __init__(self, more: tuple[tuple[Any, str, Any], ...] = ()) -> None:
@@ -262,7 +262,7 @@ class Patches:
 
     def replace(self, owner: Any, name: str, ours: Any) -> None:
         """Replace an attribute of a class or module until the last block ends."""
-        # torch.compile keeps away from frames under a dispatch mode, but ours leave it.
+        # torch.compile does not trace frames under a dispatch mode, but this one leaves the mode.
         function = getattr(ours, "__func__", ours)
         if isinstance(function, FunctionType):
             untraced(function)

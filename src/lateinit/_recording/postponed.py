@@ -1,4 +1,4 @@
-"""Initialisations of what has no shape yet: remembered at their place, and run once it is known.
+"""Postpone initialisations of tensors without a shape: keep their place, run them once it is known.
 
 A constructor may initialise a lazy module before its shape is known: by ``Module.apply(fn)``, or by
 a function of ``nn.init`` on a placeholder. In a block a hole keeps the place, as for the lazy
@@ -40,33 +40,33 @@ _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Postponed(NamedTuple):
-    """What is to be run on a module or a tensor, and where its draws belong."""
+    """A call to run on a module or a tensor later, and the hole of its draws."""
 
     hole: Hole
     run: Callable[[Any], Any]
 
 
 def postpone(owner: nn.Module | Tensor, run: Callable[[Any], Any]) -> None:
-    """Remember to call ``run(owner)`` once the shape of ``owner`` is known."""
+    """Have ``run(owner)`` called once the shape of ``owner`` is known."""
     known = owner.__dict__.get(_ATTRIBUTE, ())
     owner.__dict__[_ATTRIBUTE] = (*known, Postponed(new_hole(), run))
 
 
 def postponed(owner: nn.Module | Tensor) -> tuple[Postponed, ...]:
-    """What was postponed for an owner, in its order."""
+    """The postponed calls for an owner, in their order."""
     found: tuple[Postponed, ...] = owner.__dict__.get(_ATTRIBUTE, ())
     return found
 
 
 def forget_postponed(owner: nn.Module | Tensor) -> None:
-    """Forget what was postponed: it has been run."""
+    """Forget the postponed calls for an owner, which have been run."""
     owner.__dict__.pop(_ATTRIBUTE, None)
     if isinstance(owner, nn.Module) and _HOOK in owner.__dict__:
         remove_hook(owner, owner.__dict__.pop(_HOOK).id)
 
 
 def check_not_postponed(module: nn.Module) -> None:
-    """Raise if something was postponed for a module, which its first call would leave out."""
+    """Raise if a call was postponed for a module, since its first call would leave it out."""
     held = (*own_parameters(module).values(), *own_buffers(module).values())
     if any(postponed(owner) for owner in (module, *held) if owner is not None):
         raise UninitializedError(
@@ -77,14 +77,14 @@ def check_not_postponed(module: nn.Module) -> None:
 
 
 def _called_too_early(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a module with something postponed; comes after the one that runs it."""
+    """Forward pre-hook of a module with a postponed call; follows the hook that runs the call."""
     del args
     if not (here.trial or here.initialising):
         check_not_postponed(module)
 
 
 def first_of_hooks(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Let a hook hear of the first call of a module with a hole, before its own hooks do."""
+    """Register a hook for the first call of a module with a hole, before the module's own hooks."""
     if FIRST_CALL not in module.__dict__:
         module.__dict__[FIRST_CALL] = module.register_forward_pre_hook(
             hook, prepend=True, with_kwargs=True
@@ -92,7 +92,7 @@ def first_of_hooks(module: nn.Module, hook: Callable[..., None]) -> None:
 
 
 def waits_for_shape(module: nn.Module) -> bool:
-    """Whether a module itself is lazy, or holds a tensor that is."""
+    """Whether a module itself is lazy, or holds a lazy tensor."""
     return "_initialize_hook" in module.__dict__ or has_placeholders(module)
 
 
@@ -103,7 +103,7 @@ def has_placeholders(module: nn.Module) -> bool:
 
 
 def _postpone_call(module: nn.Module, run: Callable[[Any], Any]) -> None:
-    """Postpone something for a module, which must not be called before it is run."""
+    """Postpone a call for a module, whose ``forward`` must not run before it."""
     postpone(module, run)
     if _HOOK not in module.__dict__:
         module.__dict__[_HOOK] = module.register_forward_pre_hook(_called_too_early)
@@ -137,12 +137,12 @@ reset = methodcaller("reset_parameters")
 
 
 def resets_of(cls: type) -> list[tuple[type, Callable[[Any], None]]]:
-    """Those classes of lazy modules of other libraries whose ``reset_parameters`` does nothing yet.
+    """Replacements of a ``reset_parameters`` that does nothing while a foreign module is lazy.
 
-    In a block it is run once the shapes are known: the eager twin draws there.
+    In a block it is run once the shapes are known, since the eager twin draws there.
 
     Returns:
-        Each class above ``cls`` that has one, and what replaces it.
+        Each class among the bases of ``cls`` that has such a method, and the replacement.
     """
     lazy = [base for base in cls.__mro__ if is_pfn_class(base) or _is_lazy_class_of_torch(base)]
     return [(base, _reset_later(base)) for base in lazy if "reset_parameters" in vars(base)]
@@ -166,13 +166,13 @@ def _reset_later(cls: Any) -> Callable[[Any], None]:
 
 
 def _initialised(called: Rerouted, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call an initialiser; a placeholder is told of it, instead of being asked for its shape.
+    """Call an initialiser; a placeholder intercepts it, and its shape is not read.
 
-    torch/nn/init.py: only some of them ask ``has_torch_function_variadic`` themselves.
+    torch/nn/init.py: only some initialisers check ``has_torch_function_variadic`` themselves.
     """
     if current() is not None and is_placeholder(tensor):
         check_kept(slot_of(tensor))
-        # Not handle_torch_function: the function mode of the block comes first there, and runs the
+        # Not handle_torch_function, where the function mode of the block comes first and runs the
         # initialiser.
         kind = type(tensor)
         return kind.__torch_function__(called.function, (kind,), (tensor, *args), kwargs)
@@ -183,7 +183,7 @@ _function = UninitializedTensorMixin.__dict__["__torch_function__"]
 
 
 def _refused(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """Torch's own placeholders in a block: what is written to one, or to its ``.data``, is lost."""
+    """Refuse writes to torch's own placeholders, or their ``.data``, in a block: they are lost."""
     if current() is None:
         return _function.__get__(None, cls)(func, types, args, kwargs)
     if func == Tensor.copy_ and not is_placeholder(args[1]):
@@ -213,7 +213,7 @@ INITIALISERS = tuple(
         "xavier_uniform_",
     )
 )
-"""The functions of ``nn.init`` that a block hears of, whatever name they are called by."""
+"""The functions of ``nn.init`` that a block intercepts, by whatever name they are called."""
 
 PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (nn.Module, "apply", _applied),

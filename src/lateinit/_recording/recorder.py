@@ -1,8 +1,8 @@
 """Record a construction at torch's dispatcher, without memory or arithmetic.
 
-``Recorder`` is a dispatch mode. It sends every factory to ``meta``, has every op recorded that
-writes to a deferred storage, and computes a real answer where Python code reads a value. ``kinds``
-decides how a call is treated, and ``Recorder`` has a method for each kind.
+``Recorder`` is a dispatch mode. It sends every factory to ``meta``, records every op that writes to
+a deferred storage, and computes a real answer when Python code reads a value. ``kinds`` classifies
+a call, and ``Recorder`` has a method for each kind.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RecordingMode(DispatchMode):
         super().__init__()
         self.writer = writer
 
-    @untraced  # torch.compile knows modes by the stack, and this one is off it meanwhile
+    @untraced  # torch.compile looks for modes on the stack, but this one is off the stack here
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
@@ -65,7 +65,7 @@ class RecordingMode(DispatchMode):
             writer.busy = busy
 
     def leaves_to_class(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether torch is to ask the class of an argument first; what that calls comes here."""
+        """Whether the class of an argument gets the op first; the ops that it calls come here."""
         return False
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
@@ -77,9 +77,10 @@ class Recorder(RecordingMode):
     """Dispatch mode of a block: classifies each op, and treats it by its kind."""
 
     def leaves_to_class(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether an argument is of a class that may wrap other tensors, deferred ones too.
+        """Whether the class of an argument may wrap other tensors, deferred ones included.
 
-        Together with deferred tensors one that says ``meta`` is refused, as is any tensor on meta.
+        If such a tensor reports ``meta`` and deferred tensors take part, it is refused, like any
+        tensor on meta.
         """
         given = tensors_in(args, kwargs)
         wrappers = [t for t in given if has_own_dispatch(t) and slot_of(t) is None]
@@ -88,7 +89,7 @@ class Recorder(RecordingMode):
 
     def dispatch(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
         """Treat one op by its kind."""
-        # What was written to exposed memory (numpy) comes before the op that uses it.
+        # Writes to exposed memory (numpy) are recorded before the op that uses it.
         if self.writer.shared:
             self.writer.take_back(tensors_in(args, kwargs))
         if kwargs.get("device") == META:
@@ -100,8 +101,9 @@ class Recorder(RecordingMode):
         """The device that a factory called with ``device=meta`` should use.
 
         Composite kernels pass on the device of a deferred argument, which is ``meta`` to them: so
-        ``x[0] = 1`` makes a tensor of the number 1 on meta. The deferred tensor's recorded device
-        is meant. Only if the Python call itself asked for ``meta`` is ``meta`` meant.
+        ``x[0] = 1`` makes a tensor of the number 1 on meta. Then the right device is the recorded
+        device of the deferred tensor. Only if the Python call itself has ``meta`` as an argument,
+        ``meta`` is right.
         """
         args, kwargs = self.writer.call
         asked = (kwargs or {}).get("device")
@@ -173,7 +175,8 @@ class Recorder(RecordingMode):
     def _on_meta(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
         """Mark tensors that the constructor itself put on meta: they are never materialised.
 
-        One that was set to the storage of a deferred tensor, as by ``copy.copy``, is deferred.
+        But a tensor that was set to the storage of a deferred one, as by ``copy.copy``, is
+        deferred.
         """
         del call
         result = info.func(*args, **kwargs)
@@ -188,8 +191,8 @@ class Recorder(RecordingMode):
 
     def _mixed(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
         if info.name.startswith("prims::"):
-            # Below a kernel that asks meta for a shape, as aten/src/ATen/native/BinaryOps.cpp:
-            # mul_zerotensor does. Python code that mixes devices comes by an op of aten.
+            # Inside a kernel that uses meta to find a shape, such as mul_zerotensor of
+            # aten/src/ATen/native/BinaryOps.cpp. Python code that mixes devices calls an aten op.
             return self._on_meta(info, args, kwargs, call)
         wrapper = next(filter(is_wrapper, tensors_in(args, kwargs)), None)
         if wrapper is not None:
@@ -206,12 +209,12 @@ class Recorder(RecordingMode):
     def _real(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
         """Run an op on real tensors, unless it makes new random or uninitialised data.
 
-        New data would be memory and draws of the construction: it is recorded instead.
+        New data would cost memory and draws of the construction, so it is recorded instead.
         """
         del call
         writer = self.writer
-        # torch.tensor and torch.as_tensor end in lift_fresh. torch allocated the memory of a
-        # resizable storage, just now; the memory of any other (as_tensor of an array) is shared.
+        # torch.tensor and torch.as_tensor end in lift_fresh. If the storage is resizable, torch has
+        # just allocated it; otherwise (as_tensor of an array) its memory is shared.
         if info.name == "aten::lift_fresh":
             data = args[0]
             return writer.keep(data) if data.untyped_storage().resizable() else data
@@ -239,7 +242,7 @@ class Recorder(RecordingMode):
     def _leave(self, info: OpInfo, args: Args, kwargs: Kwargs, call: Call) -> Any:
         """Run an op that writes deferred values into a real tensor: compute them now.
 
-        One that takes lists, such as ``_foreach_mul_``, may write deferred tensors too.
+        An op that takes lists, such as ``_foreach_mul_``, may write deferred tensors too.
         """
         for tensor in call.real:
             self.writer.data.before_write(tensor)
@@ -260,11 +263,11 @@ class Recorder(RecordingMode):
         return map_tensors(result, lambda t: originals.get(id(t), t)) if late else result
 
     def _run_now(self, info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
-        """Run an op that writes to a real tensor; what it draws, it draws from its eager state."""
+        """Run an op that writes to a real tensor; generators are in their eager states."""
         if not info.random:
             return info.func(*args, **kwargs)
         with self.writer.settled():
-            # The schema of an op that is not torch's does not say whether it draws: compare states.
+            # The schema of a foreign op does not state whether it draws: compare states.
             before = torch.default_generator.get_state() if info.foreign else None
             result = info.func(*args, **kwargs)
             if before is None or not before.equal(torch.default_generator.get_state()):
@@ -296,7 +299,7 @@ class Recorder(RecordingMode):
 
 @contextlib.contextmanager
 def in_force(mode: RecordingMode) -> Iterator[None]:
-    """Put a dispatch mode that has ops recorded in force for a block."""
+    """A block in which a dispatch mode records ops."""
     outer = current()
     try:
         here.writer = mode.writer

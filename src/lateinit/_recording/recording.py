@@ -1,7 +1,7 @@
-"""Have all that records a construction in force for a while, and fill the holes of lazy modules.
+"""Put modes, hooks and patches in force to record a construction; fill the holes of lazy modules.
 
-``deferred`` (``block``) is the users' way to that; initialisers of lazy modules and rules of
-``init=`` are recorded here without one.
+Users do so by ``deferred`` (``block``). Initialisers of lazy modules and rules of ``init=`` are
+recorded here, without a block of the user.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ one_at_a_time = turn()
 
 
 class Recording:
-    """What a block has in force: the modes that have its ops recorded, hooks and patches."""
+    """The state of an open block: the modes that record its ops, hooks and patches."""
 
     def __init__(self, writer: ProgramWriter, before: Noted | None = None) -> None:
         self.writer = writer
@@ -93,13 +93,13 @@ class Recording:
         self.close()
 
     def finish(self) -> None:
-        """Note what is known only when the block has ended without an error."""
+        """Record the facts that are known only after a block without an error."""
         self.writer.finish()
         self._hear_first_calls()
         bind(self._modules.all(), self.writer.program)
 
     def _declare(self, module: nn.Module, name: str, placeholder: Tensor) -> None:
-        """Reserve the hole of a module that another library's, or a user's, placeholder is for."""
+        """Reserve the hole of a module with a placeholder of another library or a user."""
         reserve(module)
         self._lazy[module] = None
         slot = slot_of(placeholder)
@@ -117,7 +117,7 @@ class Recording:
             hole = hole_of(module)
             if hole is None:
                 continue
-            if not waits_for_shape(module):  # the constructor has initialised it by itself
+            if not waits_for_shape(module):  # the constructor itself has initialised it
                 with fill(hole):
                     pass
                 close(module)
@@ -125,22 +125,22 @@ class Recording:
                 replace_forward_pre_hook(module, handle.id, _inferred_later)
 
     def abandon(self, trace: TracebackType | None) -> None:
-        """End at any moment between the lines of ``begin`` and ``end``, or after an interrupt."""
+        """End the recording after an interrupt at any line of ``begin``, the block or ``end``."""
         self._before.restore(trace)
         self.close()
 
     def close(self) -> None:
-        # Nothing is recorded any more, even if an interrupt has left a mode on a stack.
+        # From here on no op is recorded, even if an interrupt has left a mode on a stack.
         self._mode.ended = self._recorder.ended = True
         self._modules.leave()
         self._patches.leave()
-        watch_sharding(self.writer.program)  # again: the block may have imported it
+        watch_sharding(self.writer.program)  # again: the block may have imported torch's sharding
         # After an error too: tensors that outlive a failed block must still refuse to be read.
         guard_all(self.writer, self._modules)
         let_full_collections_begin(self)
 
     def rest(self) -> None:
-        """Let what nobody needs be dropped, now that all is recorded."""
+        """Allow unneeded ops to be dropped, now that everything is recorded."""
         program = self.writer.program
         program.recording = self._outer is not None and self._outer.program is program
         program.rest()
@@ -204,19 +204,19 @@ def record_rules(program: Program, ruled: list[Ruled]) -> Program:
 _infer = LazyModuleMixin.__dict__["_infer_parameters"]
 
 
-@functools.wraps(_infer)  # pickle knows it by its name: modules keep it as a hook
+@functools.wraps(_infer)  # with torch's name, since modules that have it as a hook are pickled
 def _inferred(self: Any, module: Any, args: Any, kwargs: Any = None) -> Any:
-    """Torch's hook of lazy modules: one that is run on data is initialised in its hole."""
+    """Torch's hook of lazy modules, changed so that a first call on data fills the hole."""
     hole = hole_of(module)
     if hole is None or here.trial or here.initialising:
         return _infer(self, module, args, kwargs)
     check_not_postponed(module)
     with outside(), fill(hole):
-        if not has_placeholders(module):  # a checkpoint gave it its shape
+        if not has_placeholders(module):  # it got its shape from a checkpoint
             draw_again(module)
         result = _infer(self, module, args, kwargs)
     close(module)
-    if current() is None:  # else the end of the block does it
+    if current() is None:  # in a block, the end of the block guards them
         for name, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
             slot = slot_of(tensor) if tensor is not None else None
             if slot is not None and slot.name is None:
@@ -225,15 +225,15 @@ def _inferred(self: Any, module: Any, args: Any, kwargs: Any = None) -> Any:
 
 
 def _inferred_later(module: Any, args: Any, kwargs: Any) -> Any:
-    """The same, as the hook that a module has after its block."""
+    """The same, as the hook of a module after its block."""
     return _inferred(module, module, args, kwargs)
 
 
 def _first_called(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Forward pre-hook of a module of a block that initialises itself in its first call.
 
-    What that draws belongs in the hole. Of a layer of pytorch-pfn-extras it is known that its
-    ``forward`` draws nothing else.
+    The draws of the initialisation belong in the hole. Layers of pytorch-pfn-extras are known to
+    make no other draws in ``forward``.
     """
     hole = hole_of(module)
     if hole is None or here.trial or here.initialising or not has_placeholders(module):

@@ -1,4 +1,4 @@
-"""Draw what the initialisation of a layer draws, for one that has its values from elsewhere."""
+"""Repeat the draws of a layer's initialisation, for a layer that has values from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lateinit._torch import own_buffers, own_parameters
 
 
 def draw_again(module: Any) -> None:
-    """Record what a layer draws when it is initialised; its tensors stay as they are.
+    """Record the draws of a layer's initialisation; its tensors do not change.
 
-    Known are torch's and pytorch-pfn-extras' own layers, by their ``reset_parameters``: a lazy one
-    that a checkpoint gives its shape draws nothing any more, and the eager twin has drawn.
+    A lazy layer that gets its shape from a checkpoint draws nothing, but the eager twin has drawn.
+    This works for torch's and pytorch-pfn-extras' own layers, by their ``reset_parameters``.
     """
     cls: Any = getattr(module, "cls_to_become", None) or type(module)
     known = cls.__module__.startswith("torch.nn.") or is_pfn_layer(module)

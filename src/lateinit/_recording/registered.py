@@ -1,4 +1,4 @@
-"""The modules that a block registers something on, and the guards of their tensors at its end."""
+"""The modules on which a block registers tensors or children; guards their tensors at its end."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _DEEPEST = 64  # levels of a module's path: bounds the recursion if a module con
 
 
 class Registered:
-    """The modules that a block registers parameters, buffers or children on.
+    """The modules on which a block registers parameters, buffers or children.
 
     Args:
-        declared: is called with a module, a name and the placeholder that is registered there.
+        declared: called with a module, a name and the placeholder that is registered there.
     """
 
     def __init__(self, declared: Callable[[nn.Module, str, Tensor], None]) -> None:
@@ -50,13 +50,13 @@ class Registered:
         self._paths: IdentityMap[nn.Module, str] = IdentityMap()
 
     def enter(self) -> None:
-        # torch/nn/modules/module.py: register_module_parameter_registration_hook and its like do
-        # this and return a handle; the key here is an id of ours, so no handle is needed.
+        # torch/nn/modules/module.py: register_module_parameter_registration_hook and its siblings
+        # do this and return a handle. The key is an id of this object, so no handle is needed.
         for registered in REGISTRATION_HOOKS:
             registered[id(self)] = self._note
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        # Most calls follow one for the same module.
+        # Most calls are for the same module as the call before.
         if module is not self._last:
             self._found[module], self._last = None, module
         if type(value) in PLAIN_CLASSES:
@@ -64,7 +64,8 @@ class Registered:
         # The placeholders of pytorch-pfn-extras do not derive from torch's mixin.
         ppe = type(value).__name__ == "UninitializedParameter"
         lazy = ppe or isinstance(value, UninitializedTensorMixin)
-        if lazy and self._declared is not None and current() is not None:  # all threads are heard
+        # Global hooks run in all threads, so `current()` is checked.
+        if lazy and self._declared is not None and current() is not None:
             self._declared(module, name, value)
         if isinstance(value, nn.Module):
             self._found[value] = None
@@ -73,14 +74,14 @@ class Registered:
     def leave(self) -> None:
         for registered in REGISTRATION_HOOKS:
             registered.pop(id(self), None)
-        # It may be a method of whoever holds this object: a cycle would keep the program alive.
+        # It may be a method of the owner of this object: a cycle would keep the program alive.
         self._declared = None
 
     def all(self) -> list[nn.Module]:
         return list(self._found)
 
     def lazy_buffer_of(self, slot: Slot) -> str | None:
-        """The name of the lazy buffer that has a storage; None if it is none.
+        """The name of the lazy buffer on a storage; None if there is none.
 
         Under pytorch-pfn-extras' protocol a module names its lazy buffers, when it has registered
         them, and ``Module._apply`` replaces them without any hook: they are known by their owner.
@@ -105,10 +106,10 @@ class Registered:
 
 
 def _leave_meta(placeholder: Tensor, device: torch.device) -> None:
-    """Give torch's own placeholder its empty data on the device that it was made for.
+    """Put the empty data of torch's own placeholder on the device that was requested for it.
 
-    Its copies and casts are made anew on the device of its data (torch/nn/parameter.py), and
-    ``meta`` would then be taken for what the user asked for.
+    Copies and casts of a placeholder are made on the device of its data (torch/nn/parameter.py),
+    and ``meta`` would then look like a request of the user.
     """
     if device.type == "cpu" or torch.get_device_module(device.type).is_available():
         with without_modes():
@@ -124,8 +125,7 @@ def guard_all(writer: ProgramWriter, modules: Registered) -> None:
     the modules finds all others, and gives slots the names that error messages show.
     """
     seen: set[int] = set()
-    # First of all, since the tensor objects that the guards exchange must be those that a C++
-    # module answers with.
+    # First, since the guards must exchange the same tensor objects that a C++ module returns.
     scripts = [module for found in writer.scripts if (module := found()) is not None]
     held = held_by_script(scripts)
     for module in modules.all():
@@ -135,7 +135,7 @@ def guard_all(writer: ProgramWriter, modules: Registered) -> None:
             if slot is None and tensor.dtype is torch.uint8 and not tensor.is_meta:
                 writer.kept.append((name, tensor))
             elif slot is None and tensor.is_meta:
-                # The caller made it there and handed it over: eager construction leaves it so.
+                # The caller made it on meta and passed it in, where eager construction leaves it.
                 attach(tensor.untyped_storage(), ON_META)
             elif slot is not None and slot is not ON_META:
                 if isinstance(tensor, UninitializedTensorMixin):

@@ -1,4 +1,4 @@
-"""Call a function of torch in another way, after it has failed on deferred tensors in a block."""
+"""Call a function of torch in another way after it failed on deferred tensors in a block."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from lateinit.errors import RecordingError
 def try_again(
     writer: ProgramWriter, func: Any, args: Any, kwargs: Any, begun: int, error: RuntimeError
 ) -> Any:
-    """The result of a call that has failed, made in another way; raises if there is none.
+    """The result of a failed call, made in another way; raises if there is no such way.
 
     Args:
-        writer: has recorded, from op number ``begun`` on, what the call did before it failed.
+        writer: has recorded, from op number ``begun`` on, the ops of the call before it failed.
         func: the function.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        begun: the number of that op.
-        error: what it raised.
+        begun: the number of the first op that the call recorded.
+        error: the error that it raised.
     """
     if is_refusal(error):
         raise error
@@ -55,7 +55,7 @@ def try_again(
 
 
 def by_running(writer: ProgramWriter, func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a composite function that reads values, and no values of tensors on meta."""
+    """Call a composite function that reads values, which it cannot on meta."""
     return _composite_by_running(writer, func, args, kwargs, len(writer.program.ops))
 
 
@@ -77,8 +77,8 @@ def _composite_by_running(
 ) -> Any:
     """Record an op whose kernel reads memory above the dispatcher, such as ``_sobol_engine_draw``.
 
-    It is run on the values, as an op without a meta kernel is. What it did before it failed, from
-    op number ``begun`` on, is dropped.
+    It is run on the values, like an op without a meta kernel. The ops that it recorded before it
+    failed, from number ``begun`` on, are dropped.
     """
     deferred = [t for t in tensors_in(args, kwargs) if is_deferred_tensor(t)]
     info = op_behind(func, args, kwargs)
@@ -95,10 +95,11 @@ def _composite_by_running(
 
 
 def _on_real_data(writer: ProgramWriter, func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function once more that has failed, if there are real tensors among its arguments.
+    """Call a failed function once more, if there are real tensors among its arguments.
 
-    Of them alone it is called as if there were no block: what it makes on its way, as ``quantile``
-    does, would be deferred, and torch does not mix devices. Next to deferred ones they are copied.
+    If all are real, it is called as if outside a block: inside, its intermediate tensors (such as
+    those of ``quantile``) would be deferred, and torch does not mix devices. If some are deferred,
+    the real ones are copied to deferred tensors.
     """
     given = tensors_in(args, kwargs)
     real = [tensor for tensor in given if not tensor.is_meta]

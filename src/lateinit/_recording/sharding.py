@@ -1,10 +1,10 @@
 """Shard deferred tensors at the speed of ``meta``, by FSDP2 and by ``distribute_tensor``.
 
 torch cuts a tensor into as many views as there are ranks, keeps one of them, and copies it. Each
-view would have to be guarded. Instead torch cuts a plain ``meta`` tensor, and what it has kept is
-recorded afterwards, as the ops that it was made by.
+view would have to be guarded. Instead torch cuts a plain ``meta`` tensor, and the ops that make the
+kept part are recorded afterwards.
 
-In a block that is done as if the block were over: a shard is no part of the construction, which is
+In a block, this happens as if the block were over: a shard is no part of the construction, which is
 the same on all ranks.
 """
 
@@ -63,7 +63,7 @@ def shard_by_fsdp(guard: Guard, make: Callable[[], None], state: Any, parameter:
 
     Args:
         guard: guards a new deferred tensor.
-        make: shards the parameter, and fills in ``state``.
+        make: FSDP2's own sharding of the parameter, which fills in ``state``.
         state: FSDP2's own object for the parameter.
         parameter: the parameter, which may be a ``DTensor`` already.
     """
@@ -94,7 +94,7 @@ def take_part(guard: Guard, cut: Cut) -> Tensor:
             with without_subclass_functions(), below_python():
                 part = cut.take(source.detach())
                 chunk = chunk_of(source.size(cut.dim), cut.chunks, cut.chunk)
-                # Another torch may cut otherwise, or make no copy.
+                # Another torch version may cut in another way, or make no copy.
                 if slot_of(part) is None and part.size(cut.dim) == len(chunk):
                     made = torch.empty_strided(
                         part.size(), part.stride(), dtype=part.dtype, device=META
@@ -106,18 +106,18 @@ def take_part(guard: Guard, cut: Cut) -> Tensor:
 
 
 def _is_usual(source: Tensor) -> bool:
-    """Whether torch may cut a bare ``meta`` tensor in the place of this one.
+    """Whether torch may cut a bare ``meta`` tensor in place of this one.
 
-    FSDP2 takes no inference tensors, and calls methods of tensors that have them.
+    FSDP2 refuses inference tensors, and calls hook methods of tensor classes that have them.
     """
     usual = original_class(source) in PLAIN_CLASSES and not source.is_inference()
     return usual and is_deferred_tensor(source)
 
 
 def call_on_shards(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Call a torch function on the shards of deferred tensors in a block, as it is called after it.
+    """Call a torch function on the shards of deferred tensors in a block, as after the block.
 
-    A random value would be another one on each rank.
+    Draws are refused, since each rank would get other values.
     """
     with _block_left(tensors_in(args, kwargs)):
         try:
@@ -135,8 +135,8 @@ def _block_left(tensors: list[Tensor], guard: Guard | None = None) -> Iterator[N
     """Leave the block that runs in this thread, if any.
 
     Args:
-        tensors: tensors that are used meanwhile.
-        guard: guards those of them that are deferred, as the end of the block would.
+        tensors: the tensors that are used meanwhile.
+        guard: guards the deferred ones among them, as the end of the block would.
     """
     writer = current()
     if writer is None or not any(map(is_deferred_tensor, tensors)):
@@ -174,7 +174,7 @@ def _unguarded(parameter: Tensor, source: Tensor) -> Iterator[None]:
 
 
 def _record_kept(state: Any, source: Tensor, guard: Guard) -> None:
-    """Record how the memory that FSDP2 has kept was made, and guard the tensors on it."""
+    """Record the ops that make the memory which FSDP2 has kept, and guard the tensors on it."""
     kept = kept_by_fsdp(state)
     _record(kept.memory, kept.local, Deferred.of(source), kept.dim, kept.start, zeros=True)
     guard_shard(kept.shard)
@@ -187,16 +187,16 @@ def _record(
 ) -> None:
     """Record that new memory has a chunk of a deferred tensor.
 
-    Written into the program directly: this is done for each parameter of a model, and a
-    ``ProgramWriter`` of its own takes as long as all of it.
+    Ops are appended to the program directly: this runs for each parameter of a model, and making a
+    ``ProgramWriter`` for it would double its time.
 
     Args:
         memory: a tensor on all of the memory.
         part: the tensor on it that has the values.
         source: the deferred tensor.
-        dim: the dim of it that was cut.
-        start: where in that dim the chunk starts.
-        zeros: whether the memory has zeros elsewhere.
+        dim: the dim of ``source`` that was cut.
+        start: the start of the chunk in that dim.
+        zeros: whether the rest of the memory is zeros.
     """
     program, number = source.program, len(source.program.storages)
     if not program.ambients:

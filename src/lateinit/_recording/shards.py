@@ -1,11 +1,11 @@
 """The class of a ``DTensor`` whose local part is deferred, outside blocks.
 
-The ops of a ``DTensor`` come to the guard of its local part. Its properties do not: it is a wrapper
-that copied ``meta`` from its local part when it was made, and it keeps that when the local part
-becomes real. So ``load_state_dict`` warns that copying does nothing, ``set_model_state_dict``
-replaces parameters in place of loading them, and the initialisers of ``torch.nn.init`` that do
-nothing on ``meta`` are skipped. This class answers such questions as ``DeferredTensor`` does, and
-renews the wrapper when the local part has become real.
+The ops of a ``DTensor`` reach the guard of its local part. Reads of its properties do not: it is a
+wrapper that copied ``meta`` from its local part when it was made, and keeps that when the local
+part becomes real. So ``load_state_dict`` would warn that copying does nothing,
+``set_model_state_dict`` would replace parameters instead of loading into them, and initialisers of
+``torch.nn.init`` that do nothing on ``meta`` would be skipped. This class answers such reads like
+``DeferredTensor``, and updates the wrapper when the local part has become real.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from lateinit._torch import (
 
 
 class _Here(threading.local):
-    """``calling``: whether this thread calls a function on shards that pass for plain ones."""
+    """``calling``: whether this thread is calling a function on shards treated as plain ones."""
 
     calling = False
 
@@ -86,8 +86,8 @@ def _guarding(cls: type[Tensor]) -> type[Tensor]:
 
     def device_mesh(shard: Any) -> Any:
         # accelerate/utils/fsdp_utils.py: fsdp2_load_full_state_dict reads it on every rank before
-        # rank 0 sends. The other ranks wait for that with real tensors of their own, of which
-        # nothing is heard.
+        # rank 0 sends. The other ranks then receive into new real tensors, which cannot be
+        # intercepted.
         asking = next(islice(calling_modules(), 1, None))
         instead = before_sending([asking])
         if instead is not None and not _renewed(shard):
@@ -111,7 +111,7 @@ def guard_shard(tensor: Tensor) -> None:
     slot = slot_of(local)
     if slot is None or slot is ON_META:
         return
-    # In a block those that were cut there are guarded, and the others at its end.
+    # In a block, only shards that were cut in it are guarded now, the others at its end.
     if current() is not None and not isinstance(local, Guarded):
         return
     tensor.__class__ = _guarding(type(tensor))
@@ -128,11 +128,11 @@ def none_guarded() -> Iterator[None]:
         _here.calling = calling
 
 
-# A ``DTensor`` has no hook for its making, so its constructor is replaced.
+# torch has no hook for new ``DTensor`` objects, so their constructor is replaced.
 watch_new_shards = Watched(
     partial(tell_of_new_dtensors, guard_shard), partial(tell_of_new_dtensors, None)
 ).add
-"""Guard each ``DTensor`` that is made of the tensors of a program from now on."""
+"""From now on guard each ``DTensor`` that is made from the tensors of a program."""
 
 
 def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -156,7 +156,7 @@ def _called(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 
 
 def _honoured(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Call a function on DTensors; it is honoured, or refused by the name of a deferred one."""
+    """Call a function on DTensors; if a deferred one makes it fail, the error names that one."""
     tensors = tensors_in(args, kwargs)
     first = next(filter(is_deferred_tensor, tensors), None)
     handler = AFTER_BLOCK.get(func)
@@ -186,7 +186,7 @@ _SETTERS = (torch.Tensor.data.__set__, torch.Tensor.grad.__set__)  # type: ignor
 
 
 def _refuse_setting(func: Any, args: Args, shard: Tensor) -> None:
-    # torch refuses these below Python if exactly one of the two is on meta.
+    # C++ refuses these if exactly one of the two is on meta.
     if func not in _SETTERS or args[0] is not shard or not isinstance(args[1], Tensor):
         return
     if not args[1].is_meta or func == _SETTERS[1]:
@@ -194,7 +194,7 @@ def _refuse_setting(func: Any, args: Args, shard: Tensor) -> None:
 
 
 def _renewed(shard: Any) -> bool:
-    """Whether a shard is real; if so, its wrapper has the device of its local part."""
+    """Whether a shard is real; if so, its wrapper gets the device of its local part."""
     local = held(shard)
     share_real_storage(local)
     if is_deferred_tensor(local):

@@ -1,8 +1,8 @@
 """Real memory that a block shares with other code: by ``numpy()``, or ``set_`` of a real storage.
 
-A deferred tensor has no memory to share. Code that asks for it gets real memory, which is kept
-equal to the tensor: recorded ops are shown there, and writes there are recorded. One deferred
-storage is shared as one real storage, so that all of its users see each other's writes.
+A deferred tensor has no memory to share. Code that needs it gets real memory, which is kept equal
+to the tensor: results of recorded ops are written there, and writes there are recorded. One
+deferred storage is shared as one real storage, so that all of its users see each other's writes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class Exposure:
 class SharedMemory:
     """All memory that one recording shares.
 
-    ``write(tensor, data)`` records ``tensor.copy_(data)``. True in a boolean context if there is
-    shared memory to compare. It is False while a write is recorded, which would compare again.
+    ``write(tensor, data)`` records ``tensor.copy_(data)``. In a boolean context the object is True
+    if there is shared memory to compare. It is False while a write is recorded, which would compare
+    again.
 
-    Other code can write without an op that a mode sees. So memory is compared when an op is about
-    to use it, or to write its real side.
+    Other code can write without an op that a mode intercepts. So memory is compared when an op is
+    about to use it, or to write its real side.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SharedMemory:
     ) -> None:
         self._values = values
         self._data = data
-        self._write = weakref.WeakMethod(write)  # weak: the recorder that it belongs to owns this
+        self._write = weakref.WeakMethod(write)  # weak: the owner of the method owns this object
         self._exposed: dict[int, Exposure] = {}
         self._writing = False
 
@@ -66,15 +67,15 @@ class SharedMemory:
             return value.clone()  # numpy() of another device raises torch's own error
         known = self._exposed.get(ref.storage)
         if known is None:
-            # A tensor of the bytes of the storage, since the tensor may be set to another storage
-            # later and the array still shows this one.
+            # A tensor on all bytes of this storage, since ``tensor`` may be set to another storage
+            # later while the array still refers to this one.
             whole = _bytes_on(tensor.untyped_storage())
             real = self._values.of(TensorRef.of(whole, ref.storage)).clone()
             known = self._add(whole, ref.storage, real, real.clone(), twin=False)
         return ref.on(known.real.untyped_storage())
 
     def has(self, ref: TensorRef) -> bool:
-        """Whether other code sees the memory of a deferred tensor, and so its address."""
+        """Whether other code has the memory of a deferred tensor, and so its address."""
         return ref.storage in self._exposed
 
     def twin_of(self, storage: torch.UntypedStorage) -> Tensor | None:
@@ -89,7 +90,7 @@ class SharedMemory:
             tensor: the deferred tensor.
             number: the number of its storage.
             real: a tensor of the bytes of the real storage.
-            seen: a copy of it that no one writes to.
+            seen: a copy of ``real`` to which no code writes.
         """
         self._add(tensor, number, real, seen, twin=True)
 
@@ -106,11 +107,11 @@ class SharedMemory:
         return [e for e in self._exposed.values() if storage_key(e.real.untyped_storage()) in keys]
 
     def take_back(self, numbers: Iterable[int]) -> None:
-        """Record what other code wrote to the real sides of some storages."""
+        """Record the writes of other code to the real sides of some storages."""
         self._compare([self._exposed[n] for n in numbers if n in self._exposed])
 
     def take_back_real(self, written: Iterable[Tensor]) -> None:
-        """Record what an op wrote to real tensors that may be on shared memory."""
+        """Record the writes of an op to real tensors that may be on shared memory."""
         self._compare(self._on(t.untyped_storage() for t in written if is_plain(t)))
 
     def _compare(self, exposures: Iterable[Exposure]) -> None:
@@ -126,7 +127,7 @@ class SharedMemory:
     def _note(self, e: Exposure) -> None:
         write = self._write()
         assert write is not None
-        # The new contents are recorded as a constant. Where they include random values, they were
+        # The new contents are recorded as a constant. If they include random values, these count as
         # read: another seed would give another constant.
         self._values.read(e.ref)
         e.seen = e.real.clone()
@@ -137,16 +138,17 @@ class SharedMemory:
         for number in written:
             e = self._exposed.get(number)
             if e is not None:
-                # Recorded ops may read this memory as a constant, in its state before the write.
+                # Recorded ops may read this memory as a constant, with its contents before the
+                # write.
                 self._data.before_write(e.real)
                 with without_modes():
                     e.real.copy_(self._values.read(e.ref))
                     e.seen = e.real.clone()
 
     def finish(self) -> None:
-        """Record the last writes, and give twins the real storages that they stand for.
+        """Record the last writes, and give twins their real storages.
 
-        Likewise a tensor whose memory an array or a tensor shares that lives on.
+        A tensor whose memory is shared with a living array or tensor gets that memory too.
         """
         self.take_back(self._exposed)
         for e in self._exposed.values():

@@ -1,8 +1,8 @@
-"""Ask the kernel itself for the layouts of small results, on ones in place of values.
+"""Find the layouts of small results by the real kernel, on ones in place of values.
 
 Most meta kernels are Python code (torch/_refs, torch/_meta_registrations.py). The first one that
 runs imports the compiler and sympy (measured: 1.1 s), and each call takes 50 microseconds or more.
-On few elements the kernel takes two, and gives the strides that it gives in eager construction.
+The real kernel takes 2 microseconds for few elements, and gives the strides of eager construction.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lateinit._torch import (
     tensors_in,
 )
 
-_MOST = 1 << 16  # elements, as a bound of those that a kernel may give
+_MOST = 1 << 16  # the most elements that the results may have by the bound of ``_is_small``
 
 
 def layouts_of_small(info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
-    """The results of an op as meta tensors without a recording, or None if only meta can tell.
+    """The results of an op as meta tensors, or None if the meta kernel must be used.
 
     Args:
         info: the op.
-        args: its positional arguments, whose tensors are for the CPU.
+        args: its positional arguments, whose tensors were recorded for the CPU.
         kwargs: its keyword arguments.
     """
     if not info.layout_by_run or is_any_autocast_enabled():
@@ -47,7 +47,7 @@ def layouts_of_small(info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
     given, named = map_tensors((args, named), own.__getitem__)
     try:
         found = info.func(*given, **named)
-    except Exception:  # noqa: BLE001 - ones may be wrong for it: the meta kernel tells, or raises
+    except Exception:  # noqa: BLE001 - ones may be invalid for it: then use the meta kernel
         return None
     results = found if isinstance(found, tuple) else (found,)
     places = {ones.untyped_storage().data_ptr() for ones in own.values()}
@@ -58,7 +58,7 @@ def layouts_of_small(info: OpInfo, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _is_usual(tensor: Tensor, info: OpInfo) -> bool:
-    """Whether the layout of a result cannot depend on a tensor's values, as on those of a mask."""
+    """Whether the layout of a result cannot depend on the values of a tensor, such as a mask."""
     fixed = info.pointwise or info.from_sizes or tensor.is_floating_point()
     marked = tensor.is_conj() or tensor.is_neg() or is_zero_tensor(tensor)
     return fixed and type(tensor) in _PLAIN and not marked
@@ -71,7 +71,7 @@ def _is_small(info: OpInfo, args: Args, tensors: list[Tensor]) -> bool:
     shapes = {tensor.shape for tensor in tensors}
     most: float = math.prod(shape.numel() for shape in shapes)
     if not info.pointwise:
-        # Numbers may be sizes, as those of a padding, and a size may count twice, as that of eye().
+        # Numbers may be sizes, such as those of a padding, and a size may count twice, as in eye().
         numbers = math.prod(_factors(args))
         most *= numbers if tensors else numbers**2
     return most <= _MOST
@@ -92,9 +92,9 @@ def _ones(tensor: Tensor) -> Tensor:
 
 
 def _is_new(result: Any, places: set[int]) -> bool:
-    """Whether a result is a plain tensor that shows the whole of a storage of its own.
+    """Whether a result is a plain tensor that covers a storage of its own.
 
-    Some ops return a view, or their argument itself, and their schemas do not say so
+    Some ops return a view, or their argument itself, although their schemas do not state it
     (``_unsafe_view``, ``conj_physical``).
     """
     if type(result) is not Tensor or result.layout != torch.strided or result.device.type != "cpu":

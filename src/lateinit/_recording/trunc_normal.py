@@ -29,13 +29,13 @@ def _run(
     if a - 2 * std <= mean <= b + 2 * std:
         return original(tensor, mean, std, a, b, generator=generator)
     with warnings.catch_warnings():
-        # It warned when it was recorded. catch_warnings changes process-wide state, so it is
-        # entered only for the numbers of which torch warns.
+        # The warning was given when the op was recorded. catch_warnings changes process-wide state,
+        # so it is entered only for numbers about which torch warns.
         warnings.simplefilter("ignore")
         return original(tensor, mean, std, a, b, generator=generator)
 
 
-# Its numbers are tried in recorded().
+# ``recorded`` tries its numbers.
 _OP = operators.register(
     operators.TRUNCATED,
     _run,
@@ -63,7 +63,7 @@ def recorded(
     if writer is None or not floating or not numbers or not may_redraw():
         return original(tensor, mean, std, a, b, generator=generator)
     if not _quiet(tensor.dtype, mean, std, a, b):
-        _on_nothing(tensor.dtype, mean, std, a, b)  # again: _quiet has swallowed the warning
+        _on_nothing(tensor.dtype, mean, std, a, b)  # again, since _quiet has suppressed the warning
     with without_functions():
         writer.overwrite(_OP, tensor, (mean, std, a, b), generator)
     return tensor
@@ -71,7 +71,7 @@ def recorded(
 
 @functools.lru_cache(maxsize=1024)
 def _quiet(dtype: torch.dtype, mean: float, std: float, a: float, b: float) -> bool:
-    """Whether torch accepts these numbers without a warning; raises what torch raises."""
+    """Whether torch accepts these numbers without a warning; raises torch's own error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _on_nothing(dtype, mean, std, a, b)

@@ -1,15 +1,15 @@
-"""Hear of what torch does with deferred tensors and no guard is asked about.
+"""Intercept uses of deferred tensors in which torch calls no guard.
 
-- A step of an optimizer: what it made of parameters when it was built, such as the sums of
-  ``Adagrad``, is deferred as they are. Most steps use it in ops. But torch/optim/optimizer.py may
-  group it by device in C++ first (``_group_tensors_by_device_and_dtype``).
+- A step of an optimizer: state that it made from parameters when it was built, such as the sums of
+  ``Adagrad``, is deferred too. Most steps use it in ops. But torch/optim/optimizer.py may group it
+  by device in C++ first (``_group_tensors_by_device_and_dtype``).
 - Saving a scripted module: torch/csrc/jit/serialization/export_module.cpp writes the bytes of its
-  tensors, and of those on ``meta`` none.
-- Scripting a module whose tensors are deferred: the scripted one holds their implementations, and
-  whatever gives them values has to know of it.
+  tensors, and none for those on ``meta``.
+- Scripting a module whose tensors are deferred: the scripted module holds their implementations,
+  and must be updated when they become real.
 - ``torch.func.grad``, ``vjp`` and ``functionalize`` at a tensor: C++ wraps it in another first.
 
-What happens in a block is recorded, and its replacements come before these.
+In a block these uses are recorded, by replacements that precede these.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _GUARDED: Any = (Guarded, GuardedShard)
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Realise the state that belongs to real parameters: no other is stepped over."""
+    """Realise the state of real parameters; a step skips all others."""
     if current() is not None:
         return
     for parameter, state in optimizer.state.items():
@@ -51,7 +51,7 @@ def _deferred(state: Any) -> list[Tensor]:
     if not isinstance(state, (dict, list, tuple)):
         return []
     parts = state.values() if isinstance(state, dict) else state
-    # Asked before each step, mostly of real tensors: these are told by their type alone.
+    # This runs before each step, mostly on real tensors, which are recognised by their type alone.
     return [t for part in parts if type(part) is not Tensor for t in _deferred(part)]
 
 
@@ -62,7 +62,7 @@ def _before_save(module: nn.Module, *_: Any, **__: Any) -> None:
     held = held_by_script(scripts)
     late = [t for one in held for t in one.tensors() if is_deferred_tensor(t)]
     constants = [t for script in scripts for t in constants_of_script(script)]
-    # Nothing can be given to a constant of a graph, as ``materialize`` says.
+    # A constant of a graph cannot get values: ``materialize`` refuses it too.
     refused = [*filter(is_deferred_tensor, constants), *filter(waits, late)]
     if refused:
         raise needs_values("torch.jit.save", refused[0])
@@ -78,7 +78,7 @@ def _before_wrap(tensor: Any) -> None:
 
 
 class _Listening:
-    """What has torch tell us; it can begin and end again and again."""
+    """The hooks and replacements in torch; ``begin`` and ``end`` can be called repeatedly."""
 
     _hook: Any = None
 
@@ -102,7 +102,7 @@ class _Listening:
 
 _listening = _Listening()
 watch = Watched(_listening.begin, _listening.end).add
-"""Hear of these for as long as tensors of a program may be deferred.
+"""Intercept these uses for as long as tensors of a program may be deferred.
 
-Called before the first block of a program has its replacements in place.
+Called before the first block of a program puts its replacements in place.
 """

@@ -2,8 +2,8 @@
 
 Initialisers that reject draws ask ``mask.any()`` of the mask of rejected draws, as
 torch/nn/init.py: trunc_normal_ does from 2.13 on. With bounds many standard deviations out the
-answer is False whatever is drawn: a Box-Muller normal of a 53-bit uniform stays within
-sqrt(-2 ln 2**-53) = 8.58 standard deviations, one of a 24-bit uniform within 5.77.
+answer is False for all draws: a Box-Muller normal of a 53-bit uniform stays within
+sqrt(-2 ln 2**-53) = 8.58 standard deviations, and a normal of a 24-bit uniform within 5.77.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def certain_value(program: Program, ref: TensorRef) -> bool | None:
 def _interval(program: Program, ref: Any, before: int, depth: int) -> Interval:
     """An interval that contains every element of a tensor as it is before op ``before``.
 
-    Of booleans, False is 0 and True is 1.
+    For booleans, False is 0 and True is 1.
     """
     if isinstance(ref, (int, float)):
         return float(ref), float(ref)
@@ -77,5 +77,5 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "aten::gt.Scalar": lambda a, b: _less(b, a),
     "aten::bitwise_or.Tensor": _either,
     "aten::logical_or": _either,
-    "aten::any": lambda a: a,  # certain if all elements are alike
+    "aten::any": lambda a: a,  # certain if all elements are equal
 }

@@ -1,10 +1,10 @@
-"""Raise at its line what a kernel raises for the values of its arguments.
+"""Raise the errors of kernels for invalid values while recording, at the line of the call.
 
-Meta kernels see no values: that a probability is negative or an index too large would be known only
-when the op is replayed, and a constructor may catch the error. The rows of ``op_table`` say which
-kernels look. On few elements, computed by few ops, such a kernel is run before the op is recorded,
-and its results are dropped. Of a large tensor the values are arithmetic of the construction, which
-is not done while recording: the op then raises when it is replayed.
+Meta kernels see no values: a negative probability or an index out of range would be found only at
+replay, but a constructor may catch the error. The rows of ``op_table`` mark the kernels that check
+values. If its arguments have few elements, computed by few ops, such a kernel is run before the op
+is recorded, and its results are dropped. Computing the values of a large tensor would be arithmetic
+while recording, so then the op raises only when it is replayed.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from lateinit.errors import LateinitError
 if TYPE_CHECKING:
     from lateinit._recording.writer import ProgramWriter
 
-_MOST = 1 << 14  # elements of an argument, as a matrix of 128 x 128: inverted within a millisecond
-_MOST_COMPUTED = 1 << 18  # elements that the ops write which its values depend on
+_MOST = 1 << 14  # elements of an argument: a matrix of 128 x 128 is inverted within a millisecond
+_MOST_COMPUTED = 1 << 18  # elements that the ops write on which its values depend
 _MOST_OPS = 64
 _MARK = "lateinit_refuses_values"
 
 
 def check_values(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
-    """Raise what the kernel of an op raises; the random generators move as far as it moves them.
+    """Raise the error of an op's kernel, after moving the random generators as the kernel does.
 
     Args:
-        writer: records the op.
+        writer: the writer that will record the op.
         info: the op, which ``checks_values``.
         args: its positional arguments.
         kwargs: its keyword arguments.
@@ -54,7 +54,7 @@ def check_values(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
     try:
         with without_modes():
             held = {ref: writer.values.of(ref) for ref in refs}
-    except LateinitError:  # it waits for shapes, or was refused: replaying says so
+    except LateinitError:  # values wait for shapes, or were refused: replay raises
         return
 
     def values() -> tuple[Args, Kwargs]:  # anew for each run, which may write to them
@@ -77,7 +77,7 @@ def check_values(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error is eager construction's own: the call is not to be tried in another way."""
+    """Whether eager construction raises this error too: then no other way is tried."""
     return getattr(error, _MARK, False)
 
 
@@ -100,7 +100,7 @@ def _call(info: OpInfo, args: Args, kwargs: Kwargs, generator: torch.Generator |
 
 
 def _fail(writer: ProgramWriter, info: OpInfo, args: Args, kwargs: Kwargs) -> None:
-    """Call an op that will fail on the generator that it draws from: it may have drawn before."""
+    """Call an op that will fail with its real generator, since it may draw before it fails."""
     own = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)), None)
     with writer.settled():
         generator = own or torch.default_generator

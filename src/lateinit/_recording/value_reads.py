@@ -12,7 +12,7 @@ from lateinit._program import Program, Read, TensorRef, is_random
 from lateinit._replay import execution_of
 from lateinit._torch import digest, without_modes
 
-# 64 MiB: bounds the memory of recording, and is ample for the small tables that constructors read.
+# 64 MiB: bounds the memory of recording, and suffices for the small tables that constructors read.
 _KEPT = 1 << 26
 
 
@@ -20,8 +20,8 @@ class ValueReads:
     """Replays the ops that a read needs, and keeps up to 64 MiB of results for later reads.
 
     A kept storage is valid for as long as no op writes to it, so the number of writes is its key.
-    What others keep alive is found again, whatever its size: so tensors on one storage are pickled
-    with one storage.
+    A result of any size that other code keeps alive is found again, so that tensors on one storage
+    are pickled with one storage.
     """
 
     def __init__(self, program: Program) -> None:

@@ -1,4 +1,4 @@
-"""Have something in force for as long as programs live, and in no program's absence."""
+"""Keep hooks in torch in force while any program lives, and only then."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lateinit._program import Program
 
 
 class Watched:
-    """The programs for whose tensors torch has to tell us of something.
+    """The programs for whose tensors certain calls of torch are intercepted.
 
     Args:
-        begin: has torch tell us. Called for each program, and may be called again; returns whether
-            there is anything to hear yet, and is called later for the program if not.
-        end: the contrary, when the last program has died.
+        begin: installs the hooks. Called for each program, and may be called again. It returns
+            False if torch's module is not imported yet; then it is called later for the program.
+        end: removes the hooks, when the last program has died.
     """
 
     def __init__(self, begin: Callable[[], bool], end: Callable[[], object]) -> None:
@@ -30,8 +30,8 @@ class Watched:
             weakref.finalize(program, self._remove, key).atexit = False
 
     def _remove(self, key: int) -> None:
-        # The garbage collector calls it in the middle of anything, so it must wait for no lock:
-        # whoever has that may wait for one that this thread has.
+        # The garbage collector calls this at any line, so it must not wait for a lock: the holder
+        # of that lock may wait for a lock of this thread.
         self._programs.discard(key)
         if not self._programs:
             self._end()

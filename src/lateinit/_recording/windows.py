@@ -1,4 +1,4 @@
-"""Refer to the deferred tensors of a program as windows on its storages, and make new ones."""
+"""Map deferred tensors to windows on the storages of a program, and make new deferred tensors."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class Windows:
             assert slot is not None
             if slot.real is None or slot.waits:
                 return self._ref(slot, value)
-            # A table has realised itself, and this tensor on its storage was not used since.
+            # A table has realised itself, and this other tensor on its storage was not used since.
             real = Deferred.of(value).real()
             assert real is not None
             return self.data.refer(real)
         if isinstance(value, (list, tuple)):
             return tuple(self.referred(item) for item in value)
         if isinstance(value, torch.Generator):
-            return None  # the draw's place says it all; some ops take it among the others
+            return None  # the place of the draw replaces it; some ops take it positionally
         if isinstance(value, torch.UntypedStorage):
             raise RecordingError(
                 "an untyped storage was written to while recording: write to a tensor instead"
@@ -101,7 +101,7 @@ class Windows:
         asked = kwargs.get("device")
         if asked is not None:
             return device_of_result(asked)
-        # A CPU tensor without dims may be combined with tensors of any device: it decides last.
+        # A CPU tensor without dims may be combined with tensors of any device, so it comes last.
         for tensor in sorted(deferred, key=lambda t: t.dim() == 0):
             return self.device_of(tensor)
         return CPU

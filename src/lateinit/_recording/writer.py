@@ -1,7 +1,7 @@
 """Write ops into a program, and make the deferred tensors that they return.
 
 Ops that only make views are not written: tensors are recorded as windows on storages (see
-``program``), and a view's window says everything.
+``program``), and its window describes a view completely.
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lateinit._integrations import before_sending
-from lateinit._program import (
-    Ambient,
-    Const,
-    Draw,
-    Op,
-    Program,
-    TensorRef,
-    initializer,
-)
+from lateinit._program import Ambient, Const, Draw, Op, Program, TensorRef, initializer
 from lateinit._recording import argument_checks
 from lateinit._recording.by_running import record_by_running
 from lateinit._recording.generators import Generators, Settled
@@ -64,15 +56,15 @@ class ProgramWriter(Windows):
 
     Args:
         program: the program.
-        drawing: False takes no op for one that draws.
+        drawing: False treats no op as one that draws.
         alone: True refuses the deferred tensors of other programs.
 
     Attributes:
         generators: follows the random generators.
-        scripts: the modules of TorchScript that were made, weakly.
+        scripts: the TorchScript modules that were made, weakly.
         kept: the real tensors of bytes that modules hold, by name.
-        lazy_buffer_of: answers of which lazy buffer a storage is, that has no shape yet.
-        busy: whether an op is being recorded: what torch's Python kernels call below it are no
+        lazy_buffer_of: returns the name of the lazy buffer on a storage, or None.
+        busy: whether an op is being recorded: calls by torch's Python kernels inside it are no
             calls of the constructor.
         call: the arguments of the Python call that led to the current op.
         values: answers reads.
@@ -102,14 +94,14 @@ class ProgramWriter(Windows):
             kwargs: its keyword arguments.
             deferred: the deferred tensors among the arguments.
         """
-        # An in-place op that takes numbers alone returns its first argument, unchanged in shape.
+        # An in-place op that takes only numbers returns its first argument, unchanged in shape.
         alone = info.scalar_inplace and len(deferred) == 1 and args[0] is deferred[0]
         floating = alone and args[0].is_floating_point()
         if floating and argument_checks.are_usual(info, args[1:], kwargs):
             self._append(info, args, kwargs, ())
             return args[0]
-        # Meta kernels accept numbers that real ones refuse: complex ones, 1e30 for float16, an
-        # integer factor for a tensor of truth values, and an empty range of random integers.
+        # Meta kernels accept numbers that real kernels refuse: complex numbers, 1e30 for float16,
+        # an integer factor for a boolean tensor, and an empty range of random integers.
         checked = not floating or info.usual is not None or complex in map(type, args[1:])
         if alone and checked and not has_tensor(args[1:]):
             ref, device = self.ref(args[0]), self.device_of(args[0])
@@ -135,7 +127,7 @@ class ProgramWriter(Windows):
         return result
 
     def made(self, tensor: Tensor, device: torch.device, fill: FillOp | None) -> Tensor:
-        """Record a new tensor and its fill. Allocation needs no op: replay allocates by need."""
+        """Record a new tensor and its fill. Allocation needs no op: replay allocates on demand."""
         number = self._number(tensor, device)
         if fill is not None:
             name, values = fill
@@ -169,7 +161,7 @@ class ProgramWriter(Windows):
             return False
         if self.shared:
             self.take_back([tensor])
-        ref = self._ref(slot, tensor)  # first: it may absorb a program and so renumber the ops
+        ref = self._ref(slot, tensor)  # first, since it may absorb a program and renumber the ops
         if ref.size == argument_checks.EMPTY:
             self._check_kept(slot)
         draw = None
@@ -192,7 +184,7 @@ class ProgramWriter(Windows):
             info: the op.
             args: its positional arguments.
             kwargs: its keyword arguments.
-            shapes: tensors as the op would give them on ``meta``.
+            shapes: the results of the op on ``meta``.
         """
         deferred = [t for t in tensors_in(args, kwargs) if t.is_meta]
         device = self.device_for({}, deferred)
@@ -220,7 +212,7 @@ class ProgramWriter(Windows):
         return self.keep(data.detach().clone())
 
     def keep(self, data: Tensor) -> Tensor:
-        """A deferred constant of data that no one else can write to; the data is not copied."""
+        """A deferred constant of data to which no other code can write; it is not copied."""
         tensor: Tensor = self.mirror(data, data.device)
         constant, outs = self.data.own(data), (self.ref(tensor),)
         op = Op(operators.CONSTANT, (constant,), {}, outs, None, self.ambient_number(), "constant")
@@ -238,14 +230,14 @@ class ProgramWriter(Windows):
         return self.shared.expose(tensor, self.ref(tensor))
 
     def take_back(self, used: Iterable[Tensor]) -> None:
-        """Record what other code wrote to the memory that it shares with some tensors."""
+        """Record the writes of other code to memory that it shares with some tensors."""
         slots = [slot for slot in map(slot_of, used) if slot is not None and slot is not ON_META]
         self.shared.take_back([number for _, number in map(Slot.resolve, slots)])
 
     # -- the end of a block --------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Record the last writes to shared memory, and which states of generators were kept."""
+        """Record the last writes to shared memory, and the generator states that modules keep."""
         with without_modes():
             if self.shared:
                 self.shared.finish()
@@ -256,14 +248,14 @@ class ProgramWriter(Windows):
 
     def settle(self) -> list[Settled]:
         """Put the generators into the states that eager construction would have left by now."""
-        # An open hole is taken to draw nothing: how much it draws is not known yet.
+        # An open hole counts as no draws, since their number is not known yet.
         with without_modes():
             execution = execution_of(self.program, past_holes=None in self.program.holes)
             return self.generators.settle(execution.state)
 
     @contextlib.contextmanager
     def settled(self, *, told: bool = False) -> Iterator[None]:
-        """A block in which the generators are in their eager states; ``told``: and are asked."""
+        """A block in which the generators are in their eager states; ``told``: which are read."""
         settled = self.settle()
         try:
             yield
@@ -288,7 +280,7 @@ class ProgramWriter(Windows):
         results = flat(result)
         new = [self.adopt(leaf, device) for leaf in results if isinstance(leaf, Tensor)]
         # An op that makes no new storage and writes nothing is a view: the windows of its results
-        # say everything. Metadata ops such as t_() change a window, which is read afresh each time.
+        # describe it. Metadata ops such as t_() change a window, which is read anew at each use.
         if (any(new) or info.mutates or info.mutates_kw) and not info.metadata_only:
             self._append(info, args, kwargs, results)
 
@@ -307,8 +299,8 @@ class ProgramWriter(Windows):
         )
         label = initializer() if info.mutates or info.mutates_kw else None
         ambient = self.ambient_number()
-        # Last: referring to a tensor may absorb a program, whose ops then come before this one, and
-        # the draw is noted under this op's number. If anything fails, no draw is left without op.
+        # Last: referring to a tensor may absorb a program, whose ops then precede this op, and the
+        # draw is noted under this op's number. Also, if anything fails, no draw is left without op.
         draw = self.draw(info, args, kwargs)
         self.append(Op(info.name, referred, written, outs, draw, ambient, label))
 
@@ -323,7 +315,7 @@ class ProgramWriter(Windows):
         self.program.ops.append(op)
         if self.shared:
             self.shared.show(dict.fromkeys(ref.storage for ref in op.written()))
-        # Past an open hole no state is known.
+        # No state after an open hole is known.
         if self.generators.drawn is not None and None not in self.program.holes:
             with without_modes():
                 self.generators.reveal(execution_of(self.program).state)
@@ -334,7 +326,7 @@ class ProgramWriter(Windows):
             return None
         generator = kwargs.get("generator")
         if generator is None:
-            # Some ops, such as ``poisson``, take it among the positional arguments.
+            # Some ops, such as ``poisson``, take the generator as a positional argument.
             generator = next((a for a in args if isinstance(a, torch.Generator)), None)
         explicit = generator is not None
         if generator is None:
@@ -357,7 +349,7 @@ def _of_none(slot: Slot) -> None:
 
 def _is_usual(args: Args, kwargs: Kwargs) -> bool:
     """Whether a factory's result is plain memory whose layout the meta kernel gives exactly."""
-    # Then factories fill memory that they would leave uninitialised (torch/utils/deterministic.py).
+    # Then factories fill memory that is otherwise uninitialised (torch/utils/deterministic.py).
     if is_deterministic():
         return False
     if kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):

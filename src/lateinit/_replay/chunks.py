@@ -3,8 +3,8 @@
 A kernel that fills a contiguous tensor element by element gives the same bits if it is called on
 flat pieces that start at multiples of 16 elements, each with a generator in the state that the
 whole call would have had there. So threads can share one tensor, and a rank can fill its shard
-alone. This is not assumed: each kernel is tried once per process (``is_exact_in_pieces``), and one
-that differs is run whole.
+alone. This is not assumed: each kernel is tried once per process (``is_exact_in_pieces``). A kernel
+whose pieces differ is run whole.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lateinit._program import NUMBERS, Draw, Op, Program, Step, TensorRef
 from lateinit._rng import UNIT, consumption, cut, fills, mt19937, truncated_normal
 from lateinit._torch import NORMAL, TRUNCATED, by_name
 
-_SMALLEST = 1 << 18  # elements: a jump costs as much as 5e5 draws, more than all of these
+_SMALLEST = 1 << 18  # elements: a jump costs as much as 5e5 draws, more than to draw all of these
 PIECE = 1 << 23  # elements that one thread fills at a time: 16 times the cost of its jump
-_DRAWN = 1 << 17  # elements that normal_ draws at a time: it passes over them twice, in cache
-_IN_CACHE = 1 << 19  # elements that a chain of kernels passes over at a time: 2 MiB in float32
+_DRAWN = 1 << 17  # elements that normal_ draws at a time: its two passes over them stay in cache
+_IN_CACHE = 1 << 19  # elements that a chain of kernels handles at a time: 2 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkedFill:
     """The first ops of a step, which fill one whole storage element by element.
 
-    Only the first of them may draw.
+    Only the first op may draw.
     """
 
     ref: TensorRef
@@ -49,8 +49,8 @@ def fill_of(program: Program, step: Step, smallest: int | None = None) -> Chunke
     Args:
         program: the program.
         step: the step.
-        smallest: the number of elements below which to return None; by default ``_SMALLEST``,
-            from which on pieces pay.
+        smallest: the number of elements below which to return None; by default ``_SMALLEST``, the
+            size at which pieces begin to save time.
     """
     if not step.ops:
         return None
@@ -94,8 +94,8 @@ def _in_pieces(op: Op, ref: TensorRef) -> bool:
 def _scaled(op: Op) -> bool:
     """Whether an op adds a multiple (``alpha``).
 
-    Kernels round that once in vectorised code (fma) and twice in the remainder at an end. A cut
-    makes other ends.
+    Kernels round ``x + alpha * y`` once in vectorised code (fma) and twice in the remainder at the
+    end of a range. Cut into pieces, other elements would be such a remainder.
     """
     multiples = (*op.args[2:], *op.kwargs.values()) if by_name(op.name).takes_alpha else ()
     return any(value != 1 for value in multiples)
@@ -110,7 +110,7 @@ def pieces(fill: ChunkedFill, length: int) -> list[tuple[int, int]]:
 
 
 def words_of(fill: ChunkedFill, numel: int) -> int:
-    """How many words a fill draws for its first ``numel`` elements.
+    """The number of words that a fill draws for its first ``numel`` elements.
 
     For ``trunc_normal_`` the words of one round. ``numel`` is a multiple of 16, or all elements.
     """
@@ -130,7 +130,7 @@ def after_redrawing(kept: truncated_normal.Kept, fill: ChunkedFill, state: bytes
 def late_of(
     kept: truncated_normal.Kept, fill: ChunkedFill, state: bytes
 ) -> truncated_normal.Late | None:
-    """The cached late rounds of a ``trunc_normal_`` that begins in ``state``, if there are any."""
+    """The cached late rounds of a ``trunc_normal_`` that begins in ``state``, or None."""
     normal = truncated_normal.Normal(*fill.ops[0].args[1:])
     return kept.late(state, fill.ref.dtype, fill.ref.numel, normal)
 
@@ -142,20 +142,20 @@ def run_piece(
     generator: torch.Generator | None,
     late: truncated_normal.Late | None = None,
 ) -> None:
-    """Fill one piece; several kernels pass over parts that stay in cache.
+    """Fill one piece. A chain of kernels handles it in parts that stay in cache.
 
     Args:
         fill: the fill.
         storage: the whole storage.
         piece: the flat range to fill.
-        generator: is in the state in which the whole call would draw this piece.
-        late: the late rounds of a ``trunc_normal_`` in the whole tensor, if they are known.
+        generator: a generator in the state in which the whole call would draw this piece.
+        late: the late rounds of a ``trunc_normal_`` in the whole tensor, if known.
     """
     with torch.no_grad():
         flat = torch.empty(0, dtype=fill.ref.dtype).set_(storage, 0, (fill.ref.numel,), (1,))
         start, end = piece
         calls = calls_of(fill, generator, late and late.within(start, end))
-        # A redrawing fill moves its generator in every round, which pays for long parts only.
+        # A redrawing fill moves its generator in every round, which is too slow for short parts.
         whole = len(calls) == 1 or fill.ops[0].name == TRUNCATED
         length = end - start if whole else _IN_CACHE
         while start < end:
@@ -174,7 +174,7 @@ def calls_of(
     Args:
         fill: the fill.
         generator: the generator that the first kernel draws from.
-        late: the late rounds of a ``trunc_normal_`` in the one part that is filled.
+        late: the late rounds of a ``trunc_normal_`` in the part that is filled.
     """
     period = words_of(fill, fill.ref.numel)
     return [_call(op, generator, period, late) for op in fill.ops]

@@ -1,7 +1,7 @@
-"""Drop from a program what no living tensor needs.
+"""Drop the ops, constants and storages of a program that no living tensor needs.
 
-One table in a cache would otherwise keep the recording of a model that is gone, and all real data
-that was brought into it.
+Otherwise a single table in a cache would keep alive the whole recording of a model that is gone,
+with all the real data that entered it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lateinit._torch import is_turn_taken, noted
 def needed_for(program: Program, storages: Iterable[int]) -> set[int]:
     """The numbers of the ops that some storages depend on, under any seed.
 
-    Also those of the draws that must be made to know the generator's state after them, and of what
-    these read.
+    Included are the draws that must be made to find the generator's state after them, and the ops
+    that these draws depend on.
     """
     needed = needed_ops(program, storages)
     for stream, costs in zip(program.streams, costs_of(program), strict=True):
@@ -33,7 +33,7 @@ def needed_for(program: Program, storages: Iterable[int]) -> set[int]:
 
 
 def costs_of(program: Program) -> list[list[Any]]:
-    """What each draw of each stream costs: None if only making it can tell. Holes as they are."""
+    """The cost of each draw of each stream, None if the draw must be made; holes stay numbers."""
     known: dict[int, Any] = {}
     for stream in program.streams:
         for number in stream.ops:
@@ -45,10 +45,10 @@ def costs_of(program: Program) -> list[list[Any]]:
 
 
 def drop_unneeded(program: Program) -> None:
-    """Drop from a program what no living tensor needs. Nothing must record or realise it."""
+    """Drop the ops that no living tensor needs. The program must not be recorded or realised."""
     shown = [n for n, storage in enumerate(program.storages) if not storage.gone]
     needed = needed_for(program, {*shown, *map(program.origin, shown)})
-    for read in program.reads:  # another seed is compared with what they gave
+    for read in program.reads:  # under another seed these values are computed and compared
         needed |= needed_ops(program, [read.ref.storage], read.before)
     program.keep(needed, cost)
     forget_executions(program)
@@ -56,16 +56,17 @@ def drop_unneeded(program: Program) -> None:
 
 
 def drop_later(program: Program) -> None:
-    """Drop what no living tensor needs at the next garbage collection.
+    """Have ``drop_unneeded`` run at the next garbage collection.
 
-    By then a model whose tensors die one after the other is gone, mostly with its program.
+    The tensors of a model die one after the other. By the next collection all of them are gone, and
+    usually the program with them.
     """
     program.drop_at = NEVER
     _Garbage(program)
 
 
 class _Garbage:
-    """Refers to itself, so that only the garbage collector ends it."""
+    """Refers to itself, so that only the garbage collector calls ``__del__``."""
 
     def __init__(self, program: Program) -> None:
         self._program = weakref.ref(program)
@@ -78,12 +79,12 @@ class _Garbage:
         before = noted()
         try:
             self._drop(program)
-        except BaseException as error:  # Python says it and goes on: the turn must not stay taken
+        except BaseException as error:  # Python prints it and goes on, so give the turn back here
             before.restore(error.__traceback__)
             raise
 
     def _drop(self, program: Program) -> None:
-        # The collector runs anywhere, in the middle of what this thread does too.
+        # The collector can run at any line, also while this thread records or realises.
         if is_turn_taken() or not one_thread.acquire(blocking=False):
             _Garbage(program)
             return

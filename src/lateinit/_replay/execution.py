@@ -18,7 +18,7 @@ from lateinit._torch import is_out_of_memory, operators, turn, without_modes
 from lateinit.errors import LateinitError
 
 one_thread = turn()
-"""Held by whoever realises tensors.
+"""The lock to hold while realising tensors.
 
 Replay sets process-wide state, such as the default dtype (``Ambient.in_force``). And two threads
 that realise tensors on one storage must end up with one real storage.
@@ -26,9 +26,9 @@ that realise tensors on one storage must end up with one real storage.
 
 
 class Execution(Streams):
-    """Everything that is known of running a program from one seed. Get it by ``execution_of``.
+    """The generator states and values of a program under one seed. Get it by ``execution_of``.
 
-    Threads may share it: what changes while steps run belongs to a ``Session``.
+    Threads may share it: all state that changes while steps run belongs to a ``Session``.
     """
 
     def session(self) -> Session:
@@ -48,13 +48,13 @@ class Execution(Streams):
         return ref.on(self.values([ref.storage], before)[ref.storage].storage)
 
     def draw(self, number: int, generator: torch.Generator) -> None:
-        """Run one op to find how far it moves the generator; its values are discarded.
+        """Run one op to move the generator past its draw; its values are discarded.
 
-        That may depend on earlier draws, which are replayed along the same streams.
+        The distance may depend on earlier draws, which are replayed along the same streams.
 
         Args:
             number: the number of the op.
-            generator: is before the draw, and is left after it.
+            generator: a generator in the state before the draw; it ends in the state after it.
         """
         op = self.program.ops[number]
         step = Step((number,), ())
@@ -88,12 +88,12 @@ def execution_of(
         seed: replaces the recorded state of the default generator; None keeps it.
         past_holes: assume that open holes draw nothing, instead of raising at draws after them.
     """
-    # States found past open holes hold until one of them is filled. A seed replaces the start of
-    # root streams, and which these are changes when programs are merged.
+    # States found past open holes are valid until one of the holes is filled. A seed replaces the
+    # start of root streams, and merging programs changes which streams are roots.
     roots = tuple(n for n, s in enumerate(program.streams) if s.root) if seed is not None else ()
     key = seed, (roots, tuple(program.holes) if past_holes else None)
     kept = _known.setdefault(program, {})
-    if seed is not None:  # of the executions under other seeds only the last one is kept
+    if seed is not None:  # keep at most one execution under another seed
         for other in [k for k in kept if k[0] is not None and k != key]:
             kept.pop(other, None)
     # setdefault is atomic: threads that come here at the same time get the same execution.
@@ -101,5 +101,5 @@ def execution_of(
 
 
 def forget_executions(program: Program) -> None:
-    """Forget what is known of running a program; it is found again when it is asked for."""
+    """Drop the cached executions of a program; ``execution_of`` makes them anew."""
     _known.pop(program, None)

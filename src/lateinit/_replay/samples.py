@@ -1,10 +1,11 @@
-"""Samples of kernels: what an op of a program gives for a few hundred elements.
+"""Samples of kernels: the results of an op of a program for a few hundred elements.
 
 Two machines compute the same model only if their kernels give the same bits. That depends on the
 versions of torch and of the libraries under it, on the vector extensions that are used, and on the
 processor. A sample is computed from numbers that are the same everywhere, with the op's own
-arguments on smaller tensors of the same layout. It can tell that kernels differ. It cannot prove
-that they never do: a kernel for large tensors may work in another way than for small ones.
+arguments on smaller tensors of the same layout. Different samples prove that kernels differ. Equal
+samples do not prove that they agree: a kernel may treat large tensors in another way than small
+ones.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ _SIZES = {0: 645, 1: 645, 2: 33, 3: 17}
 _SMALLEST = 9
 _SEED = 1
 _CPU = torch.device("cpu")
-# By op, its arguments, and the settings that it depends on.
+# The samples by op, its arguments, and the settings that it depends on.
 _known: dict[str, dict[str, str]] = {}
 
 
 def sample_of(program: Program, op: Op) -> dict[str, str]:
-    """A digest of what the kernel of an op gives, under its name.
+    """A digest of the results of an op's kernel, by the name of the kernel.
 
-    Empty if it computes nothing, or if no sample can be made of it: of ops of other libraries, and
-    of those that read integers, which may be places that a smaller tensor does not have.
+    Empty if the op computes nothing, or if no sample can be made: of ops of other libraries, and of
+    ops that read integers, which may be indices that a smaller tensor does not have.
 
-    Hold ``one_thread``: the settings of the op are in force meanwhile.
+    Hold ``one_thread``: the settings of the op are in force during the call.
     """
     info = by_name(op.name)
     filled = op.fills()
     if filled is not None and _is_on_cpu(program, filled):
-        # `trunc_normal_` redraws what `normal_` draws.
+        # `trunc_normal_` redraws values of `normal_`.
         name = _native.NORMAL if op.name == TRUNCATED else op.name
         if name in (_native.NORMAL, _native.UNIFORM) and filled.dtype in _native.DTYPES:
             with without_modes():
@@ -80,11 +81,11 @@ def _label(op: Op, refs: Iterable[TensorRef]) -> str:
 
 
 class _Twin:
-    """An op like another one, on smaller tensors.
+    """A copy of an op with smaller tensors.
 
     Attributes:
-        op: that op.
-        refs: the tensors that it is given, each on a storage of its own.
+        op: the copy.
+        refs: its tensor arguments, each on a storage of its own.
     """
 
     def __init__(self, program: Program, op: Op) -> None:
@@ -96,7 +97,7 @@ class _Twin:
         smallest = _SIZES.get(max((len(ref.size) for ref in shown), default=0), _SMALLEST)
         large = sorted({n for ref in shown for n in ref.size if n > smallest})
         self._sizes = {n: smallest + rank for rank, n in enumerate(large)}
-        # Numbers are sizes only where no tensor tells the sizes, as in `arange`.
+        # Number arguments are sizes only if there is no tensor argument, as in `arange`.
         self._sized = not given
         args = tuple(map(self._smaller, op.args))
         kwargs = {name: self._smaller(value) for name, value in op.kwargs.items()}
@@ -130,7 +131,7 @@ class _Twin:
 
 
 def _digest_of(session: Session, twin: _Twin, device: torch.device) -> str | None:
-    """A digest of what an op gives, and of what it writes; None if it cannot be run so."""
+    """A digest of the results of an op and of its writes; None if the smaller op cannot run."""
     try:
         memory = Memory()
         for ref in twin.refs:
@@ -152,6 +153,6 @@ def _digest_of(session: Session, twin: _Twin, device: torch.device) -> str | Non
 
 @functools.cache
 def _numbers(count: int) -> Tensor:
-    """Numbers in (0.05, 0.95), which most functions take, by arithmetic that is exact anywhere."""
+    """Numbers in (0.05, 0.95), valid for most functions, by arithmetic that is exact everywhere."""
     golden = [(index * 0.6180339887498949) % 1.0 for index in range(1, count + 1)]
     return torch.tensor([0.05 + 0.9 * part for part in golden], dtype=torch.float64, device="cpu")

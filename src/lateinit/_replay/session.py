@@ -32,10 +32,10 @@ class Computed(NamedTuple):
 
     Attributes:
         storage: the memory.
-        strides: the strides that a kernel gave to a window, where they differ from those recorded.
+        strides: by window, the strides of the real kernel where they differ from those recorded.
             Real and meta kernels disagree on dims of length one; eager construction shows the
-            former.
-        window: a tensor on the memory and its window, if nobody else has that tensor. It can be
+            strides of the real kernel.
+        window: a tensor on the memory and its window, if no other code has that tensor. It can be
             swapped into a deferred tensor directly.
     """
 
@@ -45,7 +45,7 @@ class Computed(NamedTuple):
 
 
 class Memory(dict[int, torch.UntypedStorage]):
-    """The storages of a running step by number, with what ``Computed`` says of each."""
+    """The storages of a running step by number, with the strides and window for ``Computed``."""
 
     __slots__ = ("strides", "windows")
 
@@ -63,7 +63,8 @@ class Session:
     """Runs steps of one program, one after another in one thread.
 
     It is a context manager: inside, torch's modes are off, and settings such as the default dtype
-    change only where two ops need other ones. The global random generators are left as they are.
+    change only between ops that need different ones. The global random generators are left as they
+    are.
 
     Args:
         streams: the generator states to draw from.
@@ -72,9 +73,9 @@ class Session:
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
         self.program = streams.program
-        # By stream, the number of the next draw and a generator that is there.
+        # By stream, the number of the next draw and a generator in the state before it.
         self._cursor: dict[int, tuple[int, torch.Generator]] = {}
-        self._unchanged: set[int] = set()  # constants whose checksum was compared and holds
+        self._unchanged: set[int] = set()  # constants whose checksum was compared and agreed
         self._settings = contextlib.ExitStack()
         self._ambient = -1
 
@@ -95,7 +96,7 @@ class Session:
 
         Args:
             step: the step.
-            begun: storages that are filled already, as by the first ops of the step.
+            begun: storages that already have values, such as from the first ops of the step.
         """
         memory = Memory(begun)
         last_use = self._last_uses(step) if len(step.ops) > 1 else {}
@@ -132,7 +133,7 @@ class Session:
             raise
         except Exception as error:
             if is_out_of_memory(error):
-                raise  # materialize() makes an OutOfMemoryError of it
+                raise  # materialize() turns it into an OutOfMemoryError
             raise failed(number, op, error) from error
         for ref, result in zip(op.outs, results, strict=False):
             if ref is None:
@@ -142,7 +143,7 @@ class Session:
                 if not as_recorded:
                     raise MaterializeError(_differs(ref, result))
             # Some kernels return an auxiliary result of another shape than their meta kernel does.
-            # It matters only if it is used.
+            # The shape matters only if the result is used.
             elif as_recorded or self._is_used(ref.storage, number, step):
                 memory[ref.storage] = self._laid_out(ref, result, memory)
 
@@ -160,7 +161,7 @@ class Session:
         Args:
             op: the op.
             memory: the storages that it reads and writes.
-            generator: to draw from; by default one at the place of the op's draw.
+            generator: the generator to draw from; by default one at the place of the op's draw.
         """
         args = [a if type(a) in NUMBERS else self._real(a, memory) for a in op.args]
         kwargs: dict[str, Any] = {}
@@ -186,7 +187,7 @@ class Session:
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
-        """A generator before a draw: left by the draw just before it, if this session made that."""
+        """A generator before a draw: kept from the draw before it, if this session made that."""
         index, generator = self._cursor.pop(draw.stream, (-1, None))
         if generator is not None and index == draw.number:
             return generator
@@ -227,10 +228,10 @@ class Session:
             memory[number] = allocate(known.nbytes, known.device)
 
     def _window(self, ref: TensorRef, memory: Memory) -> Tensor:
-        """The tensor of a window whose storage does not exist yet: allocate it."""
+        """Allocate the storage of a window, and return the window's tensor."""
         known = self.program.storages[ref.storage]
         # One call makes storage and tensor, if the window shows the whole storage in the layout
-        # that torch.empty gives. Large storages are allocated apart, for huge pages.
+        # of torch.empty. Large storages are allocated separately, for huge pages.
         if known.nbytes < LARGE and not ref.bits:
             tensor = torch.empty(ref.size, dtype=ref.dtype, device=known.device)
             storage = tensor.untyped_storage()
@@ -246,7 +247,7 @@ class Session:
         """The storage of a result, copied into the recorded layout if the kernel's differs."""
         if result.dtype != ref.dtype:
             raise MaterializeError(_differs(ref, result))
-        # Python code saw the recorded shape: only the recorded seed gives the rest of the program.
+        # Python code saw the recorded shape, so the rest of the program is valid for it alone.
         if tuple(result.size()) != ref.size:
             raise SeedError(
                 "the constructor made a tensor whose shape depends on random values, or is another "
@@ -259,7 +260,7 @@ class Session:
         if found != ref and found == ref._replace(stride=_where_long(ref, found.stride)):
             memory.strides[ref] = found.stride
             found = ref
-        # The kernel's storage may be smaller than the recorded one, which later windows look at.
+        # The kernel's storage may be smaller than the recorded one, on which later windows lie.
         if found == ref and result.untyped_storage().nbytes() >= nbytes:
             return result.untyped_storage()
         self._provide(ref.storage, memory)
@@ -267,7 +268,7 @@ class Session:
         return memory[ref.storage]
 
     def _last_uses(self, step: Step) -> dict[int, list[int]]:
-        """For each place in a step, the storages that no later op of it uses; not its targets."""
+        """For each place in a step, the storages that no later op uses, targets excepted."""
         last: dict[int, int] = {}
         for place, number in enumerate(step.ops):
             op = self.program.ops[number]
@@ -283,7 +284,7 @@ class Session:
 
 
 def failed(number: int, op: Op, error: Exception) -> MaterializeError:
-    """The error to raise of an op whose kernel has failed."""
+    """The error to raise if the kernel of an op has failed."""
     return MaterializeError(f"op {number} failed when it was replayed: {op}: {error}")
 
 
@@ -297,7 +298,7 @@ def _differs(ref: TensorRef, result: Tensor) -> str:
 def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:
     """Run a call that takes no generator so that it draws from ``generator``.
 
-    The default generator is lent its state and restored afterwards.
+    The default generator gets the state of ``generator``, and is restored afterwards.
     """
     if generator.device.type == "cpu":
         default = torch.default_generator
@@ -327,7 +328,7 @@ def _drawing_nothing(call: Callable[[], Any]) -> Any:
 
 
 def _where_long(ref: TensorRef, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of ``ref``, with ``strides`` in dims of length one, where they mean nothing."""
+    """The strides of ``ref``, but those of ``strides`` in dims of length one (without effect)."""
     if ref.numel == 0:
         return strides
     triples = zip(ref.size, ref.stride, strides, strict=True)

@@ -39,7 +39,7 @@ class _Seeker(Protocol):
 class Streams(abc.ABC):
     """The generator states along the streams of one program, from one seed. Thread-safe.
 
-    These objects are cached for as long as the program lives, so they refer to it weakly.
+    The program caches these objects, so they refer to it weakly.
 
     Args:
         program: the program.
@@ -82,7 +82,7 @@ class Streams(abc.ABC):
             return seeker.state(draw.number, run)
 
     def words(self, first: Draw, last: Draw) -> int | None:
-        """How many words the draws from ``first`` up to ``last`` take, or None if not known."""
+        """The number of words drawn from ``first`` up to ``last``, or None if not known."""
         if first.stream != last.stream or last.number < first.number:
             return None
         with self._lock:
@@ -126,7 +126,7 @@ class Streams(abc.ABC):
     def _pass(self, number: int, generator: torch.Generator) -> None:
         """Move a generator past a draw of unknown cost, or past a hole.
 
-        A hole ends where the stream of its filling ends.
+        A filled hole ends where the stream that fills it ends.
         """
         if number >= 0:
             self.draw(number, generator)
@@ -155,14 +155,14 @@ class Streams(abc.ABC):
 
 def _unknown() -> RecordingError:
     return RecordingError(
-        "a random value is wanted that is drawn after the initialisation of a lazy module, "
+        "a random value is needed that is drawn after the initialisation of a lazy module, "
         "whose shape is not known yet: call lateinit.infer_shapes(model, ...) first, or "
         "lateinit.discard(model) if that module was removed"
     )
 
 
 class _InSequence:
-    """A seeker for generators that are not CPU ones: no cost is known, each draw is made once."""
+    """A seeker for generators of other devices: no cost is known, so each draw is made once."""
 
     def __init__(self, start: bytes, device: torch.device) -> None:
         self._states = [start]
@@ -189,7 +189,7 @@ class _InSequence:
 
 
 def cost(op: Op) -> Cost | None:
-    """The cost of a random op, or None if only running it can tell."""
+    """The cost of a random op, or None if the op must be run to find it."""
     filled = op.fills()
     numbers = op.args[1:]
     if filled is None:
@@ -200,7 +200,7 @@ def cost(op: Op) -> Cost | None:
             return None
         filled = written[0]
         numbers = tuple([a for a in rest if a is None or isinstance(a, (int, float))])
-    # Layers repeat: with storage and offset left out, few different windows remain to be cached.
+    # Layers repeat: without storage and offset, few different keys remain for the cache.
     return _cost(op.name, TensorRef(0, filled.dtype, filled.size, filled.stride, 0), numbers)
 
 

@@ -1,4 +1,4 @@
-"""Totals of each module, and what a forward pass of an example gives it to do."""
+"""Totals of each module, and its calls in a forward pass of an example."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module with all below it. A tensor with several names counts once.
+    """One module with its submodules. A tensor with several names counts once.
 
     Attributes:
         name: its first name; empty for the model itself.
@@ -33,9 +33,9 @@ class Module:
         parameters: elements of its parameters.
         buffers: elements of its buffers.
         nbytes: bytes of its tensors, shared memory once.
-        inputs: the shapes of the tensors that its first call was given; None without an example,
-            or if the pass did not call it.
-        outputs: the shapes that its first call returned.
+        inputs: the shapes of the tensor arguments of its first call; None without an example, or if
+            the pass did not call it.
+        outputs: the shapes of the results of its first call.
         flops: floating-point operations of all its calls, as ``torch.utils.flop_counter`` counts.
         calls: how often the pass called it.
     """
@@ -52,13 +52,13 @@ class Module:
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """What modules on one printed line have in common."""
+        """The key that modules on one printed line have in common."""
         return self.kind, self.parameters, self.nbytes, self.inputs, self.outputs, self.flops
 
 
 @dataclass(slots=True)
 class Calls:
-    """What a forward pass gave one module to do."""
+    """The calls of one module in a forward pass."""
 
     inputs: Shapes
     outputs: Shapes = ()
@@ -80,7 +80,7 @@ class Observer:
 
     @contextlib.contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Count within the block. The hooks are taken off by who restores the model."""
+        """Count within the block. The caller removes the hooks when it restores the model."""
         with FlopCounterMode(display=False) as counter:
 
             def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -88,21 +88,21 @@ class Observer:
                 self._open.append((module, counter.get_total_flops()))
 
             def after(module: nn.Module, args: Any, result: Any) -> None:
-                if not self._is_open(module):  # a hook of the module's own failed before ours
+                if not self._is_open(module):  # a hook of the module itself failed before this one
                     return
                 part, start = self._open.pop()
                 while part is not module:
                     part, start = self._open.pop()
                 found = self.met[module]
-                if not self._is_open(module):  # else its call by itself is part of the first one
+                if not self._is_open(module):  # a recursive call is part of the outer one
                     found.flops += counter.get_total_flops() - start
                 found.outputs = found.outputs if found.calls else _shapes(result)
                 found.calls += 1
 
             for part in model.modules():
-                if not isinstance(part, ScriptModule):  # takes no hooks of Python functions
+                if not isinstance(part, ScriptModule):  # it refuses hooks that are Python functions
                     part.register_forward_pre_hook(before, with_kwargs=True)
-                    # Also after a call that failed, which the model may catch.
+                    # Also after a call that failed, since the model may catch the error.
                     part.register_forward_hook(after, always_call=True)
             yield
 
@@ -114,7 +114,7 @@ def observed(model: nn.Module, example: Any, *, real: bool) -> IdentityMap[nn.Mo
     """The calls of each module in a forward pass of an example; the model stays as it is.
 
     Args:
-        model: the model; lazy modules are initialised by way of trial.
+        model: the model; lazy modules are initialised as a trial.
         example: the arguments: a tensor, a tuple or list of them, or a mapping by name.
         real: compute with values.
 
@@ -142,7 +142,7 @@ def _tensors(values: Any) -> list[Tensor]:
     def note(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        return leaf  # containers are made anew, and some look at what they are given
+        return leaf  # the containers are rebuilt, and some check their items
 
     map_leaves(note, values)
     return found

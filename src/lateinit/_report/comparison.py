@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What was compared with the values of a seed, and the differences.
+    """The result of a comparison with the values of a seed.
 
     Attributes:
         differences: pairs of a name and a description.
-        tensors: how many tensors were compared.
-        nbytes: their bytes.
+        tensors: the number of tensors that were compared.
+        nbytes: the bytes of these tensors.
         seed: the seed.
     """
 

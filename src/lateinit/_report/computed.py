@@ -1,4 +1,4 @@
-"""The two sides of a comparison: checkpoints, and deferred models that are read as one."""
+"""The two sides of a comparison: checkpoints, and deferred models read as checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ComputedReader(Reader):
 
     Args:
         module: the module.
-        name: what to call it in messages.
+        name: its name in messages.
         dtype: the dtypes to cast to, as for ``save_checkpoint(dtype=)``.
     """
 
@@ -57,14 +57,14 @@ def opened(
 
     Args:
         a: a path, or the specification of a model.
-        b: another one.
-        model: gives the reader of a model from its specification.
-        choice: what the names of ``b`` are in ``a``.
+        b: another path or specification.
+        model: returns the reader of a model from its specification.
+        choice: how the names of ``b`` map to those of ``a``.
 
     Raises:
         CorruptCheckpointError: a path is no checkpoint.
-        MismatchError: the choice does not fit.
-        SpecError: this is neither a path nor a model.
+        MismatchError: ``choice`` does not fit.
+        SpecError: an argument is neither a path nor a model.
     """
     left, right = (
         model(text) if (path := model_specs.path_named(text)) is None else open_checkpoint(path)
@@ -72,7 +72,7 @@ def opened(
     )
     if choice:
         right = selected(str(left), [*left.entries, *left.aliases], right, choice) or right
-    # As a model of `transformers` names what it loads.
+    # A model of `transformers` renames the tensors of checkpoints when it loads them.
     if isinstance(left, ComputedReader):
         return left, translated(left.module, right)
     if isinstance(right, ComputedReader):

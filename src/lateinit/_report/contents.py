@@ -1,4 +1,4 @@
-"""What a checkpoint holds, without a model: names, shapes, dtypes, sizes, files, metadata."""
+"""The contents of a checkpoint, without a model: names, shapes, dtypes, sizes, files, metadata."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredRow:
 
     Attributes:
         name: its name.
-        aliases: names of tied tensors that were not written, and are this one.
+        aliases: its further names, under which it was not written.
         shares: the name of an earlier tensor in the same memory.
         shape: its shape.
         dtype: its dtype, without ``torch.``.
@@ -62,11 +62,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds. Print it, or take ``to_dict()``.
+    """The contents of a checkpoint. Print it, or use ``to_dict()``.
 
     Attributes:
         path: the checkpoint.
-        format: what its format is called.
+        format: the name of its format.
         rows: one for each tensor, in the order of the files.
         objects: the names of values that are no plain tensors.
         files: the files, relative to the checkpoint's folder.
@@ -81,7 +81,7 @@ class Contents:
     totals: Totals
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, one entry a tensor, nothing folded."""
+        """Everything as plain data, with one entry for each tensor, nothing folded."""
         return {
             "path": str(self.path),
             "format": self.format,
@@ -125,7 +125,7 @@ class Contents:
 
 
 def contents(path: Path, *, only: Iterable[str] | None = None) -> Contents:
-    """What a checkpoint holds; of its data nothing is read.
+    """The contents of a checkpoint, without reading its data.
 
     Files that ``torch.save`` wrote before torch 1.6, which cannot be mapped, are read whole.
 
@@ -134,7 +134,7 @@ def contents(path: Path, *, only: Iterable[str] | None = None) -> Contents:
         only: globs on the names of tensors.
 
     Raises:
-        CorruptCheckpointError: this is no checkpoint, or not a whole one.
+        CorruptCheckpointError: this is no checkpoint, or an incomplete one.
         PatternError: a glob matches no name.
 
     Example:
@@ -147,7 +147,7 @@ def contents(path: Path, *, only: Iterable[str] | None = None) -> Contents:
 
 
 def contents_of(reader: Reader, path: Path, *, only: Iterable[str] | None = None) -> Contents:
-    """What an open checkpoint holds; see ``contents``."""
+    """The contents of an open checkpoint; see ``contents``."""
     folder = path if path.is_dir() else path.parent
     kept: dict[str, list[str]] = {}
     for alias, name in reader.aliases.items():
@@ -180,8 +180,8 @@ def _row(reader: Reader, name: str, aliases: list[str], folder: Path) -> StoredR
 
 
 def memory_of(rows: Iterable[StoredRow], reader: Reader) -> list[int]:
-    """The bytes of each row, without those that an earlier one shares."""
-    # Of a storage that several tensors share, at most its own bytes, as in `summary`.
+    """The bytes of each row, without the bytes that it shares with an earlier row."""
+    # Tensors that share a storage count at most the bytes of that storage, as in `summary`.
     left = {reader.shared[name][0]: nbytes for name, nbytes in reader.memory.items()}
     found = []
     for row in rows:
@@ -205,7 +205,7 @@ def _totals(rows: list[StoredRow], reader: Reader) -> Totals:
 
 
 def _alike(row: StoredRow) -> tuple[Any, ...]:
-    """What rows on one printed line have in common; a tensor with ties has its own line."""
+    """The key that rows on one printed line have in common; a tied tensor has its own line."""
     return (row.name if row.notes else "", row.shape, row.dtype)
 
 

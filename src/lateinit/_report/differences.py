@@ -1,4 +1,4 @@
-"""``lateinit diff``: what two checkpoints, or a checkpoint and a model, do not have in common."""
+"""``lateinit diff``: the differences between two checkpoints, or a checkpoint and a model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ONLY_A, ONLY_B = "only in A", "only in B"
 
 @dataclass(frozen=True, slots=True)
 class NameDifference:
-    """What differs under one name.
+    """A difference under one name.
 
     Attributes:
         name: the name.
-        what: ``only in A`` or ``only in B``; or those that differ of shape, dtype and values; or
-            ``object`` for what is no tensor.
+        what: ``only in A`` or ``only in B``; or which of shape, dtype and values differ; or
+            ``object`` for a value that is no tensor.
         left: the tensor of A, if there is one.
-        right: the tensor of B.
-        values: the values that differ, if they do.
+        right: the tensor of B, if there is one.
+        values: the difference of the values, if they differ.
     """
 
     name: str
@@ -60,16 +60,16 @@ class NameDifference:
 
 @dataclass(frozen=True)
 class Differences:
-    """All that differs. Print it, or take ``to_dict()``.
+    """All differences. Print it, or use ``to_dict()``.
 
     Attributes:
-        left: what A is called.
-        right: what B is called.
-        rows: what differs, name by name.
-        names: how many names there are in both together.
+        left: the name of A in messages.
+        right: the name of B in messages.
+        rows: the differences, one for each name that differs.
+        names: the number of names in A and B together.
         nbytes: the bytes of A's tensors that B has too.
         values: whether values were compared.
-        hint: what to do, where the two have no name in common.
+        hint: the next step, if A and B have no name in common.
     """
 
     left: str
@@ -86,7 +86,7 @@ class Differences:
         return not self.rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, one entry a name, nothing folded."""
+        """Everything as plain data, with one entry for each name, nothing folded."""
         return {
             "equal": self.equal,
             "a": self.left,
@@ -113,10 +113,10 @@ def differences(
     only: Iterable[str] | None = None,
     values: bool = True,
 ) -> Differences:
-    """Compare two checkpoints, or what is read as one; a block of a tensor at a time.
+    """Compare two checkpoints, or models read as such, one block of a tensor at a time.
 
-    Names that a checkpoint has for a tied tensor count as that tensor: a name is not missing where
-    the tensor is there under another one of them.
+    All names of a tied tensor count as that tensor: a name is not missing if the tensor is there
+    under another of its names.
 
     Args:
         left: A.
@@ -126,7 +126,7 @@ def differences(
 
     Raises:
         CorruptCheckpointError: a value that is no tensor cannot be read.
-        PatternError: a glob matches no name of either.
+        PatternError: a glob matches no name on either side.
 
     Example:
         >>> from lateinit._checkpoint.formats import open_checkpoint
@@ -138,7 +138,7 @@ def differences(
         1 of 2 elements differ, by 1 at most (relative 0.333); at (1,): 2.0, 3.0
     """
     a, b = _Side(left), _Side(right)
-    # In the order of a model, whose batches are then computed once.
+    # In the order of the model, if one side is a model, so that its batches are computed once.
     sides = (b, a) if isinstance(right, ComputedReader) else (a, b)
     chosen = list(dict.fromkeys(name for side in sides for name in side.stored))
     if only is not None:
@@ -168,7 +168,7 @@ class _Side:
 
     Attributes:
         reader: the checkpoint.
-        stored: every name, with the name of its tensor; empty for what is no tensor.
+        stored: every name, with the name of its tensor, which is empty for a value that is none.
         tied: the names of each tensor.
     """
 
@@ -185,12 +185,12 @@ class _Side:
         return self.reader.entries.get(self.stored.get(name, ""))
 
     def pair_with(self, other: _Side, name: str) -> tuple[str, str]:
-        """The tensors of this name in both; or only the name, if they are not two tensors."""
+        """The tensors with this name on both sides; or the name, if not both are tensors."""
         ours, theirs = self.stored.get(name), other.stored.get(name)
         return (ours, theirs) if ours and theirs else ("", name)
 
     def lacks(self, name: str, other: _Side) -> bool:
-        """Whether neither a name of the other side is there nor one that is tied to it there."""
+        """Whether this side has neither a name of the other side nor one tied to it there."""
         return not any(tied in self.stored for tied in other.tied[other.stored[name] or name])
 
 
@@ -236,7 +236,7 @@ def _compared_tensors(
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two values that are no plain tensors are the same: plain data, and tensors in it."""
+    """Whether two values that are no plain tensors are equal: plain data, with tensors in it."""
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, dict):
@@ -249,14 +249,14 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _saved(tensor: Tensor) -> bytes:
-    """The bytes of a tensor of any layout, alone in its memory."""
+    """The bytes of ``torch.save`` for a tensor of any layout, in memory of its own."""
     file = io.BytesIO()
     torch.save(tensor.detach().clone(), file)
     return file.getvalue()
 
 
 def _hint(a: _Side, b: _Side) -> str:
-    """What to do where the two have no name in common."""
+    """The next step, if the two have no name in common."""
     for one, other, first in ((a, b, ""), (b, a, "exchange A and B and ")):
         with contextlib.suppress(MismatchError):
             part = selected(str(one.reader), one.stored.keys(), other.reader, AS_FOUND)
@@ -281,7 +281,7 @@ def _name(row: NameDifference) -> str:
 
 
 def _alike(row: NameDifference) -> tuple[Any, ...]:
-    """What rows on one printed line have in common."""
+    """The key that rows on one printed line have in common."""
     return (row.what, *((e.shape, e.dtype) if e else None for e in (row.left, row.right)))
 
 
@@ -291,7 +291,7 @@ def _line(name: str, rows: list[NameDifference]) -> str:
 
 
 def _told(rows: list[NameDifference]) -> Iterator[str]:
-    """What differs, of rows that print on one line."""
+    """The differences of rows that print on one line, in words."""
     left, right, what = rows[0].left, rows[0].right, rows[0].what
     one = left or right
     if what[0] in {ONLY_A, ONLY_B}:

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of a machine and of what is installed on it."""
+"""The facts that a bug report needs: the machine, and the installed versions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Environment:
     """Versions, the processor, and the native kernels with the result of their trials.
 
     Attributes:
-        versions: of lateinit, Python and the packages that lateinit needs.
-        optional: of the packages that it can use; None for one that is not installed.
+        versions: the versions of lateinit, Python and the packages that lateinit requires.
+        optional: the versions of optional packages; None for one that is not installed.
         system: the operating system and the architecture.
-        processor: its name.
+        processor: the name of the processor.
         accelerators: the CUDA devices that torch sees, with the CUDA version of torch's build.
         capability: the vector extensions that torch's CPU kernels use.
-        threads: how many threads torch uses, and so ``materialize``.
-        cores: how many cores the machine has.
-        memory: its bytes.
-        huge_pages: the kernel's setting for transparent huge pages; None where there is none.
-        native: each native kernel, whether it is used, and why.
+        threads: the number of threads of torch, and so of ``materialize``.
+        cores: the number of cores of the machine.
+        memory: the bytes of memory of the machine.
+        huge_pages: the kernel's setting for transparent huge pages; None if it has none.
+        native: for each native kernel, whether it is used, and why.
     """
 
     versions: dict[str, str]
@@ -81,7 +81,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Look around; tries the native kernels that were not used before."""
+    """Collect the facts; native kernels that were not used yet are tried."""
     with without_modes():
         native = _native.verdicts()
     versions = {name: _installed(name) or "unknown" for name in _REQUIRED}
@@ -101,7 +101,7 @@ def environment() -> Environment:
 
 
 def _processor() -> str:
-    """Its name on Linux; elsewhere what Python knows."""
+    """The name of the processor on Linux; elsewhere the value of ``platform.processor``."""
     lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"

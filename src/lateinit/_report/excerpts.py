@@ -1,8 +1,8 @@
-"""Excerpts: a few thousand values of a tensor, found without computing or reading the rest of it.
+"""Excerpts: a few thousand values of a tensor, without computing or reading all of it.
 
-Of a tensor that a fill draws in flat order, a few ranges are drawn, each at its place in the random
-stream (``FlatReader``): so the values of a model that no machine could hold are seen in seconds. Of
-a tensor in a checkpoint a few blocks are read. Other tensors are computed whole, if that is little.
+If a fill draws a tensor in flat order, a few ranges are drawn, each at its place in the random
+stream (``FlatReader``), so even a model that fits no machine takes only seconds. From a tensor in a
+checkpoint a few blocks are read. Other tensors are computed whole, if they are small enough.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from lateinit._program import Program, Step, TensorRef, plan_storages
 from lateinit._replay import ChunkedFill, execution_of, fill_of, one_thread
 from lateinit._report.rows import State
 from lateinit._tensors import Deferred, held
+from lateinit._torch import by_name
 from lateinit.errors import LateinitError
 
 # A range costs a jump of the generator, as much as about 5e5 draws, and there are four of them.
 _RANGES = 4
 _RANGE = 2048
-_WHOLE = 1 << 16  # elements up to which a tensor is computed whole
+_WHOLE = 1 << 16  # the most elements of a tensor that is always computed whole
 _MOST = 1 << 22  # elements that the ops of a tensor may write, if it must be computed whole
 
 
@@ -35,11 +36,11 @@ class Excerpt:
     """Some values of a tensor.
 
     Attributes:
-        values: they, as flat float64; empty if there are none.
-        whole: whether these are all values.
-        mean: the mean of the distribution that they were drawn from, if it is known.
-        std: its standard deviation.
-        why: why there are no values.
+        values: the values as flat float64; empty if there are none.
+        whole: whether these are all values of the tensor.
+        mean: the mean of the distribution from which they were drawn, if known.
+        std: the standard deviation of that distribution.
+        why: the reason why there are no values.
     """
 
     values: Tensor
@@ -56,7 +57,7 @@ def _none(why: str) -> Excerpt:
 def excerpt_of(tensor: Tensor, state: State) -> Excerpt:
     """Some values of a tensor of a model.
 
-    Nothing of the model changes, and no generator moves.
+    The model does not change, and no generator moves.
 
     Args:
         tensor: the tensor.
@@ -103,6 +104,8 @@ def _of_deferred(program: Program, ref: TensorRef) -> Excerpt:
     if device.type != "cpu":
         return _none(f"not shown for tensors on {device}")
     (step,) = plan_storages(program, [ref.storage])
+    if all(by_name(program.ops[number].name).is_empty for number in step.ops):
+        return _none("it is not initialised")
     execution = execution_of(program)
     fill = fill_of(program, step, _WHOLE)
     if fill is not None and len(fill.ops) == len(step.ops) and _in_a_row(ref, fill.ref):
@@ -111,7 +114,7 @@ def _of_deferred(program: Program, ref: TensorRef) -> Excerpt:
             reader = FlatReader(fill, 0, state)
             drawn = [reader.read(*part) for part in _parts(ref.offset, ref.numel)]
         found = _excerpt(drawn, ref.numel)
-        if fill.draw is None and found.values.numel():  # from numbers alone: all of them are one
+        if fill.draw is None and found.values.numel():  # a fill without draws: all values are equal
             return replace(found, mean=float(found.values[0]), std=0.0)
         mean, std = _moments(fill)
         return replace(found, mean=mean, std=std)
@@ -136,7 +139,7 @@ def _excerpt(blocks: Sequence[Tensor], numel: int) -> Excerpt:
 
 
 def _in_a_row(ref: TensorRef, filled: TensorRef) -> bool:
-    """Whether a window shows, in any order, a range of what a fill fills in flat order."""
+    """Whether a window covers, in any order, a flat range of the elements that a fill writes."""
     same = ref.storage == filled.storage and ref.dtype == filled.dtype and not ref.bits
     return same and ref.is_dense()
 
@@ -146,7 +149,7 @@ def _work(program: Program, step: Step) -> int:
 
 
 def _moments(fill: ChunkedFill) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of what a fill draws, if it is one plain draw."""
+    """Mean and standard deviation of a fill that is one plain draw; None otherwise."""
     (op, *rest), given = fill.ops, fill.ops[0].args[1:]
     if rest or op.name not in {NORMAL, UNIFORM}:
         return None, None
@@ -157,7 +160,7 @@ def _moments(fill: ChunkedFill) -> tuple[float | None, float | None]:
 
 
 def _parts(offset: int, numel: int) -> Iterator[tuple[int, int]]:
-    """Flat ranges, evenly spread, the first and the last elements among them."""
+    """Flat ranges, evenly spread, from the first elements to the last."""
     if numel <= _RANGES * _RANGE:
         yield offset, offset + numel
         return
@@ -167,7 +170,7 @@ def _parts(offset: int, numel: int) -> Iterator[tuple[int, int]]:
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Blocks of a tensor, evenly spread: where each starts, and its shape."""
+    """Blocks of a tensor, evenly spread: the offsets and the shape of each."""
     inner, dim = 1, len(shape)
     while dim and inner * shape[dim - 1] <= _RANGE:
         dim -= 1

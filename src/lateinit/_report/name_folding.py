@@ -9,7 +9,7 @@ from typing import TypeVar
 from lateinit._identity import IdentityMap
 
 T = TypeVar("T")
-# Runs of numbers that a folded name shows, such as `{0..3,5,7,...,31}`. Bounds its length.
+# The most runs of numbers in a folded name, such as `{0..3,5,7,...,31}`. Bounds its length.
 _MOST_RUNS = 4
 
 
@@ -22,9 +22,9 @@ def fold(
     combination of them occurs.
 
     Args:
-        rows: the rows, in order; so are the groups, by their first rows.
-        name: the name of a row.
-        kind: rows are grouped only if this is equal.
+        rows: the rows, in order; groups are in the order of their first rows.
+        name: returns the name of a row.
+        kind: returns a key; rows are grouped only if their keys are equal.
     """
     groups: dict[Hashable, list[T]] = {}
     places: IdentityMap[T, int] = IdentityMap()
@@ -43,7 +43,7 @@ def _fold_group(rows: list[T], name: Callable[[T], str]) -> list[tuple[str, list
     by_rest: dict[Hashable, list[T]] = {}
     for row, found in zip(rows, numbers, strict=True):
         by_rest.setdefault(found[1:], []).append(row)
-    if len(by_rest) == 1:  # rows with the same numbers cannot be told apart by them
+    if len(by_rest) == 1:  # rows with the same numbers cannot be distinguished by them
         return [(name(row), [row]) for row in rows]
     return [part for group in by_rest.values() for part in _fold_group(group, name)]
 

@@ -9,14 +9,14 @@ from html import escape
 
 from lateinit._units import format_bytes
 
-# Lines of a table. Beyond it a notebook gets slow, and nobody opens so many modules by hand.
+# The most lines of a table: with more a notebook gets slow, and no reader opens so many modules.
 _MOST = 1000
-# Lines up to which all modules are open at first.
+# With at most so many lines, all modules are open at first.
 _OPEN = 24
-# The dots of a name, but for those in `{0..31}`, which `fold` writes.
+# The dots of a name, except those in `{0..31}`, which `fold` writes.
 _DOTS = re.compile(r"\.(?![^{}]*\})")
 
-# The other columns share what is left.
+# The other columns share the rest of the width.
 _WIDTHS = {
     **dict.fromkeys(("name", "module"), "minmax(0, 2fr)"),
     "dtype": "5.5em",
@@ -27,8 +27,8 @@ _WIDTHS = {
     "FLOPs": "5em",
 }
 
-# With the class alone, so that no other output of the notebook is touched; colours that suit a
-# light and a dark page.
+# All rules are under the class, so that no other output of the notebook changes. The colours suit
+# a light and a dark page.
 _STYLE = """<style>
 .lateinit { font-size: 13px; line-height: 1.5; overflow-x: auto; }
 .lateinit .line { display: grid; gap: 0 16px; padding: 2px 6px; min-width: 860px;
@@ -52,9 +52,9 @@ class Shown:
     """A line of a table.
 
     Attributes:
-        name: a fully qualified name, folded or not; the end of it is shown inside its module.
-        cells: what is shown; the first of them is the name with its remarks.
-        nbytes: the bytes that count for the modules around it.
+        name: a fully qualified name, folded or not; its last part is shown inside its module.
+        cells: the cells of the line; the first has the name with its remarks.
+        nbytes: the bytes that are added to the modules around it.
     """
 
     name: str
@@ -114,7 +114,7 @@ class _Table:
     is_open: bool
 
     def shown(self, node: _Node, depth: int) -> str:
-        """A module or a tensor with all that is in it."""
+        """The HTML of a tensor, or of a module with its contents."""
         name = node.name
         while node.line is None and len(node.inside) == 1:  # `transformer.h` on one line
             (node,) = node.inside.values()
@@ -134,7 +134,7 @@ class _Table:
         return [name + first.removeprefix(node.line.name), *rest]
 
     def row(self, tag: str, cells: Sequence[str], depth: int, kind: str = "line") -> str:
-        """One line; the spaces keep cells apart where styles are taken away."""
+        """One line; the spaces separate cells if a notebook removes styles."""
         shown = " ".join(
             f"<span{_class(head in self.right)}>{escape(cell)}</span>"
             for head, cell in zip(self.heads[1:], cells[1:], strict=True)

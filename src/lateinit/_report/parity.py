@@ -1,7 +1,7 @@
-"""Whether a deferred model, once materialised, equals its eager twin: law 1, for one seed.
+"""Check that a deferred model, once materialised, equals its eager twin: law 1, for one seed.
 
-``check_parity`` serves ``lateinit check``. ``facts`` and ``compare`` say what equality means, for
-the tests too.
+``check_parity`` serves ``lateinit check``. ``facts`` and ``compare`` define equality, for the tests
+too.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Build = Callable[[], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """Everything that is compared of one tensor.
+    """The facts about one tensor that are compared.
 
     Attributes:
-        memory: the first name on its storage, and the distance in bytes to that tensor's first
-            element.
+        memory: the first name on its storage, and the distance in bytes from the first element of
+            the tensor with that name.
         bits: a digest of its values.
     """
 
@@ -80,13 +80,13 @@ class Parity(Comparison):
 def check_parity(build: Build, *, seed: int = 0, init: Init | None = None) -> Parity:
     """Build a model eagerly and deferred from one seed, materialise it, and compare every bit.
 
-    One of the two models is in memory at a time; only if values differ, both are. Python's and
-    numpy's global generators are seeded too. All global generators are left as they were.
+    Only one of the two models is in memory at a time, unless values differ. Python's and numpy's
+    global generators are seeded too. All global generators are left as they were.
 
     Args:
         build: constructs the model; called twice, or three times if values differ.
         seed: the seed of all generators before each construction.
-        init: initialisers by name, as for ``materialize``. They are called on the eager model too.
+        init: initialisers by name, as for ``materialize``; they are called on the eager model too.
 
     Example:
         >>> from lateinit._report import parity
@@ -119,7 +119,7 @@ def _check(eagerly: Build, build: Build, seed: int, init: Init | None) -> Parity
     with Progress("digest", None):
         expected, state = facts(eager), torch.get_rng_state()
     del eager
-    gc.collect()  # modules refer to each other in circles: free the eager twin now
+    gc.collect()  # modules have reference cycles: free the eager twin now
     seed_all(seed)
     try:
         late = _timed(seconds, "record", lambda: deferred_init(build))
@@ -137,7 +137,7 @@ def _check(eagerly: Build, build: Build, seed: int, init: Init | None) -> Parity
         seed_all(seed)
         differences = _with_values(differences, eagerly(), late)
     if not torch.equal(state, found_state):
-        differences.append(("(random state)", "the generator stands elsewhere than after eager"))
+        differences.append(("(random state)", "the generator is in another state than after eager"))
     if not torch.equal(found_state, torch.get_rng_state()):
         differences.append(("(random state)", "materialising moved the generator"))
     return _parity(differences, find_tensors(late), seed, seconds)
@@ -259,12 +259,12 @@ def _with_values(
 def values_differ(
     expected: Tensor, found: Tensor, sides: tuple[str, str] = ("eager", "deferred")
 ) -> str:
-    """How many elements differ in their bits, and the first of them, in words.
+    """The number of elements that differ in their bits, and the first of them, in words.
 
     Args:
         expected: the right values.
-        found: the values to judge.
-        sides: what to call the two.
+        found: the values to compare with them.
+        sides: the names of the two sides.
     """
     if found.is_meta or expected.is_meta or expected.shape != found.shape:
         return "they cannot be compared"

@@ -1,4 +1,4 @@
-"""The rows of a summary: what each tensor of a model is, and sums over some of them."""
+"""The rows of a summary: one for each tensor of a model, and sums over them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Row:
         names: all names of the tensor, the first one first.
         kind: parameter, buffer or attribute.
         persistent: whether a state dict holds it.
-        shape: its shape, None for each unknown size; None if nothing is known.
+        shape: its shape, with None for each unknown size; None alone if not even the rank is known.
         dtype: its dtype, without ``torch.``.
         device: the device it is on, or was recorded for.
         requires_grad: whether it requires gradients.
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def numel(self) -> int:
-        """How many elements it has; 0 if that is not known."""
+        """The number of its elements; 0 if not known."""
         return _numel(self.shape)
 
     @property
@@ -143,7 +143,7 @@ def _row(found: Found, first: dict[int, str], rules: Rules) -> Row:
 
 
 def _numel(shape: tuple[int | None, ...] | None) -> int:
-    """How many elements a shape has; 0 if that is not known."""
+    """The number of elements of a shape; 0 if not known."""
     return 0 if shape is None else math.prod(size or 0 for size in shape)
 
 

@@ -29,7 +29,7 @@ _HEADS = ("name", "shape", "dtype", "kind", "state", "bytes", "initialised")
 _RIGHT = ("bytes", "parameters", "FLOPs")
 # The columns that a terminal may break into several lines.
 _WRAPPED = ("name", "initialised", "module", "input", "output")
-# The columns that a narrow terminal does without, the first ones first.
+# The columns that are left out on a narrow terminal, in this order.
 _SPARED = (
     *("buffers", "bytes", "kind", "state", "dtype", "initialised", "shape"),
     *("input", "class", "output", "parameters"),
@@ -55,7 +55,7 @@ class Summary:
     modules: tuple[by_module.Module, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, one entry a tensor and a module, nothing folded."""
+        """Everything as plain data, with one entry for each tensor and module, nothing folded."""
         tensors = [{"name": row.name, **asdict(row)} for row in self.rows]
         modules = {"modules": [asdict(module) for module in self.modules]} if self.modules else {}
         return {"tensors": tensors, "totals": asdict(self.totals), **modules}
@@ -160,8 +160,8 @@ def summary(
 
     Args:
         module: a module, a tensor, or a list, tuple or dict of them.
-        only: which tensors: a glob on their fully qualified names, several globs, or a predicate
-            ``(fqn, tensor) -> bool``.
+        only: the tensors to show: a glob on their fully qualified names, several globs, or a
+            predicate ``(fqn, tensor) -> bool``.
         init: initialisers by name, as for ``materialize``; they are shown.
         depth: show modules, with the totals of each, down to this many levels below the model.
         example: the input of ``forward``, on ``meta`` or real; several as a tuple or list, or by
@@ -169,18 +169,15 @@ def summary(
             with the floating-point operations that ``torch.utils.flop_counter`` counts (those of
             matrix products, convolutions and attention).
         real: compute the pass with the values of the example, for a model whose control flow
-            depends on them.
 
-    Returns:
-        A ``Summary``, in the order of the model. When printed, repeated layers share a line.
 
     Raises:
         PatternError: a pattern of ``only`` or ``init`` matches no tensor.
         InitError: a value of ``init`` is no initialiser.
-        NeedsValuesError: the pass depends on values; the message says where.
+        NeedsValuesError: the pass depends on values; the message names the line.
         ShapeError: the example does not fit a lazy module.
-        TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given for what is no
-            module.
+        TypeError: ``example`` holds no tensor, or ``depth`` or ``example`` is given although
+            ``module`` is no module.
         ValueError: ``depth`` is no whole number, or negative.
 
     Example:
@@ -249,7 +246,7 @@ def _name(row: Row) -> str:
 
 
 def _alike(row: Row) -> tuple[Any, ...]:
-    """What rows on one printed line have in common; a tensor with ties has its own line."""
+    """The key that rows on one printed line have in common; a tied tensor has its own line."""
     own = row.name if row.notes else ""
     return (own, row.shape, row.dtype, row.what, row.state, row.init)
 

@@ -29,5 +29,5 @@ def in_columns(
 
 
 def printable(text: str) -> str:
-    """A text of a file, in which nothing can steer a terminal or break a line."""
+    """A text from a file, without control characters for a terminal and without line breaks."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

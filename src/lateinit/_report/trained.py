@@ -1,4 +1,4 @@
-"""The table of a model, and what training it takes on one device."""
+"""The table of a model, and the memory for training it on one device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lateinit._report.summary import Summary
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Both, for people and for programs."""
+    """The table and the training memory, as text and as data."""
 
     table: Summary
     share: Share

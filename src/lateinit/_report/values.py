@@ -1,7 +1,8 @@
-"""How far the values of two tensors are apart, exactly, whatever their dtypes.
+"""The exact difference of the values of two tensors, of any dtypes.
 
-Elements of one dtype differ if their bits do. Elements of different dtypes differ if the numbers
-do: both are taken as the sum of two float64, which holds every number of every dtype.
+Elements of one dtype differ if their bits differ. Elements of different dtypes differ if the
+numbers differ: each number is written as the sum of two float64, which can hold every number of
+every dtype.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from lateinit._lazy import show
 from lateinit._torch import in_a_row
 
 # Elements that are compared at a time. Bounds memory, and keeps the float64 copies in the cache:
-# four times as many took twice as long.
+# measured, four times as many took twice as long.
 CHUNK = 1 << 18
 _HALF = 2.0**32
 _LONG = (torch.int64, torch.uint64)
-# Integers that are as wide as an element, whose equality is that of its bits.
+# The integer dtype as wide as an element: equal integers mean equal bits.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,15 +34,15 @@ class ValueDifference:
     """The elements of two tensors that differ.
 
     Attributes:
-        elements: how many elements each tensor has.
-        different: how many of them differ.
-        one_nan: how many of those are NaN in one of the two only.
+        elements: the number of elements of each tensor.
+        different: the number of elements that differ.
+        one_nan: the number of these that are NaN in only one of the two.
         absolute: the largest absolute difference of two numbers.
         relative: the largest difference relative to the larger of the two magnitudes.
-        at: where the largest absolute difference is, or else the first element that differs; None
-            if that is in another tensor, or torch cannot make a number of the dtype.
-        left: the value there.
-        right: the other value there.
+        at: the index of the largest absolute difference, or else of the first element that differs;
+            None if that is in another tensor, or torch cannot make a number of the dtype.
+        left: the left value at that index.
+        right: the right value at that index.
     """
 
     elements: int = 0
@@ -96,7 +97,7 @@ class ValueDifference:
         return f"{self.different:,} of {self.elements:,} elements differ{nan}, {most}{at}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data; numbers that JSON has not are strings."""
+        """Everything as plain data; numbers that JSON lacks are strings."""
         return {
             "elements": self.elements,
             "different": self.different,
@@ -111,7 +112,7 @@ class ValueDifference:
 
 @functools.cache
 def _are_numbers(dtype: torch.dtype) -> bool:
-    """Whether torch converts a dtype, which it does not for types of 1 to 7 bits."""
+    """Whether torch can convert a dtype to numbers, which it cannot for types of 1 to 7 bits."""
     try:
         torch.empty(1, dtype=dtype, device="cpu").to(
             torch.float64 if not dtype.is_complex else dtype
@@ -127,7 +128,7 @@ def comparable(left: torch.dtype, right: torch.dtype) -> bool:
 
 
 def _different(left: Tensor, right: Tensor) -> Tensor | None:
-    """Which elements of two flat tensors differ; None for none."""
+    """Mask of the elements that differ between two flat tensors; None if none differ."""
     if left.dtype != right.dtype:
         same = _same(left, right)
         return None if same.all() else ~same.all(1)
@@ -139,7 +140,7 @@ def _different(left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def _same(left: Tensor, right: Tensor) -> Tensor:
-    """Which numbers of two flat tensors are the same, in the columns of ``_parts``."""
+    """Mask of the numbers that are equal in two flat tensors, in the columns of ``_parts``."""
     parts = _parts(left, right)
     ours, theirs = parts[0]
     nans = ours.isnan() & theirs.isnan()
@@ -149,9 +150,9 @@ def _same(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _distances(left: Tensor, right: Tensor) -> tuple[Tensor, float, int]:
-    """How far elements that differ are apart, the most of it relative to the larger magnitude.
+    """The distances of elements that differ, the largest relative one, and the one-sided NaNs.
 
-    A NaN is apart from nothing: less than zero. Also how many are NaN on one side only.
+    Relative means relative to the larger magnitude. The distance from a NaN is less than zero.
     """
     parts = _parts(left, right)
     ours, theirs = parts[0]
@@ -168,9 +169,9 @@ def _distances(left: Tensor, right: Tensor) -> tuple[Tensor, float, int]:
 
 
 def _parts(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both as float64 whose sum is the number; one that no float64 holds takes two.
+    """Both tensors as float64 parts whose sum is the number: one part, or two if needed.
 
-    A column for real numbers, two if one of both tensors is complex.
+    Each part has one column for real numbers, and two if either tensor is complex.
     """
     if left.is_complex() or right.is_complex():
         left, right = _as_points(left), _as_points(right)
@@ -194,7 +195,7 @@ def _halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
         low, high = bits & 0xFFFFFFFF, bits >> 32
         if tensor.dtype == torch.uint64:
             high &= 0xFFFFFFFF
-        up = ((high < 0) & (low > 0)).long()  # towards zero, as the numbers below
+        up = ((high < 0) & (low > 0)).long()  # towards zero, like `trunc` below
         return (high + up).double() * _HALF, (low - (up << 32)).double()
     value = tensor.double()
     high = (value / _HALF).trunc() * _HALF  # exact: only the exponent changes

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the values of a seed, compared bit for bit, batch by batch."""
+"""Check that a checkpoint holds the values of a seed, bit for bit, batch by batch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def verify(
 ) -> Verification:
     """Compare a checkpoint with the values of a deferred module, which stays deferred.
 
-    A few tensors at a time are in memory.
+    Only a few tensors at a time are in memory.
 
     Args:
         module: a module that was recorded from ``seed``.
@@ -57,7 +57,7 @@ def verify(
         init: initialisers by name, as ``save_checkpoint(init=)`` takes them.
 
     Raises:
-        CorruptCheckpointError: this is no checkpoint, or not a whole one.
+        CorruptCheckpointError: this is no checkpoint, or an incomplete one.
 
     Example:
         >>> from lateinit._report.verify import verify
@@ -91,7 +91,7 @@ def verify(
 
 
 def _differences(reader: Reader, item: Item, value: Tensor) -> Iterator[tuple[str, str]]:
-    """What is wrong with a tensor, under each of its names that the checkpoint has."""
+    """The differences of a tensor, under each of its names in the checkpoint."""
     names = [name for name in (item.entry.name, *item.aliases) if name in reader.entries]
     if not names:
         yield item.entry.name, "not in the checkpoint"

@@ -1,4 +1,4 @@
-"""Cut a flat tensor so that kernels draw its parts as they draw the whole."""
+"""Cut a flat tensor into parts that a kernel fills with the bits of the whole call."""
 
 from __future__ import annotations
 

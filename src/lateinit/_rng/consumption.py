@@ -2,8 +2,9 @@
 
 Nothing about torch is assumed. The number of words that an op draws is found by trials, once per
 process and class of ops (name, dtype, contiguity, size class). A trial runs the op on a small
-tensor and compares all bytes of the state that it leaves with the state that each of a few rules
-predicts. An op that follows no rule is unknown; to move a generator past it, it must be run.
+tensor and compares all bytes of the state afterwards with the state that each of a few rules
+predicts. The cost of an op that follows no rule is unknown: the op must be run to move a generator
+past it.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +24,12 @@ class DrawSpec(NamedTuple):
 
     Attributes:
         op: the overload's qualified name, as `OpOverload.name()` gives it.
-        numel: how many elements are filled.
-        dtype: the dtype of the tensor that is filled.
-        contiguous: whether that tensor `is_contiguous()`; to torch's kernels a tensor that is dense
-            in another order of dims, such as channels last, is not.
-        args: the op's numbers in the schema's order, with None for a None; whether the cost
-            depends on them is in the op's row of the op table (`OpTraits.draws`).
+        numel: the number of elements of the filled tensor.
+        dtype: the dtype of that tensor.
+        contiguous: whether that tensor `is_contiguous()`; a tensor that is dense in another order
+            of dims, such as channels last, is not.
+        args: the op's numbers in the schema's order, None included; whether the cost depends on
+            them is in the op's row of the op table (`OpTraits.draws`).
     """
 
     op: str
@@ -72,7 +73,7 @@ def consumption(draw: DrawSpec) -> Cost | None:
 
 
 def words_drawn(op: str, dtype: torch.dtype, numel: int) -> int:
-    """How many words a known op draws for ``numel`` contiguous elements; 0, or 16 or more."""
+    """The number of words that a known op draws for ``numel`` contiguous elements: 0, or >= 16."""
     cost = consumption(DrawSpec(op, numel, dtype, contiguous=True))
     assert cost is not None
     return cost.words
@@ -106,7 +107,7 @@ def _samples(elements: int) -> Cost:
 
 
 def _seed(words: int) -> _Rule:
-    """One seed for an engine of another kind, as with MKL on some processors."""
+    """One seed for an engine of another kind, such as MKL's on some processors."""
     return lambda elements: Cost(words if elements else 0)
 
 
@@ -117,7 +118,7 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def _numbers(draw: DrawSpec) -> tuple[Any, ...] | None:
-    """The numbers that stand for a draw's own in trials, None if its cost is not known for them."""
+    """The numbers that replace a draw's own in trials; None if the cost for them is not known."""
     traits = OP_TABLE.get(draw.op)
     if traits is None or traits.draws in (None, "values"):
         return None
@@ -166,7 +167,7 @@ def _rule(
 def _trials(
     op: str, dtype: torch.dtype, contiguous: bool, numel: int, args: tuple[Any, ...]
 ) -> Iterator[tuple[int, bytes, bytes]]:
-    """Run an op on each kind of target from each start: elements, state before, state after."""
+    """Run an op on each kind of target from each start; yield elements and states around it."""
     info = by_name(op)
     if not info.takes_generator:
         info = by_name(f"{op}.generator")

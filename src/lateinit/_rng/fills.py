@@ -1,4 +1,4 @@
-"""Fill a tensor by ``uniform_`` or ``normal_``: natively where that gives torch's bits."""
+"""Fill a tensor by ``uniform_`` or ``normal_``, natively if the kernel gives torch's bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lateinit import _native
 from lateinit._torch import NORMAL, UNIFORM, without_modes
 
-_DEFAULTS = (0.0, 1.0)  # the numbers of a call that leaves them out, of either op
+_DEFAULTS = (0.0, 1.0)  # the default arguments of both ops
 
 
 def fill(op: str, target: Tensor, numbers: tuple[Any, ...], generator: torch.Generator) -> bool:
@@ -21,12 +21,12 @@ def fill(op: str, target: Tensor, numbers: tuple[Any, ...], generator: torch.Gen
         op: the op's qualified name.
         target: the tensor.
         numbers: the op's arguments after the tensor, in the schema's order.
-        generator: to draw from; is moved as torch would move it.
+        generator: the generator to draw from; it is moved as torch would move it.
 
     Returns:
-        False, with nothing changed, if the op has to be called.
+        False, with nothing changed, if the caller must call the op instead.
     """
-    # A native call has a cost of its own; torch is faster for few elements.
+    # For few elements the fixed cost of a native call makes torch faster.
     if target.numel() < _native.WORTH or not is_native(op, target.dtype):
         return False
     first, second = numbers + _DEFAULTS[len(numbers) :]
@@ -41,10 +41,10 @@ def fill_rows(
     numbers: tuple[Any, ...],
     generator: torch.Generator,
 ) -> bool:
-    """Draw only some rows of a fill natively; args and result: as those of ``_native.fill_rows``.
+    """Draw only some rows of a fill natively; arguments and result as in ``_native.fill_rows``.
 
-    No row may reach into the last 16 elements of a fill that is no multiple of 16 long: torch draws
-    them anew.
+    If the length of a fill is no multiple of 16, no row may reach into its last 16 elements: torch
+    draws them again.
     """
     if not is_native(op, rows.dtype):
         return False

@@ -14,7 +14,7 @@ class RandomStates:
     def __init__(self) -> None:
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         self._torch = torch.default_generator.get_state()
-        # Asking an uninitialised CUDA for its states would initialise it.
+        # Reading the states of CUDA would initialise it.
         ready = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._cuda = torch.cuda.get_rng_state_all() if ready else []
 

@@ -30,7 +30,7 @@ _WORDS, _MIDDLE, _DEGREE = 624, 397, 19937
 _BYTES = _DEGREE // 8 + 1  # of a polynomial
 _MASK = (1 << _DEGREE) - 1
 # T**(2**i) for i < 6 suffices in _reduced(): T**64 would move a quotient, whose degree is below
-# _DEGREE, down by 623 * 64 and more.
+# _DEGREE, down by at least 623 * 64, so nothing would be left of it.
 _SCALES = tuple(1 << i for i in range(6))
 _TWIST = 0x9908B0DF  # the last row of the twist matrix
 # Byte offsets in a state (aten/src/ATen/CPUGeneratorImpl.cpp): left, seeded and next; the 624
@@ -39,10 +39,10 @@ _POSITION = struct.Struct("=ii Q")
 _POSITION_AT, _WORDS_AT, _NORMALS_AT, STATE_BYTES = 8, 24, 5016, 5056
 _NORMAL_Y_AT, _NORMAL_VALID_AT = 5024, 5040
 
-# Draws from which on leaping is faster than drawing. Measured: 1.5 ns for a draw, 0.55 ms for a
-# leap, and 0.7 ms more for a distance whose polynomial is not cached.
+# The least number of draws for which a leap is faster than drawing. Measured: 1.5 ns for a draw,
+# 0.55 ms for a leap, and 0.7 ms more for a distance whose polynomial is not cached.
 _LEAP_FROM = 500_000
-_FEW = 4_000  # draws up to which torch makes them faster than a state is taken and put back
+_FEW = 4_000  # up to so many draws, torch draws faster than a state is read and set again
 _SCRATCH = 1 << 16  # words drawn and discarded at a time: 256 KiB stay in cache
 _TWO_WORDS = (-(2**63), None)  # the range of integers for which random_ takes 64 random bits
 # Coefficients combined at once. Measured: 8 are as fast, but take twice the memory, whose first
@@ -52,14 +52,14 @@ _GROUPS = -(-_DEGREE // _GROUP)
 
 
 def jump(state: bytes, n: int) -> bytes:
-    """The state in which a CPU generator is after `n` 32-bit draws.
+    """The state of a CPU generator after `n` more 32-bit draws.
 
     Args:
         state: `torch.Generator.get_state()` as bytes (5056 of them).
-        n: how many 32-bit words are drawn; 0 or more.
+        n: the number of 32-bit words drawn; 0 or more.
 
     Returns:
-        The 5056 bytes that torch itself would have. The seed and the cached normal samples
+        The 5056 bytes of torch's own state after the draws. The seed and the cached normal samples
         are those of `state`. Takes less than 1 ms for an `n` that is cached, 1 to 2 ms more
         otherwise; natively 0.1 and 0.2 ms. Does not use the global generator; threads may call it
         at the same time.
@@ -110,15 +110,15 @@ def set_state(generator: torch.Generator, state: bytes) -> None:
 def state_of(generator: torch.Generator) -> bytes:
     """The state of a generator of any device, as bytes."""
     state = generator.get_state()
-    # From raw memory, since in a block numpy() is heard by its modes.
+    # From raw memory, since the modes of a block would intercept numpy().
     return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def state_from(key: bytes, device: torch.device) -> bytes:
-    """A state of a generator that is a pure function of some bytes.
+    """A generator state that is a pure function of some bytes.
 
-    A seed has 32 bits only on the CPU, so that two of many generators would have equal ones. All
-    words of the state are filled here.
+    On the CPU a seed has only 32 bits, so two of many generators would get equal seeds. Therefore
+    all words of the state are set.
     """
     words = hashlib.shake_256(key).digest(4 * _WORDS)
     if device.type != "cpu":
@@ -131,7 +131,7 @@ def state_from(key: bytes, device: torch.device) -> bytes:
 
 def seed_behind(state: bytes) -> int | None:
     """The seed that a CPU generator with this state was just given; None if it has drawn since."""
-    # A state begins with its seed. It was *just* set if seeding again gives this state.
+    # A state begins with its seed. No draw has followed if seeding again gives the same state.
     seed = int.from_bytes(state[:8], "little")
     fresh = state_of(torch.Generator().manual_seed(seed)) == state
     return seed if fresh else None
@@ -153,10 +153,10 @@ def without_normal(state: bytes) -> bytes:
 
 
 def _drawn(state: bytes) -> int:
-    """How many words of its block a state has used; the block that a seed makes counts as used up.
+    """The number of used words in the block of a state; after seeding, the whole block counts.
 
     Raises:
-        ValueError: this is no state of a CPU generator.
+        ValueError: `state` is no state of a CPU generator.
     """
     if len(state) != STATE_BYTES:
         raise ValueError(f"a CPU generator's state has {STATE_BYTES} bytes; this has {len(state)}")
@@ -196,14 +196,14 @@ def _draw(generator: torch.Generator, n: int) -> None:
 
 @cache
 def _is_native() -> bool:
-    """Whether native jumps end in the states that draws end in, with the installed torch."""
+    """Whether native jumps end in the same states as draws, with the installed torch."""
     with without_modes():
         return _native.can_jump()
 
 
 @cache
 def _leaps_agree() -> bool:
-    """Whether a leap ends in the state that draws end in, with the installed torch."""
+    """Whether a leap ends in the same state as draws, with the installed torch."""
     start = state_of(torch.Generator(device="cpu").manual_seed(19937))
     return _placed(_leap(start, 3), _WORDS) == _step(start, 3 * _WORDS)
 

@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 class _Place(NamedTuple):
     """A position: the words drawn up to it, and the position since which a normal is cached.
 
-    Unknown draws count as no words, so differences are only valid between barriers.
+    Unknown draws count as zero words, so differences are valid only between two barriers.
     """
 
     words: int
@@ -48,8 +48,8 @@ class Seeker:
     """The state of a CPU generator before each of a sequence of draws.
 
     A draw whose cost is known is jumped over. Any other draw is made, once, when a later position
-    is asked for, and the state that it leaves is kept as a barrier. Threads may share a seeker:
-    `state` holds a lock.
+    is requested, and the state after it is kept as a *barrier*. Threads may share a seeker: `state`
+    holds a lock.
 
     Args:
         start: the state before the first draw, `torch.Generator.get_state()` as bytes.
@@ -65,8 +65,8 @@ class Seeker:
 
     def __init__(self, start: bytes) -> None:
         self._costs: list[Cost | None] = []
-        # Barriers are appended before their places: an interruption in between costs a repeated
-        # draw, and never leaves a place without its state.
+        # A barrier is appended before its place: an interrupt in between costs a repeated draw, and
+        # never leaves a place without its state.
         self._places = [_Place(0, 0 if has_normal(start) else None)]
         self._barriers = [(0, start)]  # positions, and the states there
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=16)
@@ -74,29 +74,29 @@ class Seeker:
         self._lock = threading.RLock()
 
     def append(self, cost: Cost | None) -> None:
-        """Add a draw; None as cost if only making the draw can tell."""
+        """Add a draw. The cost is None if the draw must be made to find it."""
         self._costs.append(cost)
 
     def __len__(self) -> int:
         return len(self._costs)
 
     def state(self, index: int, run: Run) -> bytes:
-        """The generator's state before draw number `index`; at `len(self)` the one after all draws.
+        """The state before draw number `index`; for `len(self)`, the state after all draws.
 
         Takes one jump from the nearest earlier position among the start, the barriers and the last
-        16 positions asked for, and a second jump if a cached normal must be made again.
+        16 requested positions, and a second jump if a cached normal must be made again.
 
         Args:
             index: the number of the draw.
             run: `run(i, generator)` makes draw number `i`, whose cost is unknown, with a generator
-                in the state before it. It may ask for states up to number `i` in the same thread.
+                in the state before it. It may request states up to number `i` in the same thread.
 
         Returns:
             The 5056 bytes that `get_state()` would give had every draw before been made.
 
         Raises:
             IndexError: if there is no such position.
-            RuntimeError: if `run` asks for a state after the draw that it makes.
+            RuntimeError: if `run` requests a state after the draw that it makes.
         """
         if not 0 <= index <= len(self):
             raise IndexError(f"no position {index}: there are {len(self)} draws")
@@ -105,11 +105,11 @@ class Seeker:
             return self._at(index)
 
     def words(self, first: int, last: int, run: Run) -> int | None:
-        """How many words are drawn from one position to a later one, if that is known.
+        """The number of words drawn from one position to a later one, if known.
 
         Args:
             first: the number of a draw.
-            last: the number of a later one.
+            last: the number of a later draw.
             run: as for `state`.
 
         Returns:
@@ -140,8 +140,8 @@ class Seeker:
         """Make an unknown draw and keep the state after it as a barrier."""
         if self._running is not None:
             raise RuntimeError(
-                f"draw {self._running} asks for a state after itself: what makes a draw may "
-                "only ask for states up to it"
+                f"draw {self._running} asks for a state after itself: a function that makes a "
+                "draw may only ask for states up to it"
             )
         generator = generator_at(self._at(index))
         try:

@@ -4,7 +4,7 @@ From torch 2.13 on, torch/nn/init.py: _no_grad_trunc_normal_ fills a tensor with
 element lies outside the bounds, it draws a whole tensor again and replaces the outliers: a round.
 The rounds of an element do not depend on other elements, and the place of each round in the random
 stream is known. So a part of the tensor can be filled alone, by moving a generator from round to
-round. Later rounds concern few elements; most of their draws are skipped over.
+round. Later rounds concern few elements; most of their draws are skipped.
 
 The number of rounds is often needed before the values, to find the next generator state. Finding it
 draws the few elements that need many rounds. Their values are kept (``Late``), so that filling the
@@ -30,18 +30,18 @@ from lateinit._torch import NORMAL, TRUNCATED, by_name
 from lateinit._workers import Workers
 
 _PART = 1 << 15  # elements drawn at a time: in cache, and too few for torch to use other threads
-# Natively: in a larger cache, so that the calls from Python take little of the time.
+# For native kernels: larger, so that the calls from Python take little of the time.
 _NATIVE_PART = 1 << 17
-_FEW = 8  # outliers in a part up to which only the group of 16 around each is drawn again
-_APART = 1 << 21  # elements from which on several threads count rounds
+_FEW = 8  # up to so many outliers in a part, only the group of 16 around each is drawn again
+_APART = 1 << 21  # from so many elements on, several threads count rounds
 _AT_ONCE = 1 << 23  # elements per survey: bounds the memory for their outliers
 _MOST_ROUNDS = 64  # rounds of a trial: bounds whose rejection takes more are not drawn in parts
-_LATE = 1 / 256  # the share of elements that may need late rounds: bounds what is kept
+_LATE = 1 / 256  # the share of elements that may need late rounds: bounds the memory for them
 FARTHEST = 8.6
 """Standard deviations within which every normal draw of ``BOUNDED_DTYPES`` lies.
 
 A Box-Muller normal of a 53-bit uniform stays within sqrt(-2 ln 2**-53) = 8.58 standard deviations,
-one of a 24-bit uniform within 5.77.
+and a normal of a 24-bit uniform within 5.77.
 """
 BOUNDED_DTYPES = (torch.float32, torch.float64)
 _MOST_KEPT = 1 << 20  # late elements kept for all draws of a program: 12 MiB in float32
@@ -57,7 +57,7 @@ class Normal(NamedTuple):
 
 
 def words_a_round(dtype: torch.dtype, numel: int) -> int:
-    """How many words one round takes for ``numel`` elements; 0, or 16 or more."""
+    """The number of words that one round takes for ``numel`` elements: 0, or at least 16."""
     return consumption.words_drawn(NORMAL, dtype, numel)
 
 
@@ -89,9 +89,10 @@ def draw(
     Args:
         target: the part.
         normal: the numbers of ``trunc_normal_``.
-        generator: is in the state before the first round's draw of this part; left after it.
+        generator: a generator in the state before the first round's draw of this part; it ends in
+            the state after that draw.
         period: the number of words that one round of the whole tensor takes.
-        late: the late elements of this part, if they are known.
+        late: the late elements of this part, if known.
     """
     part = _Part(target.dtype, len(target), normal, period)
     most = math.inf if late is None else late.rounds
@@ -123,8 +124,9 @@ class _Part:
         """Draw the first round.
 
         Args:
-            generator: is in the state before the draw of this part; left after it.
-            target: is filled; None discards the values.
+            generator: a generator in the state before the draw of this part; it ends in the state
+                after it.
+            target: receives the values; None discards them.
             look: whether to find the outliers.
         """
         self._later = mt19937.generator_at(mt19937.state_of(generator))
@@ -264,7 +266,7 @@ def _together(
     for needed, late in surveys:
         rounds, total = max(rounds, needed), total + len(late.places)
         lates.append(late)
-        # Too many to keep: release those of earlier parts now, and go on counting rounds.
+        # Too many late elements to keep: release those of earlier parts, and only count rounds.
         if total > most:
             lates.clear()
     end = mt19937.jump(state, rounds * period)
@@ -300,7 +302,7 @@ def _survey(
 
 @functools.lru_cache(maxsize=1024)
 def _early(normal: Normal) -> int:
-    """The number of rounds after which a share of at most ``_LATE`` is expected outside."""
+    """The number of rounds after which at most a share of ``_LATE`` is expected out of bounds."""
     mean, std, low, high = normal
     if not std > 0:
         return 1
@@ -315,7 +317,7 @@ def _early(normal: Normal) -> int:
 class Kept:
     """A cache of the late elements of the truncated normals of a program.
 
-    The key is everything that a draw depends on, so an entry is valid whatever was drawn before.
+    The key has everything that a draw depends on, so an entry stays valid after any other draw.
     """
 
     def __init__(self) -> None:
@@ -357,8 +359,8 @@ def _agrees(dtype: torch.dtype, normal: Normal) -> bool:
     generator = mt19937.generator_at(state)
     by_name(TRUNCATED).func(whole, *normal, generator=generator)
     period, ended = words_a_round(dtype, numel), mt19937.state_of(generator)
-    # If the bounds have probability 0.3 or less, torch draws uniforms and accepts by density.
-    # Then the state is never that of a number of rounds of normals.
+    # If the bounds have probability 0.3 or less, torch draws uniforms and accepts by density. The
+    # state after that is not the state after any number of rounds of normals.
     if all(mt19937.jump(state, n * period) != ended for n in range(1, _MOST_ROUNDS + 1)):
         return False
     end, late = after(state, dtype, numel, normal, threads=1, most=numel)

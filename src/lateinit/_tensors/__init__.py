@@ -4,10 +4,10 @@ Gives the rooms above a slot for each deferred storage (``slots``), a walk over 
 module (``walk``), a handle on a deferred tensor and its values (``deferred``), and the exchange
 that puts real storage into an existing tensor object (``realize``). ``object_graph`` finds all
 objects that a module reaches, and ``undo`` restores them after a trial run. May import ``_replay``
-and the rooms below it. Start with ``slots``: everything else asks it whether a tensor is deferred.
+and the rooms below it. Start with ``slots``, which decides whether a tensor is deferred.
 """
 
-from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, device_to_move_to
 from lateinit._tensors.casts import (
     AS_IT_IS,
     Casting,
@@ -116,12 +116,12 @@ __all__ = [
     "copied_by_deepcopy",
     "described",
     "device_of",
+    "device_to_move_to",
     "ends_in",
     "exchange_held",
     "exchanged",
     "find_tensors",
     "held",
-    "home",
     "initialiser",
     "is_deferred_tensor",
     "is_of_waiting",

@@ -1,4 +1,4 @@
-"""The device and dtype that materialised tensors get, and the memory that they share then."""
+"""The device and dtype of materialised tensors, and the memory that they share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Cast:
     dtype: torch.dtype | None
 
     def dtype_of(self, ref: TensorRef) -> torch.dtype:
-        """The dtype of a window after the cast; only floating-point ones are cast."""
+        """The dtype of a window after the cast; only floating-point windows are cast."""
         wanted = self.dtype is not None and ref.dtype.is_floating_point
         return self.dtype if wanted and self.dtype is not None else ref.dtype
 
@@ -43,9 +43,9 @@ class Cast:
         return Real(moved.untyped_storage(), self, recorded, computed.strides)
 
     def from_dtype(self, refs: Iterable[TensorRef]) -> torch.dtype | None:
-        """The dtype of which a storage is cast; None if its bytes stay as they are.
+        """The present dtype of a storage that is cast; None if its bytes stay as they are.
 
-        It is cast only if all windows on it have one dtype, which changes.
+        A storage is cast only if all windows on it have one dtype, and that dtype changes.
         """
         if self.dtype is None:
             return None
@@ -62,10 +62,10 @@ class Real(NamedTuple):
 
     Attributes:
         storage: the memory.
-        cast: the device and dtype that were asked for.
+        cast: the requested device and dtype.
         recorded: the recorded dtype of the elements if they were cast; None if every byte is as it
             was recorded.
-        strides: the strides of a window where they differ from those recorded.
+        strides: by window, the strides where they differ from those recorded.
     """
 
     storage: torch.UntypedStorage
@@ -93,17 +93,17 @@ class Real(NamedTuple):
         return shown._replace(dtype=self.cast.dtype_of(ref))
 
 
-def home(
+def device_to_move_to(
     tensor: Any, recorded: torch.device, asked: torch.device | None = None
 ) -> torch.device | None:
     """The device to move a tensor to, or None to leave it where it was computed.
 
-    A ``DTensor`` goes to the current device of its mesh's type, unless a device was asked for.
+    A ``DTensor`` goes to the current device of its mesh's type, unless a device was requested.
 
     Args:
         tensor: a deferred tensor or ``DTensor``.
         recorded: the device that the constructor asked for.
-        asked: the device that the caller of a public function asked for.
+        asked: the device that the caller of a public function requested.
     """
     if asked is None and is_dtensor(tensor) and tensor.device_mesh.device_type != recorded.type:
         kind = tensor.device_mesh.device_type

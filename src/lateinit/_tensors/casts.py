@@ -1,7 +1,7 @@
 """``device=`` and ``dtype=``: the device and dtype that each tensor of a target gets.
 
-``casting`` checks the two arguments. ``Casting.over`` says, for the tensors of one target, what
-each of them gets, before anything changes.
+``casting`` checks the two arguments. ``Casting.over`` decides the device and dtype of each tensor
+of one target, before anything changes.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ class Casting:
     """The checked arguments ``device=`` and ``dtype=`` of a public function.
 
     Attributes:
-        device: for all tensors, by name, or None for the recorded ones.
-        dtype: likewise.
+        device: one device for all tensors, devices by name, or None for the recorded devices.
+        dtype: one dtype, dtypes by name, or None, in the same way.
     """
 
     device: torch.device | str | NameMap[torch.device | str] | None = None
     dtype: torch.dtype | NameMap[torch.dtype] | None = None
 
     def over(self, target: Any, found: Iterable[Found]) -> Casts:
-        """What each tensor of a target gets.
+        """The device and dtype of each tensor of a target.
 
         Args:
             target: the target.
             found: all of its tensors.
 
         Raises:
-            PatternError: a pattern matches nothing, or two say different things of one tensor.
+            PatternError: a pattern matches nothing, or two contradict each other on one tensor.
         """
         return Casts(self._on(target), target, list(found))
 
     def _on(self, target: Any) -> Casting:
-        """The same with a map where ``device=`` is ``"auto"`` or ``"disk"``."""
+        """The same arguments, with ``device="auto"`` or ``"disk"`` replaced by a map."""
         if self.device == DISK:
             return replace(self, device=NameMap("device", {"": DISK}))
         if self.device != AUTO:
@@ -91,14 +91,14 @@ def _place(given: Device, told: str) -> torch.device | str:
 
 
 def device_of(given: Device, told: str = "device") -> torch.device:
-    """A device that can be asked for: it has memory, and is there.
+    """The checked value of ``device=``: a device with memory, on this machine.
 
     Raises:
-        DeviceError: this machine does not have it.
+        DeviceError: this machine does not have the device.
     """
     if isinstance(given, bool) or not isinstance(given, (torch.device, str, int)):
         raise TypeError(f"{told}: a torch.device, its name, or the index of one is meant")
-    if isinstance(given, int):  # as in accelerate's maps
+    if isinstance(given, int):  # the form of accelerate's maps
         kind = torch.accelerator.current_accelerator() or torch.device("cuda")
         given = f"{kind.type}:{given}"
     device = torch.device(given)
@@ -120,7 +120,7 @@ def _floating_point(given: torch.dtype, told: str) -> torch.dtype:
 
 
 class Casts:
-    """What each tensor of one target gets.
+    """The device and dtype of each tensor of one target.
 
     Args:
         casting: the arguments.
@@ -150,18 +150,18 @@ class Casts:
                 self.of(each)
 
     def over(self, target: Any, found: Iterable[Found]) -> Casts:
-        """These, also for a target that is made of tensors of the first one."""
+        """These casts, which also hold for a target that consists of tensors of the first one."""
         del target, found
         return self
 
     def of(self, found: Found) -> Cast:
-        """What a tensor gets, by its names."""
+        """The device and dtype of a tensor, by its names."""
         if self._casting == AS_IT_IS:
             return AS_RECORDED
         cast = self._known.get(found.tensor)
         if cast is None:
             found = self._found.get(found.tensor, found)
-            # What objects keep is neither moved nor cast: `to` of a module does not change it.
+            # A tensor that an object keeps is neither moved nor cast: `Module.to` leaves it too.
             device = None if found.kind == "kept" else self._device(found)
             cast = self._cast(device, self._dtype(found)[0])
             self._known[found.tensor] = cast
@@ -171,7 +171,7 @@ class Casts:
         return cast
 
     def of_tensor(self, tensor: Tensor) -> Cast:
-        """What a tensor gets that may have no name, as one that a hook made."""
+        """The device and dtype of a tensor that may have no name, such as one made by a hook."""
         cast = self._known.get(tensor)
         if cast is None:
             slot = slot_of(tensor)
@@ -185,11 +185,11 @@ class Casts:
         return cast
 
     def of_saved(self, name: str, tensor: Tensor) -> Cast:
-        """What a tensor gets that a state dict has under a name; a hook may have made it."""
+        """The device and dtype of a tensor in a state dict, which a hook may have made."""
         return self.of(self._found.get(tensor) or Found(tensor, [name], "buffer", persistent=True))
 
     def left_alone(self, found: Found) -> str | None:
-        """Why ``dtype=`` does not cast a floating-point tensor to what it says; None if it does."""
+        """The reason why ``dtype=`` does not cast a floating-point tensor; None if it does."""
         if self._casting.dtype is None or not found.tensor.is_floating_point():
             return None
         return self._dtype(found)[1]
@@ -207,16 +207,16 @@ class Casts:
         return isinstance(devices, NameMap) and entry is not None and devices.given[entry] == DISK
 
     def main_device(self) -> torch.device:
-        """Where is computed with what is on disk: the first device of the map but the CPU."""
+        """The device that computes with weights on disk: the first of the map but the CPU."""
         devices = self._casting.device
         given = devices.given.values() if isinstance(devices, NameMap) else ()
         real = [d for d in given if isinstance(d, torch.device)]
         return next((d for d in real if d.type != "cpu"), torch.device("cpu"))
 
     def check_gaps(self, found: Iterable[Found]) -> None:
-        """Raise if a map of devices says nothing of parameters or buffers among some tensors.
+        """Raise if a map of devices has no pattern for some of the parameters or buffers.
 
-        Plain attributes stay where they were recorded, as ``Module.to`` leaves them.
+        Plain attributes stay on the recorded device, as ``Module.to`` leaves them.
         """
         devices = self._casting.device
         if not isinstance(devices, NameMap):
@@ -244,7 +244,7 @@ class Casts:
         return device if isinstance(device, torch.device) else self.main_device()
 
     def _dtype(self, found: Found) -> tuple[torch.dtype | None, str | None]:
-        """The dtype that a tensor is cast to, and why it is not the one that ``dtype=`` says."""
+        """The dtype to cast a tensor to, and the reason if it is not the dtype of ``dtype=``."""
         asked = self._casting.dtype
         if asked is None:
             return None, None
@@ -265,7 +265,7 @@ class Casts:
         return any(self._in_float32(name, dtype) for name in found.names)
 
     def _named_alone(self, asked: NameMap[torch.dtype], found: list[Found]) -> set[str]:
-        """The patterns that match nothing which one dtype would cast: their tensors are meant.
+        """The patterns that match only tensors which a single dtype would leave: they cast them.
 
         Raises:
             PatternError: a pattern matches no floating-point tensor.
@@ -289,7 +289,7 @@ class Casts:
 
 
 def is_cast(found: Found) -> bool:
-    """Whether one ``dtype=`` casts a tensor: parameters, what a state dict holds, what is given."""
+    """Whether a single ``dtype=`` casts a tensor: a parameter, in the state dict, or the target."""
     return found.given or found.kind == "parameter" or (found.kind == "buffer" and found.persistent)
 
 
@@ -304,11 +304,11 @@ def _never(name: str, dtype: torch.dtype) -> bool:
 
 
 def agreed(tensors: list[tuple[Deferred, Cast, bool]]) -> Cast:
-    """What the tensors on one storage get, all of them.
+    """The one device and dtype for all tensors on a storage.
 
     Args:
-        tensors: each tensor, what it gets, and whether an object keeps it, which is not moved
-            unless another tensor on the storage is.
+        tensors: each tensor, its cast, and whether an object keeps it: such a tensor is moved only
+            if another tensor on the storage is.
 
     Raises:
         DeferredTensorError: they cannot have different devices, nor be cast to different dtypes.

@@ -18,8 +18,8 @@ def copied_by_deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     A parameter is cloned. For any other tensor the whole storage is copied, once per ``memo``, so
     that views of one storage stay views of one storage.
     """
-    # torch/_tensor.py: __deepcopy__ takes a plain clone of every meta tensor, which would lose the
-    # sharing; the steps below are the ones that it takes for a tensor with memory.
+    # torch/_tensor.py: __deepcopy__ clones every meta tensor, which would lose the sharing. The
+    # code below follows its steps for a tensor with memory.
     if not tensor.is_leaf:
         raise RuntimeError("only leaf tensors can be deep-copied: detach() this one first")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``Deferred``: a handle on a deferred tensor, and the one way to its values."""
+"""``Deferred``: a handle on a deferred tensor, through which all code reads its values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lateinit._program import Storage, TensorRef
 from lateinit._replay import Computed, Execution, execution_of
-from lateinit._tensors.cast import Cast, home
+from lateinit._tensors.cast import Cast, device_to_move_to
 from lateinit._tensors.slots import ON_META, Slot, held, slot_of
 from lateinit._torch import without_modes, without_subclass_functions
 from lateinit.errors import NotRecordedError
@@ -62,14 +62,14 @@ class Deferred:
 
     def destination(self, cast: Cast) -> torch.device:
         """The device on which the tensor will have its values."""
-        return home(self.tensor, self.device, cast.device) or self.device
+        return device_to_move_to(self.tensor, self.device, cast.device) or self.device
 
     def is_whole(self) -> bool:
         """Whether the tensor shows every byte of its storage exactly once."""
         return self.program.covers(self.ref)
 
     def real(self) -> Tensor | None:
-        """A tensor on the real memory of its storage, as it was cast; None if there is none yet.
+        """A tensor on the real memory of its storage, cast included; None if not yet real.
 
         The memory becomes real with the first tensor on it, and is shared by the others.
         """
@@ -80,7 +80,7 @@ class Deferred:
             return real.window(self.ref).on(real.storage)
 
     def values(self, execution: Execution | None = None) -> Computed:
-        """Its whole storage with the values that were recorded, in memory that nobody else has.
+        """Its whole storage with the recorded values, in new memory that no tensor shares.
 
         Args:
             execution: computes the values; by default from the recorded random state.

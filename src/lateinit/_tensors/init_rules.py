@@ -1,8 +1,8 @@
 """``init=``: initialisers that act on finished values, by name.
 
 A rule is recorded in an extension of the program: a copy that ends with the ops of the rules. The
-extension is planned, replayed, sharded and written as any program, and the program itself stays as
-it was.
+extension is planned, replayed, sharded and written like any program, and the program itself does
+not change.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lateinit.errors import DeferredTensorError, InitError
 class Rules:
     """The rules for the tensors of one target.
 
-    A pattern is for the parameters among what it matches; if there are none, for all of it.
+    A pattern acts on the parameters that it matches, or, if it matches none, on all its tensors.
 
     Args:
         init: the argument ``init=``, or None.
         found: all tensors of the target.
 
     Raises:
-        PatternError: a pattern matches nothing, or two say different things of one tensor.
+        PatternError: a pattern matches nothing, or two contradict each other on one tensor.
         InitError: a value is no initialiser.
     """
 
@@ -74,7 +74,7 @@ class Rules:
         return [item.tensor for item, _ in self._rules.values() if item.deferred]
 
     def leave(self, tensors: Iterable[Tensor]) -> None:
-        """Have no rule for some tensors, which get their values elsewhere."""
+        """Drop the rules for some tensors, which get their values from another source."""
         for tensor in tensors:
             self._rules.pop(tensor, None)
 
@@ -82,12 +82,12 @@ class Rules:
         """Move tensors that have rules to extensions of their programs.
 
         Args:
-            tensors: deferred tensors. Those of a program of which one has a rule are moved.
+            tensors: deferred tensors. If one has a rule, all tensors of its program are moved.
             seed: replaces the recorded random state.
 
         Raises:
-            InitError: a rule failed, or did something else than to initialise its tensor.
-            DeferredTensorError: a tensor shares its memory with one that is real already.
+            InitError: a rule failed, or did anything but initialise its tensor.
+            DeferredTensorError: a tensor shares its memory with a tensor that is real already.
         """
         if not self:
             return
@@ -119,7 +119,7 @@ class Rules:
                     f"two rules: {told(known[1])} and {told(rule)}"
                 )
             if known is not None:
-                continue  # once for each window
+                continue  # a rule runs once for each window
             windows[deferred.ref] = item.name, rule
             key = _key(deferred, item.name)
             keys[key] = keys.get(key, -1) + 1  # two models of one block may have equal names
@@ -146,9 +146,10 @@ class Rules:
 
 
 def _key(deferred: Deferred, name: str) -> str:
-    """What tells a tensor from others: its name in the model that was recorded, if it has one.
+    """The key of a tensor: its name in the recorded model, if it has one.
 
-    Whatever part of that model is the target, and whatever part of the tensor a rank holds.
+    The key must not depend on which part of that model is the target, nor on which part of the
+    tensor a rank holds.
     """
     key, ref = deferred.slot.name or name, deferred.ref
     if is_dtensor(deferred.tensor) or deferred.is_whole():
@@ -157,7 +158,7 @@ def _key(deferred: Deferred, name: str) -> str:
 
 
 def call_rules(model: nn.Module, init: Init | None, state: bytes) -> None:
-    """Call rules on a real model, as ``init=`` has them act on a deferred one.
+    """Call rules on a real model, with the values that ``init=`` gives a deferred model.
 
     Args:
         model: the model.
@@ -182,7 +183,7 @@ NO_RULES = Rules(None)
 
 
 def _first_state(program: Program, seed: int | None) -> bytes:
-    """The random state that the construction began in."""
+    """The random state in which the construction began."""
     root = next((n for n, stream in enumerate(program.streams) if stream.root), None)
     if root is None:
         return b"" if seed is None else str(seed).encode()

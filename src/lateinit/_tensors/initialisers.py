@@ -1,7 +1,7 @@
 """Initialisers as data: the functions of ``torch.nn.init`` with their arguments.
 
-``init=`` also takes them by name, as they are, in a ``functools.partial``, and any function that
-initialises a tensor in place.
+``init=`` also takes the name of a function of ``torch.nn.init``, the function itself, a
+``functools.partial`` of it, and any function that initialises a tensor in place.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Initialiser:
     """A function of ``torch.nn.init`` with its arguments; call it with a tensor.
 
     Attributes:
-        name: the function, without its underscore.
-        arguments: the arguments that differ from its defaults, by name, in its order.
+        name: the name of the function, without the final underscore.
+        arguments: the arguments that differ from the defaults, by name, in the function's order.
     """
 
     name: str
@@ -49,7 +49,7 @@ def initialiser(name: str, *args: Any, **kwargs: Any) -> Initialiser:
     """The initialiser of ``torch.nn.init`` with this name and these arguments.
 
     Raises:
-        InitError: there is none, or it does not take these arguments.
+        InitError: there is no such function, or it does not take these arguments.
     """
     name = name.removesuffix("_")
     signature = _signatures().get(name)
@@ -72,7 +72,7 @@ def initialiser(name: str, *args: Any, **kwargs: Any) -> Initialiser:
 
 @functools.cache
 def _signatures() -> dict[str, inspect.Signature]:
-    """What the functions of ``torch.nn.init`` that initialise in place take after a tensor."""
+    """The signatures, without the tensor, of the in-place functions of ``torch.nn.init``."""
     found = {}
     for name, function in vars(nn.init).items():
         if name.endswith("_") and not name.startswith("_") and inspect.isfunction(function):
@@ -85,12 +85,12 @@ def _signatures() -> dict[str, inspect.Signature]:
 def rules_by_name(init: Init) -> NameMap[Rule]:
     """The checked argument ``init=`` of a public function.
 
-    A value that is a mapping itself, as torchtitan's ``param_init``, is by the names of the
-    parameters of the modules that its pattern matches.
+    A value may itself be a mapping, like torchtitan's ``param_init``: from names of parameters, in
+    the modules that the pattern matches, to initialisers.
 
     Raises:
         InitError: a value is no initialiser.
-        TypeError: it is no mapping, or a pattern is no string.
+        TypeError: ``init`` is no mapping, or a pattern is no string.
     """
     if not isinstance(init, Mapping):
         raise TypeError(f"init={init!r}: a mapping from names or globs to initialisers is meant")
@@ -108,7 +108,7 @@ def rules_by_name(init: Init) -> NameMap[Rule]:
 
 
 def rule_of(value: Any, told: str) -> Rule:
-    """The initialiser that a value of ``init=`` means."""
+    """The initialiser for a value of ``init=``."""
     try:
         if isinstance(value, str):
             return _parsed(value)
@@ -133,7 +133,7 @@ def _is_torchs(value: Any) -> bool:
 
 
 def _parsed(text: str) -> Initialiser:
-    """``"zeros"``, or a call with literal arguments: ``"normal(std=0.02)"``."""
+    """Parse ``"zeros"``, or a call with literal arguments such as ``"normal(std=0.02)"``."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):

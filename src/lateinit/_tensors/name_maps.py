@@ -1,7 +1,8 @@
 """Values by patterns on fully qualified names: ``device=``, ``dtype=`` and ``init=`` as maps.
 
-A pattern with a wildcard is a glob, as in ``only=``. One without is the name of a tensor, or of a
-module and everything below it; ``""`` is everything. Where several match, the most specific wins.
+A pattern with a wildcard is a glob, as in ``only=``. A pattern without one is the name of a tensor,
+or of a module and everything below it; ``""`` is everything. If several patterns match, the most
+specific wins.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class NameMap(Generic[V]):
         """The most specific pattern that matches a name; None if none does.
 
         Raises:
-            PatternError: two of them are equally specific and have different values.
+            PatternError: two such patterns are equally specific and have different values.
         """
         matching = self.patterns_of(name)
         if len(matching) < 2:
@@ -91,10 +92,10 @@ class NameMap(Generic[V]):
         return self.matches(other, pattern) and not self.matches(pattern, other)
 
     def entry_of(self, found: Found) -> str | None:
-        """The pattern whose value a tensor gets; None if none matches any of its names.
+        """The pattern whose value a tensor gets; None if no pattern matches any of its names.
 
         Raises:
-            PatternError: patterns that match different names of it have different values.
+            PatternError: patterns that match different names of the tensor have different values.
         """
         entries = {name: p for name in found.names if (p := self.entry(name)) is not None}
         told = list(entries.items())
@@ -115,7 +116,7 @@ class NameMap(Generic[V]):
             target: the target, if a pattern may also name a module of it that has no tensors.
 
         Raises:
-            PatternError: with the names that there are.
+            PatternError: a pattern matches nothing; the message lists the existing names.
         """
         names = [name for each in found for name in each.names]
         below = {prefix for name in names for prefix in _prefixes(name)}

@@ -46,7 +46,7 @@ _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Siz
 _ITEMS = (list, tuple, set, frozenset, deque)
 # Classes of values without attributes of their own.
 _BARE = frozenset({dict, *_ITEMS})
-# Values that cannot be written to: whoever holds one is given another one.
+# Immutable values: to change one, it is replaced in the object that holds it.
 _REPLACED = (Tensor, tuple, frozenset, BuiltinFunctionType)
 # Objects whose parts are read-only attributes of C types, in no __dict__ or __slots__.
 _BY_NAME: dict[type, tuple[str, ...]] = {
@@ -87,8 +87,7 @@ class Reach:
     def restore(self) -> None:
         """Put every object back into the state that ``keep`` remembered.
 
-        An object that cannot be put back does not keep the others from it; its error is raised
-        when all is done.
+        If one object cannot be restored, the others still are; its error is raised at the end.
         """
         failures: list[Exception] = []
         for undo in self._undo:
@@ -101,9 +100,9 @@ class Reach:
 
 
 def exchange_held(module: nn.Module, of: Callable[[Tensor], Tensor]) -> None:
-    """Replace the tensors that a module and those below it hold, but for what only hooks hold.
+    """Replace the tensors that a module and its children hold, except in hooks.
 
-    It is what initialising a module may have made, and far less than all that it reaches.
+    Initialising a module can have made only these, and they are far fewer than all it reaches.
     """
     for part in module.modules():
         for held in (own_parameters(part), own_buffers(part), part.__dict__):
@@ -130,7 +129,7 @@ def _rebuilt(value: Any, items: list[Any]) -> Any:
     try:
         made = getattr(type(value), "_make", type(value))(items)
         vars(made).update(vars(value))
-    except TypeError:  # without attributes; or a constructor that takes something else
+    except TypeError:  # an object without attributes, or a constructor with other arguments
         return made if "made" in locals() else value
     return made
 
@@ -240,13 +239,13 @@ def _parts_of_function(value: Any) -> Iterable[Any]:
 _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     CellType: lambda cell: (inside(cell),),
     BuiltinFunctionType: lambda f: (f.__self__,) if isinstance(f.__self__, Tensor) else (),
-    MappingProxyType: gc.get_referents,  # the dictionary that it shows
+    MappingProxyType: gc.get_referents,  # the dictionary behind it
     FunctionType: _parts_of_function,
 }
 
 
 def _attributes(value: Any) -> list[Any]:
-    """The ``__dict__`` of an object, what is in its slots, and the classes that it is of."""
+    """The ``__dict__`` of an object, the values of its slots, and its classes."""
     kind = type(value)
     classes = kind.__mro__ if isinstance(value, nn.Module) else (kind,)
     found = [*filter(is_users_class, classes), *slots_of(value).values()]
@@ -255,7 +254,7 @@ def _attributes(value: Any) -> list[Any]:
 
 
 def _is_held_by_class(value: Any) -> bool:
-    """Whether an attribute of a class is data, or a function that holds some."""
+    """Whether an attribute of a class is data, or a function that holds data."""
     if isinstance(value, FunctionType):
         return bool(value.__closure__ or value.__defaults__ or value.__kwdefaults__)
     return type(value) not in _ATOMS and not isinstance(value, _CLOSED)

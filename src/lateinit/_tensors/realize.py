@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lateinit._program import Read, Storage, TensorRef, is_random
 from lateinit._replay import Computed, execution_of, one_thread
-from lateinit._tensors.cast import AS_RECORDED, Cast, Real, home
+from lateinit._tensors.cast import AS_RECORDED, Cast, Real, device_to_move_to
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.slots import (
     PLAIN_CLASSES,
@@ -47,11 +47,11 @@ class SharedStorage:
     """The deferred tensors on one storage, which become real together.
 
     Attributes:
-        slot: the storage.
+        slot: the slot of the storage.
         tensors: the tensors.
-        as_recorded: only objects keep them, which ``to`` of a module does not change, and others
-            may share them.
-        cast: the device and dtype that they get.
+        as_recorded: whether only objects keep the tensors. ``Module.to`` leaves such tensors, and
+            other modules may share them.
+        cast: the device and dtype that the tensors get.
     """
 
     slot: Slot
@@ -75,18 +75,18 @@ class SharedStorage:
         return [tensor.ref for tensor in self.tensors]
 
     def give(self, computed: Computed) -> None:
-        """Realise the tensors on memory that has their values, and is moved and cast for it."""
+        """Realise the tensors on memory with their values, after moving and casting it."""
         cast = self.cast
-        device = home(self.tensors[0].tensor, computed.storage.device, cast.device)
+        device = device_to_move_to(self.tensors[0].tensor, computed.storage.device, cast.device)
         if device is not cast.device:
             cast = replace(cast, device=device)
-        # First of all the slot has it: if `share` is interrupted, a repeated call must give the
+        # The slot gets the memory first: if `share` is interrupted, a repeated call must give the
         # remaining tensors this same memory.
         real = self.slot.real = cast.apply(computed, self.refs)
         self.share(computed.window if real.storage is computed.storage else None)
 
     def put(self, storage: torch.UntypedStorage) -> None:
-        """Realise the tensors on memory with their values, which is moved and cast already."""
+        """Realise the tensors on memory with their values that is already moved and cast."""
         self.slot.real = Real(storage, self.cast, self.cast.from_dtype(self.refs))
         self.share()
 
@@ -94,8 +94,8 @@ class SharedStorage:
         """Realise the tensors on the memory of the slot.
 
         Args:
-            window: a tensor on that memory, and what it shows, if nobody else has the tensor. It is
-                swapped in directly, which saves making another one.
+            window: a tensor on that memory and its window, if no other code has the tensor. It is
+                swapped in directly, which saves making another tensor.
         """
         real = self.slot.real
         assert real is not None
@@ -103,7 +103,7 @@ class SharedStorage:
             shown = real.window(deferred.ref)
             if window is not None and window[0] == shown:
                 give(deferred.tensor, shown, real.storage, window[1])
-                window = None  # no second tensor may have it
+                window = None  # a tensor can be swapped in only once
             else:
                 give(deferred.tensor, shown, real.storage)
 
@@ -126,7 +126,7 @@ def give(
             give(local, ref, storage, window)
             rewrap(tensor)
         except BaseException:
-            if not local.is_meta:  # interrupted in between: nobody would know it for deferred
+            if not local.is_meta:  # swapped before an interrupt: the shard must not report meta
                 rewrap(tensor)
             raise
         return
@@ -143,13 +143,13 @@ def give(
         else:
             with inference_mode(inference):
                 left = swap(tensor, _as_original(tensor, ref.on(storage)))
-        # Last: a thread that finds a plain tensor must find its values too.
+        # Last: a thread that finds a tensor without a guard must find its values too.
         unguard(tensor)
     except BaseException:
         if not is_deferred_tensor(tensor):
             unguard(tensor)
         raise
-    # TorchScript keeps implementations and not objects: it may hold the one that was exchanged.
+    # TorchScript holds implementations, not objects: it may still hold the deferred one.
     left.__class__ = cls
     for script in scripts:
         script.put_back()
@@ -158,14 +158,14 @@ def give(
 
 
 def _scripts_with(tensor: Tensor) -> list[Held]:
-    """Where modules that were scripted while they were deferred, after their block, hold it."""
+    """The places of a tensor in modules that were scripted after the block, while deferred."""
     scripts = noted_scripts()
     found = held_by_script(scripts) if scripts else ()
     return [one for one in found if any(t is tensor for t in one.tensors())]
 
 
 def _carry(gradient: Tensor, tensor: Tensor) -> None:
-    """Give a tensor that has become real the gradient of its constructor, cast and moved as it."""
+    """Give a realised tensor the gradient that the constructor left, cast and moved like it."""
     realize_now(gradient)
     if (gradient.dtype, gradient.device) != (tensor.dtype, tensor.device):
         gradient = gradient.to(tensor.device, tensor.dtype)
@@ -173,7 +173,7 @@ def _carry(gradient: Tensor, tensor: Tensor) -> None:
 
 
 def _as_original(tensor: Tensor, real: Tensor) -> Tensor:
-    """A real tensor whose implementation is made for the class of ``tensor``, if that matters."""
+    """``real``, with an implementation made for the class of ``tensor`` if the class needs it."""
     cls = original_class(tensor)
     if cls in PLAIN_CLASSES or not hears_ops(cls):
         return real
@@ -192,12 +192,12 @@ def share_real_storage(tensor: Tensor) -> None:
 def realize_now(tensor: Tensor) -> None:
     """Realise a deferred tensor with its recorded values; no generator moves.
 
-    If they are random, they are those of the seed that ``materialize`` was last given, and a later
-    ``seed=`` for the program must give the same ones.
+    Random values are drawn under the seed that ``materialize`` was last given, and a later
+    ``seed=`` for the program must give the same values.
     """
     with one_thread, outside_functorch(), without_modes():
         share_real_storage(tensor)
-        if not is_deferred_tensor(tensor):  # by another thread
+        if not is_deferred_tensor(tensor):  # another thread has realised it
             return
         deferred = Deferred.of(tensor)
         program, ref = deferred.program, deferred.ref
@@ -229,7 +229,7 @@ def show(tensor: Tensor, real: Tensor) -> None:
 def adopt(tensor: Tensor, source: Tensor) -> None:
     """Realise a deferred tensor with the values of a real one: ``tensor.copy_(source)``."""
     # If the tensor shows only part of its storage, other tensors may show the rest, which needs
-    # its recorded values. If it shows all of it, nothing recorded survives the copy.
+    # its recorded values. If it covers all of it, the copy overwrites every recorded value.
     deferred = Deferred.of(tensor)
     if deferred.slot.real is None and not deferred.is_whole():
         deferred.slot.real = AS_RECORDED.apply(deferred.values(), [deferred.ref])

@@ -30,9 +30,9 @@ from lateinit.errors import (
     listing,
 )
 
-# Of modules whose deferred tensors, if there are any left, do not tell it: see ``bind``.
+# The programs of modules that may have no deferred tensor left to lead to them: see ``bind``.
 _bound: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionary()
-# The random states at the ends of blocks, of modules that have their values.
+# The random states at the ends of blocks, by modules that have their values.
 _ends: weakref.WeakKeyDictionary[nn.Module, bytes] = weakref.WeakKeyDictionary()
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ Only = str | Iterable[str] | Callable[[str, Tensor], bool]
 class Wanted:
     """The deferred tensors of one program to materialise, by number of their storage.
 
-    ``program`` is an extension of what was ``recorded`` if ``init=`` has rules for some of them.
+    ``program`` is ``recorded``, or an extension of it if ``init=`` has rules for some tensors.
     """
 
     program: Program
@@ -56,7 +56,7 @@ class Wanted:
         self.program = next(self.tensors()).program
 
     def to_compute(self) -> list[int]:
-        """The storages that are not real yet; what is real is shared, and not computed again."""
+        """The storages that are not real yet; the memory of real ones is shared, not recomputed."""
         return [number for number, shared in self.storages.items() if shared.slot.real is None]
 
     def tensors(self) -> Iterator[Deferred]:
@@ -64,7 +64,7 @@ class Wanted:
         return (deferred for shared in self.storages.values() for deferred in shared.tensors)
 
     def shards(self) -> list[Deferred]:
-        """The tensors that are a ``DTensor``."""
+        """The tensors that are shards: a ``DTensor`` each."""
         return [deferred for deferred in self.tensors() if is_dtensor(deferred.tensor)]
 
     def names(self, storages: Iterable[int]) -> str:
@@ -73,9 +73,10 @@ class Wanted:
 
 
 def bind(modules: Iterable[nn.Module], program: Program) -> None:
-    """Note the program of modules that is asked for when their tensors may not tell it any more.
+    """Note the program of modules, for when none of their tensors is deferred any more.
 
-    Another seed may not be honoured, or ``settle_rng`` waits for the draws of lazy modules.
+    It is still needed if no other seed can be honoured, or if ``settle_rng`` waits for the draws of
+    lazy modules.
     """
     if program.seed_bound or program.reads or program.holes:
         _bound.update(dict.fromkeys(modules, program))
@@ -91,8 +92,8 @@ def unbind(target: Any, programs: Iterable[Program]) -> None:
     """Forget the programs of modules that have their values; keep the random states at their ends.
 
     Args:
-        target: what has its values.
-        programs: the programs that it was in.
+        target: the module or container that has its values.
+        programs: the programs that recorded it.
     """
     ends = {program: _end_of(program) for program in programs}
     known = set(ends.values())
@@ -106,7 +107,7 @@ def unbind(target: Any, programs: Iterable[Program]) -> None:
 
 
 def ends_in(target: Any) -> set[bytes]:
-    """The random states that the constructions of modules which have their values end with."""
+    """The random states at the ends of the constructions of modules that have their values."""
     return {_ends[module] for module in modules_in(target) if module in _ends}
 
 
@@ -116,7 +117,7 @@ def _keep_end(module: nn.Module, state: bytes | None) -> None:
 
 
 def _end_of(program: Program) -> bytes | None:
-    """The random state that the construction ends with, if it is known or lazy modules drew."""
+    """The random state at the end of the construction, if it is known or lazy modules drew."""
     if program.end is None or None in program.holes:
         return None
     if program.holes:
@@ -131,15 +132,15 @@ def wanted_in(target: Any, only: Only | None, casts: Casting | Casts = AS_IT_IS)
 
     Args:
         target: the target.
-        only: which tensors.
-        casts: the device and dtype that they get.
+        only: selects tensors, as for ``materialize``.
+        casts: the device and dtype of each tensor.
 
     Raises:
         UninitializedError: a selected tensor is lazy.
         NotRecordedError: a selected tensor is on ``meta`` and was never recorded.
         DeferredTensorError: a selected shard has a gradient, or tensors on one storage cannot have
-            what is asked for.
-        PatternError: a pattern matches nothing, or says of a tensor what another one contradicts.
+            the requested devices or dtypes.
+        PatternError: a pattern matches nothing, or contradicts another one on a tensor.
     """
     every = find_with_kept(target)
     found, resolved = select(every, only), casts.over(target, every)
@@ -178,7 +179,7 @@ def wanted_in(target: Any, only: Only | None, casts: Casting | Casts = AS_IT_IS)
 
 
 def _recorded(found: list[Found]) -> list[tuple[Found, Slot]]:
-    """The deferred tensors of those found, each with its slot; raises for what has none."""
+    """The deferred tensors among those found, with slots; any other meta tensor raises."""
     lazy = [f.name for f in found if f.lazy]
     if lazy:
         raise UninitializedError(
@@ -204,10 +205,10 @@ def _recorded(found: list[Found]) -> list[tuple[Found, Slot]]:
 
 
 def shards_in(target: Any, only: Only | None) -> dict[str, Tensor]:
-    """The ``DTensor``s that patterns select, by name, real ones too.
+    """The ``DTensor``s that patterns select, by name, real ones included.
 
-    All of them if ``only`` is wrong, or a function: what that says may change as tensors become
-    real, and this must not.
+    All of them if ``only`` is invalid or a function: the answers of a function may change as
+    tensors become real, and this result must not.
     """
     found = find_with_kept(target)
     with contextlib.suppress(PatternError, TypeError):  # `wanted_in` raises it
@@ -236,7 +237,7 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
 def by_globs(
     rows: Iterable[T], patterns: Iterable[str], names: Callable[[T], Iterable[str]]
 ) -> list[T]:
-    """The rows of which a name matches a glob.
+    """The rows that have a name which matches a glob.
 
     Raises:
         PatternError: a glob matches no name.

@@ -35,12 +35,12 @@ class Slot:
     """The place of one storage in a program.
 
     ``real`` is the materialised memory, None before the first tensor on the storage becomes real.
-    Tensors on the same storage that are materialised later share it. ``waits`` says that one of
-    them is a parameter or a shard, or was computed from such a one after the block: these wait for
-    ``materialize``, all others realise themselves. ``of_waiting`` says that it was made of one that
-    waits, if only of its shape (``zeros_like``): a parameter or a shard made of it waits too.
-    ``lazy`` is the name of another library's placeholder whose empty data it is: what is written
-    there would be lost.
+    Tensors on the same storage that are materialised later share it. ``waits`` is True if one of
+    the tensors is a parameter or a shard, or was computed from one after the block: these wait for
+    ``materialize``, all others realise themselves. ``of_waiting`` is True if the storage was made
+    from a waiting tensor or from its shape (``zeros_like``): a parameter or a shard made from it
+    waits too. ``lazy`` is the name of another library's placeholder if this storage is its empty
+    data, where writes would be lost.
     """
 
     __slots__ = ("_storage", "lazy", "name", "number", "of_waiting", "program", "real", "waits")
@@ -66,8 +66,8 @@ class Slot:
 
     def resolve(self) -> tuple[Program, int]:
         """The program and the storage's number in it, after any merging of programs."""
-        # Program.absorb() leaves a forwarding address in the absorbed program. Following it here,
-        # at the first question after the merge, spares a search for every slot at merge time.
+        # Program.absorb() leaves a forwarding address in the absorbed program. It is followed here,
+        # at the first look-up after the merge, so that a merge need not search for all slots.
         while self.program.merged_into is not None:
             self.program, bases = self.program.merged_into
             self.number += bases.storage
@@ -87,8 +87,8 @@ class Slot:
         return ref.on(storage)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The tensors on it that are real already are pickled by torch, apart from this slot: what
-        # they share with the deferred one would be lost.
+        # torch pickles the real tensors on this storage separately: they would no longer share
+        # memory with the deferred ones.
         if self.real is not None:
             raise DeferredTensorError(
                 "cannot pickle a deferred tensor whose storage is shared with one that is "
@@ -132,7 +132,7 @@ class GuardedShard:
 
 
 def unguard(tensor: Tensor) -> None:
-    """Give a tensor its original class back, for it becomes real."""
+    """Give a tensor its original class back, since it becomes real."""
     if isinstance(tensor, (Guarded, GuardedShard)):
         tensor.__class__ = original_class(tensor)  # type: ignore[assignment]
 
@@ -155,9 +155,9 @@ _HEARING = (Guarded, GuardedShard, UninitializedTensorMixin)
 
 def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a tensor, or None if its storage was not recorded."""
-    # Guarded and lazy tensors, and function modes, answer ``is_meta`` for the tensor: a block's
-    # function mode says False of a deferred one. Only with all of them off is the answer true.
-    # Plain tensors outside function modes need no such care; this is asked for every op.
+    # Guarded and lazy tensors, and function modes, override ``is_meta``: a block's function mode
+    # returns False for a deferred tensor. Only with all of them off is the answer the real one.
+    # Plain tensors outside function modes skip this, since it runs for every op.
     plain = type(tensor) in PLAIN_CLASSES
     guarded = not plain and isinstance(tensor, _HEARING)
     if guarded or is_function_mode_in_force():
@@ -189,7 +189,7 @@ def is_deferred_tensor(tensor: Tensor) -> bool:
 
 
 def take_place(tensor: Tensor, other: Tensor) -> None:
-    """Have a deferred tensor wait as another one does, in whose place it is given."""
+    """Have a deferred tensor wait if ``other``, which it replaces, waits."""
     slot, source = slot_of(tensor), slot_of(other)
     if slot is not None and source is not None:
         slot.name, slot.waits = source.name, source.waits
@@ -201,14 +201,14 @@ def take_place(tensor: Tensor, other: Tensor) -> None:
 def waits(tensor: Tensor) -> bool:
     """Whether a deferred tensor waits for ``materialize``: a parameter, or on the storage of one.
 
-    Any other one realises itself when its values are needed.
+    Any other deferred tensor realises itself when its values are needed.
     """
     slot = slot_of(tensor)
     return slot is not None and slot.waits
 
 
 def is_of_waiting(tensor: Tensor) -> bool:
-    """Whether a deferred tensor waits, or was made of one that does."""
+    """Whether a deferred tensor waits, or was made from one that waits."""
     slot = slot_of(tensor)
     return slot is not None and (slot.waits or slot.of_waiting)
 
@@ -220,7 +220,7 @@ def is_parameter(tensor: Tensor) -> bool:
 
 def address_of(tensor: Tensor) -> int:
     """``data_ptr()`` of a deferred tensor: code compares addresses to find ties and overlaps."""
-    if tensor.numel() == 0:  # as on every device
+    if tensor.numel() == 0:  # on every device, an empty tensor has address 0
         return 0
     storage = tensor.untyped_storage()
     return int(storage.data_ptr() + tensor.storage_offset() * tensor.element_size())

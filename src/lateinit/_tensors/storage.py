@@ -1,9 +1,9 @@
 """The storage of deferred tensors: it has an address of its own, and no memory behind it.
 
-Storages know no ``__torch_function__``, and their methods do not come to the dispatcher: on
-``meta`` a write does nothing and a read gives nothing, without a word. So the Python object of a
-recorded storage gets a class that refuses both. torch keeps that object, its class included, for as
-long as the storage lives (torch/csrc/Storage.cpp).
+Storages have no ``__torch_function__``, and their methods do not reach the dispatcher: on ``meta``
+a write does nothing and a read returns nothing, silently. So the Python object of a recorded
+storage gets a class that refuses both. torch keeps that object, its class included, for as long as
+the storage lives (torch/csrc/Storage.cpp).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lateinit.errors import DeferredTensorError
 SLOT = "_lateinit_slot"
 """The attribute of a storage that holds its ``Slot``."""
 
-# Addresses that no process has: on x86-64 and on ARM64 the upper bits of an address are equal to
-# each other, or ignored from bit 56. Code that follows one crashes and reads no wrong value.
+# Addresses that no process can have: on x86-64 and on ARM64 the upper bits of an address must be
+# equal, or are ignored from bit 56 on. Code that dereferences one crashes and reads no wrong value.
 _FIRST_ADDRESS = 1 << 60 | 1 << 52
 _ALIGNMENT = 64
 
 
 class _Addresses:
-    """Gives each storage a range of addresses, one after the other."""
+    """Reserves consecutive ranges of addresses, one for each storage."""
 
     def __init__(self) -> None:
         self._next = _FIRST_ADDRESS
@@ -61,13 +61,13 @@ class DeferredStorage(torch.UntypedStorage):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """The device, ``meta``."""
-        # torch/storage.py: TypedStorage reads and writes through a tensor that it makes here.
+        # torch/storage.py: TypedStorage reads and writes through a tensor on this device.
         if is_typed_storage_indexed():
             raise _no_memory(self, "an element")
         return torch.device("meta")
 
     def resize_(self, size: int) -> DeferredStorage:
-        """Do nothing if the size stays, as FSDP asks; else raise."""
+        """Do nothing if the size stays the same, which FSDP relies on; else raise."""
         if size != self.nbytes():
             raise _no_memory(self, "resize_")
         return self

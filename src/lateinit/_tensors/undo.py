@@ -1,7 +1,7 @@
-"""Put an object back into the state that it has now, whatever was done to it since.
+"""Remember the state of an object, to restore it after code that may have changed it.
 
-``object_graph`` finds the objects that a forward pass or a hook may write to. Here each of them is
-remembered: containers, attributes, slots, cells, arrays, classes and random generators.
+``object_graph`` finds the objects that a forward pass or a hook may write to. This module knows the
+state of each kind: containers, attributes, slots, cells, arrays, classes and random generators.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 _UNSET = object()
 _GENERATORS = (torch.Generator, np.random.RandomState)
-# Objects of these packages are not written to by anybody else, except those of the modules below:
+# Users' code does not write to objects of these packages, except to those of the modules below:
 # layers, optimizers, distributions, and classes that `parametrize` makes for one module each.
 _MACHINERY = frozenset({"torch", "lateinit"})
 _ENTERED = (
@@ -74,7 +74,7 @@ def own_dictionary(value: Any) -> dict[str, Any] | None:
 
 
 def inside(cell: CellType) -> Any:
-    """What a cell of a closure holds; None if its variable is not assigned yet."""
+    """The value in a cell of a closure; None if its variable is not assigned yet."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -82,12 +82,12 @@ def inside(cell: CellType) -> Any:
 
 
 def same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
-    """Whether the same objects are in two places; tensors would compare element by element."""
+    """Whether two iterables hold the same objects: by identity, as ``==`` compares elements."""
     return all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 def undo_of(value: Any) -> Iterator[Undo]:
-    """What restores the current state of an object; nothing for one that cannot be written to."""
+    """Functions that restore the current state of an object; none if it is immutable."""
     if isinstance(value, (dict, list, deque, bytearray, set)):
         yield from _undo_container(value)
     elif isinstance(value, CellType):
@@ -117,7 +117,7 @@ def _undo_container(value: Any) -> Iterator[Undo]:
 
 
 def _undo_object(value: Any) -> Iterator[Undo]:
-    """An object's class, its dictionary (the items of which are remembered apart), its slots."""
+    """Restore an object's class, its slots and its dictionary; the items are restored elsewhere."""
     if isinstance(value, nn.Module) or not is_machinery(value):
         own = own_dictionary(value)
         if own is not None:
@@ -135,24 +135,24 @@ def _undo_object(value: Any) -> Iterator[Undo]:
 
 
 def _undo_array(value: Any) -> Iterator[Undo]:
-    # A copy of a memory-mapped file would read all of it.
+    # A copy of a memory-mapped file would read the whole file.
     mapped = isinstance(value, np.memmap) or isinstance(value.base, np.memmap)
     if value.flags.writeable and not mapped:
         yield partial(_put_array, value, value.shape, value.copy())
 
 
 def put_items(place: dict[Any, Any], held: dict[Any, Any]) -> None:
-    """Let a dictionary have these items; it is not written to if it has them."""
+    """Set the items of a dictionary; it is not written to if it has them already."""
     if len(place) == len(held) and same(place, held) and same(place.values(), held.values()):
         return
-    # By the methods of the base, since a user's class may refuse, or do more.
+    # By the methods of the base class, since a user's class may refuse, or do more.
     _base(place).clear(place)
     for key, value in held.items():
         set_item(place, key, value)
 
 
 def set_item(place: dict[Any, Any], key: Any, value: Any) -> None:
-    """``place[key] = value``, past what a user's class of dictionary makes of it."""
+    """``place[key] = value``, without calling the ``__setitem__`` of a user's class."""
     _base(place).__setitem__(place, key, value)
 
 
@@ -161,14 +161,14 @@ def _base(place: dict[Any, Any]) -> Any:
 
 
 def put(place: Any, held: list[Any]) -> None:
-    """Let a list, deque, bytearray or set have these items, in place."""
+    """Set the items of a list, deque, bytearray or set, in place."""
     if len(place) != len(held) or not same(place, held):
         place.clear()
         (place.update if isinstance(place, set) else place.extend)(held)
 
 
 def put_inside(cell: CellType, held: Any) -> None:
-    """Let a cell of a closure hold a value."""
+    """Set the value in a cell of a closure."""
     if inside(cell) is not held:
         cell.cell_contents = held
 

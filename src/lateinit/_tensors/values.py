@@ -39,7 +39,7 @@ def own_copy(
     if not is_deferred_tensor(tensor):
         try:
             return copy.deepcopy(tensor.detach(), memo)
-        except RuntimeError:  # of a plain subclass, or another that torch copies in no other way
+        except RuntimeError:  # a subclass that torch can copy only in this way
             return tensor.detach().clone()
     deferred = Deferred.of(tensor)
     real, slot = deferred.real(), deferred.slot

@@ -39,9 +39,9 @@ class Found:
     Attributes:
         tensor: the tensor.
         names: its names.
-        kind: how it is held; of several ways, the one that a module registers.
+        kind: how it is held; if in several ways, the way in which a module registers it.
         persistent: whether a state dict holds it.
-        given: whether the target is this tensor, or a container of it and no module.
+        given: whether the target is this tensor or a plain container of it, not a module.
     """
 
     tensor: Tensor
@@ -74,14 +74,14 @@ def is_placeholder(tensor: Any) -> bool:
         return False
     if is_lazy(tensor):
         return True
-    # pytorch-pfn-extras has an UninitializedParameter of its own, derived from Parameter alone.
-    # Its name tells it: importing the library for an isinstance() check would require it.
+    # pytorch-pfn-extras has an UninitializedParameter of its own, derived from Parameter alone. It
+    # is recognised by its name, since isinstance() would require the library.
     named = type(tensor).__name__.endswith("UninitializedParameter")
     return named and isinstance(tensor, nn.Parameter)
 
 
 def find_tensors(target: Any) -> list[Found]:
-    """Every tensor of a module or container, each object once; a tensor gives itself.
+    """Every tensor of a module or container, each object once; of a tensor, itself.
 
     Finds parameters, buffers, tensor attributes, and tensors in attributes that are lists, tuples,
     sets or dicts.
@@ -95,8 +95,8 @@ def find_with_kept(target: Any) -> list[Found]:
     """``find_tensors``, and the deferred tensors that objects on the modules keep.
 
     Objects are those of any class, such as distributions, dataclasses, deques, and functions with
-    their closures. Other modules are not entered, nor classes, and no parameter is taken: what an
-    object knows of other parts of a model is not asked for.
+    their closures. Modules and classes that an object refers to are not entered, and no parameter
+    is taken: those belong to other parts of the model.
     """
     walk = _Walk(set())
     walk.enter(target, "", ())
@@ -126,7 +126,7 @@ def own_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor
 
     Args:
         module: the module.
-        seen: ids of containers and modules that were entered before; extended.
+        seen: ids of the containers and modules that were entered; this call adds to it.
     """
     for own in (own_parameters(module), own_buffers(module)):
         for name, tensor in own.items():
@@ -149,7 +149,7 @@ class _Walk:
 
     def __init__(self, seen: set[int]) -> None:
         self.found: IdentityMap[Tensor, Found] = IdentityMap()
-        self.objects: list[tuple[str, Any]] = []  # of other classes
+        self.objects: list[tuple[str, Any]] = []  # objects of all other classes, by path
         self.seen = seen
 
     def enter(self, value: Any, path: str, above: tuple[int, ...]) -> None:
@@ -206,7 +206,7 @@ class _Walk:
             return
         known.names.append(path)
         known.given = known.given or given
-        if kind != "attribute":  # a module may keep what another one registers
+        if kind != "attribute":  # a module may keep a tensor that another module registers
             known.persistent = persistent or (known.persistent and known.kind != "attribute")
             known.kind = kind if known.kind != "parameter" else "parameter"
 

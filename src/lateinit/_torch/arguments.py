@@ -30,7 +30,7 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def has_tensor(args: tuple[Any, ...]) -> bool:
-    """Whether arguments may contain a tensor; does not look into lists, as it is asked often."""
+    """Whether arguments may contain a tensor. Every list counts: looking into it takes too long."""
     return any(isinstance(a, (Tensor, list, tuple)) for a in args)
 
 
@@ -57,7 +57,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def kwargs_to_meta(info: OpInfo, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments with which an op computes on ``meta`` what it would compute really.
+    """The keyword arguments of an op, adapted so that its meta kernel accepts them.
 
     Meta kernels accept neither pinned memory nor a generator of another device.
     """
@@ -67,7 +67,7 @@ def kwargs_to_meta(info: OpInfo, kwargs: dict[str, Any]) -> dict[str, Any]:
     changed.pop("pin_memory", None)
     if "generator" in changed:
         changed["generator"] = None
-    # ``empty_like`` and its like take the device of their argument, which is on meta already.
+    # ``empty_like`` and similar ops take the device of their argument, which is on meta already.
     if info.takes_device and (not info.from_sizes or kwargs.get("device") is not None):
         changed["device"] = META
     return changed

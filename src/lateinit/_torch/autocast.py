@@ -1,9 +1,9 @@
-"""Hear the ops whose arguments autocast casts, and ask torch how it would cast them.
+"""Intercept the ops whose arguments autocast casts, and find out how torch would cast them.
 
 Autocast works above autograd, on whole composite ops, through a dispatch key of each device type
 (aten/src/ATen/autocast_mode.h). Tensors on ``meta`` have none (c10/core/DispatchKeySet.h), so torch
 would not cast them. So the key of a device type that torch has no autocast for is put in force, and
-the kernels registered here for that key hear the same ops.
+the kernels registered here for that key intercept the same ops.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Hear = Callable[[Any, Args, Kwargs], Any]
 
 
 class _Here(threading.local):
-    """``hear`` is given the ops of this thread, ``asking`` is True within ``as_autocast_casts``."""
+    """``hear`` receives the ops of this thread; ``asking`` is True within ``as_autocast_casts``."""
 
     hear: Hear | None = None
     asking = False
@@ -43,14 +43,14 @@ _here = _Here()
 
 
 class _Answer(BaseException):
-    """What autocast has called in place of an op: ends that call before it computes anything."""
+    """Carries the call that autocast makes in place of an op, and ends it before it computes."""
 
     def __init__(self, op: Any, args: Args, kwargs: Kwargs) -> None:
         self.op, self.given, self.named = op, args, kwargs
 
 
 class autocast_heard:  # noqa: N801 - reads as a statement
-    """A block in which ``hear(op, args, kwargs)`` is called for the ops that autocast would cast.
+    """A block in which ``hear(op, args, kwargs)`` intercepts the ops that autocast would cast.
 
     It returns the result of the op, or ``NotImplemented`` to have the op go on to torch's autocast.
     """
@@ -74,15 +74,15 @@ class autocast_heard:  # noqa: N801 - reads as a statement
 
 
 def below_autocast() -> Any:
-    """A block in which autocast is off, and no op is heard."""
+    """A block in which autocast is off, and no op is intercepted."""
     return torch._C._ExcludeDispatchKeyGuard(_EVERY_KEY)
 
 
 def as_autocast_casts(op: Any, args: Args, kwargs: Kwargs) -> tuple[Any, Args, Kwargs]:
-    """The op that autocast calls in place of one that is heard, with the arguments that it casts.
+    """The op that autocast calls in place of an intercepted op, with the arguments after its casts.
 
-    It casts before it looks at shapes, and the op itself is not run: tensors without elements will
-    do for the arguments.
+    Autocast casts before it looks at shapes, and the op itself is not run: tensors without elements
+    suffice as arguments.
 
     Raises:
         RuntimeError: autocast refuses the op or the dtypes.
@@ -114,8 +114,8 @@ def generation_of_cache(device: str) -> object:
     """An object that stays the same as long as autocast keeps the casts of weights.
 
     Autocast casts a weight once, and forgets it at the end of the outermost ``torch.autocast`` or
-    by ``torch.clear_autocast_cache()``, neither of which can be heard. So ask for the cast of a
-    weight of ours: it has the same graph as long as it is the same cast.
+    by ``torch.clear_autocast_cache()``, neither of which can be intercepted. So a weight of
+    lateinit's own is cast: its cast has the same graph node until autocast empties its cache.
     """
     with without_modes(), torch.enable_grad(), inference_mode(False):
         product = torch.mm(_beacon(device), _beacon(device))
@@ -130,7 +130,7 @@ def _beacon(device: str) -> Tensor:
 
 @functools.cache
 def _registered() -> Any:
-    """The kernels of ``_KEY``, which nobody else puts in force; made when they are first needed."""
+    """The kernels of ``_KEY``, which no other library enables; made when they are first needed."""
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(torch.library.fallthrough_kernel, _KEY.name)
     library = torch.library.Library("aten", "IMPL")

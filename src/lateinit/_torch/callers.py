@@ -1,9 +1,9 @@
-"""Find out which function of torch asks, and what for.
+"""Find out which function of torch reads a property of a tensor, and why.
 
 Some functions of torch do something that no mode intercepts, or skip a step on ``meta``. Before
 that they read a property of the tensor, such as ``is_meta``. The answer must then depend on which
-function reads it, and only its frame tells. The helpers of this file must be called directly from
-the function that asks: see ``frames``.
+function reads it, and only its frame identifies that function. The helpers of this file must be
+called directly from the property or hook that is read, the *asking* function: see ``frames``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lateinit._torch.frames import frame_above, upwards
 from lateinit._torch.modules import load_with_counter
 
 _INIT = vars(nn.init)
-# The modules whose frames lie between an initialiser and an op, and those that only call either.
+# Prefixes of the modules whose frames may lie between an initialiser and an op.
 _BETWEEN = ("lateinit", "torch.")
 _ABOVE = "torch.nn.modules."
 _SAVERS = ("_save", "_legacy_save")  # of torch.serialization
@@ -36,8 +36,8 @@ _STEPS = ("step", "_init_group")  # of torch.optim.Optimizer
 _ASKS_TO_RUN = "_validate_no_meta_params"  # of FSDPParamGroup
 _COMPARING = "_ensure_all_tensors_same_dtype"  # of torch/distributed/distributed_c10d.py
 _ITEMS = {torch.TypedStorage._getitem.__code__, torch.TypedStorage._setitem.__code__}
-# torch/nn/modules/activation.py and transformer.py: the variables that say why a fused kernel is
-# not called, and what they say in a block.
+# torch/nn/modules/activation.py and transformer.py: the local variables with the reason why a fused
+# kernel is not called, and the reason that they hold in a block.
 _REASONS = {
     nn.MultiheadAttention.forward.__code__: "why_not_fast_path",
     nn.TransformerEncoderLayer.forward.__code__: "why_not_sparsity_fast_path",
@@ -67,7 +67,7 @@ _NOTHING = Asked(None, {})
 
 
 def why_is_meta(tensor: Any) -> Asked:
-    """Why the caller of the function that asks reads ``tensor.is_meta``."""
+    """Why the caller of the asking function reads ``tensor.is_meta``."""
     asking = frame_above(1)
     if asking.f_code is nn.Module._load_from_state_dict.__code__:
         return Asked("load", {})
@@ -83,10 +83,10 @@ def why_is_meta(tensor: Any) -> Asked:
 
 
 class Meant(enum.Enum):
-    """What code needs that reads ``device`` of a deferred tensor.
+    """What the code that reads ``device`` of a deferred tensor needs.
 
-    ``META`` is what anyone is told, ``RECORDED`` the device that the tensor will have. All others
-    need its values, and have the words for who does.
+    ``META``: the usual answer, ``meta``. ``RECORDED``: the device that the tensor was recorded for.
+    All others: its values; their text names that code in error messages.
     """
 
     META = "meta"
@@ -112,9 +112,9 @@ _MEANT = {
     "torch.distributions": Meant.RECORDED,
     # Observers are made on the device of the weights.
     "torch.ao": Meant.RECORDED,
-    # meta_utils.py: the device that a fake tensor says, as in torch.export.
+    # meta_utils.py: the device that a fake tensor reports, as in torch.export.
     "torch._subclasses": Meant.RECORDED,
-    # DistributedDataParallel compares shapes across ranks in C++, where no hook is asked.
+    # DistributedDataParallel compares shapes across ranks in C++, which calls no hook.
     "torch.nn.parallel": Meant.PARALLEL,
 }
 
@@ -122,7 +122,7 @@ _MEANT = {
 def meant_by_device(
     others: Mapping[str, Callable[[Mapping[str, Any]], bool]], recorded: tuple[str, ...]
 ) -> Meant:
-    """What the caller of the function that asks needs of a deferred tensor's ``device``.
+    """What the caller of the asking function needs when it reads a deferred tensor's ``device``.
 
     Args:
         recorded: the beginnings of the names of modules that need the recorded device.
@@ -136,11 +136,12 @@ def meant_by_device(
         return Meant.RECORDED
     # torch/nn/utils/parametrizations.py: _Orthogonal draws a tensor there, for an op that has no
     # kernel for meta and raises NotImplementedError. ParametrizationList of parametrize.py takes
-    # that to mean that there is no inverse, and the module is left half done. So may a user's do.
+    # that to mean that there is no inverse, and the module is left half done. A user's
+    # parametrization may do the same.
     if asking.f_code.co_name == "right_inverse":
         return Meant.INVERSE
-    # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: its error advises to_empty. It asks
-    # in a list comprehension, which before Python 3.12 has a frame of its own.
+    # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: its error advises to_empty. It reads
+    # the device in a list comprehension, which before Python 3.12 has a frame of its own.
     above = asking.f_back
     if _ASKS_TO_RUN in (asking.f_code.co_name, above and above.f_code.co_name):
         return Meant.FORWARD
@@ -153,7 +154,7 @@ def meant_by_device(
 
 @functools.cache
 def _meant_by_module(name: str, recorded: tuple[str, ...]) -> Meant:
-    """What any function of a module needs; FSDP2 asks twice for each parameter."""
+    """What any function of a module needs. Cached: FSDP2 reads it twice for each parameter."""
     if name.startswith("torch."):
         for module, meant in _MEANT.items():
             if name.startswith(module):
@@ -164,13 +165,13 @@ def _meant_by_module(name: str, recorded: tuple[str, ...]) -> Meant:
 def running_initialiser(names: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """The name and the local variables of the outermost running function of ``nn.init``.
 
-    Initialisers call each other (``xavier_normal_`` calls ``_no_grad_normal_``), hence outermost.
+    Outermost, since initialisers call each other (``xavier_normal_`` calls ``_no_grad_normal_``).
     The search ends at the first frame of another library, so it is short outside initialisers.
 
     Args:
         names: the initialisers to look for, by name.
     """
-    # A plain loop, since this is asked for every fill.
+    # A plain loop, since this runs for every fill.
     found: FrameType | None = None
     frame: FrameType | None = frame_above(0)
     while frame is not None:
@@ -192,7 +193,7 @@ def _is_between(module: str) -> bool:
 
 
 def attention_without_fused_kernel() -> nn.Module | None:
-    """The running module that would call a fused kernel of attention, were it not for a mode."""
+    """The running module that a mode alone keeps from calling a fused kernel of attention."""
     for frame in upwards(frame_above(1)):
         reason = _REASONS.get(frame.f_code)
         if reason is not None and frame.f_locals.get(reason) == _AS_A_MODE:
@@ -202,10 +203,10 @@ def attention_without_fused_kernel() -> nn.Module | None:
 
 
 def is_torch_saving(between: int = 0) -> bool:
-    """Whether the object whose method asks is being pickled by ``torch.save``.
+    """Whether ``torch.save`` pickles the object whose method is the asking function.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the asking function and the pickler.
     """
     frame = frame_above(1 + between)
     in_torch = frame.f_globals.get("__name__") == "torch.serialization"
@@ -213,10 +214,10 @@ def is_torch_saving(between: int = 0) -> bool:
 
 
 def is_storage_pickled(between: int = 0) -> bool:
-    """Whether a tensor that is being pickled asks for its storage, to pickle that.
+    """Whether a tensor that is being pickled reads its storage, to pickle that.
 
     Args:
-        between: how many frames lie between the function that asks and the method of the tensor.
+        between: how many frames lie between the asking function and the method of the tensor.
     """
     frame = frame_above(1 + between)
     reducing = frame.f_back is not None and frame.f_back.f_code is _REDUCE
@@ -224,30 +225,31 @@ def is_storage_pickled(between: int = 0) -> bool:
 
 
 def is_copying_shallowly(between: int = 0) -> bool:
-    """Whether ``copy.copy`` calls a method that pickling calls too, near the function that asks.
+    """Whether ``copy.copy`` is running a method that pickling runs too.
 
     Args:
-        between: how many frames lie between that function and the method.
+        between: how many frames lie between the asking function and that method.
     """
     frames = islice(upwards(frame_above(1 + between)), 6)
     return any(frame.f_code is copy.copy.__code__ for frame in frames)
 
 
 def is_dcp_writing(between: int = 0) -> bool:
-    """Whether torch's distributed checkpoint reads the property that asks, to write a file.
+    """Whether torch's distributed checkpoint reads the asking property, to write a file.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the property and the function of torch.
     """
     name: str = frame_above(1 + between).f_globals.get("__name__", "")
     return name == "torch.distributed.checkpoint.filesystem"
 
 
 def collective_that_compares() -> str | None:
-    """The function of ``torch.distributed`` that compares dtypes, if it reads the property asked.
+    """The collective that compares the dtypes of its tensors, if it reads the asking property.
 
-    Each that takes a list of tensors does so first. Of a list of lists nothing is heard later: the
-    dispatcher asks no tensor in it (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
+    Each collective that takes a list of tensors compares first. A list of lists cannot be
+    intercepted later: the dispatcher looks at no tensor in it
+    (aten/src/ATen/core/dispatch/DispatchKeyExtractor.h).
     """
     frame = frame_above(1)
     if frame.f_code.co_name != _COMPARING or frame.f_back is None:
@@ -256,12 +258,12 @@ def collective_that_compares() -> str | None:
 
 
 def is_pointer_followed(between: int = 0) -> bool:
-    """Whether the caller of the function that asks reads memory through ``ctypes``.
+    """Whether the caller of the asking function reads memory through ``ctypes``.
 
     safetensors does so with ``data_ptr()``; most code only compares addresses.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the asking function and its caller.
     """
     code = frame_above(1 + between).f_code
     return "ctypes" in code.co_names or "ctypes" in code.co_varnames
@@ -269,48 +271,49 @@ def is_pointer_followed(between: int = 0) -> bool:
 
 def is_module_converting() -> bool:
     """Whether ``nn.Module._apply``, which ``to_empty`` calls, replaces the tensors of a module."""
-    # Between the two lie the frames of lateinit and, for a shard, those of DTensor's dispatch.
+    # Between it and the asking function lie the frames of lateinit and, for a shard, those of
+    # DTensor's dispatch: 40 is well above their number.
     return any(frame.f_code is _CONVERT for frame in islice(upwards(frame_above(1)), 40))
 
 
 def is_making_parameter(between: int = 0) -> bool:
-    """Whether ``nn.Parameter(data)`` calls the function that asks.
+    """Whether ``nn.Parameter(data)`` calls the asking function.
 
     Args:
-        between: how many frames lie between the two.
+        between: how many frames lie between the two functions.
     """
     return frame_above(1 + between).f_code is _NEW_PARAMETER
 
 
 def class_of_new_parameter() -> type[nn.Parameter]:
-    """The class of parameter that is made by the caller of the function that asks."""
+    """The class of parameter that the caller of the asking function makes."""
     asking = frame_above(1)
     made: type[nn.Parameter] = nn.Parameter
     return asking.f_locals["cls"] if asking.f_code is _NEW_PARAMETER else made
 
 
 def is_batching() -> bool:
-    """Whether ``torch.vmap`` looks at a tensor that it will wrap, by the method that asks."""
+    """Whether ``torch.vmap`` calls the asking method of a tensor that it is about to wrap."""
     return frame_above(1).f_globals.get("__name__") == "torch._functorch.vmap"
 
 
 def is_differentiating() -> bool:
-    """Whether ``torch.func.grad``, ``jvp`` or their like run.
+    """Whether ``torch.func.grad``, ``jvp`` or a similar transform is running.
 
-    The stack of transforms does not tell: an op of theirs comes to the dispatcher when the last one
-    has been taken off.
+    The stack of transforms does not show it: an op under a transform reaches the dispatcher only
+    after the last transform has been taken off the stack.
     """
     transforms = "torch._functorch.eager_transforms"
     return any(frame.f_globals.get("__name__") == transforms for frame in upwards(frame_above(0)))
 
 
 def is_typed_storage_indexed() -> bool:
-    """Whether ``storage[i]`` of a legacy typed storage reads the property that asks."""
+    """Whether ``storage[i]`` of a legacy typed storage reads the asking property."""
     return frame_above(1).f_code in _ITEMS
 
 
 def is_optimizer_stepping() -> bool:
-    """Whether an optimizer that is about to step reads the property that asks."""
+    """Whether an optimizer that is about to step reads the asking property."""
     for frame in islice(upwards(frame_above(2)), 2):
         steps = frame.f_code.co_name in _STEPS
         if steps and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
@@ -319,6 +322,6 @@ def is_optimizer_stepping() -> bool:
 
 
 def is_in_torch_optim() -> bool:
-    """Whether code of ``torch.optim`` reads the property that asks."""
+    """Whether code of ``torch.optim`` reads the asking property."""
     package = frame_above(1).f_globals.get("__package__") or ""
     return package.startswith("torch.optim")

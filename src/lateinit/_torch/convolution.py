@@ -14,16 +14,17 @@ def as_convolution_lays_out(args: tuple[Any, ...], result: Any, device: torch.de
     """The meta results of a convolution or of its backward, laid out as on a device.
 
     torch/_meta_registrations.py: meta_conv leaves results contiguous, since the backend, and with
-    it the memory format, follows from the device. torch/_subclasses/fake_impls.py asks as here.
+    it the memory format, follows from the device. torch/_subclasses/fake_impls.py does the same.
 
     Args:
-        args: those of ``aten::convolution``, or of ``aten::convolution_backward``.
-        result: what the meta kernel gave.
+        args: the arguments of ``aten::convolution``, or of ``aten::convolution_backward``.
+        result: the results of the meta kernel.
         device: where the convolution is computed.
     """
     is_forward = isinstance(result, Tensor)
     data, weight, bias, *rest = args if is_forward else args[1:]
-    # Memory that nobody touches is no memory: the backend follows from sizes, strides and dtypes.
+    # The pages of these tensors are never touched, so the system maps none: the backend follows
+    # from sizes, strides and dtypes.
     data, weight = (_untouched(tensor, device) for tensor in (data, weight))
     sizes = None if is_forward or bias is None else bias
     bias = _untouched(bias, device) if isinstance(bias, Tensor) else None

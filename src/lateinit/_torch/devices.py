@@ -13,22 +13,22 @@ CPU = torch.device("cpu")
 
 
 def device_of_result(asked: Any) -> torch.device:
-    """The device that a tensor reports if it was asked for on ``asked``."""
+    """The device that a tensor reports if it was requested on ``asked``."""
     device = torch.device(asked)
-    return CPU if device.type == "cpu" else device  # a tensor on "cpu:0" says "cpu"
+    return CPU if device.type == "cpu" else device  # a tensor on "cpu:0" reports "cpu"
 
 
 def device_number(device: torch.device) -> int:
-    """The number of a CUDA device; that of the current one if it was not given."""
+    """The number of a CUDA device; without an index, the number of the current device."""
     number: Any = device.index  # torch's stubs say int, but it is None for torch.device("cuda")
     return torch.cuda.current_device() if number is None else int(number)
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that random ops on a device draw from if they are given none.
+    """The generator from which random ops on a device draw by default.
 
     Raises:
-        RecordingError: it is not available in this process.
+        RecordingError: the generator is not available in this process.
     """
     if device == CPU or device.type == "cpu":
         return torch.default_generator

@@ -1,7 +1,8 @@
-"""Look at Python frames: who is calling, from which library, and from which line.
+"""Look at Python frames: which function is calling, from which library and line.
 
-Frames are counted from the function that asks (a property, a hook), so these helpers must be called
-from it directly. This file alone gets hold of frames; ``callers`` says what those of torch mean.
+Frames are counted from the function that calls a helper of this file, here the *asking* function (a
+property, a hook), so it must call the helper directly. No other file looks at frames; ``callers``
+interprets the frames of torch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ENTERING = {
 
 
 def frame_above(above: int) -> FrameType:
-    """The frame that is so many calls above the function that asks the caller of this one."""
+    """The frame that is ``above`` calls above the function that called the caller of this one."""
     return sys._getframe(above + 2)
 
 
@@ -46,12 +47,12 @@ def calling_modules() -> Iterator[str]:
 
 
 def is_running(code: CodeType, within: int) -> bool:
-    """Whether a function is among the ``within`` frames above the caller of the one that asks."""
+    """Whether ``code`` runs in one of the ``within`` frames above the asking function's caller."""
     return any(frame.f_code is code for frame in islice(upwards(frame_above(2)), within))
 
 
 class Caller(NamedTuple):
-    """A frame, by what does not keep it alive, and its thread."""
+    """Identifies a frame and its thread without keeping the frame alive."""
 
     frame: int
     code: CodeType
@@ -59,13 +60,13 @@ class Caller(NamedTuple):
 
 
 def caller(above: int) -> Caller:
-    """The frame that is so many calls above the function that asks."""
+    """The frame that is ``above`` calls above the asking function."""
     found = frame_above(above)
     return Caller(id(found), found.f_code, threading.get_ident())
 
 
 def is_on_stack(caller: Caller) -> bool:
-    """Whether a frame of this thread is running still."""
+    """Whether a frame of this thread is still running."""
     return any(id(f) == caller.frame and f.f_code is caller.code for f in upwards(frame_above(0)))
 
 
@@ -76,10 +77,10 @@ def is_frame_of(value: Any, file: str, function: Any) -> bool:
 
 
 def close_contexts(trace: TracebackType | None) -> None:
-    """Run the rest of the generators that an interrupt of ``contextlib``'s own lines has left.
+    """Close the generators that were left suspended when an interrupt hit ``contextlib`` itself.
 
-    If such a generator were left alone, it would run on when the traceback is dropped, and put
-    modes back at any later time (torch/overrides.py: _pop_mode_temporarily).
+    A generator that is left suspended runs its ``finally`` when the traceback is dropped, and would
+    put modes back at any later time (torch/overrides.py: _pop_mode_temporarily).
     """
     for frame in reversed([frame for frame, _ in traceback.walk_tb(trace)]):
         if frame.f_code in _ENTERING:
@@ -91,12 +92,12 @@ CallPath = tuple[tuple[CodeType, int], ...]
 
 
 def stack_depth() -> int:
-    """The number of frames from the function that asks to the outermost one."""
+    """The number of frames from the asking function to the outermost one."""
     return sum(1 for _ in upwards(frame_above(0)))
 
 
 def call_path(base: int) -> CallPath:
-    """From where the function that asks is called: the places in code outside torch and lateinit.
+    """The lines outside torch and lateinit through which the asking function was called.
 
     Args:
         base: how many of the outermost frames to leave out.

@@ -39,7 +39,7 @@ is_function_mode_in_force = torch._C._is_torch_function_mode_enabled
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 is_deterministic = torch._C._get_deterministic_algorithms
 set_grad_enabled = torch._C._set_grad_enabled
-"""The function behind ``torch.no_grad`` and its like; function modes see each call of it."""
+"""The function behind ``torch.no_grad`` and ``enable_grad``; function modes see each call."""
 
 
 class DispatchMode(TorchDispatchMode):
@@ -47,9 +47,9 @@ class DispatchMode(TorchDispatchMode):
 
     torch/utils/_python_dispatch.py: __init_subclass__ wraps ``__torch_dispatch__`` in
     ``torch._disable_dynamo``, which imports ``torch._dynamo`` at the first call (measured: 1.2 s)
-    and slows each call down. It does not if ``_should_skip_dynamo`` returns False.
+    and slows each call down. torch leaves it unwrapped if ``_should_skip_dynamo`` returns False.
 
-    ``ended`` marks a mode whose block is over: whoever finds it on the stack may take it off.
+    ``ended`` marks a mode whose block is over: code that finds it on the stack may take it off.
     """
 
     ended = False
@@ -91,7 +91,7 @@ _States: Any = torch._C._TorchFunctionState  # type: ignore[attr-defined]
 
 
 def are_functions_disabled(state: Any) -> bool:
-    """Whether function modes are not called in a state that ``functions_state`` gave."""
+    """Whether a result of ``functions_state`` means that function modes are not called."""
     return bool(state == _States.ALL_DISABLED)
 
 
@@ -101,11 +101,11 @@ def enable_functions() -> None:
 
 
 inference_mode = torch._C._InferenceMode
-"""``torch.inference_mode`` without its lines in Python, in which an interrupt could come."""
+"""The C++ guard of ``torch.inference_mode``: no lines of Python that an interrupt could hit."""
 
 
 def has_own_dispatch(tensor: Any) -> bool:
-    """Whether the dispatcher asks the class of a tensor: its implementation was made for one."""
+    """Whether the dispatcher calls ``__torch_dispatch__`` of a tensor's class for its ops."""
     return bool(torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python))
 
 
@@ -128,15 +128,16 @@ def put_dispatch_modes(modes: Sequence[Any]) -> None:
 class without_modes:  # noqa: N801 - reads as a statement
     """A block without recording, other modes, ``__torch_function__`` and gradients.
 
-    A class, since a generator takes longer to enter, and this is entered often. What it puts back
-    at its end is noted before the first change, so that its end can also follow half a beginning.
+    A class, since a generator takes longer to enter, and this is entered often. The state to
+    restore is read before the first change, so ``__exit__`` works after an interrupted
+    ``__enter__`` too.
     """
 
     __slots__ = ("_before_dispatch", "_functions", "_grad", "_modes")
 
     def __enter__(self) -> None:
         self._functions, self._grad = functions_state(), torch.is_grad_enabled()
-        # Modes before dispatch are of torch.export and its like, and are left to torch.
+        # Pre-dispatch modes belong to tracers such as torch.export, and are left to torch.
         early = _len_torch_dispatch_stack_pre_dispatch()
         self._before_dispatch = _disable_current_modes() if early else None
         # Disabling an empty stack takes time too.
@@ -197,16 +198,16 @@ def graph_break() -> None:
 
 
 set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
-"""Set the callback with which ``torch.compile`` hears of each Python frame; returns the last one.
+"""Set the callback by which ``torch.compile`` intercepts Python frames; returns the previous one.
 
-None has the frames run as they are.
+With None, frames run uncompiled.
 """
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def untraced(function: _F) -> _F:
-    """Decorator: ``torch.compile`` traces neither a function nor what that calls.
+    """Decorator: ``torch.compile`` traces neither the function nor the functions that it calls.
 
     torch/_dynamo/eval_frame.py: skip_code does so, and its module takes long to import.
     """
@@ -219,7 +220,7 @@ def untraced(function: _F) -> _F:
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
-    """A block after which process-wide settings are what they were."""
+    """A block whose end restores process-wide settings."""
     before = [setting() for setting, _ in _SETTINGS]
     try:
         yield
@@ -250,7 +251,7 @@ AUTOCAST_DEVICES = ("cpu", "cuda")  # the device types whose autocast can be rec
 
 def read_autocast() -> Autocast:
     """Whether autocast is on and its dtype, for each device type; whether it caches."""
-    some = is_any_autocast_enabled()  # asking each takes longer, and this is asked often
+    some = is_any_autocast_enabled()  # one query in place of one per device type: this runs often
     each = [
         (some and torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
         for d in AUTOCAST_DEVICES
@@ -259,7 +260,7 @@ def read_autocast() -> Autocast:
 
 
 def put_autocast(state: Autocast) -> None:
-    """Set what ``read_autocast`` reads.
+    """Set the state that ``read_autocast`` returns.
 
     ``torch.autocast`` also counts how deeply it is nested, to empty its cache at the end. A count
     that an interrupt has left wrong would keep the casts of old weights for good.
@@ -274,7 +275,7 @@ def put_autocast(state: Autocast) -> None:
 def autocast_in_force(chosen: tuple[str, torch.dtype] | None) -> Iterator[None]:
     """Run a block with autocast on for one device type, or off.
 
-    It keeps the casts of weights, as it does by default: they are one node of a graph each.
+    Its cache is on, as by default: each cast of a weight is then one node of the graph.
     """
     before, outermost = read_autocast(), not is_any_autocast_enabled()
     on, dtype = chosen or ("", torch.bfloat16)
@@ -285,11 +286,11 @@ def autocast_in_force(chosen: tuple[str, torch.dtype] | None) -> Iterator[None]:
         yield
     finally:
         put_autocast(before)
-        if chosen and outermost:  # else torch does so at the end of the outermost one
+        if chosen and outermost:  # otherwise torch empties it at the end of the outermost block
             torch.clear_autocast_cache()
 
 
-# How each setting is read and put back; cudnn's are switched by many a training script.
+# How each setting is read and put back. Training scripts often switch those of cudnn.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (read_determinism, put_determinism),
@@ -309,8 +310,8 @@ def is_recording_alone(functions: int = 0) -> bool:
     """Whether one recording is the only mode, with the usual default device and determinism.
 
     Args:
-        functions: how many function modes are on the stack then. To the recording's function mode
-            there is none, since torch takes it off its stack meanwhile.
+        functions: how many function modes the stack then has. Within the recording's function mode
+            it has none, since torch takes a mode off the stack while it runs.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 1
@@ -339,7 +340,7 @@ def default_device_in_force() -> torch.device | None:
 
 
 def takes_default_device(func: Any) -> bool:
-    """Whether a function is a factory that ``with torch.device(...)`` gives its device to."""
+    """Whether a function is a factory to which ``with torch.device(...)`` passes its device."""
     return func in _device_constructors()
 
 
@@ -350,10 +351,10 @@ _AUTOGRAD = tuple(
 
 
 def with_autograd() -> Any:
-    """A block in which autograd follows ops, below an op at the dispatcher too.
+    """A block in which autograd records ops, even inside an op at the dispatcher.
 
-    torch/csrc/autograd: what an op calls has no graph of its own, and what replays in a read that
-    an op makes would have none.
+    torch/csrc/autograd: the kernel of an op runs below autograd. Without this block, a replay that
+    answers a read within a kernel would give tensors without a graph.
     """
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C._dispatch_tls_local_exclude_set()

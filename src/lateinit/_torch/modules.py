@@ -1,7 +1,7 @@
 """The private dictionaries of ``nn.Module``: parameters, buffers, children and hooks.
 
-torch's public iterators, such as ``named_parameters``, leave out entries that are None, and all
-but the first of tied ones.
+torch's public iterators, such as ``named_parameters``, leave out entries that are None, and of
+tied entries all but the first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ REGISTRATION_HOOKS: tuple[dict[int, Any], ...] = (
 )
 """Global hooks ``(module, name, value)`` by key: for parameters, for buffers, for children.
 
-``register_module_parameter_registration_hook`` and its like add to them and return a handle.
+``register_module_parameter_registration_hook`` and the functions for buffers and children add to
+them and return a handle.
 """
 
 ALLOWED_OF_PLACEHOLDERS: tuple[Any, ...] = tuple(UninitializedTensorMixin._allowed_methods)
@@ -33,7 +34,7 @@ copy_into_state_dict = nn.Module._save_to_state_dict
 load_with_counter = nn.modules.batchnorm._NormBase._load_from_state_dict
 """The ``_load_from_state_dict`` of batch norms, which adds ``num_batches_tracked`` to old dicts.
 
-Apart from these and instance norms, torch's layers use that of ``nn.Module``.
+All torch's layers but batch and instance norms inherit the method of ``nn.Module``.
 """
 
 
@@ -74,8 +75,8 @@ def has_load_hook(module: nn.Module) -> bool:
 def load_state_dict_first(module: nn.Module, hook: Callable[..., None]) -> Any:
     """Register a hook that runs before all others of ``load_state_dict``; returns its handle."""
     handle = module._register_load_state_dict_pre_hook(hook)
-    # torch/nn/modules/module.py: _load_from_state_dict iterates over the dictionary itself. A hook
-    # that removes itself while another one follows is an error, so ours must not follow.
+    # torch/nn/modules/module.py: _load_from_state_dict iterates over the dictionary itself. If a
+    # hook removes itself and another hook follows it, that raises. So this hook comes first.
     hooks: Any = module._load_state_dict_pre_hooks
     hooks.move_to_end(handle.id, last=False)
     return handle
@@ -88,7 +89,7 @@ def replace_forward_pre_hook(module: nn.Module, key: int, hook: Callable[..., An
 
 
 def before_call(module: nn.Module, do: Callable[[nn.Module, Any, Any], None]) -> None:
-    """Do something with the arguments of each call of a module, before any of its hooks."""
+    """Call ``do(module, args, kwargs)`` at each call of a module, before any of its hooks."""
     call: Callable[..., Any] = module._call_impl
 
     def called(*args: Any, **kwargs: Any) -> Any:

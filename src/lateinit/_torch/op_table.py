@@ -1,4 +1,4 @@
-"""Facts about torch's operators that their schemas and tags do not tell: a row for each operator.
+"""Facts about torch's operators that their schemas and tags do not state: a row for each operator.
 
 To teach lateinit about an operator, add a row. Only facts that lateinit relies on are stated: a
 field that is left out promises nothing. ``operators.op_info`` joins a row with the schema.
@@ -16,7 +16,7 @@ from typing import Any, Literal
 _Number = int | float
 FilledBy = tuple[str, tuple[str | _Number, ...]]
 UNINITIALISED: FilledBy = ("", ())
-"""The ``filled_by`` of ``empty`` and its like."""
+"""The ``filled_by`` of factories that leave memory uninitialised, such as ``empty``."""
 
 ZERO = "aten::zero_"
 FILL = "aten::fill_.Scalar"
@@ -30,34 +30,36 @@ class OpTraits:
     """One row.
 
     Attributes:
-        fills: whether it writes every element of ``self`` and reads none. Schemas mark that
-            ``self`` is written, and no more.
+        fills: whether the op writes every element of ``self`` and reads none. A schema marks only
+            that ``self`` is written.
         elementwise: whether each element of its result depends on the element of ``self`` at the
             same place, and on numbers, alone. An in-place op may then be run on pieces of a tensor
             (``_replay.chunks`` tries first whether the bits agree). A result has the shape of
             ``self``.
-        allocates: for an op that makes new memory, what tells its shape: an argument ``size``; a
-            tensor of the same shape ("like"); an argument ``size``, next to a tensor that tells
-            dtype and device ("new"); a number of elements ("count"); a start, an end and a step
-            ("range"); or nothing, as it is one number ("one").
+        allocates: for an op that makes new memory, the source of its shape: an argument ``size``; a
+            tensor of the same shape ("like"); an argument ``size``, with a tensor that gives dtype
+            and device ("new"); a number of elements ("count"); a start, an end and a step
+            ("range"); or nothing, as the result is one number ("one").
         filled_by: for a factory, the in-place op that gives its memory the values, with that op's
             numbers or the names of the factory's arguments that are these numbers.
         copies: the position of the argument whose values its result has.
-        draws: what the number of words that it draws from a CPU generator depends on, besides the
-            number of elements, dtype and layout: nothing else ("fixed"), its numbers ("numbers"),
-            the width of its range ("range"), or values, so that only running it tells ("values").
-            None if it draws nothing, or by way of ``filled_by``.
-        numbers: the numbers of a trial. They stand for all others as far as ``draws`` says so.
-        usual: a test for numbers that it surely accepts, for every floating-point dtype.
+        draws: the number of words that the op draws from a CPU generator depends on the number of
+            elements, dtype and layout, and on: nothing else ("fixed"), its numbers ("numbers"),
+            the width of its range ("range"), or values, so that it must be run ("values"). None if
+            it draws nothing, or draws through ``filled_by``.
+        numbers: the numbers of a trial. If ``draws`` is "fixed", they stand for all others.
+        usual: a test for numbers that the op surely accepts, for every floating-point dtype.
         method: whether the method of ``Tensor`` with its name, given numbers, calls this overload.
             Calling an ``OpOverload`` from Python takes as long as a small fill; a method is faster.
         layout_only: whether it answers from layouts alone, without values.
-        spoken: its name in messages, if users call it by another one.
-        writes_unsaid: the positions of arguments that it writes, and that its schema does not mark.
-        layout: how to know the layout of its results if not by its meta kernel: the kernel is
-            "asked", or only if an argument is not contiguous ("asked if permuted"), by a run on
-            small tensors (``_recording.layouts``); of a "convolution", torch tells; only a run on
-            the "values" gives results that are no windows on a storage.
+        spoken: its name in messages, if users know the op by another name.
+        writes_unsaid: the positions of arguments that it writes although its schema does not mark
+            them.
+        layout: where the layout of its results comes from, if not from its meta kernel: a run of
+            the real kernel on small tensors (``_recording.layouts``), always ("asked") or only if
+            an argument is not contiguous ("asked if permuted"); torch's choice of backend
+            ("convolution"); or a run on the real values ("values"), for results that are not
+            windows on a storage.
     """
 
     fills: bool = False
@@ -212,7 +214,7 @@ _CHECKING = (
     "cholesky cholesky_inverse linalg_cholesky_ex linalg_eig linalg_inv_ex linalg_lstsq",
     "linalg_lu_solve linalg_pinv _linalg_eigh _linalg_eigvals linalg_eigvals linalg_eigvalsh",
     "linalg_svdvals linalg_cond linalg_matrix_norm linalg_matrix_rank _linalg_svd lu_unpack",
-    # Indices, and what is counted.
+    # Indices, and values that are counted.
     "embedding _embedding_bag _embedding_bag_forward_only gather index index_add index_copy",
     "index_fill index_put _index_put_impl index_reduce index_select masked_scatter max_unpool2d",
     "max_unpool3d multi_margin_loss multilabel_margin_loss_forward nll_loss_forward put",

@@ -1,7 +1,7 @@
 """Facts about torch's operators: what each writes, draws and returns.
 
-They come from schemas and tags, looked up once per overload, and from the rows of ``op_table``
-where a schema does not tell. Ops of lateinit's own are registered here too.
+They come from schemas and tags, looked up once per overload, and from the rows of ``op_table`` for
+facts that a schema does not state. lateinit's own ops are registered here too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TRUNCATED = "lateinit::trunc_normal_"
 REFUSED = "lateinit::refused"
 """An op that raises when it is replayed: ``refused(self!, reason)``."""
 
-# The namespaces of collectives. Schemas do not say what a c10d op writes
+# The namespaces of collectives. Schemas do not mark the arguments that a c10d op writes
 # (torch/csrc/distributed/c10d/Ops.cpp).
 _COLLECTIVES = frozenset(
     {"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"}
 )
 
-# The namespaces of torch's own operators: an op of any other may draw without its schema or tags
-# saying so.
+# The namespaces of torch's own operators. An op of any other namespace may draw although neither
+# its schema nor its tags state it.
 _TORCHS = frozenset(
     {
         *("aten", "prims", "quantized", "_quantized", "quantization", "sparse"),
@@ -55,11 +55,11 @@ FillOp = tuple[str, tuple[Any, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpInfo(OpTraits):
-    """Facts about one operator overload: its row, and what its schema and tags tell.
+    """Facts about one operator overload: from its row, its schema and its tags.
 
     Attributes:
         func: the overload, or the Python function of an op of lateinit's own.
-        call: ``func``, or the method of ``Tensor`` that does the same sooner.
+        call: ``func``, or the method of ``Tensor`` that does the same in less time.
         name: its qualified name, such as ``aten::add.Tensor``.
         arguments: the names of its positional arguments.
         mutates: the positions of the positional arguments that it writes.
@@ -166,8 +166,8 @@ def register(name: str, func: Callable[..., Any], traits: OpTraits) -> OpInfo:
 
     Args:
         name: its qualified name.
-        func: the function. It writes its first argument if ``traits`` says that it fills that, and
-            draws from an argument ``generator`` if they say that it draws.
+        func: the function. It writes its first argument if ``traits.fills``, and draws from an
+            argument ``generator`` if ``traits.draws``.
         traits: the facts about it.
     """
     info = _BY_NAME[name] = OpInfo(

@@ -1,7 +1,8 @@
-"""Send the calls of a Python function elsewhere, whatever name they come by.
+"""Redirect the calls of a Python function, by whatever name it is called.
 
-``from torch.nn.init import xavier_uniform_`` binds a name that replacing the one in
-``torch.nn.init`` does not reach. The function object is the same, and its code can be exchanged.
+``from torch.nn.init import xavier_uniform_`` binds another name, so replacing the name in
+``torch.nn.init`` has no effect on it. But both names are bound to the same function object, and the
+code of that object can be exchanged.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ def _elsewhere(*args: Any, _lateinit_to: Any, **kwargs: Any) -> Any:
 
 
 class Rerouted:
-    """A function without a closure, whose calls go elsewhere between ``begin`` and ``end``.
+    """A function without a closure, whose calls are redirected between ``begin`` and ``end``.
 
-    Both can be called again after an interrupt: they set everything.
+    Both methods can be called again after an interrupt: each sets everything.
 
     Args:
         function: the function.
-        to: is called in its place, with this object and the arguments.
+        to: called in place of the function, with this object and the arguments.
 
     Attributes:
         function: the function.
-        found: another function, which does what it did before ``begin``.
+        found: another function object with the original code.
     """
 
     def __init__(self, function: Any, to: Callable[..., Any]) -> None:
@@ -49,7 +50,7 @@ class Rerouted:
             )
             self.found.__kwdefaults__ = self._defaults
             self.found.__annotations__ = function.__annotations__
-        # `inspect.signature` follows it, to the arguments that the function really takes.
+        # `inspect.signature` follows `__wrapped__` to the arguments that the function really takes.
         function.__wrapped__ = self.found
         # In this order: another thread may call the function between any two lines.
         function.__kwdefaults__ = {_TO: self._called}

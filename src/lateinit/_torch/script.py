@@ -1,7 +1,7 @@
-"""Modules of TorchScript: a C++ object holds their tensors, by implementation and not by object.
+"""TorchScript modules: a C++ object holds the implementations of their tensors, not the objects.
 
-An exchange of implementations (``swap``) therefore leaves it the old ones, unless it is given the
-tensor objects anew.
+After an exchange of implementations (``swap``) it therefore holds the old ones, until the tensor
+objects are assigned to it again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lateinit._torch.arguments import tensors_in
 _ScriptModule: Any = torch.jit.ScriptModule
 RecursiveScriptModule: Any = torch.jit._script.RecursiveScriptModule
 construct_script_module = RecursiveScriptModule.__init__
-"""What every scripted or traced module is made by (torch/jit/_script.py)."""
+"""The function that makes every scripted or traced module (torch/jit/_script.py)."""
 
 _scripted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -36,7 +36,7 @@ _SAVES = {
 
 
 class Held(NamedTuple):
-    """An attribute of a scripted module that is a tensor or contains some."""
+    """An attribute of a scripted module that is a tensor or contains tensors."""
 
     module: Any
     name: str
@@ -48,14 +48,14 @@ class Held(NamedTuple):
         return tensors_in(values, {})
 
     def put_back(self) -> None:
-        """Have the C++ module hold what the tensor objects are by now."""
+        """Have the C++ module hold the present implementations of the tensor objects."""
         self.module._c.setattr(self.name, self.value)
 
 
 def held_by_script(modules: Iterable[nn.Module]) -> list[Held]:
-    """What the scripted ones among some modules hold themselves, parameters and buffers included.
+    """The tensor attributes of the scripted modules among some: parameters, buffers and others.
 
-    As long as these objects live, they are what the C++ modules answer with.
+    As long as these tensor objects live, C++ returns them when the attributes are read.
     """
     return [
         held
@@ -67,7 +67,8 @@ def held_by_script(modules: Iterable[nn.Module]) -> list[Held]:
 
 
 def _attributes(module: Any) -> Iterator[Held]:
-    # A traced module, and one of a subclass of ScriptModule, asks the module that it wraps.
+    # A traced module, and an instance of a subclass of ScriptModule, forwards to the module that it
+    # wraps.
     cpp = getattr(module, "_c", None)
     if cpp is None:
         return
@@ -105,7 +106,7 @@ def tell_of_script_saves(listener: Callable[..., None] | None) -> None:
 
 
 def note_new_scripts(*, on: bool) -> None:
-    """Note each scripted module that is made from now on, for ``noted_scripts``, or end that."""
+    """Start or stop noting the scripted modules that are made, for ``noted_scripts``."""
     RecursiveScriptModule.__init__ = _construct_noted if on else construct_script_module
 
 

@@ -1,6 +1,6 @@
-"""Functions of torch that pickles of ``torch.save`` name, and what they call (torch/_utils.py).
+"""The functions that a pickle of ``torch.save`` names, and those that they call (torch/_utils.py).
 
-Also the private record of DCP that says where a block is.
+Also DCP's private record of the place of a block.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ REBUILD_PARAMETER_WITH_STATE = ("torch._utils", "_rebuild_parameter_with_state")
 
 
 def rebuild(name: tuple[str, str]) -> Callable[..., Any]:
-    """The function of a name above, which unpickling calls."""
+    """The function with a name above, which unpickling calls."""
     found: Callable[..., Any] = getattr(importlib.import_module(name[0]), name[1])
     return found
 
 
 def stored_by_dcp(file: str, start: int, nbytes: int) -> Any:
-    """Say where a block is, as DCP's readers look for it (torch/distributed/checkpoint/filesystem).
+    """DCP's record of the place of a block (torch/distributed/checkpoint/filesystem.py).
 
     Args:
         file: the name of the file.
-        start: its first byte there.
-        nbytes: how many it has.
+        start: the first byte of the block in the file.
+        nbytes: the length of the block in bytes.
     """
     # Slow to import.
     from torch.distributed.checkpoint.filesystem import _StorageInfo  # noqa: PLC0415
@@ -39,14 +39,14 @@ def stored_by_dcp(file: str, start: int, nbytes: int) -> Any:
 
 
 REBUILDING: tuple[Any, str] = torch._utils, "_rebuild_tensor"
-"""Where they find ``rebuild_tensor``, at each call."""
+"""The module in which torch's functions look up ``rebuild_tensor``, at each call."""
 rebuild_tensor: Callable[..., torch.Tensor] = getattr(*REBUILDING)
 """``rebuild_tensor(typed_storage, offset, size, stride)``: a tensor on loaded memory."""
 
 
 def bytes_loaded(storage: Any) -> int | None:
-    """The size of a typed storage of bytes on the CPU; None of any other one."""
+    """The size of a typed storage of bytes on the CPU; None for any other storage."""
     if storage.dtype is not torch.uint8:
         return None
-    untyped = storage._untyped_storage  # what the storage itself answers, with a warning
+    untyped = storage._untyped_storage  # the public way to it warns (torch/storage.py)
     return int(untyped.nbytes()) if untyped.device.type == "cpu" else None

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lateinit._torch.modes import without_functions, without_modes
 
-LARGE = 4 << 20  # bytes: the least that surely contains a whole huge page, wherever it starts
-_HUGE_PAGE = 2 << 20  # bytes: that of x86-64, and of ARM64 with pages of 4 KiB
+LARGE = 4 << 20  # bytes: the smallest range that contains a whole huge page at any alignment
+_HUGE_PAGE = 2 << 20  # bytes: on x86-64, and on ARM64 with pages of 4 KiB
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.UntypedStorage:
@@ -55,7 +55,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _madvise() -> Callable[..., int] | None:
-    """The C function of that name, or None where there is none or no advice for huge pages."""
+    """The C function ``madvise``, or None if the system has none or no advice for huge pages."""
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
@@ -77,7 +77,8 @@ def checksum(tensor: Tensor) -> int:
 def copied_with_strides(tensor: Tensor) -> Tensor:
     """A copy with exactly the strides of the original, overlapping ones and gaps included.
 
-    Kernels lay results out like their arguments, and ``clone`` keeps dense strides only.
+    Kernels derive the layout of results from their arguments, and ``clone`` keeps dense strides
+    only.
     """
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
@@ -88,7 +89,7 @@ def copied_with_strides(tensor: Tensor) -> Tensor:
 
 
 def span_of(size: Iterable[int], stride: Iterable[int]) -> int:
-    """The elements from the first to the last one of a tensor that has some, gaps included."""
+    """The elements from the first to the last one of a non-empty tensor, gaps included."""
     return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
@@ -110,19 +111,19 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 
 
 def is_held_elsewhere(tensor: Tensor) -> bool:
-    """Whether something but a tensor holds its memory: another tensor, or an array of numpy."""
-    storage = tensor.untyped_storage()  # the object counts too
+    """Whether another object holds a tensor's memory too: another tensor, or a numpy array."""
+    storage = tensor.untyped_storage()  # this Python object is one of the holders
     return torch._C._storage_Use_Count(storage._cdata) > 2
 
 
 def memory_key(tensor: Tensor) -> int:
-    """The key of a tensor's storage, of which no function mode hears."""
+    """The key of a tensor's storage, read without calling any function mode."""
     with without_functions():
         return storage_key(tensor.untyped_storage())
 
 
 def negative_view(tensor: Tensor) -> Tensor:
-    """A view of a tensor with torch's negative bit set, as that of ``x.conj().imag`` is."""
+    """A view of a tensor with torch's negative bit set, as ``x.conj().imag`` has."""
     return torch._neg_view(tensor)
 
 
@@ -132,5 +133,5 @@ def sparse_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def base_of(tensor: Tensor) -> Tensor:
-    """The tensor that a view shows, for autograd; a tensor that is no view itself."""
+    """The base of a view, for autograd; of any other tensor, the tensor itself."""
     return tensor if tensor._base is None else tensor._base

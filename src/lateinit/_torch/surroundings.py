@@ -4,13 +4,13 @@
 ``__exit__`` or of a ``finally``, which then does not run. No context manager written in Python is
 safe from that, torch's own included. So each public call notes everything that it may change in its
 thread (``noted``), and if it is interrupted puts all of it back (``Noted.restore``), whatever the
-context managers below it have done. A block, which is no call, is ended by whoever comes next, if
-even its ``__exit__`` was interrupted (``here.block``).
+context managers below it have done. A ``deferred()`` block is not a call: if even its ``__exit__``
+was interrupted, the next public call ends it (``here.block``).
 
-What has to be put back is put back at the end of a ``try`` and again in its ``except
-BaseException``, not in a ``finally``: an interrupt of the first is then answered by the second. The
-line of a ``try`` that is inside another one is covered by neither (CPython 3.11 compiles it to an
-instruction of its own), so such functions have none.
+State is put back at the end of a ``try`` and again in its ``except BaseException``, not in a
+``finally``: if an interrupt hits the first, the second still runs. The line of a nested ``try`` is
+covered by neither (CPython 3.11 compiles it to an instruction of its own), so such functions nest
+no ``try``.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class _Block(Protocol):
 
 
 class _Here(threading.local):
-    """What lateinit itself has in force in a thread.
+    """lateinit's own state in a thread.
 
     Attributes:
         writer: the writer of the recording in force (``_recording.writer``).
-        trial: how lazy modules are initialised by way of trial (``_lazy.mixin``).
-        initialising: a lazy module is called to be initialised (``_lazy.protocols``).
+        trial: how lazy modules are initialised during a trial (``_lazy.mixin``).
+        initialising: whether a lazy module is called to be initialised (``_lazy.protocols``).
         block: a weak reference to the outermost open block (``_recording.block``).
     """
 
@@ -85,11 +85,12 @@ def turn() -> Any:
 
 
 def is_turn_taken() -> bool:
-    """Whether this thread is the one that has a turn, of whatever kind."""
+    """Whether this thread holds any turn."""
     return any(_turns_taken())
 
 
-# Who wants them to wait, by thread. A threshold that no count reaches says that they do.
+# The users for whom full collections wait, each with its thread. They wait while the threshold of
+# the oldest generation is one that no count reaches.
 _unhurried: set[tuple[int, Any]] = set()
 _one_user = turn()
 _NEVER = 1 << 30
@@ -103,7 +104,7 @@ def let_full_collections_wait(user: Any) -> None:
     objects of the process again and again: it took 40% of the time for 4,200 small tensors.
 
     Args:
-        user: whoever asks for it, and says when it needs it no longer.
+        user: identifies the caller in ``let_full_collections_begin``.
     """
     global _usual  # noqa: PLW0603 - the process has one threshold
     with _one_user:
@@ -115,7 +116,7 @@ def let_full_collections_wait(user: Any) -> None:
 
 
 def let_full_collections_begin(user: Any) -> None:
-    """The contrary. It can be called again."""
+    """Undo ``let_full_collections_wait`` for one user. It can be called again."""
     _put_unhurried(_unhurried_here() - {user})
 
 
@@ -144,7 +145,7 @@ def _give_up_turns(before: list[bool]) -> None:
 
 
 class Noted(NamedTuple):
-    """What was in force in a thread at some moment; ``kept`` says how it is put back."""
+    """The state of a thread at some moment; ``kept`` has each value with how to put it back."""
 
     functions: Any
     values: list[Any]
@@ -157,7 +158,7 @@ class Noted(NamedTuple):
             trace: the traceback of the interrupt.
         """
         close_contexts(trace)
-        # None of this is for function modes to hear.
+        # No function mode may intercept these calls.
         with torch._C.DisableTorchFunction():
             for value, (read, put) in zip(self.values, self.kept, strict=True):
                 if read() != value:
@@ -166,7 +167,7 @@ class Noted(NamedTuple):
 
 
 def noted() -> Noted:
-    """What is in force in this thread now."""
+    """The present state of this thread: modes, settings and lateinit's own."""
     return _noted(_KEPT)
 
 
@@ -180,7 +181,7 @@ def _noted(kept: Kept) -> Noted:
 
 
 def restoring(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A public function that leaves everything in force as it was, if it is interrupted."""
+    """Decorator of public functions: an interrupted call puts the state of its thread back."""
 
     @functools.wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -196,7 +197,7 @@ def restoring(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def unhurried(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function during which full garbage collections wait."""
+    """Decorator: full garbage collections wait during a call."""
 
     @functools.wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -213,8 +214,8 @@ def unhurried(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def mend() -> None:
     """End what interrupts have left in force in this thread.
 
-    A block is left if its ``__exit__`` was interrupted before it began. Modes of ours are left if
-    a context manager of torch puts them back too late, when the traceback that held it is dropped.
+    A block is left if its ``__exit__`` was interrupted before it began. Modes of lateinit are left
+    if a context manager of torch puts them back late: when the traceback that held it is dropped.
     """
     block = here.block() if here.block is not None else None
     if block is not None and block.is_abandoned():
@@ -258,7 +259,7 @@ _FLAGS = tuple(
     for name in names
     if name in vars(module)
 )
-# The last of the flags is also kept below Python.
+# torch/utils/_python_dispatch.py: C++ has a copy of the last of the flags, set by this function.
 _TELL = vars(torch.utils._python_dispatch).get("set_is_in_mode_without_ignore_compile_internals")
 
 

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from lateinit.errors import DeferredTensorError
 
 swap_implementation = torch._C._swap_tensor_impl
-"""``swap_implementation(a, b)``: ``a`` gets the memory and metadata of ``b``, and conversely."""
+"""``swap_implementation(a, b)``: exchange the memory and metadata of two tensor objects."""
 
 # torch's own, whatever stands in their place while a block runs.
 make_subclass = torch.Tensor._make_subclass
 """``make_subclass(cls, data, requires_grad)``: a tensor of ``cls`` on the memory of ``data``."""
 view_as_subclass = torch.Tensor.as_subclass
-"""``view_as_subclass(tensor, cls)``: the same, in the graph of ``tensor``."""
+"""``view_as_subclass(tensor, cls)``: the same as ``make_subclass``, in the graph of ``tensor``."""
 new_tensor = torch.Tensor.__new__
-"""``new_tensor(cls, *args)``: what a call of a class of tensors begins with, in C++."""
+"""``new_tensor(cls, *args)``: the C++ constructor behind a call of a tensor class."""
 
 SWAPPING: tuple[Any, str] = torch._C, "_swap_tensor_impl"
-"""Where torch/utils/__init__.py: swap_tensors finds ``swap_implementation``, at each call."""
+"""The module in which torch/utils/__init__.py: swap_tensors looks up ``swap_implementation``."""
 ASKING_FOR_REFERENCES: tuple[Any, str] = torch.utils, "weakref"
-"""Where it finds the module that tells it of weak references."""
+"""The module in which swap_tensors looks up ``weakref``, to list weak references."""
 
 
 class WeakTensor(weakref.ref[Tensor]):
@@ -39,7 +39,7 @@ class WeakTensor(weakref.ref[Tensor]):
 
 
 class OthersReferences:
-    """Stands for the module ``weakref``, and does not tell of the references of lateinit."""
+    """Stands in for the module ``weakref``, and does not list the references of lateinit."""
 
     @staticmethod
     def getweakrefs(value: Any) -> list[Any]:
@@ -52,8 +52,8 @@ class OthersReferences:
 def swap(tensor: Tensor, real: Tensor) -> Tensor:
     """Give ``tensor`` the memory and values of ``real``, which must not be used afterwards.
 
-    ``tensor`` keeps its hooks, ``requires_grad`` and whether it is a leaf. If it is none, backward
-    through it raises: the graph of the constructor is not recorded.
+    ``tensor`` keeps its hooks, ``requires_grad`` and ``is_leaf``. Backward through a tensor that is
+    no leaf raises: the graph of the constructor is not recorded.
 
     Returns:
         The object that holds the implementation which ``tensor`` had.

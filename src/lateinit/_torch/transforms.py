@@ -1,4 +1,4 @@
-"""The transforms of ``torch.func``: grad, vjp, jvp, vmap and their like."""
+"""The transforms of ``torch.func``: grad, vjp, jvp, vmap and others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.compiler import is_dynamo_compiling
 
 from lateinit._torch.modes import graph_break, set_eval_frame
 
-# What grad and vjp, and functionalize, call of each tensor. The result is a plain tensor, and no
-# ``__torch_function__`` is asked (torch/_functorch/eager_transforms.py).
+# The functions by which grad and vjp, and functionalize, wrap each tensor. They call no
+# ``__torch_function__``, and give a plain tensor (torch/_functorch/eager_transforms.py).
 _WRAPS = {
     name: getattr(eager_transforms, name) for name in ("_wrap_for_grad", "_wrap_functional_tensor")
 }
@@ -25,7 +25,7 @@ def is_functorch_running() -> bool:
 
 
 def unwrapped(tensor: Any) -> Any:
-    """The tensor that transforms of ``torch.func`` have wrapped, one in the other."""
+    """The innermost tensor in the nested wrappers of ``torch.func``."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
@@ -37,7 +37,7 @@ def outside_functorch() -> Iterator[None]:
     if not is_functorch_running():
         yield
         return
-    # Slow to import, and whoever has such a transform running has done so.
+    # Slow to import; it is imported already if such a transform is running.
     from torch._functorch import pyfunctorch  # noqa: PLC0415
 
     with pyfunctorch.temporarily_clear_interpreter_stack():

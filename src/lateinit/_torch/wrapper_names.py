@@ -9,11 +9,11 @@ _NAMES = frozenset(
         "_fsdp_wrapped_module",  # FSDP1: torch/distributed/fsdp/_common_utils.py
     }
 )
-"""Attributes that stand in names of parameters, and that no model has of its own."""
+"""Attributes of wrappers that appear in names of parameters, and that no model has itself."""
 
 
 def without_wrappers(name: str) -> str:
-    """A fully qualified name without those parts that wrappers add."""
+    """A fully qualified name without the parts that wrappers add."""
     if _NAMES.isdisjoint(parts := name.split(".")):
         return name
     return ".".join(part for part in parts if part not in _NAMES)

@@ -1,7 +1,7 @@
 """Wrapper subclasses, tensors that consist of other tensors: ``DTensor`` above all; fake tensors.
 
-Their modules take long to import, so they are looked up among the imported ones: there is no
-``DTensor`` before someone has imported it.
+Their modules take long to import, so they are looked up in ``sys.modules``: as long as ``DTensor``
+is not imported, no tensor can be one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lateinit._torch.swap import swap
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether a tensor is a wrapper of other tensors, as distributed and some quantised ones.
+    """Whether a tensor is a wrapper of other tensors, as distributed and some quantised ones are.
 
     torch/utils/_python_dispatch.py: ``__tensor_flatten__`` is the protocol of such classes.
     """
@@ -39,7 +39,7 @@ def tell_of_new_dtensors(listener: Callable[[Any], None] | None) -> bool:
     Those that torch's C++ code makes, for the results of ops, do not call the constructor.
 
     Returns:
-        Whether anyone has imported ``DTensor`` yet; else there is nothing to listen to.
+        Whether ``DTensor`` is imported yet; if not, nothing can be intercepted.
     """
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
@@ -98,16 +98,16 @@ def tell_of_fsdp_parameters(
 ) -> bool:
     """Have FSDP2 shard a parameter by ``listener(make, state, parameter)``; None ends that.
 
-    ``make`` does it, and fills in ``state``, from which ``kept_by_fsdp`` reads what came of it.
+    ``make`` is FSDP2's own sharding. It fills in ``state``, from which ``kept_by_fsdp`` reads.
 
     Returns:
-        Whether anyone has imported FSDP2 yet; else there is nothing to listen to.
+        Whether FSDP2 is imported yet; if not, nothing can be intercepted.
     """
     module = sys.modules.get(_FSDP)
     if module is None:
         return False
     cls = module.FSDPParam
-    if not cls.__annotations__.keys() >= _KEPT:  # another torch; it is slower, and as right
+    if not cls.__annotations__.keys() >= _KEPT:  # another torch version: slower, and as correct
         return True
 
     def telling(initialise: Any) -> Any:
@@ -135,11 +135,11 @@ class Cut(NamedTuple):
     """A call in which torch takes this rank's part of a tensor along one axis of a mesh.
 
     Attributes:
-        take: does it, to the tensor that it is given.
+        take: torch's own function: takes this rank's part of its argument.
         tensor: the tensor.
         dim: the dim that ``torch.chunk`` cuts; None if the part is made in another way.
         chunks: the number of chunks.
-        chunk: the number of this rank's.
+        chunk: the index of this rank's chunk.
     """
 
     take: Callable[[Tensor], Tensor]
@@ -153,7 +153,7 @@ def tell_of_cuts(listener: Callable[[Cut], Tensor] | None) -> bool:
     """Have ``distribute_tensor`` take parts of tensors by ``listener``; None ends that.
 
     Returns:
-        Whether anyone has imported ``DTensor`` yet; else there is nothing to listen to.
+        Whether ``DTensor`` is imported yet; if not, nothing can be intercepted.
     """
     module = sys.modules.get("torch.distributed.tensor.placement_types")
     if module is None:
@@ -161,7 +161,7 @@ def tell_of_cuts(listener: Callable[[Cut], Tensor] | None) -> bool:
     shard = listener and functools.partial(_telling_of_shard, listener)
     for cls in (module.Shard, module._StridedShard):
         _replace(cls, "_shard_tensor", shard)
-    # torch before 2.12 has one method less.
+    # torch before 2.12 has only the second of these methods.
     names = ("_make_replicate_tensor", "_replicate_tensor")
     name = next(name for name in names if name in vars(module.Replicate))
     replica = listener and functools.partial(_telling_of_replica, listener)
@@ -199,11 +199,11 @@ FakeMode = FakeTensorMode
 """The dispatch mode that makes fake tensors."""
 
 enter_fake_mode = FakeTensorMode.__enter__
-"""What ``with FakeTensorMode():`` calls, be it of ``torch.export`` or of the user."""
+"""The method that ``with FakeTensorMode():`` calls, for ``torch.export`` and for users."""
 
 
 def is_fake(tensor: Any) -> bool:
-    """Whether a tensor is a ``FakeTensor``: one without memory that says a real device."""
+    """Whether a tensor is a ``FakeTensor``: it has no memory and reports a real device."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 
@@ -234,8 +234,8 @@ def rewrap(tensor: Any) -> None:
 def axes_as_sharded(shard: Any) -> Sequence[int]:
     """The axes of a ``DTensor``'s mesh, in the order in which they cut its dims.
 
-    torch/distributed/tensor/_dtensor_spec.py: from left to right, unless ``shard_order`` says
-    otherwise. Placements that say the order themselves (``_StridedShard``) leave it None.
+    torch/distributed/tensor/_dtensor_spec.py: from left to right, unless ``shard_order`` gives
+    another order. It is None if the placements themselves encode the order (``_StridedShard``).
     """
     order = getattr(shard._spec, "shard_order", None)
     if not order:
@@ -244,30 +244,30 @@ def axes_as_sharded(shard: Any) -> Sequence[int]:
 
 
 def chunk_of(length: int, parts: int, part: int) -> range:
-    """The indices that one of some parts has, as ``torch.chunk`` cuts: the last parts are shorter.
+    """The indices of one part, as ``torch.chunk`` cuts: the last parts may be shorter.
 
     Args:
-        length: how many indices there are.
-        parts: into how many parts they are cut.
-        part: which of them.
+        length: the number of indices.
+        parts: the number of parts.
+        part: the index of the part.
     """
     chunk = -(-length // parts)
     return range(min(length, part * chunk), min(length, (part + 1) * chunk))
 
 
 def indices_of_part(placement: Any, length: int, parts: int, part: int) -> Sequence[int] | None:
-    """The indices along the dim of a placement that one of some parts has; None if it cuts no dim.
+    """The indices of one part along the dim that a placement cuts; None if it cuts no dim.
 
     Args:
-        placement: one of a ``DTensor``.
+        placement: a placement of a ``DTensor``.
         length: the length of the dim that is cut.
-        parts: into how many parts, the size of the axis.
-        part: which of them.
+        parts: the number of parts, which is the size of the axis.
+        part: the index of the part.
     """
-    # Whoever made the placement has imported its class. It cuts so by its documentation.
+    # There is a placement, so its class is imported. Its documentation specifies the cut.
     if type(placement) is sys.modules["torch.distributed.tensor"].Shard:
         return chunk_of(length, parts, part)
-    # `_StridedShard`, whose uneven parts differ between torch versions, is asked itself.
+    # `_StridedShard` itself must answer: its uneven parts differ between torch versions.
     split = getattr(placement, "_split_tensor", None)
     if split is None:
         return None

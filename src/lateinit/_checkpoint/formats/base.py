@@ -36,14 +36,14 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a checkpoint: its size, and what it says of itself."""
+    """A file of a checkpoint: its size and its metadata."""
 
     nbytes: int
     metadata: Mapping[str, Any]
 
 
 class Objects(Mapping[str, Any]):
-    """Values by name, each read when it is first asked for."""
+    """Values by name, each read at its first access."""
 
     def __init__(self, reads: Mapping[str, Callable[[], Any]]) -> None:
         self._reads = dict(reads)
@@ -65,20 +65,20 @@ class Reader(abc.ABC):
     """An open checkpoint whose structure has been checked. It knows no module.
 
     Attributes:
-        format: what the format is called.
+        format: the name of the format.
         path: the file or folder, for messages.
         entries: the dtype and shape of every tensor, by name.
         objects: values that are no plain tensors, such as the extra state of a module, by name.
-        homes: for a tensor or an object in a dict inside the checkpoint's dict, the keys that lead
-            to that dict, joined by dots. Its name begins with them.
-        aliases: names of tied tensors that were not written, each with the name that was.
+        homes: for a tensor or an object in a nested dict of the checkpoint, the keys that lead to
+            that dict, joined by dots. Its name begins with them.
+        aliases: the names of tied tensors that were not written, each with the name that was.
         shared: for a tensor that shares its memory with others, the names of all of them.
         memory: the bytes of the storage of such a tensor.
         versions: the ``_metadata`` of a state dict, if the format keeps it.
-        origins: for a tensor that is called otherwise in the files, its names there.
+        origins: for a tensor that has another name in the files, its names there.
         hint: a sentence to add to a message about names that do not fit.
-        under: what all names begin with in the files and not here.
-        headers: the size of each file, with a digest of what it says of its data.
+        under: the prefix that all names have in the files and not here.
+        headers: for each file, its size and a digest of its header.
         files: every file.
     """
 
@@ -115,7 +115,7 @@ class Reader(abc.ABC):
         return list(self.files)
 
     def described(self) -> str:
-        """In words that tell it from other checkpoints by its headers, and not from a copy."""
+        """A text that identifies the contents by their headers; equal for copies of the files."""
         entries = sorted((e.name, str(e.dtype), e.shape) for e in self.entries.values())
         told = sorted(self.headers), entries, sorted(self.aliases.items()), sorted(self.objects)
         digest = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
@@ -139,8 +139,8 @@ class Reader(abc.ABC):
             name: the tensor.
             offsets: where the block starts, by default at the first element.
             sizes: the shape of the block, by default that of the tensor.
-            alone: whether to read the bytes of the block into memory of its own, and nothing around
-                them, if the format allows. Of a mapping the system reads much more than is touched.
+            alone: whether to read only the bytes of the block, into memory of its own, if the
+                format allows. For a mapping, the system reads much more than is touched.
 
         Raises:
             CorruptCheckpointError: there is no tensor of this name.
@@ -165,7 +165,7 @@ class Reader(abc.ABC):
     def _read(
         self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], alone: bool
     ) -> Tensor:
-        """Read a block that is known to be inside its tensor."""
+        """Read a block, already checked to be inside its tensor."""
 
 
 def block_of(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -194,11 +194,11 @@ def inside(folder: Path, name: object, source: str) -> Path:
 
     Args:
         folder: that folder.
-        name: the name in the checkpoint, of which nothing is assumed.
-        source: the file that names it, for the message.
+        name: the name in the checkpoint, which may be any object.
+        source: the file that contains the name, for the message.
 
     Raises:
-        CorruptCheckpointError: the name is none, or leads out of the folder.
+        CorruptCheckpointError: ``name`` is no file name, or leads out of the folder.
     """
     pure = PurePosixPath(name) if isinstance(name, str) else None
     bad = (

@@ -1,8 +1,8 @@
 """A file of tensor data: mapped, or read byte for byte.
 
-Of a mapped file the kernel reads far more than is touched (``read_ahead_kb`` around each place,
-often megabytes), and what is touched counts as memory of the process. So whoever wants a whole
-tensor as its memory maps it, and a rank that wants its shards reads their bytes alone.
+When a page of a mapped file is touched, the kernel reads far more (``read_ahead_kb`` around it,
+often megabytes), and touched pages count as memory of the process. So a whole tensor that takes the
+file's memory is mapped, and a rank reads only the bytes of its shards.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lateinit.errors import CorruptCheckpointError
 # A private mapping reserves swap for its whole length, as every page might be written to. With this
 # flag only written pages count. Python has the constant where the system does.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
-# Shorter runs of bytes are read together with what lies between them: a page of 4,096 bytes is read
-# in any case, and a call of the system takes as long as copying 16 KB.
+# Shorter runs of bytes are read together with the gaps between them: the system reads whole pages
+# of 4,096 bytes in any case, and a system call takes as long as copying 16 KB.
 _RUN = 16 << 10
-_PIECE = 4 << 20  # bytes that are read together then
+_PIECE = 4 << 20  # the most bytes that are read together
 
 
 class DataFile:
@@ -38,7 +38,7 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Kept open, for the file of this name may be replaced while it is read.
+        # Kept open, since another file may take this name while this one is read.
         self._file = path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
         if hasattr(os, "posix_fadvise"):
@@ -66,12 +66,12 @@ class DataFile:
         """A tensor of the file, in memory of its own.
 
         Args:
-            start: the byte of the file that is the first of the tensor's storage.
-            layout: a tensor with its dtype, shape, strides and offset in the storage. It is not
-                looked at, and may be on ``meta``.
+            start: the byte of the file at which the tensor's storage starts.
+            layout: a tensor with its dtype, shape, strides and offset in the storage. Its values
+                are not read, so it may be on ``meta``.
         """
         size, stride = layout.size(), layout.stride()
-        # In the order of the file; then all that lies in one index is next to each other.
+        # With the dims in the order of the file, the elements of one index of a dim are neighbours.
         order = sorted(range(layout.dim()), key=lambda dim: (-stride[dim], dim))
         made = torch.empty([size[d] for d in order], dtype=layout.dtype, device="cpu")
         if made.numel():
@@ -79,7 +79,7 @@ class DataFile:
         return made.permute([order.index(dim) for dim in range(layout.dim())])
 
     def read_bytes(self, start: int, into: memoryview) -> None:
-        """Read the bytes from a place on."""
+        """Fill a buffer with the bytes from ``start`` on."""
         with self._turn:
             self._file.seek(start)
             while into:
@@ -93,10 +93,10 @@ class DataFile:
                 into = into[count:]
 
     def place_of(self, address: int) -> int | None:
-        """Which byte of the file is at an address; None if it is not mapped there.
+        """The byte of the file that is mapped at an address; None if none is.
 
-        Also None where the system does not tell. ``torch.load(mmap=True)`` says of no storage where
-        in the file it is.
+        Also None if the system has no list of mappings. Needed since ``torch.load(mmap=True)`` does
+        not report where in the file a storage is.
         """
         try:
             lines = Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines()
@@ -128,7 +128,7 @@ class DataFile:
                 self._fill(out.narrow(0, row, count), start, layout.narrow(0, row, count))
 
     def _fill_from_span(self, out: Tensor, start: int, layout: Tensor) -> None:
-        """Read all from the first element to the last one."""
+        """Read the whole range from the first element to the last one."""
         count = 1 + sum((n - 1) * s for n, s in zip(layout.size(), layout.stride(), strict=True))
         span = torch.empty(count, dtype=layout.dtype, device="cpu")
         first = start + int(layout.storage_offset()) * layout.dtype.itemsize
@@ -142,7 +142,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _run(layout: Tensor) -> int:
-    """How many bytes lie next to each other."""
+    """The number of bytes in each contiguous run of a layout."""
     count = 1
     for length, stride in zip(reversed(layout.size()), reversed(layout.stride()), strict=True):
         if stride != count and length != 1:

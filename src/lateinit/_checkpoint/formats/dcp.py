@@ -1,7 +1,7 @@
 """Read a folder of ``torch.distributed.checkpoint`` (DCP), without a process group.
 
-The ``.metadata`` of such a folder is a pickle. It is read by an unpickler that knows the few
-classes which belong there, and no other. Only the parts that are asked for are read.
+The ``.metadata`` of such a folder is a pickle. It is read by an unpickler that knows only the few
+classes which belong there. Only the requested parts of the data are read.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from lateinit.errors import CorruptCheckpointError, listing
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
-# The names of the classes of paths differ between systems, and their module between Python
-# versions.
+# The class of a path depends on the system, and its module on the Python version.
 _PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
-# What `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/metadata.py and
-# filesystem.py), and no other class.
+# The classes that `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/
+# metadata.py and filesystem.py), and no other.
 _KNOWN = {
     f"{_DCP}.metadata": {
         "BytesStorageMetadata",
@@ -62,7 +61,7 @@ class _Properties:
     dtype: torch.dtype
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """As torch/distributed/checkpoint/metadata.py writes it."""
+        """Restore the state that torch/distributed/checkpoint/metadata.py writes."""
         self.dtype = state[0]
 
 
@@ -78,8 +77,8 @@ _STAND_INS = {
 class _Unpickler(pickle.Unpickler):
     """Makes objects of the classes that belong there, and changes nothing else.
 
-    A pickle can set attributes of whatever it names (``load_build`` in Lib/pickle.py), classes
-    included. So it is given subclasses that go with it.
+    A pickle can set attributes of everything it names (``load_build`` in Lib/pickle.py), classes
+    included. So it gets subclasses, which are dropped with the unpickler.
     """
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,10 +1,10 @@
-"""Read a pickle in which other libraries' classes stand beside tensors; none of them is called.
+"""Read a pickle that names other libraries' classes beside tensors, without calling any of them.
 
 Training runs save their configuration that way (the ``hyper_parameters`` of Lightning). Each such
 class, and each function that is not known here, is replaced by an inert class of its own, which
-takes whatever it is given and keeps none of it but the items of a dict. So nothing is imported and
-no code of the file is run, as "Restricting Globals" of Python's ``pickle`` asks. What a module
-would take from such an object is refused by name.
+accepts any arguments and keeps only the items of a dict. So nothing is imported and no code of the
+file is run, as "Restricting Globals" in the documentation of Python's ``pickle`` recommends. If a
+module would load such an object, ``load`` refuses it by name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lateinit._torch import (
 
 
 class Foreign(dict[Any, Any]):
-    """Stands for an object of a class that is not unpickled.
+    """Stands in for an object of a class that is not unpickled.
 
-    A dict, so that tensors in another library's dict are found.
+    It is a dict, so that tensors in another library's dict are found.
     """
 
     path = ""
@@ -48,7 +48,7 @@ class Foreign(dict[Any, Any]):
     def __reduce__(self) -> Any:
         return _instance, (self.path,)
 
-    # As an object of any class, it may be a key.
+    # Unlike a dict it is hashable, since any object may be a key in a pickle.
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
@@ -71,7 +71,7 @@ def _instance(path: str) -> Foreign:
 
 
 def foreign_in(value: Any) -> Iterator[str]:
-    """The classes of what stands in a value for objects that were not unpickled."""
+    """The names of the classes in a value whose objects were not unpickled."""
     if isinstance(value, Foreign):
         yield value.path
     elif isinstance(value, dict):
@@ -83,12 +83,12 @@ def foreign_in(value: Any) -> Iterator[str]:
 
 
 def _of_kind(build: Callable[..., Any], kind: Any, args: tuple[Any, ...], _: Any) -> Any:
-    """A tensor without its attributes; of a subclass, what stands for an object of that."""
+    """A tensor without its attributes; for a subclass of tensors, a ``Foreign``."""
     return kind() if isinstance(kind, type) else build(*args)
 
 
 def _called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of its own for each time that one is named: a pickle may set attributes of it."""
+    """A new function each time that one is named, since a pickle may set attributes on it."""
 
     def call(*args: Any) -> Any:
         return function(*args)
@@ -102,7 +102,7 @@ _KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
     REBUILD_TENSOR: rebuild(REBUILD_TENSOR),
     REBUILD_TENSOR_WITH_ATTRIBUTES: _of_kind,
     REBUILD_TENSOR_WITH_DTYPE: rebuild(REBUILD_TENSOR_WITH_DTYPE),
-    ("_codecs", "encode"): codecs.encode,  # has bytes in protocol 2
+    ("_codecs", "encode"): codecs.encode,  # makes bytes in protocol 2
     ("builtins", "bytearray"): bytearray,
     ("builtins", "complex"): complex,
     ("builtins", "frozenset"): frozenset,
@@ -118,24 +118,24 @@ _KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "__builtin__":  # of Python 2, as in protocol 2
+        if module == "__builtin__":  # the name of the module in Python 2, which protocol 2 uses
             module = "builtins"
         if (module, name) == ("torch.storage", "UntypedStorage"):
-            return SimpleNamespace(dtype=torch.uint8)  # all that torch asks of it
+            return SimpleNamespace(dtype=torch.uint8)  # torch reads only its dtype
         if (module, name) in _KNOWN:
             return _called(_KNOWN[module, name])
         dtype = getattr(torch, name, None) if module == "torch" else None
         return dtype if isinstance(dtype, torch.dtype) else _class(f"{module}.{name}")
 
 
-# torch.load takes a module, and asks for its name (torch/serialization.py: _check_dill_version).
+# torch.load takes a module, and reads its name (torch/serialization.py: _check_dill_version).
 _READING: Any = SimpleNamespace(Unpickler=_Unpickler, __name__=__name__)
 
 
 def without_foreign_classes(path: Path) -> Any:
-    """What a zip file of ``torch.save`` holds, mapped; None if it cannot be read even so."""
+    """The contents of a zip file of ``torch.save``, mapped; None if they cannot be read."""
     try:
-        # Safe as `find_class` above is: torch calls nothing else that a pickle names.
+        # As safe as `find_class` above: torch calls nothing else that a pickle names.
         return torch.load(
             path, map_location="cpu", pickle_module=_READING, weights_only=False, mmap=True
         )

@@ -16,7 +16,7 @@ from lateinit._checkpoint.formats.safetensors import SafetensorsReader
 from lateinit._checkpoint.formats.torch_save import TorchReader, starts_as_zip
 from lateinit.errors import CorruptCheckpointError, listing
 
-# The first line of the text file that stands for a large file in a clone without Git LFS.
+# The first line of the text file that replaces a large file in a clone without Git LFS.
 _POINTER = b"version https://git-lfs"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
@@ -89,7 +89,7 @@ def _open_folder(path: Path) -> Reader:
 
 
 class _Sharded(Reader):
-    """Shards, with an index that says which file holds which tensor."""
+    """Shard files, with an index that maps each tensor to its file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -115,8 +115,7 @@ class _Sharded(Reader):
             self.files |= shard.files
             self.aliases |= shard.aliases
             self.objects = {**self.objects, **shard.objects}
-        # In the order of the files. Tensors that the index leaves out count too, since they are
-        # there.
+        # In the order of the files. Tensors that the index leaves out are included.
         found = {name: shard for shard in shards.values() for name in shard.entries}
         self._shards = found | {name: shards[file] for name, file in places.items()}
         self.shared = {n: s.shared[n] for n, s in self._shards.items() if n in s.shared}
@@ -134,13 +133,13 @@ class _Sharded(Reader):
 
 
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """The file of each tensor, and what the index says of itself."""
+    """The file of each tensor, and the metadata of the index."""
     size_of(path)
     try:
         index = json.loads(path.read_bytes())
         places = index["weight_map"]
         if not all(isinstance(item, str) for pair in places.items() for item in pair):
-            raise ValueError("its weight_map holds something else than strings")  # noqa: TRY301
+            raise ValueError("its weight_map holds values that are no strings")  # noqa: TRY301
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(
             f"{path} is no index of shards: {type(error).__name__}: {error}"

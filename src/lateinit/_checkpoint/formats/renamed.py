@@ -1,4 +1,4 @@
-"""A part of a checkpoint, under other names."""
+"""A reader for a part of a checkpoint under other names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Renamed(Reader):
 
     Args:
         reader: the checkpoint.
-        names: the name of each tensor, alias and object in ``reader``, by its new name. What is not
-            among them is left out.
+        names: the name of each tensor, alias and object in ``reader``, by its new name. All others
+            are left out.
     """
 
     def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
@@ -61,7 +61,7 @@ def _versions(
 ) -> Mapping[str, Any] | None:
     """The ``_metadata`` of a state dict, by the new paths of its modules.
 
-    A tensor lies as deep in a module under its new name as under its old one.
+    A tensor is equally deep below its module under its new name as under its old one.
     """
     if versions is None:
         return None

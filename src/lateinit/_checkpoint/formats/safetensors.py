@@ -1,4 +1,4 @@
-"""Read a safetensors file: header and lengths are checked, the data are mapped.
+"""Read a safetensors file: its header and lengths are checked, its data are mapped.
 
 ``DTYPES`` holds the dtypes that the format and torch have in common.
 """
@@ -38,11 +38,11 @@ DTYPES = {
     torch.complex64: "C64",
 }
 OWN_KEYS = ("format", "lateinit", "seed", "torch")
-"""Keys of the metadata that name no tied tensor; ``format`` is what ``transformers`` looks for."""
+"""Keys of the metadata that name no tied tensor; ``transformers`` requires ``format``."""
 RESERVED = "__metadata__"
 """The name in a header under which the metadata are."""
-# The limit of the safetensors library (MAX_HEADER_SIZE in its tensor.rs). Bounds what is read on
-# the word of a file's first 8 bytes.
+# The limit of the safetensors library (MAX_HEADER_SIZE in its tensor.rs). A file's first 8 bytes
+# give the length of the header; this bounds the bytes that a corrupt length can cause to be read.
 _LONGEST_HEADER = 100_000_000
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 
@@ -130,7 +130,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _metadata(described: dict[str, Any]) -> dict[str, str]:
     found = described.pop(RESERVED, {})
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("its __metadata__ holds something else than strings")
+        raise ValueError("its __metadata__ holds values that are no strings")
     return found
 
 
@@ -152,7 +152,7 @@ def _entry(name: str, value: Any) -> tuple[StoredTensor, int, int]:
 
 
 def _sizes(value: Any) -> bool:
-    """Whether this is a list of sizes that torch, which counts in signed 64 bits, can take."""
+    """Whether this is a list of sizes within torch's range: signed 64 bits."""
     return isinstance(value, list) and all(
         isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in value
     )

@@ -1,4 +1,4 @@
-"""Read a file of ``torch.save``: mapped, and never anything but tensors and plain data."""
+"""Read a file of ``torch.save``: mapped, and restricted to tensors and plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lateinit.errors import CorruptCheckpointError, MismatchError
 
 
 class TorchReader(Reader):
-    """A file of ``torch.save`` that holds a state dict, or several among other things."""
+    """A file of ``torch.save`` that holds a state dict, or nested dicts with several."""
 
     format = "torch.save"
 
@@ -27,7 +27,7 @@ class TorchReader(Reader):
         super().__init__(path)
         size_of(path)
         self._file = DataFile(path)
-        self._mapped: int | None = None  # where the file is in memory
+        self._mapped: int | None = None  # the address of the mapped file
         state, header, self._starts = _load(path)
         self.note_file(path, header)
         named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
@@ -56,14 +56,14 @@ class TorchReader(Reader):
         self.memory = {name: self._tensors[name].untyped_storage().nbytes() for name in self.shared}
 
     def _flatten(self, state: Any, home: str, versions: dict[str, Any]) -> None:
-        """Collect the tensors of a dict or list, and of those in it that hold any."""
+        """Collect the tensors of a dict or list, and of the dicts and lists inside it."""
         for path, version in (getattr(state, "_metadata", None) or {}).items():
             versions[".".join(filter(None, (home, path)))] = version
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             name = f"{home}.{key}" if home else str(key)
             if name in self._tensors or name in self._others:
                 raise CorruptCheckpointError(f"{self.path} has two values for {name!r}")
-            # An extra state is one value of a module, whatever it holds.
+            # An extra state is a single value of a module, even if it holds tensors.
             if _holds_tensor(value) and not name.endswith("_extra_state"):
                 self._flatten(value, name, versions)
                 continue
@@ -90,7 +90,7 @@ class TorchReader(Reader):
 
 
 def _load(path: Path) -> tuple[Any, bytes, set[int]]:
-    """What the file holds, the directory of its records, and the first byte of each."""
+    """The unpickled contents, the directory of the records, and the first byte of each record."""
     is_zip, header, starts = starts_as_zip(path), b"", set[int]()
     try:
         if is_zip:
@@ -98,7 +98,7 @@ def _load(path: Path) -> tuple[Any, bytes, set[int]]:
                 records = Records(file)
                 records.check_lengths()
             header, starts = repr(records.directory).encode(), records.starts()
-        # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the places
+        # Only the zip format, torch's since 1.6, can be mapped. `Records` has checked the positions
         # that a mapping relies on.
         found = _unpickled(path, is_zip=is_zip)
     except pickle.UnpicklingError as error:
@@ -143,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value is a tensor that dtype and shape describe."""
+    """Whether a value is a tensor that is fully described by dtype and shape."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -154,14 +154,14 @@ def _plain(value: Any) -> bool:
 
 
 def _holds_dict(value: Any) -> bool:
-    """Whether a value is a list with a dict in it that holds tensors."""
+    """Whether a value is a list that contains a dict with tensors."""
     return isinstance(value, (list, tuple)) and any(
         isinstance(item, dict) and _holds_tensor(item) for item in value
     )
 
 
 def _holds_tensor(value: Any) -> bool:
-    """Whether a value is a dict or list with a tensor in it, or in a dict or list in it."""
+    """Whether a value is a dict or list that contains a tensor, at any depth."""
     if isinstance(value, dict):
         value = list(value.values())
     return type(value) in (list, tuple) and any(

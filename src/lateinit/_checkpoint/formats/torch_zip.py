@@ -1,7 +1,7 @@
 """The records of a zip file of ``torch.save``, checked without reading tensor data.
 
-Python's ``zipfile`` reads the directory at the end of the file. torch maps data at the place that
-each record's own header implies, so both are compared here.
+Python's ``zipfile`` reads the directory at the end of the file. torch maps data at the position
+given by each record's own header, so both are compared here.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ STORAGES = {
 
 
 class Records:
-    """The place of each record; records that are not tensor data are checked by checksum.
+    """The position of each record. Records that are not tensor data are checked by checksum.
 
     Attributes:
-        directory: the name, the checksum and the length of each.
+        directory: the name, the checksum and the length of each record.
 
     Raises:
-        ValueError: this is no whole file of ``torch.save``.
+        ValueError: the file is no whole file of ``torch.save``.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -92,7 +92,7 @@ class Records:
         return name in self._places
 
     def place(self, name: str) -> tuple[int, int]:
-        """The first byte of a record, and its length."""
+        """The first byte of a record's data, and its length."""
         if name not in self._places:
             raise ValueError(f"it has no record {name!r}")
         return self._places[name]
@@ -107,7 +107,7 @@ class Records:
         return self._file.read(length)
 
     def check_lengths(self) -> None:
-        """Compare each record of tensor data with the storage that the pickle says it is.
+        """Compare the length of each data record with the storage described in the pickle.
 
         ``torch.load`` does so too, unless it maps the file (torch/serialization.py, ``mmap=True``).
 
@@ -139,7 +139,7 @@ class _Storages(pickle.Unpickler):
 
 
 class _Ignored:
-    """Stands for every object in a pickle but containers, numbers and strings."""
+    """Stands in for every object in a pickle but containers, numbers and strings."""
 
     def __init__(self, *_: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...

@@ -1,7 +1,7 @@
 """A tensor in a ``torch.save`` file that is itself a part of a larger file, as in DCP folders.
 
-The pickle is read by an unpickler that knows tensors only, and finds where the data are. The data
-themselves are not read.
+The pickle is read by an unpickler that knows tensors only, to find the position of the data. The
+data themselves are not read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Part(io.RawIOBase):
 
 @dataclass(frozen=True, slots=True)
 class StoredLayout:
-    """Where a tensor is in its part.
+    """The layout of a tensor in its part of the file.
 
     Attributes:
         start: the first byte of its storage.
@@ -75,7 +75,7 @@ def stored_layout(part: Part) -> StoredLayout:
     """Find the one tensor of a file.
 
     Raises:
-        ValueError: this is no whole file with one plain tensor.
+        ValueError: the part is no whole file with one plain tensor.
     """
     try:
         return _layout_of(Records(io.BufferedReader(part)))
@@ -140,7 +140,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILDERS:
-            # A pickle can set attributes of what it is given (`load_build` in Lib/pickle.py).
+            # A new object each time: a pickle can set attributes on it (`load_build` in
+            # Lib/pickle.py).
             return partial(_REBUILDERS[module, name])
         if (module, name) in STORAGES:
             return STORAGES[module, name]

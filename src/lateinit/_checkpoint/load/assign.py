@@ -1,4 +1,4 @@
-"""Put the values of a checkpoint into the tensors of a module, as cheaply as each allows."""
+"""Put the values of a checkpoint into the tensors of a module, without a copy where possible."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lateinit._tensors import (
     SharedStorage,
     Slot,
     Wanted,
+    device_to_move_to,
     held,
-    home,
     is_deferred_tensor,
     slot_of,
 )
@@ -41,11 +41,11 @@ class Placer:
         for group in groups:
             self._sharing.update({shared.slot: shared for shared in group.storages.values()})
             self._known.update((deferred.tensor, deferred) for deferred in group.tensors())
-        # Data pointers of the memory that was given away: no second tensor may have it.
+        # Data pointers of the memory that a tensor has taken: no second tensor may take it.
         self._taken: set[int] = set()
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is deferred: in a load it is a stand-in for itself, without values."""
+        """Whether a tensor is deferred; during a load it serves as its own stand-in."""
         return is_deferred_tensor(tensor) and not is_lazy(tensor)
 
     def device(self, tensor: Tensor) -> torch.device:
@@ -61,13 +61,13 @@ class Placer:
         Filling(together, None, self._casts).run()
 
     def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
-        """Do ``target.copy_(source)``; ``target`` may be deferred, or a shard of the whole.
+        """Do ``target.copy_(source)``; ``target`` may be deferred, or a shard.
 
         Args:
             target: a tensor of the module.
             source: its values.
-            take: whether ``target`` may keep the memory of ``source``, which nobody else may use
-                then.
+            take: whether ``target`` may take the memory of ``source``, which must have no other
+                user then.
         """
         source = source.detach()
         deferred = self._recorded(target)
@@ -95,16 +95,16 @@ class Placer:
         return shared or SharedStorage(deferred.slot, [deferred], cast=cast)
 
     def _given_memory_of(self, source: Tensor, deferred: Deferred, *, take: bool = True) -> bool:
-        """Make a deferred tensor real; returns whether it has its values already.
+        """Make a deferred tensor real; returns whether it now has its values.
 
-        It has not if its storage was real already, or if the checkpoint holds only a part of it and
-        the rest was computed: then the caller copies the values.
+        If not, its storage was real already, or the checkpoint holds only a part of it and the rest
+        was computed: then the caller must copy the values.
         """
         shared, target = self._together(deferred), deferred.tensor
         if deferred.slot.real is not None:
             shared.share()
             return False
-        own = not is_dtensor(target) or home(target, torch.device("cpu")) is None
+        own = not is_dtensor(target) or device_to_move_to(target, torch.device("cpu")) is None
         if take and own and self._may_take(source, deferred, shared.cast):
             self._taken.add(source.data_ptr())
             shared.put(source.untyped_storage())
@@ -113,7 +113,7 @@ class Placer:
             window = deferred.ref._replace(dtype=shared.cast.dtype_of(deferred.ref))
             window.on(memory).copy_(source)
             shared.put(memory)
-        else:  # the checkpoint has a part of it: the rest is computed
+        else:  # the checkpoint has only a part of the storage: compute all of it first
             shared.give(deferred.values())
             return False
         return True
@@ -131,10 +131,10 @@ class Placer:
         return storage
 
     def _may_take(self, source: Tensor, deferred: Deferred, cast: Cast) -> bool:
-        """Whether a storage can be the memory of the values.
+        """Whether a deferred tensor can take the memory of ``source``.
 
-        It must be exactly as long and contiguous, on the CPU, in the dtype that the tensor will
-        have, and must not have been given to another tensor.
+        That memory must be contiguous and of exactly the right length, on the CPU, in the dtype
+        that the tensor will have, and no other tensor may have taken it.
         """
         ref = deferred.ref
         nbytes = ref.numel * ref.dtype.itemsize

@@ -1,6 +1,6 @@
-"""Whether a checkpoint fits a module: every problem, in one error.
+"""Check whether a checkpoint fits a module, and raise all problems in one error.
 
-``fit`` judges a dry run. Come here for the wording of a mismatch.
+``fit`` checks the result of a dry run. The texts of all mismatches are here.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _SIZES = re.compile(
     r"size mismatch for (.+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
     r"the shape in current model is torch\.Size\(\[(.*?)\]\)\."
 )
-# How alike two names must be for one to be suggested; stricter than difflib's default, 0.6.
+# The similarity from which on a name is suggested; stricter than difflib's default, 0.6.
 _NEAR = 0.75
-# Source names that a message shows for one tensor.
+# The most source names that a message shows for one tensor.
 _MOST_SOURCES = 3
-# Names for which a similar one is looked for: each is compared with all others, which takes long
-# for a large model.
+# The most names for which a similar name is searched: each is compared with all others, which takes
+# long for a large model.
 _MOST_SEARCHED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What is loaded, and what is not.
+    """Which tensors are loaded, and which are not.
 
     Attributes:
         loaded: the names that get their values from the checkpoint.
-        missing: the names that it lacks.
-        unexpected: the names that only the checkpoint has.
-        repeated: the indices of copies that bring a tied tensor its value again.
+        missing: the names that the checkpoint lacks.
+        unexpected: the names that the module lacks.
+        repeated: the indices of copies that give a tied tensor the same value again.
     """
 
     loaded: tuple[str, ...]
@@ -58,7 +58,7 @@ class Fit:
 
 
 class TensorNames:
-    """The tensors of a module by name, and which names are one tensor."""
+    """The tensors of a module by name, with the names of each tied tensor."""
 
     def __init__(self, module: nn.Module) -> None:
         self.distinct: list[Found] = list(find_tensors(module))
@@ -96,15 +96,15 @@ def fit(
     *,
     strict: bool,
 ) -> Fit:
-    """Judge a dry run, and raise all of its problems at once.
+    """Check the result of a dry run, and raise all of its problems at once.
 
     Args:
         module: the module.
         names: its tensors.
         reader: the checkpoint.
         rehearsal: the dry run.
-        wanted: the dtype that a tensor will have.
-        strict: whether both sides must have the same names.
+        wanted: returns the dtype that a tensor will have.
+        strict: whether module and checkpoint must have the same names.
 
     Raises:
         MismatchError: anything does not fit.
@@ -121,7 +121,7 @@ def fit(
     done = set(loaded)
     missing = [n for n in dict.fromkeys(rehearsal.missing) if n not in done]
     unexpected = list(dict.fromkeys(rehearsal.unexpected))
-    # Not one name of the checkpoint is in the model: a mistake even with strict=False.
+    # If no name of the checkpoint is in the model, that is a mistake even with strict=False.
     strange = reader.entries.keys() <= set(unexpected)
     if (missing or unexpected) and (strict or strange):
         strangers, hint = _strangers(module, names, reader, missing, unexpected)
@@ -140,7 +140,7 @@ def fit(
 
 
 def _as_told(message: str, reader: Reader) -> str:
-    """A message of torch's about a size, in lateinit's words and with the names in the file."""
+    """Reword torch's message about a size, with the names in the file."""
     found = _SIZES.fullmatch(message)
     if found is None:
         return message
@@ -166,7 +166,7 @@ def _kinds(
 
 
 def _unwritable(names: TensorNames, rehearsal: Rehearsal) -> Iterable[str]:
-    """Tensors that torch refuses to copy into, which it would find out half way through."""
+    """Tensors that torch refuses to copy into, found before the first copy is made."""
     for target in distinct(target for target, _ in rehearsal.copies):
         if is_lazy(target) or is_dtensor(target) or target.layout is not torch.strided:
             continue
@@ -182,10 +182,9 @@ def _unwritable(names: TensorNames, rehearsal: Rehearsal) -> Iterable[str]:
 def _tied(
     names: TensorNames, reader: Reader, rehearsal: Rehearsal
 ) -> tuple[frozenset[int], list[str]]:
-    """Copies that bring a tied tensor its value again, and problems where the values differ.
+    """Copies that give a tied tensor a value again, and problems where the values differ.
 
-    A value that a hook brings from under another name is the hook's own affair: the last copy
-    counts.
+    If a hook takes a value from another name, nothing is compared: the last copy wins, as in torch.
     """
     first: dict[Any, str] = {}
     repeated, problems = set(), []
@@ -200,15 +199,16 @@ def _tied(
                 f"{first[key]} and {source} are one tensor in the model, but two in the "
                 "checkpoint, which differ"
             )
-        elif rehearsal.plain:  # otherwise a hook may have changed it in between
+        elif rehearsal.plain:  # otherwise a hook may have changed the tensor in between
             repeated.add(number)
     return frozenset(repeated), problems
 
 
 def _held_here(target: Tensor, source: StoredTensor) -> list[Box] | None:
-    """The blocks of a tensor that this rank holds; None if they are not known, or all of it.
+    """The blocks of a tensor that this rank holds; None if not known, or if it holds all of it.
 
-    The ranks of a mesh together hold all of it, and one that finds a difference tells the others.
+    The ranks of a mesh together hold the whole tensor; a rank that finds a difference reports it to
+    the others.
     """
     if not is_dtensor(target) or tuple(target.shape) != source.shape:
         return None
@@ -221,8 +221,8 @@ def same_bits(reader: Reader, first: str, second: str, blocks: list[Box] | None 
     Args:
         reader: the checkpoint.
         first: a name.
-        second: another one.
-        blocks: where to compare them, by default everywhere.
+        second: another name.
+        blocks: the blocks to compare, by default the whole tensors.
     """
     ours, theirs = reader.entries[first], reader.entries[second]
     if first == second:
@@ -238,9 +238,9 @@ def same_bits(reader: Reader, first: str, second: str, blocks: list[Box] | None 
 def _strangers(
     module: nn.Module, names: TensorNames, reader: Reader, missing: list[str], unexpected: list[str]
 ) -> tuple[list[str], str]:
-    """Problems with names that only one side has, and what to do about them.
+    """Problems with names that only module or checkpoint has, with the next step for each.
 
-    Names that the class declares irrelevant are none.
+    Names that the model's class declares irrelevant are no problems.
     """
     no_need, no_use = left_out(module, missing, unexpected)
     missing = [name for name in missing if name not in no_need]
@@ -266,7 +266,7 @@ def _near(name: str, others: Collection[str], mine: list[str]) -> str:
 
 
 def _prefix(ours: list[str], theirs: list[str]) -> str | None:
-    """Advice if the names would fit but for a prefix that all names of the model have."""
+    """Advice if the names would fit without a prefix that all names of the model have."""
     if set(ours) & set(theirs):
         return None
     for prefix in _prefixes(ours):

@@ -1,10 +1,10 @@
-"""Find out what ``load_state_dict`` would do to a module, without doing it.
+"""Find the effects of ``load_state_dict`` on a module, without changing the module.
 
 torch's own ``load_state_dict`` decides which tensor of a checkpoint goes where: hooks, versions and
 overrides are part of it. It runs on stand-ins: meta tensors for the checkpoint's tensors
 (``stand_ins``) and, in the dry run, for the module's tensors too (``module_stand_ins``). Every
-``target.copy_(source)`` is noted. For modules that do nothing but copy, the copies follow from the
-names, and no dry run is needed (``plain_state``).
+``target.copy_(source)`` is noted. For modules that only copy, the copies follow from the names, and
+no dry run is needed (``plain_state``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lateinit._tensors import Casts, find_tensors, is_ordinary
 from lateinit._torch import is_misfit, load_state_dict_first, load_with_counter
 from lateinit.errors import CheckpointError, CorruptCheckpointError, LateinitError, listing
 
-# The methods by which a class can change how it loads.
+# The methods that a class can override to change how it loads.
 _OWN_WAYS = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state")
-# Batch norms override one of them (`_NormBase`, torch/nn/modules/batchnorm.py), which only adds a
-# counter to state dicts that lack it: `_plainly` sees to that.
+# Batch norms override one of them (`_NormBase`, torch/nn/modules/batchnorm.py). It only adds a
+# counter to state dicts that lack it, and `_plainly` does the same.
 _PLAIN_WAYS = {"_load_from_state_dict": load_with_counter}
 _COUNTER = "num_batches_tracked"
 
@@ -42,12 +42,12 @@ class Rehearsal:
         missing: names that the checkpoint lacks.
         unexpected: names that the module lacks.
         wrong: messages of ``load_state_dict``.
-        copies: the copies. A source is a name in the checkpoint, a tensor computed from the
-            checkpoint's, or None for a value that has nothing to do with it.
+        copies: the copies. A source is a name in the checkpoint, a tensor computed from those of
+            the checkpoint, or None for a value that does not depend on the checkpoint.
         replaced: parameters and buffers that a hook exchanged for other tensors.
         revealed: names whose values were needed for more than a copy.
         failure: the error that torch raised about problems in the other lists.
-        plain: whether loading does nothing but these copies.
+        plain: whether loading consists of these copies alone.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Rehearsal:
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor] | None:
-    """The tensors of the state dict by name, if loading does nothing but copy into them.
+    """The tensors of the state dict by name, if loading only copies into them.
 
     None if a part of the module has hooks, extra state, or a loading method of its own.
     """
@@ -73,7 +73,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor] | None:
 def _collect(
     part: nn.Module, prefix: str, found: dict[str, Tensor], classes: dict[type, bool]
 ) -> bool:
-    """Add the tensors that a module and those below it load; False if one of them is not plain."""
+    """Add the tensors of a module and its children; False if a module does more than copy."""
     own, cls = part.__dict__, type(part)
     if cls not in classes:
         own_ways = [n for n in _OWN_WAYS if getattr(cls, n, None) is not getattr(nn.Module, n)]
@@ -82,7 +82,7 @@ def _collect(
         not classes[cls]
         or own["_load_state_dict_pre_hooks"]
         or own["_load_state_dict_post_hooks"]
-        or "_spec" in own  # lazy: its load hook takes the sizes first
+        or "_spec" in own  # a lazy module: its load hook takes the sizes first
         or not own.keys().isdisjoint(_OWN_WAYS)
     ):
         return False
@@ -104,8 +104,8 @@ def refuse_foreign(reader: Reader, state: dict[str, Tensor] | None) -> None:
     """Raise if a module would get an object whose class is not unpickled.
 
     Args:
-        reader: what is loaded.
-        state: the tensors of a plain module; None if its hooks may look at anything.
+        reader: the checkpoint.
+        state: the tensors of a plain module; None if its hooks may read any object.
     """
     asked = [name for name in reader.objects if state is None or name in state]
     told = {name: listing(sorted(set(foreign_in(reader.objects[name])))) for name in asked}
@@ -120,7 +120,7 @@ def refuse_foreign(reader: Reader, state: dict[str, Tensor] | None) -> None:
 
 
 def _plainly(state: dict[str, Tensor], reader: Reader) -> Rehearsal | None:
-    """The result for a plain module if everything fits; None if ``load_state_dict`` must decide."""
+    """The result for a plain module if everything fits; None if ``load_state_dict`` must run."""
     sources = dict(reader.aliases) | {name: name for name in reader.entries}
     if reader.objects or not reader.entries.keys() <= state.keys():
         return None
@@ -149,14 +149,14 @@ def rehearse(
     *,
     strict: bool = False,
 ) -> Rehearsal:
-    """Find out what loading a checkpoint would do; the module stays as it is.
+    """Find the effects of loading a checkpoint; the module does not change.
 
     Args:
         module: the module.
         reader: the checkpoint.
         casts: the device and dtype that each deferred tensor gets.
-        state: the ``plain_state`` of the module. With it, nothing has to run if all shapes fit.
-        strict: handed on to a class's own ``load_state_dict``.
+        state: the ``plain_state`` of the module. With it, no code has to run if all shapes fit.
+        strict: passed on to a class's own ``load_state_dict``.
 
     Raises:
         CheckpointError: loading fails for another reason than names and shapes.
@@ -207,8 +207,9 @@ def _rehearse(
 def run(module: nn.Module, stands: Stands, lists: tuple[list[str], ...], *, strict: bool) -> None:
     """Call ``module.load_state_dict``, and add what it returns to the lists.
 
-    torch's own never runs strict here, so that all problems are found at once. A class's own may
-    hand the state dict on to other modules, whose lists are not seen; it has to be told ``strict``.
+    torch's own method always runs with ``strict=False``, so that all problems are found at once. A
+    class's own method may pass the state dict on to other modules, whose lists are not seen, so it
+    gets the caller's ``strict``.
     """
     own = getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
     found = module.load_state_dict(stands.fresh(), **({} if own and strict else {"strict": False}))
@@ -218,11 +219,11 @@ def run(module: nn.Module, stands: Stands, lists: tuple[list[str], ...], *, stri
 
 @contextlib.contextmanager
 def caught(module: nn.Module) -> Iterator[tuple[list[str], list[str], list[str]]]:
-    """While in force, catch the missing, unexpected and wrong that ``load_state_dict`` finds.
+    """A block that collects the missing and unexpected names and messages of ``load_state_dict``.
 
-    ``Module.load_state_dict`` gives its lists to every pre-hook. One that runs before all others
-    takes hold of them, so that they are seen even if a class's own ``load_state_dict`` does not
-    return them.
+    ``Module.load_state_dict`` passes its lists to every pre-hook. A pre-hook that runs before all
+    others keeps references to them, so that they can be read even if a class's own
+    ``load_state_dict`` does not return them.
     """
     lists: tuple[list[str], list[str], list[str]] = ([], [], [])
 
@@ -235,8 +236,8 @@ def caught(module: nn.Module) -> Iterator[tuple[list[str], list[str], list[str]]
     held: list[tuple[list[str], list[str]]] = []
     swap = torch.__future__.get_swap_module_params_on_conversion()
     handle = load_state_dict_first(module, catch)
-    # Under this setting `_load_from_state_dict` swaps tensors instead of copying, and no copy is
-    # heard.
+    # With this setting on, `_load_from_state_dict` swaps tensors instead of copying, and there is
+    # no copy to intercept.
     torch.__future__.set_swap_module_params_on_conversion(False)
     try:
         yield lists

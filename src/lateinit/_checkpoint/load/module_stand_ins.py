@@ -42,14 +42,14 @@ class Shadows(Lending, StandIns):
         self._together: dict[Any, list[Tensor]] = {}  # shadows by the memory that they share
         self._originals: IdentityMap[Tensor, Tensor] = IdentityMap()  # by their shadows
         self._overwritten: IdentityMap[Tensor, bool] = IdentityMap()
-        self._copies: dict[Any, list[tuple[Tensor, str]]] = {}  # not made yet, by memory
+        self._copies: dict[Any, list[tuple[Tensor, str]]] = {}  # copies still to make
 
     def make(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             copied: Tensor = copy.deepcopy(tensor)
             self._originals[copied] = tensor
             return copied
-        if is_lazy(tensor):  # takes the checkpoint's shape; `sizes_in` checks it
+        if is_lazy(tensor):  # it will take the checkpoint's shape, which `sizes_in` checks
             found = self._found.get(tensor)
             loaded = self._stands.state.get(found.name) if found is not None else None
             shape = loaded.shape if isinstance(loaded, Tensor) else ()
@@ -69,7 +69,7 @@ class Shadows(Lending, StandIns):
         return shadow
 
     def original(self, tensor: Tensor) -> Tensor:
-        """The module's tensor that a stand-in stands for; any other tensor is returned itself."""
+        """The module's tensor behind a stand-in; any other tensor is returned itself."""
         base = self.base(tensor)
         return self._originals.get(tensor if base is None else base, tensor)
 
@@ -120,10 +120,9 @@ class Shadows(Lending, StandIns):
         return _memory(self._originals[shadow])
 
     def _initial(self, shadow: Tensor, together: list[Tensor], memo: dict[Any, Any]) -> Tensor:
-        """The value a tensor of the module has now, in memory that only stand-ins share."""
+        """The present value of a tensor of the module, in memory that only stand-ins share."""
         original = self._originals[shadow]
-        # Its values will all be overwritten by the copies that are due, so that it need not be
-        # computed.
+        # If the copies still to make overwrite all of its values, they need not be computed.
         if len(together) == 1 and shadow in self._overwritten:
             device = self.device(shadow)
             return torch.empty_strided(
@@ -158,15 +157,15 @@ def _memory(tensor: Tensor) -> Any:
 
 @contextlib.contextmanager
 def shadowed(module: nn.Module, stands: Stands, casts: Casts) -> Iterator[Shadows]:
-    """Put stand-ins in a module's place; afterwards everything is as it was, generators too."""
+    """A block in which stand-ins replace a module's tensors; its end restores everything."""
     shadows = Shadows(module, stands, casts)
     reach, states = Reach(module), RandomStates()
     reach.keep()
     try:
         for part in module.modules():
             if any(is_dtensor(parameter) for parameter in own_parameters(part).values()):
-                # `FSDPParam.reset_sharded_param`, a post hook, looks at the local parts of its
-                # shards, which a stand-in does not have.
+                # `FSDPParam.reset_sharded_param`, a post hook, reads the local parts of its shards,
+                # which a stand-in does not have.
                 part.__dict__["_load_state_dict_post_hooks"] = OrderedDict()
         reach.exchange(shadows.of)
         yield shadows

@@ -1,7 +1,7 @@
 """A checkpoint under the names of a ``transformers`` model.
 
-``from_pretrained`` renames, joins and splits the tensors of a checkpoint. ``translated`` puts a
-reader in front of another one that does the same, with the tables of
+``from_pretrained`` renames, joins and splits the tensors of a checkpoint. ``translated`` wraps a
+reader in another reader that does the same, with the tables of
 ``_integrations.transformers_names``.
 """
 
@@ -19,19 +19,19 @@ from lateinit._integrations import Conversion, transformers_names
 from lateinit._tensors import is_placeholder
 from lateinit.errors import MismatchError, listing
 
-# Source names that a message shows.
+# The most source names that a message shows.
 _SHOWN = 3
 
 
 def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | None = None) -> Reader:
-    """A checkpoint under the names of a module, if that is a model which renames what it loads.
+    """A checkpoint under the names of a module, if its library renames checkpoints on loading.
 
     Only headers are read: the shapes and dtypes of joined and split tensors are found on ``meta``.
 
     Args:
         module: the module.
         reader: the checkpoint.
-        state: the module's state dict, if it is known.
+        state: the module's state dict, if the caller has it.
 
     Raises:
         MismatchError: a tensor of the checkpoint cannot be brought into the form of the model.
@@ -41,7 +41,7 @@ def translated(module: nn.Module, reader: Reader, state: Mapping[str, Any] | Non
     if state is None:
         state = module.state_dict(keep_vars=True)
     if all(name in state and _fits(state[name], entry) for name, entry in reader.entries.items()):
-        return reader  # it has the names and shapes of the state dict already
+        return reader  # it already has the names and shapes of the state dict
     try:
         names = transformers_names.translate(module, state, reader.entries)
     except transformers_names.UnknownTablesError as error:
@@ -89,7 +89,7 @@ class Translated(Renamed):
         }
 
     def _doubled(self, names: transformers_names.Translation) -> list[str]:
-        """Problems with names that become one; there is none if both have the same bits."""
+        """Problems with two names that become one; no problem if both have the same bits."""
         wrong = []
         for new, (first, *others) in names.renamed.items():
             wrong += [
@@ -100,7 +100,7 @@ class Translated(Renamed):
         return wrong
 
     def _add(self, conversions: list[Conversion]) -> list[str]:
-        """Find out on ``meta`` what each conversion gives."""
+        """Find the results of each conversion on ``meta``."""
         wrong = []
         for conversion in conversions:
             try:
@@ -124,7 +124,7 @@ class Translated(Renamed):
     ) -> Tensor:
         if name not in self._computed:
             return super()._read(name, offsets, sizes, alone)
-        found = self._kept.pop(name, None)  # given away: it may become a parameter's memory
+        found = self._kept.pop(name, None)  # not kept: it may become a parameter's memory
         if found is None:
             self._kept.clear()
             self._kept = self._computed[name].run(partial(self._reader.read, alone=alone))

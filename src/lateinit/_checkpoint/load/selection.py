@@ -1,9 +1,9 @@
-"""Which of a checkpoint's tensors are those of a module, and what their names begin with there.
+"""Select the tensors of a module in a checkpoint that holds more, or has longer names.
 
-A training run saves a module's state dict inside of others: ``{"model": ..., "optimizer": ...}``,
-``{"state_dict": ...}``. Names in it may begin with those of wrappers: ``module.``, ``model.``. Both
-together are the *stem* of the names: what comes before a name of the module. The stem is found by
-itself if only one fits.
+A training run saves a module's state dict inside another dict: ``{"model": ..., "optimizer":
+...}``, ``{"state_dict": ...}``. The names in it may begin with the names of wrappers: ``module.``,
+``model.``. The keys and the prefix together are the *stem*: everything before a name of the module.
+The stem is found automatically if only one fits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Rename = Callable[[str], str | None] | Mapping[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the caller says of the names; None: found by itself.
+    """The arguments ``key=``, ``prefix=`` and ``rename=``; None for those to find automatically.
 
     Attributes:
         key: the keys that lead to the state dict, joined by dots; empty for the outermost dict.
-        prefix: what its names begin with, and those of the module do not.
-        rename: gives a name its new one, or None to leave the tensor out.
+        prefix: the prefix of its names that the module's names lack.
+        rename: maps a name to its new name, or to None to leave the tensor out.
     """
 
     key: str | None = None
@@ -52,7 +52,7 @@ class Choice:
         return new
 
     def check_all_used(self, names: Collection[str], reader: Reader) -> None:
-        """Raise if ``rename`` has a name that is not among these."""
+        """Raise if ``rename`` is a dict with a key that is not in ``names``."""
         lost = [] if callable(self.rename) else [n for n in self.rename or () if n not in names]
         if lost:
             raise MismatchError(
@@ -65,20 +65,20 @@ AS_FOUND = Choice()
 
 
 def selected(kind: str, ours: Collection[str], reader: Reader, choice: Choice) -> Reader | None:
-    """The part of a checkpoint that is a module's, under the module's names.
+    """The part of a checkpoint that belongs to a module, under the module's names.
 
     Args:
-        kind: what to call the module in messages: its class.
+        kind: the class of the module, for messages.
         ours: the names of its state dict.
         reader: the checkpoint.
-        choice: what the caller says of the names.
+        choice: the arguments of the caller.
 
     Returns:
-        The part; None if that would be the checkpoint as it is, or nothing of it fits.
+        The part; None if that would be the whole checkpoint unchanged, or if no name fits.
 
     Raises:
-        MismatchError: there is more than one such part, or none where the caller says, or in any of
-            the dicts that the checkpoint holds.
+        MismatchError: several parts fit, or none at the place that the caller names, or none in any
+            dict of the checkpoint.
     """
     known = {without_wrappers(name): name for name in ours}
     fitting: dict[str, dict[str, str]] = {}  # the module's names by those in the files, by stem
@@ -107,9 +107,9 @@ def selected(kind: str, ours: Collection[str], reader: Reader, choice: Choice) -
 def _named(
     reader: Reader, choice: Choice, stem: str, fitting: Mapping[str, str]
 ) -> tuple[dict[str, str], set[str]]:
-    """The names in the files of all that is in the dicts of what fits, by their new names.
+    """The names in the files of all entries of the fitting dicts, by their new names.
 
-    Also the names that ``rename`` was given.
+    Names that ``rename`` maps are included.
     """
     homes = {reader.homes.get(name, "") for name in fitting}
     names: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _named(
             continue
         rest = dict(_divided(name, reader, choice)).get(stem)
         if rest is None and homes and choice.prefix is None and choice.rename is None:
-            rest = _parts(name, home)[1]  # not in the module, which is told
+            rest = _parts(name, home)[1]  # not in the module: reported as unexpected
         if rest is None:
             continue
         rests.add(rest)
@@ -139,7 +139,7 @@ def _all_names(reader: Reader) -> dict[str, None]:
 def _divided(name: str, reader: Reader, choice: Choice) -> Iterator[tuple[str, str]]:
     """Each way to divide a name into stem and rest that the caller allows; longest rest first."""
     home = reader.homes.get(name, "")
-    # Renaming sees the names as they are in the files.
+    # ``rename`` gets the names as they are in the files.
     text = name if choice.rename is not None else without_wrappers(name)
     prefix = choice.prefix
     if prefix is None and choice.rename is not None:
@@ -167,7 +167,7 @@ def _stem(
 ) -> str | None:
     """The stem that fits the module; None if none does, in a checkpoint of one dict."""
     if "" in fitting:
-        return ""  # as load_state_dict would take it
+        return ""  # the checkpoint as it is, as for load_state_dict
     every = {new for found in fitting.values() for new in found.values()}
     most = max((len(set(found.values())) for found in fitting.values()), default=0)
     best = [stem for stem, found in fitting.items() if len(set(found.values())) == most]
@@ -183,7 +183,7 @@ def _stem(
     if choice.key is not None or choice.prefix is not None:
         stem = f"{choice.key}." * bool(choice.key) + (choice.prefix or "")
         if any(stem in dict(_divided(name, reader, choice)) for name in _all_names(reader)):
-            return stem  # what does not fit is told as of any checkpoint
+            return stem  # names that do not fit are reported later, as for any checkpoint
     elif not reader.homes:
         return "" if choice else None
     raise MismatchError(

@@ -1,9 +1,9 @@
-"""A checkpoint that one rank reads for all: each rank asks it for the blocks that it loads.
+"""A checkpoint that one rank, the *source*, reads for all: each rank requests its blocks.
 
-The other ranks open nothing. They are sent what the files say of their tensors, and make the same
-plan as if they had opened them. While a rank loads, it asks for one block after another. The source
-loads its own tensors first, and then answers until every rank has said that it is done. So ranks
-may load different tensors, in any order, and only one block is on its way at a time.
+The other ranks open no file. They receive the headers of the files, and make the same plan as if
+they had opened them. While a rank loads, it requests one block after another. The source loads its
+own tensors first, and then answers until every rank has reported that it is done. So ranks may load
+different tensors, in any order, and only one block is in transit at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lateinit._checkpoint.formats import Objects, Reader, open_checkpoint
-from lateinit._distributed import answered, everyone, is_running
+from lateinit._distributed import answered, by_words, every_rank, is_running
 from lateinit.errors import ShardingError
 
 _DONE, _TENSOR, _OBJECT = range(3)
@@ -28,7 +28,7 @@ _LONGEST = 2 * 64
 # Bytes that are sent at once (64 MiB).
 _PIECE = 1 << 26
 _CALL = "load_checkpoint()"
-# What the other ranks are told of the files; see `Reader`.
+# The attributes of `Reader` that the source sends to the other ranks.
 _TOLD = ("aliases", "entries", "headers", "homes", "shared", "versions")
 
 
@@ -36,7 +36,7 @@ class Link:
     """The ranks of the default process group, one of which reads the files.
 
     Args:
-        source: that rank.
+        source: the rank that reads.
 
     Raises:
         ShardingError: there is no process group, or another rank named another source.
@@ -57,30 +57,22 @@ class Link:
         on_cpu = "cpu:" in dist.get_backend_config()
         self._group = None if on_cpu else dist.new_group(backend="gloo")
         self._reader: Reader | None = None
-        said: list[Any] = [None] * ranks
-        with answered(_CALL, "asking which rank reads the files"):
-            dist.all_gather_object(said, source, group=self._group)
-        if len(set(said)) > 1:
-            raise ShardingError(f"source_rank: the ranks say {said}: name one rank on all of them")
+        self._ranks = every_rank(_CALL, self._group)
+        named = self._ranks.say(source)
+        if len(named) > 1:
+            raise ShardingError(f"source_rank: {by_words(named)}: name one rank on all of them")
 
     def open(self, path: Path) -> Reader:
         """The checkpoint; a collective operation."""
-        told: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self._is_source:
-            try:
+        with self._ranks.together("opening the checkpoint"):
+            if self._is_source:
                 self._reader = open_checkpoint(path)
-                values = {name: getattr(self._reader, name) for name in _TOLD}
-                told = [values, list(self._reader.objects)]
-            except Exception as error:  # noqa: BLE001 - raised below, when the others know
-                failure = error
-                told = [None, f"{type(error).__name__}: {error}"]
-        with answered(_CALL, "opening the checkpoint"):
+        told: list[Any] = [None, None]
+        if self._reader is not None:
+            values = {name: getattr(self._reader, name) for name in _TOLD}
+            told = [values, list(self._reader.objects)]
+        with answered(_CALL, "telling what the files hold", self._group):
             dist.broadcast_object_list(told, self._source, self._group, torch.device("cpu"))
-        if failure is not None:
-            raise failure
-        if told[0] is None:
-            raise ShardingError(f"rank {self._source} cannot open the checkpoint: {told[1]}")
         return self._reader or _Sent(self, path, *told)
 
     @contextlib.contextmanager
@@ -88,16 +80,16 @@ class Link:
         """Run a block in which ranks read; the source answers the others at its end.
 
         Args:
-            phase: what is done in the block, for messages.
+            phase: the name of the block, for messages.
 
         Raises:
-            ShardingError: another rank failed in it, or did not answer.
+            ShardingError: another rank failed in the block, or did not answer.
         """
-        with everyone(_CALL, phase, self._group):
+        with self._ranks.together(phase):
             try:
                 yield
             except Exception:
-                # A second error would hide the first.
+                # A second error would hide the first one.
                 with contextlib.suppress(ShardingError):
                     self._end()
                 raise

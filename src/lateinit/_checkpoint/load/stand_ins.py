@@ -1,8 +1,8 @@
 """Stand-ins: meta tensors in place of others while a state dict is loaded.
 
-torch's ``load_state_dict`` runs on them. Most of it only asks for shapes, and copies. Where a hook
-computes with a stand-in, the stand-in is given its values at that moment, in place (*revealed*), so
-that hooks see the values that they always see.
+torch's ``load_state_dict`` runs on them. Most of it only reads shapes, and copies. When a hook
+computes with a stand-in, the stand-in is *revealed*: it gets its values at that moment, in place.
+So hooks see the same values as without stand-ins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lateinit._torch.swap import swap
 
 
 class Held(Protocol):
-    """Tensors that have no values yet, and can be given them."""
+    """Tensors that have no values yet, and can be revealed."""
 
     def holds(self, tensor: Tensor) -> bool: ...
 
@@ -35,7 +35,7 @@ class Held(Protocol):
 
 
 class StandIns(abc.ABC):
-    """Meta tensors that pass for others until their values are needed.
+    """Meta tensors that stand in for others until their values are needed.
 
     They are recognised by their storages, which ``.data``, ``detach()`` and ``Parameter(...)``
     share.
@@ -43,7 +43,7 @@ class StandIns(abc.ABC):
 
     def __init__(self) -> None:
         self._on: dict[int, Tensor] = {}
-        self._storages: list[Any] = []  # kept, so that no other storage gets the address of one
+        self._storages: list[Any] = []  # kept alive, so that their addresses are not reused
 
     def add(self, stand: Tensor) -> None:
         """Register a meta tensor as a stand-in."""
@@ -52,7 +52,7 @@ class StandIns(abc.ABC):
         self._storages.append(storage)
 
     def base(self, tensor: Tensor) -> Tensor | None:
-        """The stand-in on whose meta storage a tensor is, if there is one."""
+        """The stand-in with which a tensor shares its meta storage, if there is one."""
         if not tensor.is_meta or tensor.layout is not torch.strided or is_dtensor(tensor):
             return None
         return self._on.get(storage_key(tensor.untyped_storage()))
@@ -62,7 +62,7 @@ class StandIns(abc.ABC):
         return self.base(tensor) is not None
 
     def reveal(self, tensor: Tensor) -> None:
-        """Give a tensor its values, in place, and its stand-in and all that share its memory."""
+        """Give a tensor, its stand-in and all that share its memory their values, in place."""
         base = self.base(tensor)
         if base is not None and base.is_meta:
             self.give_values(base)
@@ -106,10 +106,10 @@ class Stands(StandIns):
             self.add(stand)
 
     def fresh(self) -> OrderedDict[str, Any]:
-        """The state dict for one run, in which everything but the stand-ins is a copy."""
+        """The state dict for one run: the stand-ins, and copies of everything else."""
         state = copy.copy(self.state)
         state.update(copy.deepcopy(dict(self.reader.objects)))
-        vars(state)["_metadata"] = copy.deepcopy(self.reader.versions)  # as state_dict() has it
+        vars(state)["_metadata"] = copy.deepcopy(self.reader.versions)  # as from state_dict()
         return state
 
     def source(self, tensor: Tensor) -> str | None:
@@ -123,7 +123,7 @@ class Stands(StandIns):
         return [(t, name) for t in tensors if (name := self.source(t)) is not None]
 
     def gave(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a stand-in, or was computed from some."""
+        """Whether a tensor is a stand-in, or was computed from stand-ins."""
         return self.base(tensor) is not None or tensor in self._derived
 
     def follow(self, given: list[Tensor], result: Any) -> None:
@@ -136,8 +136,8 @@ class Stands(StandIns):
         return torch.device("cpu")
 
     def give_values(self, base: Tensor) -> None:
-        # A copy, never the file's own memory, since a hook may write to it; one memo, so that names
-        # that share memory in the file share the copy.
+        # A copy and never the file's own memory, since a hook may write to it. One memo, so that
+        # names that share memory in the file share the copy.
         memo: dict[int, Any] = {}
         source = self._sources[base]
         for name in self.reader.shared.get(source, (source,)):
@@ -148,10 +148,10 @@ class Stands(StandIns):
 
 
 class Loading(FunctionMode):
-    """Function mode: lets stand-ins pass for their tensors, and hands on each ``copy_``.
+    """Function mode: lets stand-ins act as their tensors, and reports each ``copy_``.
 
-    A question about shape or dtype is answered by the stand-in itself, a question about the device
-    as the tensor would answer it. Everything else reveals the values.
+    Reads of shape or dtype are answered by the stand-in itself; a read of the device returns the
+    device of the tensor. Every other call reveals the values.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Loading(FunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.copy_ and len(args) > 1 and args[0] is args[1]:
-            return args[0]  # a batch norm's own counter, where the checkpoint has none
+            return args[0]  # a batch norm keeps its counter if the checkpoint has none
         if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Tensor):
             try:
                 self._on_copy(args[0], args[1])
@@ -193,7 +193,7 @@ class Loading(FunctionMode):
 
 
 def _in_slices(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that an index starts, stops or steps by."""
+    """The tensors in the slices of an index."""
     index = args[0] if args and type(args[0]) is tuple else args
     parts = [(i.start, i.stop, i.step) for i in index if type(i) is slice]
     return tensors_in(tuple(parts), {}) if parts else []

@@ -6,7 +6,7 @@ killed process leaves the folder, so that another can continue.
 
     .NAME.partial/lock       held by the process that writes
     .NAME.partial/journal    the digest of the save, then a line for each finished file
-    .NAME.partial/files/     what takes the output's place
+    .NAME.partial/files/     the files that become the output
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _OURS = (
     "generation_config.json",
 )
 
-# Saves that this process has begun and that have not returned, so that they were interrupted: by
-# place, the digest of the save, and the inode of its output if that was about to be put in place.
-# The same call continues such a save without being asked.
+# The interrupted saves of this process, which have begun and not returned. By place: the digest of
+# the save, and the inode of its output if that was about to be put in place. The same call
+# continues such a save without ``resume=True``.
 _begun: dict[Path, tuple[str, int | None]] = {}
 
 
@@ -61,7 +61,7 @@ class Stage:
         self.finished: dict[str, str] = {}
         self._request = ""
         self._journal = self.folder / "journal"
-        self._lock: BinaryIO | None = None  # an object, which closes itself if it is forgotten
+        self._lock: BinaryIO | None = None  # a file object, which is closed when it is dropped
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Stage:
             if not self.finished:
                 self._begin(request)
         except OSError:
-            # A folder of an earlier process stays: its finished files are still worth a resume.
+            # A folder of an earlier process stays, so that its finished files can be resumed.
             if not left:
                 self.discard()
             raise
@@ -101,7 +101,7 @@ class Stage:
     def _take_lock(self) -> None:
         self._lock = (self.folder / "lock").open("ab")
         try:
-            # The system releases the lock when its holder dies, however it dies.
+            # The system releases the lock when its holder dies, in whatever way.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.release()
@@ -110,7 +110,7 @@ class Stage:
             ) from error
 
     def _read_journal(self, request: str) -> None:
-        """Trust the finished files of an earlier process, if it had the same digest."""
+        """Keep the finished files of an earlier process, if its save had the same digest."""
         try:
             lines = self._journal.read_text().splitlines()
             entries = [json.loads(line) for line in lines[:1]]
@@ -151,7 +151,7 @@ class Stage:
 
     def finish(self, name: str, checksum: str) -> None:
         """Enter a file into the journal; its bytes must be on disk."""
-        # The entry of the file first: the journal must never name a file that a crash could undo.
+        # First sync the entry of the file: the journal must not name a file that a crash can undo.
         sync(self.files)
         with self._journal.open("a") as journal:
             journal.write(json.dumps({"file": name, "crc32": checksum}) + "\n")
@@ -178,12 +178,12 @@ class Stage:
 def staged(target: Path, request: str, *, resume: bool, force: bool) -> Iterator[Stage]:
     """A stage for an output, published when the block ends, removed if the block raises.
 
-    Interrupts (``KeyboardInterrupt``, ``SystemExit``) are no errors in this sense: the finished
-    files stay, for ``resume``, and for the same save by this process.
+    After an interrupt (``KeyboardInterrupt``, ``SystemExit``) it is not removed: the finished files
+    stay, for ``resume``, and for the same save by this process.
 
     Raises:
         OutputExistsError: there is an output, finished or not, and no ``force`` or ``resume``.
-        CheckpointError: the unfinished save to resume is another one.
+        CheckpointError: the unfinished save to resume has another digest.
         OutputError: the place cannot be written to.
     """
     before, inode = _begun.get(target, ("", None))
@@ -272,7 +272,7 @@ def was_interrupted(target: Path) -> bool:
 
 def returned(target: Path, result: R) -> R:
     """Note that a save returns its result: the last thing that it does."""
-    return (_begun.pop(target, None), result)[1]  # on one line, so that nothing comes in between
+    return (_begun.pop(target, None), result)[1]  # one line, so that no interrupt comes in between
 
 
 def check_room(target: Path, nbytes: int) -> None:
@@ -317,8 +317,8 @@ def _exchange(made: Path, target: Path) -> None:
             return
     except (AttributeError, OSError):
         pass
-    # Without it two renames are needed. A process killed between them leaves no output, and the old
-    # one in the hidden folder.
+    # Without renameat2 two renames are needed. A process that is killed between them leaves no
+    # output at the target, and the old one in the hidden folder.
     old = made.with_name("replaced")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)

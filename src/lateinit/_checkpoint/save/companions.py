@@ -1,4 +1,4 @@
-"""What is written beside the tensors: metadata in each file, an index, a configuration."""
+"""The data written beside the tensors: metadata in each file, an index, a configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lateinit._version import __version__
 
 
 def metadata_of(seed: int | None) -> dict[str, str]:
-    """The metadata of every file, under some of ``OWN_KEYS``."""
+    """The metadata of every file; its keys are among ``OWN_KEYS``."""
     known = {} if seed is None else {"seed": str(seed)}
     return {"format": "pt", "lateinit": __version__, "torch": torch.__version__, **known}
 

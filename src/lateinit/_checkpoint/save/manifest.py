@@ -33,9 +33,9 @@ class Item:
     """One tensor of a checkpoint.
 
     Attributes:
-        entry: its name, and the dtype and shape that are written.
+        entry: its name, and the dtype and shape in the file.
         tensor: the module's tensor.
-        aliases: the names that are tied to its name.
+        aliases: the further names of a tied tensor.
         deferred: the handle on it; None for a real tensor.
     """
 
@@ -73,18 +73,18 @@ def collect(
         casting: the dtypes to cast to; by default each tensor keeps its own.
         sharded: whether tensors may be shards.
         init: the initialisers that act on finished values.
-        seed: replaces the recorded random state for them.
+        seed: replaces the recorded random state for these initialisers.
 
     Raises:
-        CheckpointError: the module holds something that safetensors cannot.
+        CheckpointError: the module holds a value that safetensors cannot.
         NotRecordedError: a tensor is on ``meta`` and was never recorded.
     """
     state: Mapping[str, Any]
     found = find_tensors(module)
     casts, rules = (casting or AS_IT_IS).over(module, found), Rules(init, found)
     if isinstance(module, nn.Module):
-        # Before `state_dict()`: that of pytorch-pfn-extras leaves out lazy parameters, and others
-        # may fail over them.
+        # Before `state_dict()`, since pytorch-pfn-extras leaves out lazy parameters there, and the
+        # method of another class may fail on them.
         lazy = {n: p for n, p in module.named_parameters() if is_placeholder(p)}
         _check(lazy, casts, sharded=sharded)
         state = module.state_dict(keep_vars=True)
@@ -94,7 +94,7 @@ def collect(
     tied: dict[Any, list[str]] = {}
     for name, tensor in state.items():
         key = id(tensor) if is_dtensor(tensor) else window_key(tensor)
-        # The metadata have no room for such a name as an alias: it is written for itself.
+        # A name among OWN_KEYS cannot be an alias in the metadata, so it gets an entry of its own.
         tied.setdefault(name if name in OWN_KEYS else key, []).append(name)
     targets = tied_targets(module)
     items = [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
@@ -137,7 +137,7 @@ def _check(state: Mapping[str, Any], casts: Casts, *, sharded: bool) -> None:
 
 
 def _problem(name: Any, value: Any, casts: Casts, sharded: bool) -> str | None:
-    """What keeps a value out of a checkpoint, in words."""
+    """The reason why a value cannot be in a checkpoint, in words."""
     if not isinstance(name, str) or name == RESERVED:
         return f"{name!r} is no name of a tensor"
     if not isinstance(value, Tensor):
@@ -170,7 +170,7 @@ def divide(
         limit: the most bytes for a file; None for one file.
         file: the name of a single file. By default the names are those of the Hugging Face hub:
             ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on.
-        stem: what they begin with.
+        stem: the beginning of these names, such as ``model``.
     """
     groups: list[list[Item]] = [[]]
     room = limit
@@ -192,8 +192,8 @@ def _file_name(stem: str, number: int, count: int) -> str:
 
 
 def _aligned(items: list[Item]) -> list[Item]:
-    """Sort by item size, largest first: every tensor then starts at a multiple of its own.
+    """Sort by element size, largest first, so that every tensor starts at a multiple of its own.
 
-    Otherwise a reader could not map it, and would have to copy.
+    Otherwise a reader could not map the tensor, and would have to copy.
     """
     return sorted(items, key=lambda item: -item.entry.dtype.itemsize)

@@ -1,8 +1,8 @@
 """Compute tensors and write them to files, without holding many of them in memory.
 
 One thread computes (with the threads of ``_materialize.scheduler``) while another writes.
-``write_shards`` is the whole of it; ``TensorComputer`` also serves the comparison of a checkpoint
-with a seed.
+``write_shards`` does all of it; ``TensorComputer`` also serves the comparison of a checkpoint with
+a seed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def write_shards(
     Args:
         stage: the folder in which the output grows.
         shards: the files and their tensors.
-        metadata: what every file says of itself.
+        metadata: the metadata of every file.
         seed: replaces the recorded random state; None keeps it.
-        room: the bytes up to which the next tensors are computed while others are still written.
+        room: the most bytes in memory while tensors are computed and others are still written.
         bar: advances as bytes are written.
     """
     values = TensorComputer(seed)
@@ -74,15 +74,15 @@ def write_shards(
                 pipe.put(_finishing(writer, file, stage, shard.file), 0)
             pipe.wait()
     except BaseException:
-        thread.shutdown()  # also if its own end was interrupted: nothing is written from now on
+        thread.shutdown()  # again if it was interrupted: nothing may be written from now on
         raise
 
 
 def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Divide items into batches that are computed together: few bytes, or one storage."""
+    """Divide items into batches that are computed together: of few bytes, or of one storage."""
     batch: list[Item] = []
     for item in items:
-        # Bytes count each storage once, so that items on one storage stay in one batch.
+        # The bytes of a storage count once, so that items on one storage stay in one batch.
         if batch and sum(_working_bytes([*batch, item])) > max(_BATCH, sum(_working_bytes(batch))):
             yield batch
             batch = []
@@ -136,7 +136,7 @@ def _real(item: Item, found: dict[Program, dict[int, Computed]]) -> Tensor:
 
 
 def _working_bytes(items: Iterable[Item]) -> Iterable[int]:
-    """The bytes of each storage that has to be computed for some items."""
+    """The bytes of each storage that must be computed for some items."""
     storages: dict[tuple[Program, int], int] = {}
     for item in items:
         if item.deferred is not None:
@@ -163,8 +163,8 @@ def to_disk(file: BinaryIO) -> None:
     """Have the system start writing now, instead of when memory is full or at the sync."""
     file.flush()
     if hasattr(os, "posix_fadvise"):
-        # On Linux POSIX_FADV_DONTNEED starts writing dirty pages, and drops clean ones from the
-        # cache. It is advice: a system may ignore it.
+        # On Linux POSIX_FADV_DONTNEED starts writing dirty pages, and drops clean pages from the
+        # cache. It is only advice: a system may ignore it.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -191,12 +191,12 @@ class Pipe:
         self._last: Future[None] | None = None
 
     def make_room(self, nbytes: int) -> None:
-        """Wait for the pending write, if ``nbytes`` more than it holds are not allowed."""
+        """Wait for the pending write, if ``nbytes`` more bytes would exceed ``room``."""
         if self._held + nbytes > self._room:
             self.wait()
 
     def put(self, call: Callable[[], None], nbytes: int) -> None:
-        """Have ``call`` run by the writing thread; it holds ``nbytes`` until it is done."""
+        """Queue ``call`` for the writing thread; it holds ``nbytes`` until it has finished."""
         self.wait()
         self._last, self._held = self._thread.submit(call), nbytes
 

@@ -19,14 +19,14 @@ from lateinit._torch import as_bytes
 
 
 def fingerprint(shards: Iterable[ShardFile], metadata: dict[str, str], seed: int | None) -> str:
-    """The digest of what the shards will hold, without computing it.
+    """The digest that identifies the contents of the files, without computing them.
 
-    Real tensors count by name, dtype and shape only. Files that hold one are therefore not trusted
-    when a save is resumed.
+    Real tensors count by name, dtype and shape only. Files that hold one are therefore written
+    again when a save is resumed.
 
     Args:
         shards: the files and their tensors.
-        metadata: what every file says of itself, the versions of lateinit and torch included.
+        metadata: the metadata of every file, the versions of lateinit and torch included.
         seed: replaces the recorded random state; None keeps it.
     """
     digest = hashlib.sha256()
@@ -53,12 +53,12 @@ def _parts(
 def _program_parts(
     program: Program, storages: set[int], seed: int | None
 ) -> Iterator[bytes | memoryview]:
-    # No other ops: those that no tensor needs may have been dropped (``Program.keep``).
+    # Only needed ops, since the others may have been dropped (``Program.keep``).
     needed = [program.ops[number] for number in sorted(needed_for(program, storages))]
     for op in needed:
         yield repr((op, program.ambients[op.ambient])).encode()
     for stream, costs in zip(program.streams, costs_of(program), strict=True):
-        # The recorded state of a root stream does not matter where a seed replaces it.
+        # The recorded state of a root stream does not matter if a seed replaces it.
         replaced = stream.root and seed is not None
         yield repr((stream.device, costs, None if replaced else stream.start)).encode()
     yield repr(program.holes).encode()

@@ -33,12 +33,12 @@ def header(entries: Iterable[StoredTensor], metadata: Mapping[str, str]) -> byte
             "data_offsets": [start, end],
         }
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8, as the format asks
+    text += b" " * (-len(text) % 8)  # the format requires the data to start at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
 class SafetensorsWriter:
-    """Writes the header of a file, then its tensors in the same order, and a checksum of all."""
+    """Writes the header of a file, then its tensors in the same order; computes a checksum."""
 
     def __init__(
         self, file: BinaryIO, entries: Iterable[StoredTensor], metadata: Mapping[str, str]

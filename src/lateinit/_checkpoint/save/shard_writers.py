@@ -4,7 +4,7 @@ DCP's own writers hold all shards of a file until it is closed (torch 2.13,
 torch/distributed/checkpoint/filesystem.py: ``tensor_dict`` in ``_write_files_from_queue``), and a
 rank has one file. Here each block is freed when it is written.
 
-Imported when it is needed: DCP is slow to import.
+Imported on first use, since DCP is slow to import.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Blocks:
     """The blocks of tensors that this rank holds, computed in turn; none of them is kept.
 
     Args:
-        items: what this rank holds, by name.
+        items: the tensors or shards of this rank, by name.
         seed: replaces the recorded random state; None keeps it.
     """
 
@@ -48,14 +48,14 @@ class Blocks:
         self._copies: dict[str, Tensor] = {}
 
     def copy(self) -> None:
-        """Take the values of now, on the CPU, for whatever is written from now on."""
+        """Copy the present values to the CPU; all later writes use the copies."""
         held_here = self._items_of(name for name, parts in self.parts.items() if parts)
         self._copies = {
             item.entry.name: local.cpu().clone() for item, local in self._locals(held_here)
         }
 
     def of(self, wanted: Iterable[WriteItem]) -> Iterator[tuple[WriteItem, Tensor]]:
-        """Blocks with their values, each on the CPU and alone on its storage."""
+        """Blocks with their values, each on the CPU and on a storage of its own."""
         due: dict[str, list[WriteItem]] = {}
         for write in wanted:
             due.setdefault(self.items[write.index.fqn].entry.name, []).append(write)
@@ -65,7 +65,7 @@ class Blocks:
 
     def _block(self, write: WriteItem, dtype: torch.dtype, local: Tensor) -> Tensor:
         box = _box(write)
-        if 0 in box.size:  # wherever it is cut, there is nothing to read
+        if 0 in box.size:  # a block without elements
             return torch.empty(box.size, dtype=dtype, device="cpu")
         (place,) = (part.local for part in self.parts[write.index.fqn] if part.full == box)
         block = block_of(local, *place).to("cpu", dtype).contiguous()
@@ -78,22 +78,22 @@ class Blocks:
         return list({item.entry.name: item for item in map(self.items.__getitem__, names)}.values())
 
     def _locals(self, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor]]:
-        """What this rank holds of some tensors."""
+        """The local parts of some tensors."""
         for batch in batches(items):
             if self._copies:
                 values = [self._copies[item.entry.name] for item in batch]
             else:
                 values = self._computer.of(batch)
             for item in reversed(batch):
-                yield item, held(values.pop()).detach()  # freed when the next one is asked for
+                yield item, held(values.pop()).detach()  # freed before the next one is computed
 
 
 class DcpWriter(FileSystemWriter):
     """Writes one file for each rank, and publishes the folder when all have written.
 
     Args:
-        stage: where the output grows.
-        blocks: what this rank holds.
+        stage: the hidden folder of the output.
+        blocks: the blocks of this rank.
         shown: whether to show a progress bar.
     """
 
@@ -111,7 +111,7 @@ class DcpWriter(FileSystemWriter):
         return written
 
     def write(self, items: Iterable[WriteItem], bar: Progress) -> list[WriteResult]:
-        """Write some blocks; the result says where each is."""
+        """Write some blocks; returns the position of each."""
         name = f"__{dist.get_rank() if is_running() else 0}_0.distcp"
         found = []
         with (self._stage.files / name).open("wb") as file:
@@ -126,22 +126,22 @@ class DcpWriter(FileSystemWriter):
         return found
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Describe the whole, and put it in its place: on one rank."""
+        """Describe the whole output and put it in its place; called on one rank."""
         self.describe(metadata, results)
         self._stage.publish()
         returned(self._stage.target, None)
         self._stage.release()
 
     def describe(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the file that says where each block is."""
+        """Write the file with the position of each block."""
         super().finish(metadata, results)
 
 
 class WholeFilesWriter(DcpWriter):
     """Writes the blocks into files of whole tensors, each at its place.
 
-    torch's own ``HuggingFaceStorageWriter`` has one rank join the files of all, which holds whole
-    tensors, refuses integers, and leaves tensors without dims zero (torch 2.13,
+    In torch's own ``HuggingFaceStorageWriter`` one rank joins the files of all ranks. That rank
+    holds whole tensors, refuses integers, and leaves tensors without dims zero (torch 2.13,
     torch/distributed/checkpoint/_consolidate_hf_safetensors.py).
     """
 
@@ -166,22 +166,22 @@ class WholeFilesWriter(DcpWriter):
         return found
 
     def describe(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """The headers, which stand in the files already, say where each tensor is."""
+        """Nothing to write: the headers of the files already have the position of each tensor."""
 
 
 def _save(block: Tensor, file: BinaryIO) -> None:
     try:
         torch.save(block, file)
     except RuntimeError as error:
-        # torch/serialization.py ends the archive after a failed write too, which fails with
-        # another error.
+        # torch/serialization.py also closes the archive after a failed write, which raises another
+        # error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def _box(item: WriteItem) -> Box:
-    """Where a block is in the full tensor."""
+    """The place of a block in the full tensor."""
     about = item.tensor_data
     assert about is not None
     return Box(tuple(about.chunk.offsets), tuple(about.chunk.sizes))
@@ -195,7 +195,7 @@ def _nbytes(item: WriteItem) -> int:
 
 def _parts(name: str, item: Item) -> list[Part]:
     """The blocks of a tensor that this rank holds."""
-    # Of a tensor without elements no rank holds any.
+    # No rank holds a part of a tensor without elements.
     if not is_dtensor(item.tensor) or not torch.Size(item.entry.shape).numel():
         return [whole_part(item.entry.shape)]
     return parts_of(item.tensor, name)

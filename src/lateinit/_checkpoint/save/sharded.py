@@ -1,11 +1,11 @@
 """Save the shards of a model: each rank writes its own, by ``torch.distributed.checkpoint`` (DCP).
 
-DCP says which rank writes which block; ``shard_writers.py`` computes and writes them one after
-another, and what was deferred stays so. All ranks write into the hidden folder of a ``Stage``, on a
-file system that they share; when all have written, DCP's coordinator describes the whole and puts
-the folder in its place.
+DCP decides which rank writes which block; ``shard_writers.py`` computes and writes them one after
+another, and deferred tensors stay deferred. All ranks write into the hidden folder of a ``Stage``,
+on a file system that they share; when all have written, DCP's coordinator describes the whole
+output and puts the folder in its place.
 
-Imported when it is needed: DCP is slow to import.
+Imported on first use, since DCP is slow to import.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lateinit._checkpoint.save.shard_writers import (
     WholeFilesWriter,
 )
 from lateinit._checkpoint.save.whole_files import WholeFiles
-from lateinit._distributed import answered, everyone, is_running
+from lateinit._distributed import answered, every_rank, is_running
 from lateinit._torch import without_modes
 from lateinit.errors import CheckpointError, OutputError
 
@@ -55,7 +55,7 @@ class ShardedSave:
 
     Args:
         target: the folder to make.
-        items: what this rank holds, by name.
+        items: the tensors or shards of this rank, by name.
         files: the files of whole tensors to make, for safetensors; None for DCP.
         seed: replaces the recorded random state; None keeps it.
         shown: whether to show a progress bar.
@@ -82,10 +82,11 @@ class ShardedSave:
             texts: small files of the output, by name.
             nbytes: the bytes that all ranks will write.
             force: overwrite an existing checkpoint.
-            discard: discard what a killed save left.
+            discard: discard the files that a killed save left.
         """
         stage = self.stage
-        with everyone(_CALL, "opening the output"):
+        ranks = every_rank(_CALL)
+        with ranks.together("opening the output"):
             if is_first():
                 check_target(stage.target, force=force)
                 check_room(stage.target, nbytes)
@@ -94,7 +95,7 @@ class ShardedSave:
                     stage.write_text(name, text)
                 if self._files is not None:
                     self._files.make(stage.files)
-        with everyone(_CALL, "looking for the output"):
+        with ranks.together("looking for the output"):
             if not stage.files.is_dir():
                 raise OutputError(
                     None, f"{stage.files} is not there on this rank: choose a path that all share"
@@ -104,16 +105,17 @@ class ShardedSave:
 
     def run(self) -> None:
         """Write, and return when the output is in its place."""
-        with everyone(_CALL, _PHASE), self._told(), without_modes(), warnings.catch_warnings():
-            # That there is no process group, which is no reason to warn.
+        whole = every_rank(_CALL).together(_PHASE)
+        with whole, self._told(), without_modes(), warnings.catch_warnings():
+            # DCP warns if there is no process group, which is a valid use here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save({}, storage_writer=self._writer(), planner=_Planner(self._blocks))
 
     def start(self, done: Callable[[], Any]) -> Future[Any]:
-        """Copy the shards, and write them in the background; the result is that of ``done``."""
+        """Copy the shards, and write them in the background; the future gets ``done()``."""
         with without_modes():
             self._blocks.copy()
-        # Its collectives must not come between those of the training.
+        # A group of its own, so that its collectives do not mix with those of the training.
         group = dist.new_group(backend="gloo")
         result: Future[Any] = Future()
 
@@ -123,8 +125,8 @@ class ShardedSave:
                     with self._told():
                         future.result()
                 finally:
-                    # Before the result is known: whoever waits for it may end all groups then, and
-                    # a group that two threads end at once aborts the process.
+                    # Before the result is set: a thread that waits for it may then destroy all
+                    # groups, and a group that two threads destroy at once aborts the process.
                     dist.destroy_process_group(group)
                 found = done()
             except BaseException as error:  # noqa: BLE001 - it is the result
@@ -150,7 +152,7 @@ class ShardedSave:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Raise errors of DCP in words that say what to do next."""
+        """Reword errors of DCP, with the next step."""
         try:
             with answered(_CALL, _PHASE):
                 yield
@@ -169,9 +171,9 @@ class ShardedSave:
 
 
 class _Planner(DefaultSavePlanner):
-    """Says which blocks a rank holds.
+    """Lists the blocks that a rank holds.
 
-    torch's own plan takes the local part of a ``DTensor`` for one block, wherever it lies.
+    torch's own plan treats the local part of a ``DTensor`` as one block, even if it is several.
     """
 
     def __init__(self, blocks: Blocks) -> None:
@@ -200,5 +202,5 @@ class _Planner(DefaultSavePlanner):
 
 
 def is_first() -> bool:
-    """Whether this rank does what one rank has to do."""
+    """Whether this is the rank that does the work for which one rank is needed."""
     return not is_running() or dist.get_rank() == 0

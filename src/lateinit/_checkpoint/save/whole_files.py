@@ -1,7 +1,7 @@
 """Safetensors files of whole tensors, into which every rank writes its blocks.
 
-The first rank makes the files with their headers, so that every place in them is known before a
-value is.
+The first rank makes the files with their headers, so that every position in them is known before
+any value is computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lateinit.errors import ShardingError
 
 
 class Place(NamedTuple):
-    """Where a whole tensor is: its file, the first byte there, and its shape."""
+    """The place of a whole tensor: its file, its first byte there, and its shape."""
 
     file: str
     start: int
@@ -35,10 +35,10 @@ class WholeFiles:
 
     Args:
         shards: the files and their tensors.
-        metadata: what every file says of itself.
+        metadata: the metadata of every file.
 
     Attributes:
-        places: where each tensor is, by name.
+        places: the place of each tensor, by name.
     """
 
     def __init__(self, shards: Iterable[ShardFile], metadata: dict[str, str]) -> None:
@@ -84,12 +84,12 @@ def put_block(file: BinaryIO, place: Place, box: Box, block: Tensor) -> None:
 
 
 def _run(shape: tuple[int, ...], box: Box) -> int:
-    """The neighbouring elements that a box has of a contiguous tensor."""
+    """The number of elements of a box that are neighbours in a contiguous tensor: a run."""
     return math.prod(box.size[_cut(shape, box) :])
 
 
 def _starts(shape: tuple[int, ...], box: Box) -> Iterator[int]:
-    """The element of a contiguous tensor at which each run of a box starts."""
+    """The index of the element at which each run of a box starts in a contiguous tensor."""
     cut = _cut(shape, box)
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     rows = [range(s, s + n) for s, n in zip(box.start[:cut], box.size[:cut], strict=True)]
@@ -98,5 +98,5 @@ def _starts(shape: tuple[int, ...], box: Box) -> Iterator[int]:
 
 
 def _cut(shape: tuple[int, ...], box: Box) -> int:
-    """The last dim of which a box does not have the whole; those after it lie in one run."""
+    """The last dim that a box does not span completely; all dims after it are in one run."""
     return max((dim for dim, size in enumerate(box.size) if size != shape[dim]), default=0)

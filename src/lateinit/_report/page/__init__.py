@@ -1,8 +1,8 @@
-"""One HTML page of a model or a checkpoint, which is looked at without a network.
+"""One HTML page of a model or a checkpoint, which needs no network.
 
-The package gives the command ``report`` what the page shows (``content``: ``of_model`` and
-``of_checkpoint``), and the page itself (``document``: ``page_of`` and ``written``), of which
-``page.css`` and ``page.js`` become part. Start with ``content``.
+The package gives the command ``report`` the data of the page (``content``: ``of_model`` and
+``of_checkpoint``), and the page itself (``document``: ``page_of`` and ``written``), which includes
+``page.css`` and ``page.js``. Start with ``content``.
 """
 
 from lateinit._report.page.content import Content, of_checkpoint, of_model

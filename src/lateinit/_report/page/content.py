@@ -1,4 +1,4 @@
-"""What a page shows of a model or of a checkpoint, as plain data."""
+"""The data of the page of a model or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lateinit._report.rows import Row, entries, totals
 from lateinit._units import format_bytes
 from lateinit._version import __version__
 
-# Tensors of which values are shown. A jump of the generator takes 15 ms without the C kernels.
+# The most tensors with a histogram. A jump of the generator takes 15 ms without the C kernels.
 _MOST_EXCERPTS = 2000
 _LEAST_OF_GROUP = 3
 
@@ -41,11 +41,11 @@ class Line:
         shape: its shape, in words.
         numel: its elements.
         dtype: its dtype, without ``torch.``.
-        kind: parameter, buffer or attribute; a checkpoint does not tell.
+        kind: parameter, buffer or attribute; not known for a checkpoint.
         nbytes: its bytes; None if its shape is not known.
-        memory: the bytes that count for its memory, which others may share.
+        memory: the bytes of its memory; shared memory counts at one of its tensors only.
         init: how it is initialised, in words.
-        source: where its values come from.
+        source: the source of its values.
     """
 
     name: str
@@ -61,20 +61,20 @@ class Line:
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """What tensors of one group have in common; one with ties has a group of its own."""
+        """The key that tensors of one group have in common; a tied tensor has its own group."""
         own = self.name if self.notes else ""
         return own, self.shape, self.dtype, self.kind, self.init, self.source
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors of one kind, whose names differ in the numbers of layers alone.
+    """Tensors of one kind, whose names differ only in the numbers of layers.
 
     Attributes:
         name: their names, folded.
-        members: their places among the lines.
-        histogram: of the values of those that were looked at.
-        seen: how many were.
+        members: their indices among the lines.
+        histogram: the histogram of the values of those members that were sampled.
+        seen: the number of members that were sampled.
     """
 
     name: str
@@ -85,18 +85,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Content:
-    """What a page shows.
+    """The data of a page.
 
     Attributes:
         title: the specification or the path.
-        subtitle: what it is.
-        facts: figures for the head of the page: what, how much, and a remark.
+        subtitle: a description of the model or checkpoint.
+        facts: figures for the head of the page: a name, a figure and a remark each.
         lines: the tensors.
-        histograms: of the values of each line; None if it was not looked at.
+        histograms: the histogram of each line; None if it was not sampled.
         groups: the tensors again, folded.
-        about: versions, and what else the figures depend on.
-        share: what a rank of a mesh holds.
-        loaded: what loading a checkpoint would do.
+        about: the versions and other facts on which the figures depend.
+        share: a rank's share of the model on a mesh.
+        loaded: the predicted result of loading a checkpoint.
     """
 
     title: str
@@ -127,14 +127,14 @@ def of_model(
     share: Share | None = None,
     plan: LoadPlan | None = None,
 ) -> Content:
-    """What a page shows of a deferred model, which stays deferred.
+    """The data of the page of a deferred model, which stays deferred.
 
     Args:
         title: its specification.
         model: the model, recorded from ``seed``.
-        seed: for the head of the page.
-        share: what a rank of a mesh holds of it.
-        plan: what loading a checkpoint into it would do.
+        seed: the seed, for the head of the page.
+        share: a rank's share of the model on a mesh.
+        plan: the plan to load a checkpoint into the model.
     """
     found = entries(model, None)
     memory = _memory(found)
@@ -158,7 +158,7 @@ def of_model(
         title=title,
         subtitle=f"{type(model).__name__}, recorded and not built",
         facts=(
-            ("parameters", _count(sums.parameters), f"{sums.parameters:,}"),
+            ("parameters", *_count(sums.parameters)),
             ("memory", format_bytes(sums.bytes), _dtypes(sums.bytes_by_dtype)),
             ("tensors", f"{sums.tensors:,}", _unsized(sums.unsized_tensors)),
             ("tied names", f"{ties:,}", "more names than tensors" if ties else "none"),
@@ -174,10 +174,10 @@ def of_model(
 
 
 def of_checkpoint(title: str, path: Path) -> Content:
-    """What a page shows of a checkpoint alone; of its data a few blocks are read.
+    """The data of the page of a checkpoint alone; only a few blocks of its tensors are read.
 
     Args:
-        title: what it is called.
+        title: the name of the checkpoint.
         path: any checkpoint that ``load_checkpoint`` reads.
     """
     reader = open_checkpoint(path)
@@ -194,7 +194,7 @@ def of_checkpoint(title: str, path: Path) -> Content:
         title=title,
         subtitle=f"a checkpoint in the format {found.format}, of which a few blocks were read",
         facts=(
-            ("elements", _count(found.totals.elements), f"{found.totals.elements:,}"),
+            ("elements", *_count(found.totals.elements)),
             ("memory", format_bytes(found.totals.bytes), _dtypes(found.totals.bytes_by_dtype)),
             ("tensors", f"{found.totals.tensors:,}", objects),
             ("tied names", f"{ties:,}", "not written again" if ties else "none"),
@@ -253,7 +253,7 @@ def _memory(found: Sequence[tuple[Row, int, Tensor]]) -> list[int]:
 
 
 def _stored(plan: LoadPlan, found: Sequence[tuple[Row, int, Tensor]]) -> dict[int, str]:
-    """The name in the checkpoint from which each tensor has its values, if from one alone."""
+    """The name in the checkpoint from which each tensor gets its values, if it is a single one."""
     copies: IdentityMap[Tensor, str] = IdentityMap()
     for target, source in plan.rehearsal.copies:
         if isinstance(source, str):
@@ -273,7 +273,7 @@ def _sources(loaded: Loaded) -> dict[str, str]:
 def _looked_at(
     lines: Sequence[Line], excerpt: Callable[[int], Excerpt]
 ) -> tuple[tuple[Histogram | None, ...], tuple[Group, ...]]:
-    """The histograms of the lines, and the groups with theirs."""
+    """The histograms of the lines, and the groups with their histograms."""
     numbered = list(enumerate(lines))
     folds = fold(numbered, lambda each: each[1].name, lambda each: each[1].alike)
     folded = [(name, [number for number, _ in each]) for name, each in folds]
@@ -293,18 +293,18 @@ def _looked_at(
 
 
 def _spread(members: Sequence[int], most: int) -> list[int]:
-    """At most some of the members, evenly spread, the first and the last one among them."""
+    """At most ``most`` of the members, evenly spread, from the first to the last."""
     if len(members) <= most:
         return [*members]
     return [members[(len(members) - 1) * i // (most - 1)] for i in range(most)]
 
 
-def _count(number: int) -> str:
-    """A count as people say it: ``70.6 billion``."""
+def _count(number: int) -> tuple[str, str]:
+    """A count in words, such as ``70.6 billion``, and in figures if the words are rounded."""
     for word, size in (("trillion", 10**12), ("billion", 10**9), ("million", 10**6)):
         if number >= size:
-            return f"{number / size:,.1f} {word}"
-    return f"{number:,}"
+            return f"{number / size:,.1f} {word}", f"{number:,}"
+    return f"{number:,}", ""
 
 
 def _dtypes(by_dtype: dict[str, int]) -> str:

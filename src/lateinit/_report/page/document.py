@@ -1,9 +1,8 @@
-"""The page as one HTML file, in which nothing can ask the network for anything.
+"""The page as one HTML file, which cannot access the network.
 
-A Content-Security-Policy in its head forbids all of it: scripts run only if their hash is in the
-policy, and nothing is fetched. So a name in a checkpoint that was meant to be markup would do
-nothing, even where it was not escaped. And it is escaped: by ``html.escape`` in what Python writes,
-and in what ``page.js`` shows by making text nodes of it.
+A Content-Security-Policy in its head forbids that: scripts run only if their hash is in the policy,
+and nothing is fetched. So markup in a name of a checkpoint would have no effect even if it were not
+escaped. Names are escaped too: Python uses ``html.escape``, and ``page.js`` makes text nodes.
 """
 
 from __future__ import annotations
@@ -37,11 +36,13 @@ def check_output(path: Path, *, force: bool) -> None:
 
     Raises:
         OutputExistsError: there is a file already, and no ``force``.
-        OutputError: plotly is not installed, or there is no such folder, or it may not be written.
+        OutputError: plotly is not installed, or the folder is missing or not writable.
     """
     plotly_js()
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file, such as {path / 'report.html'}")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no regular file: name another --output")
     if path.exists() and not force:
         raise OutputExistsError(f"{path} exists: give --force to replace it, or another --output")
     if not path.parent.is_dir():
@@ -67,15 +68,17 @@ def written(content: Content, path: Path) -> Written:
     """Write the page, whole or not at all.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
-    # Names of files may hold bytes that are no text (PEP 383), which UTF-8 has no place for.
+    # File names may hold bytes that are no text (PEP 383) and cannot be encoded as UTF-8.
     encoded = page_of(content).encode("utf-8", "xmlcharrefreplace")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Through symbolic links, so that the rename replaces the page and not a link to it.
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         try:
             beside.write_bytes(encoded)
-            beside.replace(path)
+            beside.replace(place)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
@@ -92,7 +95,7 @@ def page_of(content: Content) -> str:
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     data = json.dumps(_data(content), separators=(",", ":"), allow_nan=False)
-    # In a script element only `</script` and `<!--` end or change anything: neither is left.
+    # In a script element only `</script` and `<!--` have a meaning: without `<` neither can occur.
     data = data.replace("<", "\\u003c")
     plotly, own = (f"<script>{script}</script>" for script in scripts)
     title = escape(content.title)
@@ -183,7 +186,7 @@ def _data(content: Content) -> dict[str, Any]:
 
 def _shown(histogram: Histogram) -> dict[str, Any]:
     numbers = asdict(histogram)
-    # JSON has no infinity, which the spread of very large numbers is.
+    # JSON has no infinity, which the standard deviation of very large numbers can be.
     return {
         k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()
     }
@@ -198,7 +201,7 @@ def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def _share(share: Share) -> str:
-    """What a rank of a mesh holds, or what one device takes to train."""
+    """The section on the memory of a rank of a mesh, or of one device in training."""
     rows = [("the model", [("all tensors", share.model_bytes)])]
     if share.mesh:
         held = [
@@ -260,7 +263,7 @@ def _bars(rows: list[tuple[str, list[tuple[str, int]]]]) -> str:
 
 
 def _loaded(loaded: Loaded) -> str:
-    """What loading a checkpoint would do."""
+    """The section on the predicted result of loading a checkpoint."""
     kinds = {
         "loaded": loaded.loaded,
         "initialised": loaded.initialised,

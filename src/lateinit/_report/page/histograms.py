@@ -10,23 +10,23 @@ from torch import Tensor
 
 from lateinit._report.excerpts import Excerpt
 
-_BINS = 41  # odd, so that the values around zero have a bin of their own
+_BINS = 41  # odd, so that values around zero get a bin of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How often which values occur.
+    """A histogram of values.
 
     Attributes:
         low: the least finite value.
-        high: the greatest one.
-        counts: how many values are in each of the bins of equal width between them.
-        mean: the mean, of the distribution or else of the values; None without finite values.
-        std: the standard deviation, likewise.
-        exact: whether mean and std are those of the distribution or of all values, not of some.
-        values: how many values were looked at.
-        not_finite: how many of them are infinite or NaN.
-        why: why there are no values.
+        high: the greatest finite value.
+        counts: the number of values in each of the bins of equal width between these two.
+        mean: the mean of the distribution, or else of the values; None without finite values.
+        std: the standard deviation of the same.
+        exact: whether mean and std are of the distribution or of all values, not of a sample.
+        values: the number of values.
+        not_finite: the number of infinite values and NaNs among them.
+        why: the reason why there are no values.
     """
 
     low: float = 0.0
@@ -41,7 +41,7 @@ class Histogram:
 
 
 def histogram_of(excerpts: Sequence[Excerpt], *, of_all: bool = True) -> Histogram:
-    """The histogram of some tensors of one kind, or ``of_all`` tensors of it."""
+    """The histogram of tensors of one kind; ``of_all`` if these are all tensors of the kind."""
     values = torch.cat([excerpt.values for excerpt in excerpts])
     if not values.numel():
         return Histogram(why=next((e.why for e in excerpts if e.why), "it has no elements"))
@@ -61,7 +61,7 @@ def histogram_of(excerpts: Sequence[Excerpt], *, of_all: bool = True) -> Histogr
 
 
 def _counts(finite: Tensor) -> list[int]:
-    # Of the halves: the distance of the two greatest floats is none.
+    # Computed on halved values, since the distance of the least and greatest float overflows.
     halves = finite / 2
     low, high = float(halves.min()), float(halves.max())
     if low == high:

@@ -1,5 +1,5 @@
 "use strict";
-// All texts become text nodes, never markup: names of a checkpoint are whatever its author wrote.
+// All texts become text nodes, never markup, since names in a checkpoint may contain anything.
 const data = JSON.parse(document.getElementById("data").textContent);
 for (const group of data.groups) group.histogram ??= data.histograms[group.members[0]];
 const $ = (id) => document.getElementById(id);
@@ -27,7 +27,7 @@ function bytes(count) {
 const short = (value) => (value === null ? "" : String(Number(value.toPrecision(4))));
 const about = (h, key) => (!h || h[key] === null ? "" : (h.exact ? "" : "\u2248 ") + short(h[key]));
 const many = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
-// plotly reads a little markup in labels.
+// plotly interprets some markup in labels.
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const settings = { displayModeBar: false, responsive: true };
@@ -42,7 +42,7 @@ let way = Object.keys(data.treemap.ways)[0];
 
 function drawTreemap() {
   const tree = data.treemap, colors = Array.from({ length: 8 }, (_, i) => color(`--c${i}`));
-  // What holds boxes that are seen at first is a frame; a box that opens later has a colour.
+  // A box whose contents are visible at first is only a frame; a box that opens later has a colour.
   const paint = tree.ways[way].colours.map((c, i) => (tree.frames[i] ? color("--panel") : colors[c]));
   Plotly.react("treemap", [{
     type: "treemap", branchvalues: "total", maxdepth: tree.depth, sort: true,
@@ -182,7 +182,7 @@ function cells(row, subject) {
       return element("td", { class: "drawn" }, ...(h && h.counts.length ? [element("button", {
         title: "show the histogram", "aria-label": `histogram of ${row.name}`,
         onclick: () => { show(subject); $("which").scrollIntoView({ block: "center" }); },
-      }, spark(h))] : []));
+      }, spark(h))] : [element("span", { title: inWords(h) }, "\u2013")]));
     }
     return element("td", { class: c.number ? "number" : c.key }, (c.text || c.of)(row) || "");
   });
@@ -227,7 +227,7 @@ function drawTable() {
 }
 
 function sortBy(column) {
-  // Numbers are wanted from the largest down, and a third click gives the order of the model back.
+  // Numbers are sorted from the largest down at first; a third click restores the model's order.
   const first = Boolean(column.number);
   if (state.sort !== column.key) Object.assign(state, { sort: column.key, down: first });
   else if (state.down === first) state.down = !first;
@@ -241,7 +241,7 @@ $("filter").addEventListener("input", () => {
 });
 $("all-rows").onclick = () => { state.most = Infinity; drawTable(); };
 
-// -- all of it -----------------------------------------------------------------------------------
+// -- start ---------------------------------------------------------------------------------------
 
 function draw() {
   drawTreemap();

@@ -1,4 +1,4 @@
-"""A treemap of memory: modules in modules, and how each is coloured."""
+"""A treemap of memory: nested modules, with several ways to colour them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-# Boxes that are shown at once, and all of them: plotly took 0.5 s for 1,400, and 23 s for 29,000.
+# The most boxes that are shown at once, and in all. Measured: plotly took 0.5 s for 1,400 boxes,
+# and 23 s for 29,000.
 _BOXES, _NODES = 700, 1200
-# Colours that are told apart; one more is for all that is left.
+# The number of distinct colours; one more is for all other kinds.
 _COLOURS = 7
 _REST = "others"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor: its fully qualified name, its bytes, and what it may be coloured by."""
+    """A tensor: its fully qualified name, its bytes, and its kind for each way of colouring."""
 
     name: str
     nbytes: int
@@ -36,7 +37,7 @@ def treemap_of(parts: Sequence[Part], root: str) -> dict[str, Any]:
 
     Args:
         parts: the tensors.
-        root: what the outermost box is called.
+        root: the name of the outermost box.
     """
     parts = [part for part in parts if part.nbytes]
     ways = {"module": _modules(parts)}
@@ -50,7 +51,7 @@ def treemap_of(parts: Sequence[Part], root: str) -> dict[str, Any]:
         colours = {way: legends[way].colour(ways[way][number]) for way in ways}
         _add(nodes[0], part.nbytes, colours)
         for end in range(1, len(path) + 1):
-            # In a checkpoint a tensor may be called as a module of another one is.
+            # In a checkpoint, a tensor may have the same name as a module of another tensor.
             key = ".".join(path[:end]), end == len(path)
             if key not in places:
                 places[key] = len(nodes)
@@ -70,7 +71,7 @@ def treemap_of(parts: Sequence[Part], root: str) -> dict[str, Any]:
         "ways": {
             way: {
                 "legend": legend.shown,
-                # A box that holds others has the colour of most of its bytes.
+                # A box that contains others has the colour of most of its bytes.
                 "colours": [n.kinds[way].most_common(1)[0][0] if n.kinds else 0 for n in nodes],
             }
             for way, legend in legends.items()
@@ -79,8 +80,8 @@ def treemap_of(parts: Sequence[Part], root: str) -> dict[str, Any]:
 
 
 def _largest(nodes: Sequence[_Node]) -> list[_Node]:
-    """The largest boxes; of the others, those beside one of them are one."""
-    # The sort is stable: a box comes after the one that holds it, which is no smaller.
+    """The largest boxes. All others inside the same box are joined to one."""
+    # The sort is stable, so a box comes after the box that contains it, which is no smaller.
     kept = sorted(range(len(nodes)), key=lambda n: -nodes[n].nbytes)[:_NODES]
     numbers = {old: new for new, old in enumerate(sorted(kept))}
     found = [replace(nodes[old], parent=numbers.get(nodes[old].parent, -1)) for old in numbers]
@@ -108,7 +109,7 @@ def _add(node: _Node, nbytes: int, colours: dict[str, int]) -> None:
 def _modules(parts: Sequence[Part]) -> list[str]:
     """The module of each tensor without the numbers of layers, as deep as the colours suffice.
 
-    The module of most bytes is divided into those in it, until there are enough of them.
+    The module with most bytes is divided into its children until there are enough modules.
     """
     paths = [[p for p in part.name.split(".")[:-1] if not p.isdecimal()] for part in parts]
     depths = [1] * len(paths)
@@ -128,10 +129,10 @@ def _modules(parts: Sequence[Part]) -> list[str]:
 
 
 class _Legend:
-    """The kinds that have a colour of their own: those of most bytes.
+    """The kinds that have a colour of their own: the kinds with most bytes.
 
     Attributes:
-        shown: each kind with its bytes, the most first, and last all that is left.
+        shown: each kind with its bytes, largest first, and last the sum of all others.
     """
 
     def __init__(self, kinds: Iterable[str], parts: Iterable[Part]) -> None:
