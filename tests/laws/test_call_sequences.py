@@ -164,20 +164,23 @@ class CallSequences(RuleBasedStateMachine):
     def materialize_cast(self, number: int, dtype: torch.dtype) -> None:
         """What is materialised with a cast has the values of the twin, cast, and the same ties.
 
-        Memory is cast as a whole: to ask for a part of what shares it binds the rest to the same
-        dtype, where eager `to` would cut the tie; so all or nothing of it is asked for here.
+        Only parameters and saved buffers are cast. Memory is cast as a whole: to ask for a part of
+        what shares it binds the rest to the same dtype, where eager `to` would cut the tie; so all
+        or nothing of it is asked for here.
         """
-        _, part = self.part(number)
+        eager, part = self.part(number)
         mine = {id(t) for t in _tensors_of(part)}
         taken = {p for p, t in self.pair.deferred().items() if id(t) in mine}
         if shares_outside(self.pair, taken, self.pairs):
             return
-        expected = [self.pair.twin.tensors()[path] for path in taken]
+        saved = {id(t) for t in eager.state_dict(keep_vars=True).values()}
+        found = [self.pair.twin.tensors()[path] for path in taken]
+        expected = [t for t in found if id(t) in saved]
         both(
             self.pair,
             lambda: lateinit.materialize(part, dtype=dtype),
             lambda: cast_together(expected, dtype),
-            refusals=(*self.unknown(), *ONE_PLACE),
+            refusals=(*self.unknown(), *ONE_PLACE, "share one storage, but dtype="),
         )
 
     # -- shapes ------------------------------------------------------------------------------------
