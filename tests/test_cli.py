@@ -248,6 +248,22 @@ def test_check_leaves_every_generator_where_it_was() -> None:
     assert before[1:] == after[1:]
 
 
+@pytest.mark.parametrize("ruled", ["whole", "part", "turned", "inner.weight", "same", "*"])
+def test_check_calls_rules_in_the_states_of_windows_and_aliases(ruled: str) -> None:
+    def build() -> nn.Module:
+        inner = nn.Linear(4, 4)
+        whole = nn.Parameter(torch.rand(4, 6))
+        return Bag(
+            whole=whole,
+            part=nn.Parameter(whole.detach()[1]),
+            turned=nn.Parameter(whole.detach().t()),
+            inner=inner,
+            same=nn.Parameter(inner.weight.detach()),
+        )
+
+    assert parity.check_parity(build, init={ruled: "normal"}).differences == ()
+
+
 # -- init ----------------------------------------------------------------------------------------
 
 

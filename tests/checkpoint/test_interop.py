@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 import lateinit
@@ -204,3 +204,19 @@ def test_loading_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     mapped, copied = map(int, run_alone(LARGE, str(tmp_path)).split())
     assert mapped < 16  # MiB, of a model of 128
     assert copied < 128 + 32  # real by now: copied into, one at a time
+
+
+def test_scales_of_microscaling_formats_are_read_and_written(tmp_path: Path) -> None:
+    scales = torch.tensor([1.0, 0.5, 2.0**-127, float("nan")]).to(torch.float8_e8m0fnu)
+    save_file({"scales": scales}, tmp_path / "a.safetensors")
+
+    def build() -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("scales", torch.ones(4).to(torch.float8_e8m0fnu))
+        return module
+
+    model = lateinit.deferred_init(build)
+    lateinit.load_checkpoint(model, tmp_path / "a.safetensors")
+    lateinit.save_checkpoint(model, tmp_path / "b.safetensors")
+    for found in (model.scales, load_file(tmp_path / "b.safetensors")["scales"]):
+        assert torch.equal(found.view(torch.uint8), scales.view(torch.uint8))

@@ -59,6 +59,32 @@ def test_auto_is_the_map_of_accelerate() -> None:
         lateinit.materialize([net()], device="auto")
 
 
+def test_auto_tells_that_accelerate_can_make_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise IndexError("list index out of range")  # as of accelerate 1 with some tied weights
+
+    monkeypatch.setattr("accelerate.infer_auto_device_map", fail)
+    model = net()
+    with pytest.raises(DeviceError, match=r"no map for Net \(IndexError: .*: give a map"):
+        lateinit.materialize(model, device="auto")
+    assert lateinit.is_deferred(model)
+
+
+def test_parameters_without_elements_go_to_disk_too(tmp_path: Any) -> None:
+    def build() -> nn.Module:
+        model = nn.Linear(3, 2)
+        model.empty = nn.Parameter(torch.zeros(0, 3))
+        return model
+
+    torch.manual_seed(0)
+    expected = build()
+    torch.manual_seed(0)
+    model = lateinit.deferred_init(build)
+    lateinit.materialize(model, device="disk", offload_folder=tmp_path)
+    x = torch.rand(4, 3)
+    assert torch.equal(model(x), expected(x))
+
+
 @pytest.mark.parametrize("given", ["disk", MAP, {"*": "disk", "embed": "disk"}])
 def test_what_is_on_disk_is_loaded_in_each_forward(given: Any, tmp_path: Path) -> None:
     expected, model = eager(), net()

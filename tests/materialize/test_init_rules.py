@@ -234,6 +234,21 @@ def test_a_rule_initialises_what_a_checkpoint_lacks_and_nothing_else(tmp_path: A
         lateinit.load_checkpoint(net(), tmp_path / "a.safetensors", init={"nothing": "zeros"})
 
 
+def test_rules_hold_for_what_a_load_hook_reads(tmp_path: Any) -> None:
+    class Reading(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            self.read = self.bias.detach().clone()  # as fully_shard's hook reads every shard
+
+    torch.save({"weight": torch.ones(2, 3)}, tmp_path / "a.pt")
+    model = lateinit.deferred_init(Reading, 3, 2)
+    path = tmp_path / "a.pt"
+    lateinit.load_checkpoint(model, path, strict=False, init={"": "zeros"})
+    assert torch.equal(model.weight, torch.ones(2, 3))
+    assert not model.bias.any()
+    assert not model.read.any()
+
+
 def test_rules_are_honoured_by_streamed_saves(tmp_path: Any) -> None:
     rules = {"up.*": "normal", "head": scaled}
     lateinit.save_checkpoint(net(), tmp_path / "a.safetensors", init=rules, seed=8)

@@ -183,3 +183,10 @@ def test_what_is_no_checkpoint_is_refused(
     refused = inspect(asked)
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr.startswith("lateinit: ")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_no_tensors_with_a_shape(tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"w": torch.ones(2), "n": nested}, tmp_path / "a.pt")
+    assert "no tensors, 1: n" in inspect(tmp_path / "a.pt").stdout

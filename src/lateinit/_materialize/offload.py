@@ -36,18 +36,19 @@ class Offload:
     ) -> None:
         self._disk, self._device = Disk(folder), casts.main_device()
         chosen = [f for f in found if f.kind == "parameter" and casts.is_on_disk(f)]
-        self._names = IdentityMap((f.tensor, f.names) for f in chosen if f.tensor.numel())
+        self._names = IdentityMap((f.tensor, f.names) for f in chosen)
         self._modules: dict[str, nn.Module] = {}
         for name, part in modules_by_name(module).items():
-            own = [p for p in own_parameters(part).values() if p is not None and p.numel()]
+            own = [p for p in own_parameters(part).values() if p is not None]
             if any(p in self._names for p in own):
                 self._modules[name] = part
                 apart = [p for p in own if p not in self._names]
                 if apart:
+                    told = repr(name) if name else "the model"
                     raise DeviceError(
-                        f"device='disk': of the parameters of {name or 'the model'!r} itself some "
-                        "are on disk and some are not, which accelerate's hooks cannot do: send "
-                        "all of them to disk, or none"
+                        f"device='disk': of the parameters of {told} itself some are on disk and "
+                        "some are not, which accelerate's hooks cannot do: send all of them to "
+                        "disk, or none"
                     )
 
     def check(self, storages: Iterable[SharedStorage]) -> None:

@@ -20,8 +20,8 @@ from lateinit._materialize.materialize import materialize
 from lateinit._progress import Progress
 from lateinit._recording import deferred_init
 from lateinit._report.comparison import Comparison
-from lateinit._rng import RandomStates, seed_all, state_of
-from lateinit._tensors import Found, Init, call_rules, find_tensors, is_placeholder
+from lateinit._rng import RandomStates, seed_all
+from lateinit._tensors import Found, Init, call_rules, find_tensors, is_placeholder, rule_states
 from lateinit._torch import as_bytes, in_a_row, sparse_parts, storage_key
 from lateinit._units import format_bytes
 from lateinit.errors import LateinitError
@@ -84,7 +84,8 @@ def check_parity(build: Build, *, seed: int = 0, init: Init | None = None) -> Pa
     global generators are seeded too. All global generators are left as they were.
 
     Args:
-        build: constructs the model; called twice, or three times if values differ.
+        build: constructs the model; called twice, or three times if values differ, and with
+            ``init`` once more for each eager model.
         seed: the seed of all generators before each construction.
         init: initialisers by name, as for ``materialize``; they are called on the eager model too.
 
@@ -101,15 +102,27 @@ def check_parity(build: Build, *, seed: int = 0, init: Init | None = None) -> Pa
 
 
 def _ruled(build: Build, init: Init | None) -> Build:
-    """The same construction, with rules called afterwards."""
+    """The same construction, with rules called afterwards.
+
+    A deferred twin tells in which random states: they depend on what its recording named.
+    """
+    if init is None:
+        return build
 
     def building() -> nn.Module:
-        state = state_of(torch.default_generator)
+        before = RandomStates()
+        try:
+            states = rule_states(deferred_init(build), init)
+        except LateinitError:
+            raise
+        except Exception:  # noqa: BLE001 - `_check` records it again, and tells
+            states = {}
+        before.restore()
         model = build()
-        call_rules(model, init, state)
+        call_rules(model, init, states)
         return model
 
-    return build if init is None else building
+    return building
 
 
 def _check(eagerly: Build, build: Build, seed: int, init: Init | None) -> Parity:

@@ -20,7 +20,7 @@ from lateinit._tensors.casts import (
 )
 from lateinit._tensors.copying import attributes, copied_by_deepcopy
 from lateinit._tensors.deferred import Deferred
-from lateinit._tensors.init_rules import NO_RULES, Rules, call_rules
+from lateinit._tensors.init_rules import NO_RULES, Rules, call_rules, rule_states
 from lateinit._tensors.initialisers import Init, Initialiser, initialiser, told
 from lateinit._tensors.object_graph import Reach, exchange_held, exchanged
 from lateinit._tensors.realize import (
@@ -134,6 +134,7 @@ __all__ = [
     "own_copy",
     "own_tensors",
     "realize_now",
+    "rule_states",
     "select",
     "shards_in",
     "share_real_storage",

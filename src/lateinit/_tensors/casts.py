@@ -63,7 +63,14 @@ class Casting:
                 "device='auto' is for a module, and uses accelerate, which has to be installed"
             )
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else None
-        return replace(self, device=casting(inferred(target, dtype), None).device)
+        try:
+            places = inferred(target, dtype)
+        except Exception as error:
+            raise DeviceError(
+                f"device='auto': accelerate can make no map for {type(target).__name__} "
+                f"({type(error).__name__}: {error}): give a map, such as {{'': 'cpu'}}"
+            ) from error
+        return replace(self, device=casting(places, None).device)
 
 
 AS_IT_IS = Casting()

@@ -8,7 +8,7 @@ not change.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Rules:
         for deferred in tensors:
             by_program.setdefault(deferred.program, []).append(deferred)
         for program, every in by_program.items():
-            ruled = list(self._ruled(program, every, seed))
+            ruled = list(self.ruled(program, every, seed))
             if not ruled:
                 continue
             assert program.record_rules is not None
@@ -103,7 +103,15 @@ class Rules:
             for deferred in every:
                 deferred.program = extension
 
-    def _ruled(self, program: Program, every: list[Deferred], seed: int | None) -> Iterable[Ruled]:
+    def ruled(
+        self, program: Program, every: list[Deferred], seed: int | None = None
+    ) -> Iterable[Ruled]:
+        """The tensors of a program that rules act on, each with the random state of its rule.
+
+        Raises:
+            InitError: one window has two rules.
+            DeferredTensorError: a tensor shares its memory with one that is real already.
+        """
         state = _first_state(program, seed)
         windows: dict[Any, tuple[str, Rule]] = {}
         keys: dict[str, int] = {}
@@ -157,24 +165,50 @@ def _key(deferred: Deferred, name: str) -> str:
     return f"{key}{list(ref.size)}+{ref.offset}"
 
 
-def call_rules(model: nn.Module, init: Init | None, state: bytes) -> None:
+def rule_states(model: nn.Module, init: Init) -> dict[str, bytes]:
+    """The states that rules for a deferred model start in, by the tensor's name, in their order.
+
+    Args:
+        model: the model, of which nothing is materialised.
+        init: the rules.
+    """
+    found = find_tensors(model)
+    rules = Rules(init, found)
+    storages: dict[Slot, list[Deferred]] = {}  # in the order of `materialize`
+    for each in found:
+        if each.deferred:
+            deferred = Deferred.of(each.tensor)
+            storages.setdefault(deferred.slot, []).append(deferred)
+    programs: dict[Program, list[Deferred]] = {}
+    for every in storages.values():
+        programs.setdefault(every[0].program, []).extend(every)
+    return {
+        ruled.name: ruled.key
+        for program, every in programs.items()
+        for ruled in rules.ruled(program, every)
+    }
+
+
+def call_rules(model: nn.Module, init: Init, states: Mapping[str, bytes]) -> None:
     """Call rules on a real model, with the values that ``init=`` gives a deferred model.
 
     Args:
         model: the model.
         init: the rules.
-        state: the random state before its construction.
+        states: the ``rule_states`` of its deferred twin.
     """
     found = find_tensors(model)
     rules, cpu = Rules(init, found), torch.default_generator
+    by_name = {name: each.tensor for each in found for name in each.names}
     before = state_of(cpu)
     try:
-        for each in found:
-            rule = rules.of(each.tensor)
-            if rule is not None:
-                set_state(cpu, state_from(_digest(state, each.name, 0), cpu.device))
+        for name, state in states.items():
+            tensor = by_name.get(name)
+            rule = None if tensor is None else rules.of(tensor)
+            if tensor is not None and rule is not None:
+                set_state(cpu, state_from(state, cpu.device))
                 with torch.no_grad():
-                    rule(each.tensor)
+                    rule(tensor)
     finally:
         set_state(cpu, before)
 

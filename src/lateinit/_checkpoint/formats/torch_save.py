@@ -147,6 +147,7 @@ def _plain(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
+        and not value.is_nested
         and not value.is_quantized
         and not value.is_meta
         and not is_wrapper(value)

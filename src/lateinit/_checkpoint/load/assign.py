@@ -15,6 +15,7 @@ from lateinit._tensors import (
     Cast,
     Casts,
     Deferred,
+    Rules,
     SharedStorage,
     Slot,
     Wanted,
@@ -34,8 +35,8 @@ class Placer:
     tensors on one storage become real together.
     """
 
-    def __init__(self, groups: Iterable[Wanted], casts: Casts) -> None:
-        self._casts = casts
+    def __init__(self, groups: Iterable[Wanted], casts: Casts, rules: Rules) -> None:
+        self._casts, self._rules = casts, rules
         self._sharing: dict[Slot, SharedStorage] = {}
         self._known: IdentityMap[Tensor, Deferred] = IdentityMap()
         for group in groups:
@@ -58,7 +59,7 @@ class Placer:
             return
         shared = self._together(Deferred.of(tensor))
         together = [tensor, *(deferred.tensor for deferred in shared.tensors)]
-        Filling(together, None, self._casts).run()
+        Filling(together, None, self._casts, rules=self._rules).run()
 
     def put(self, target: Tensor, source: Tensor, *, take: bool) -> None:
         """Do ``target.copy_(source)``; ``target`` may be deferred, or a shard.

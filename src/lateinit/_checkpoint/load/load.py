@@ -104,7 +104,7 @@ def _is_known(_: str, tensor: Tensor) -> bool:
 def _run(plan: LoadPlan, bar: Progress) -> None:
     """Make the copies of a plan."""
     reader, copies = plan.reader, plan.rehearsal.copies
-    placer = Placer(plan.groups, plan.casts)
+    placer = Placer(plan.groups, plan.casts, plan.rules)
     uses = Counter(source for _, source in copies if isinstance(source, str))
 
     def put(target: Tensor, name: str, values: Callable[[], Tensor]) -> None:
