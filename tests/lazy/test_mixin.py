@@ -252,7 +252,7 @@ def test_tied_placeholders_stay_tied() -> None:
     assert model[1].weight is model[0].weight
     other = nn.Sequential(lateinit.nn.LazyLinear(3), lateinit.nn.LazyLinear(3))
     other[1].weight = other[0].weight
-    with pytest.raises(ShapeError, match=r"weight: a tensor of shape \(3, 4\) .* wants \(3, 3\)"):
+    with pytest.raises(ShapeError, match=r"weight: a tensor of shape \(3, 4\) .* needs \(3, 3\)"):
         other(torch.ones(2, 4))
 
 
