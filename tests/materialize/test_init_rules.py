@@ -375,3 +375,26 @@ def test_pickled_models_take_rules() -> None:
     model = pickle.loads(pickle.dumps(net()))
     expected = lateinit.materialize(net(), init={"up": "normal"})
     assert_same(expected, lateinit.materialize(model, init={"up": "normal"}))
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Parameter(torch.rand(4, 6))
+        self.dec = nn.Parameter(self.enc.detach().t())
+        self.other = nn.Parameter(torch.rand(3))
+
+
+@pytest.mark.parametrize("only", ["dec", "enc", "other"])
+@pytest.mark.parametrize(
+    "init", [{"*": "normal"}, {"dec": "ones"}, {"enc": "normal", "dec": "uniform"}], ids=str
+)
+def test_rules_for_windows_on_one_storage_act_whichever_window_is_asked_for(
+    init: dict[str, Any], only: str
+) -> None:
+    def made(**options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = lateinit.deferred_init(Transposed)
+        return getattr(lateinit.materialize(model, init=init, **options), only)
+
+    assert torch.equal(made(only=only), made())

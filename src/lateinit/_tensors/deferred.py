@@ -35,8 +35,8 @@ class Deferred:
         self.ref = TensorRef.of(held(tensor), number)
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Deferred:
-        """The handle on a deferred tensor.
+    def of(cls, tensor: Tensor, name: str = "") -> Deferred:
+        """The handle on a deferred tensor, with its name if the caller knows it.
 
         Raises:
             NotRecordedError: the tensor is not deferred.
@@ -48,7 +48,7 @@ class Deferred:
                 "`with lateinit.deferred():`"
             )
         with without_subclass_functions():
-            return cls(tensor, slot)
+            return cls(tensor, slot, name)
 
     @property
     def storage(self) -> Storage:

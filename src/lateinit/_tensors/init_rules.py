@@ -108,18 +108,24 @@ class Rules:
     ) -> Iterable[Ruled]:
         """The tensors of a program that rules act on, each with the random state of its rule.
 
+        They are in the order of the target, and have its numbers, whichever of them are selected.
+
+        Args:
+            program: the program.
+            every: the tensors to compute. The rules of all tensors on their storages act.
+            seed: replaces the recorded random state.
+
         Raises:
             InitError: one window has two rules.
             DeferredTensorError: a tensor shares its memory with one that is real already.
         """
-        state = _first_state(program, seed)
+        state, slots = _first_state(program, seed), {deferred.slot for deferred in every}
         windows: dict[Any, tuple[str, Rule]] = {}
         keys: dict[str, int] = {}
-        for deferred in every:
-            found = self._rules.get(deferred.tensor)
-            if found is None:
+        for item, rule in self._rules.values():
+            deferred = Deferred.of(item.tensor, item.name) if item.deferred else None
+            if deferred is None or deferred.program is not program:
                 continue
-            item, rule = found
             known = windows.get(deferred.ref)
             if known is not None and known[1] != rule:
                 raise InitError(
@@ -131,7 +137,7 @@ class Rules:
             windows[deferred.ref] = item.name, rule
             key = _key(deferred, item.name)
             keys[key] = keys.get(key, -1) + 1  # two models of one block may have equal names
-            if deferred.ref.numel and self._is_left(deferred, rule):
+            if deferred.slot in slots and deferred.ref.numel and self._is_left(deferred, rule):
                 start = _digest(state, key, keys[key])
                 yield Ruled(item.name, deferred.tensor, deferred.ref, rule, start)
 
@@ -172,16 +178,10 @@ def rule_states(model: nn.Module, init: Init) -> dict[str, bytes]:
         model: the model, of which nothing is materialised.
         init: the rules.
     """
-    found = find_tensors(model)
-    rules = Rules(init, found)
-    storages: dict[Slot, list[Deferred]] = {}  # in the order of `materialize`
-    for each in found:
-        if each.deferred:
-            deferred = Deferred.of(each.tensor)
-            storages.setdefault(deferred.slot, []).append(deferred)
+    rules = Rules(init, find_tensors(model))
     programs: dict[Program, list[Deferred]] = {}
-    for every in storages.values():
-        programs.setdefault(every[0].program, []).extend(every)
+    for deferred in map(Deferred.of, rules.tensors()):
+        programs.setdefault(deferred.program, []).append(deferred)
     return {
         ruled.name: ruled.key
         for program, every in programs.items()
