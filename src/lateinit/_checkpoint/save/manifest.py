@@ -141,7 +141,7 @@ def _problem(name: Any, value: Any, casts: Casts, sharded: bool) -> str | None:
     if not isinstance(name, str) or name == RESERVED:
         return f"{name!r} is no name of a tensor"
     if not isinstance(value, Tensor):
-        return f"{name} is a {type(value).__name__}, no tensor"
+        return f"{name} has the type {type(value).__name__}, which is no tensor"
     if is_placeholder(value):
         return f"{name} is lazy: lateinit.infer_shapes() first"
     if is_wrapper(value) and not (sharded and is_dtensor(value)):
