@@ -55,13 +55,13 @@ def main() -> None:
     twin = GPT2LMHeadModel(CONFIG)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.full_tensor(), twin.get_parameter(name)), name
-    print(f"rank {rank} of {ranks}: all parameters are equal to eager", flush=True)
     losses = train(model, range(rank, rank + 1)) / ranks
     dist.all_reduce(losses)
     if rank == 0:
         alone = train(twin, range(ranks)) / ranks
         difference = (losses - alone).abs().max()
         assert difference < 1e-4
+        print(f"{ranks} ranks: all parameters are equal to eager")
         print(f"loss {alone[0]:.4f}, after {STEPS} steps {alone[-1]:.4f}; difference {difference}")
         if plot is not None:
             axes = Figure(figsize=(6, 3.5), layout="constrained").subplots()
