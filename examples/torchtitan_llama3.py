@@ -59,9 +59,8 @@ def main() -> None:
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         assert torch.equal(whole, expected[name]), name
-    print(
-        f"rank {dist.get_rank()}: {len(expected)} parameters and buffers equal those of one process"
-    )
+    if dist.get_rank() == 0:
+        print(f"{len(expected)} parameters and buffers equal those of one process")
     dist.destroy_process_group()
 
 
