@@ -41,7 +41,8 @@ def launch(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     started = []
     for rank in range(ranks):
-        command = [sys.executable, "-m", module, str(rank), str(ranks), str(store), *arguments]
+        run = [sys.executable, "-m", "tests.sharding.rank", module]
+        command = [*run, str(rank), str(ranks), str(store), *arguments]
         with (folder / f"rank-{rank}").open("w") as output:
             own = {**environment, **(settings or {}).get(rank, {})}
             process = subprocess.Popen(
