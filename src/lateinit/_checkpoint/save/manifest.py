@@ -99,7 +99,7 @@ def collect(
     targets = tied_targets(module)
     items = [_item(preferred_name(names, targets), names, state, casts) for names in tied.values()]
     written = [item.deferred for item in items if item.deferred is not None]
-    rules.extend([*written, *map(Deferred.of, rules.tensors())], seed)
+    rules.extend(written, seed)
     return items
 
 
