@@ -196,9 +196,9 @@ def test_an_empty_dict_is_an_empty_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"a": {"b": torch.ones(1)}}, "a is a dict, no tensor"),
-        ({"a": 1}, "a is a int, no tensor"),
-        ({"a": None}, "a is a NoneType, no tensor"),
+        ({"a": {"b": torch.ones(1)}}, "a has the type dict"),
+        ({"a": 1}, "a has the type int"),
+        ({"a": None}, "a has the type NoneType"),
         ({3: torch.ones(1)}, "3 is no name of a tensor"),
         ({"__metadata__": torch.ones(1)}, "'__metadata__' is no name of a tensor"),
         ({"a": torch.ones(1, dtype=torch.complex128)}, "a is torch.complex128"),

@@ -354,7 +354,7 @@ class WithState(nn.Linear):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: WithState(1, 1), "_extra_state is a dict, no tensor"),
+        (lambda: WithState(1, 1), "_extra_state has the type dict"),
         (lambda: Bag(wide=torch.zeros(1, dtype=torch.complex128)), r"wide is torch\.complex128"),
         (lambda: lateinit.nn.LazyLinear(3), r"weight is lazy: lateinit\.infer_shapes\(\) first"),
         (lambda: Bag(few=torch.eye(3).to_sparse()), r"few has the layout torch\.sparse_coo"),
