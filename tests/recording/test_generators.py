@@ -105,6 +105,23 @@ def test_another_seed_gives_its_draws_or_is_refused(steps: list[tuple[str, int, 
     assert all(map(torch.equal, recorded, expected))
 
 
+def test_a_state_that_two_streams_reach_under_one_seed_is_refused_under_another() -> None:
+    def draw() -> torch.Tensor:
+        start = get_rng_state()
+        manual_seed(0)
+        get_rng_state()  # the same bytes under seed 0 only
+        set_rng_state(start)
+        return torch.randn(3)
+
+    torch.manual_seed(0)
+    expected = draw()
+    torch.manual_seed(0)
+    drawn = lateinit.deferred_init(draw)
+    with pytest.raises(SeedError, match="under another seed"):
+        lateinit.materialize(drawn, seed=5)
+    assert torch.equal(lateinit.materialize(drawn), expected)
+
+
 def _seeded_by_name() -> torch.Tensor:
     manual_seed(0)
     return torch.randn(3)

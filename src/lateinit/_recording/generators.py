@@ -70,6 +70,7 @@ class Generators:
         self._nonce = next(_NONCES) & 0xFFFFFFFF
         self._watched: dict[int, _Watch] = {}
         self._settled: dict[bytes, Draw] = {}  # the places of the eager states that were read
+        self._ambiguous: set[bytes] = set()  # those read at two places: one under this seed only
         self.drawn: _Watch | None = None  # a generator of the constructor that just drew
 
     def draw(self, generator: torch.Generator, op: int, root: bool) -> Draw:
@@ -163,7 +164,7 @@ class Generators:
         watch.stand()
         # A generator that is later set to this state continues from this place, under any seed.
         if isinstance(self.program.streams[watch.stream].start, Draw):
-            self._settled[true] = place
+            self._remember(true, place)
 
     def settle(self, state: Callable[[Draw], bytes]) -> list[Settled]:
         """Put every generator into the state that eager construction would have left by now.
@@ -200,7 +201,7 @@ class Generators:
             if state_of(generator) == true:
                 set_state(generator, token)
                 if told:
-                    self._settled[true] = place
+                    self._remember(true, place)
 
     def keeps_state(self, kept: torch.Tensor, state: Callable[[Draw], bytes]) -> bool:
         """Whether a real tensor is a state that depends on the seed; turns a token into a state."""
@@ -237,11 +238,27 @@ class Generators:
         told = state in self._settled
         # The constructor may have changed a state that it read.
         unknown = bool(self._settled) and not told and self._named(watch, state) is None
-        if (told and not restored) or (unknown and seed_behind(state) is None):
+        ambiguous = state in self._ambiguous
+        if ambiguous or (told and not restored) or (unknown and seed_behind(state) is None):
             self.program.seed_bound = (
                 "a generator was set to a state that the default generator had or might have had "
                 "under another seed, without torch.set_rng_state"
             )
+
+    def _remember(self, state: bytes, place: Draw) -> None:
+        """Note the place at which an eager state was read: a generator may be set to it again."""
+        before = self._settled.setdefault(state, place)
+        if before != place and self._origin(before) != self._origin(place):
+            self._ambiguous.add(state)
+        self._settled[state] = place
+
+    def _origin(self, place: Draw) -> Draw:
+        """The same place in the stream that its stream branched off, if it is the branch's first."""
+        start = self.program.streams[place.stream].start
+        while place.number == 0 and isinstance(start, Draw):
+            place = start
+            start = self.program.streams[place.stream].start
+        return place
 
     def _moved(self, watch: _Watch) -> None:
         """Find the place of a generator whose state was set from outside since its last draw."""
