@@ -17,6 +17,8 @@ QUIET_CORES := OMP_NUM_THREADS=1
 RANKS := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 # The torch versions of `make matrix`; tests/matrix.py has the same.
 MATRIX := 2.13.0 2.14.1 2.15.0
+# What the native kernels have a part in.
+OF_KERNELS := tests/rng tests/replay $(addprefix tests/laws/test_,parity.py order.py sharding.py)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test quick matrix lint format docs dist dist-check zoo shards recipes gallery sweep bench clean
@@ -34,7 +36,7 @@ help:
 	@echo "make shards  every model sharded in every way, by real processes (long)"
 	@echo "make recipes every recipe of docs/recipes.md whose library is installed"
 	@echo "make gallery the plots of docs/gallery.md, drawn again"
-	@echo "make sweep   every operator on every kind of deferred tensor, in every layout (long)"
+	@echo "make sweep   every operator on every kind of deferred tensor, every model in every way (long)"
 	@echo "make bench   construction time and memory against the alternatives"
 
 # An environment for each torch of the matrix, with everything else as it is pinned.
@@ -102,13 +104,12 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # The second run uses the kernels of a CPU without vector extensions: tests must pass on any CPU. The
-# others do without the native kernels, which must have been built for the first ones.
+# last one does without the native kernels, which must have been built for the first ones.
 test: lint docs $(NATIVE)
 	! command -v cc > /dev/null || $(BIN)/python -c 'import lateinit._native._kernels'
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2
 	$(QUIET_CORES) ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 -q --quick
-	$(QUIET_CORES) LATEINIT_NATIVE=0 $(BIN)/python -m pytest -n 2 -q --quick
-	$(QUIET_CORES) LATEINIT_NATIVE=0 $(BIN)/python -m pytest -n 2 -q tests/rng tests/replay
+	$(QUIET_CORES) LATEINIT_NATIVE=0 $(BIN)/python -m pytest -n 2 -q $(OF_KERNELS)
 
 quick: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m pytest -n 2 -q --quick
@@ -119,9 +120,9 @@ matrix: $(STAMP) $(MATRIX:%=.venv-torch-%/.installed)
 zoo: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.zoo --table docs/zoo.md
 
-# `make test` makes each call on one kind. In one process, which sees what all calls came to.
+# `make test` tries a part (tests/support/sweep.py). In one process, which sees what all calls came to.
 sweep: $(STAMP)
-	LATEINIT_SWEEP=all $(QUIET_CORES) $(BIN)/python -m pytest tests/laws/test_after_block.py tests/recording/test_every_layout.py
+	LATEINIT_SWEEP=all $(QUIET_CORES) $(BIN)/python -m pytest tests/laws tests/recording tests/checkpoint tests/test_imports.py
 
 shards: $(STAMP)
 	$(QUIET_CORES) $(BIN)/python -m tests.sharding

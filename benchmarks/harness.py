@@ -133,11 +133,16 @@ def timed(
 
 def in_process(module: str, *arguments: str) -> dict[str, Any]:
     """What a module prints as JSON when it is run in a process of its own."""
-    command = [sys.executable, "-m", module, *arguments]
-    # A process that fails says why on stderr, which is not caught.
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(printed("-m", module, *arguments).splitlines()[-1])
     return result
+
+
+def printed(*command: str) -> str:
+    """What Python prints in a fresh process; one that fails says why on stderr, not caught."""
+    done = subprocess.run(
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    return done.stdout
 
 
 def assert_equal(expected: nn.Module, found: nn.Module) -> None:

@@ -12,17 +12,25 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 from benchmarks import __main__ as command
-from benchmarks import materialize
+from benchmarks import harness, materialize
 from benchmarks.contenders import CONTENDERS
 from benchmarks.harness import Goal, Row, Run, alternate, assert_equal
 from benchmarks.models import MODELS
 from benchmarks.report import page, write
+from tests.support import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def forked(*arguments):
+    done = processes.run(list(arguments))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("case", command.CASES)
-def test_a_case_gives_well_formed_rows_with_equal_values(case, tmp_path, capsys):
+def test_a_case_gives_well_formed_rows_with_equal_values(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "printed", forked)
     found = tmp_path / "found.json"
     assert command.main(["--quick", "--case", case, "--json", str(found)]) == 0
     results = json.loads(found.read_text())

@@ -18,6 +18,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE = (ROOT / "docs" / "gallery.md").read_text()
 # What peft asks a model of transformers is deprecated there.
 QUIET = ["-W", "error", "-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
+# Rarely a thread of gloo lets go of a tensor while Python ends (pytorch/pytorch#190489).
+ABORTED = "terminate called without an active exception"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -32,6 +34,19 @@ def shown(path: Path) -> str:
     return section.split("```text\n")[1].split("```")[0]
 
 
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    source = Path(lateinit.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_says_and_draws_what_the_gallery_shows(
     path: Path, tmp_path: Path
@@ -44,16 +59,9 @@ def test_an_example_runs_and_says_and_draws_what_the_gallery_shows(
     if "--plot" in text:
         command += ["--plot", str(plot)]
         assert f"](gallery/{path.stem}.svg)" in PAGE
-    source = Path(lateinit.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run(command, tmp_path)
+    if ABORTED in done.stderr:
+        done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "torchrun" in text or not done.stderr
     assert [line for line in said(shown(path)) if line not in said(done.stdout)] == []

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lateinit
+from tests.support import processes
 
 ROOT = Path(__file__).parents[1]
 SOURCE = str(Path(lateinit.__file__).parents[1])
@@ -45,9 +46,6 @@ def test_a_recipe_does_what_it_shows(said: str, tmp_path: Path) -> None:
         code = code.replace(ACCELERATOR, ON_CPU)
     script = tmp_path / "recipe.py"
     script.write_text(start + code + END)
-    command = [sys.executable, script]
-    if name == "fsdp_plugin":
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -55,19 +53,21 @@ def test_a_recipe_does_what_it_shows(said: str, tmp_path: Path) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "0",
     }
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,  # a Trainer writes where it is
-        env={
-            **os.environ,
-            **(own if start != START else {}),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")]),
-        },
-    )
+    environment = {
+        **os.environ,
+        **(own if start != START else {}),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")]),
+    }
+    # A Trainer writes where it is.
+    if name == "fsdp_plugin":
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [sys.executable, *ranks, str(script)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+        )
+    else:
+        done = processes.run([str(script)], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
 
 

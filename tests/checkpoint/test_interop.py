@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,10 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 import lateinit
+from tests.support import processes
 from tests.support.formats import FORMATS
 from tests.support.snapshots import assert_same, first_difference, snapshot
+from tests.support.sweep import part_of
 from tests.support.twins import Net, run_alone, twins
 
 transformers = pytest.importorskip("transformers")
@@ -52,7 +53,7 @@ def smallest(model_type: str) -> Callable[[], nn.Module]:
     raise AssertionError(model_type)
 
 
-@pytest.mark.parametrize("model_type", SPREAD)
+@pytest.mark.parametrize("model_type", part_of(SPREAD, 1, 3))
 def test_an_architecture_loads_as_its_eager_twin_does(model_type: str, tmp_path: Path) -> None:
     """From every format, and from what its own ``save_pretrained`` makes of it."""
     build = smallest(model_type)
@@ -164,10 +165,7 @@ mp.start_processes(save, args=(sys.argv[1], sys.argv[1] + ".store"), nprocs=2,
 def test_a_load_killed_at_any_step_leaves_the_files_as_they_were(
     format_: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.support.killed_loads", str(tmp_path), format_]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-    )
+    done = processes.run(["-m", "tests.support.killed_loads", str(tmp_path), format_])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 15
 

@@ -27,7 +27,7 @@ from lateinit._checkpoint.save import atomic_output, pipeline
 from lateinit._checkpoint.save.manifest import collect
 from lateinit._checkpoint.save.safetensors_writer import SafetensorsWriter, header
 from lateinit._tensors.walk import find_tensors
-from tests.support import building
+from tests.support import building, processes
 from tests.support.cases import Bag
 from tests.support.models import MODELS
 from tests.support.snapshots import bits
@@ -450,10 +450,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_a_save_killed_at_any_step_tears_nothing_and_can_be_continued(
     scenario: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.support.killed_saves", str(tmp_path), scenario]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-    )
+    done = processes.run(["-m", "tests.support.killed_saves", str(tmp_path), scenario])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 10
 

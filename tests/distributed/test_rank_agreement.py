@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 EQUAL_AT_LEAST = 150
 
 
-@pytest.mark.parametrize(("ranks", "every"), [(2, 4), (3, 8), (4, 12)])
+@pytest.mark.parametrize(("ranks", "every"), [(2, 8), (3, 16), (4, 24)])
 def test_models_sharded_by_real_processes(ranks: int, every: int, tmp_path: Path) -> None:
     options = ("--every", str(every), "--architectures", "4" if ranks == 2 else "0")
     ended = launch("tests.sharding.worker", ranks, tmp_path, *options, seconds=400)

@@ -18,8 +18,9 @@ from lateinit._distributed import ranks_of
 from lateinit._tensors import shards_in
 from tests.sharding import faults, together
 from tests.sharding.alone import alone_as
-from tests.sharding.launch import ROOT, launch
+from tests.sharding.launch import launch
 from tests.sharding.placements import Block, fsdp, line
+from tests.support import processes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,7 +137,13 @@ def test_a_rank_that_is_lost_is_missed_in_time_by_the_others_and_breaks_no_check
     command = [sys.executable, "-m", "tests.sharding.faults", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=300
+        command,
+        capture_output=True,
+        text=True,
+        cwd=processes.ROOT,
+        env=environment,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split(" | ") for line in done.stdout.splitlines()]

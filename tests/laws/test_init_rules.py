@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,18 +12,17 @@ from lateinit.errors import SeedError
 from tests.support.building import SEED, deferred, eager, models
 from tests.support.rules import apply_rules, state_after
 from tests.support.snapshots import assert_same
+from tests.support.sweep import EVERYTHING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.cases import Case
 
-EVERY = os.environ.get("LATEINIT_SWEEP") == "all"
-
 
 def some(case: Case) -> bool:
     """Every third case, which keeps the time of these laws small."""
-    return EVERY or sum(map(ord, case.name)) % 3 == 0
+    return EVERYTHING or sum(map(ord, case.name)) % 3 == 0
 
 
 def ruled(case: Case) -> dict[str, Any]:

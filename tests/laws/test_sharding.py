@@ -33,7 +33,8 @@ from tests.sharding.alone import alone_as
 from tests.sharding.compare import differences
 from tests.sharding.placements import ON_A_GRID, PLACEMENTS, grid, line
 from tests.support.building import deferred, eager
-from tests.support.models import MODELS
+from tests.support.models import MODELS, REPRESENTATIVE
+from tests.support.sweep import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +77,15 @@ def ways() -> Iterator[tuple[str, int]]:
     yield from ((name, 4) for name in ON_A_GRID)
 
 
-@pytest.mark.parametrize(("way", "ranks"), list(ways()))
-@pytest.mark.parametrize("case", MODELS, ids=str)
+def sharded() -> Iterator[tuple[Case, str, int]]:
+    """Every model in a part of the ways, and those of ``make quick`` in all of them."""
+    for number, case in enumerate(MODELS):
+        whole = case.name in REPRESENTATIVE
+        for way, ranks in part_of(list(ways()), number, 1 if whole else 3):
+            yield case, way, ranks
+
+
+@pytest.mark.parametrize(("case", "way", "ranks"), list(sharded()), ids=str)
 def test_shard_then_materialise_equals_materialise_then_shard(
     case: Case, way: str, ranks: int
 ) -> None:

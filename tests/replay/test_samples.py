@@ -14,7 +14,7 @@ from torch import nn
 import lateinit
 from lateinit._replay import needed_for, one_thread, sample_of
 from lateinit._tensors import Deferred
-from tests.sharding.launch import ROOT
+from tests.support.processes import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from tests.support import processes
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +39,51 @@ def launch(
     store = folder / f"store-{ranks}"
     store.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = []
+    waits = []
     for rank in range(ranks):
-        run = [sys.executable, "-m", "tests.sharding.rank", module]
-        command = [*run, str(rank), str(ranks), str(store), *arguments]
-        with (folder / f"rank-{rank}").open("w") as output:
-            own = {**environment, **(settings or {}).get(rank, {})}
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=own
-            )
-        started.append(process)
+        command = ["-m", module, str(rank), str(ranks), str(store), *arguments]
+        own = (settings or {}).get(rank)
+        start = forked if own is None else fresh
+        waits.append(start(command, folder / f"rank-{rank}", {**environment, **(own or {})}))
     until = time.monotonic() + seconds
-    ended = []
-    for rank, process in enumerate(started):
+    codes = [wait(max(0.1, until - time.monotonic())) for wait in waits]
+    told = [(folder / f"rank-{rank}").read_text() for rank in range(ranks)]
+    return [Ended(code, output) for code, output in zip(codes, told, strict=True)]
+
+
+def forked(
+    command: list[str], output: Path, environment: dict[str, str]
+) -> Callable[[float], int | None]:
+    """Start a rank; returns what waits for its end, and kills it after a time."""
+    process = processes.start(command, output, output, env=environment)
+
+    def wait(seconds: float) -> int | None:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return None
+        return process.exitcode
+
+    return wait
+
+
+def fresh(
+    command: list[str], output: Path, environment: dict[str, str]
+) -> Callable[[float], int | None]:
+    """Likewise in a new interpreter, for an environment that counts when torch is imported."""
+    run = [sys.executable, "-m", "tests.sharding.rank", *command[1:]]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            run, stdout=file, stderr=subprocess.STDOUT, cwd=processes.ROOT, env=environment
+        )
+
+    def wait(seconds: float) -> int | None:
         try:
-            code: int | None = process.wait(max(0.1, until - time.monotonic()))
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            code = None
-        ended.append(Ended(code, (folder / f"rank-{rank}").read_text()))
-    return ended
+            return None
+
+    return wait

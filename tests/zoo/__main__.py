@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tests.zoo import catalog, libraries
 from tests.zoo.check import DIFFERENT, REFUSED, Outcome
-from tests.zoo.pool import CRASH, TIMEOUT, check_all
+from tests.zoo.pool import CONTEXT, CRASH, TIMEOUT, check_all
 from tests.zoo.table import page, totals
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {t: kept[t] for t in chosen if t in kept}
     left = [t for t in chosen if t not in done]
     console.print(f"{len(chosen)} architectures, {len(done)} of them checked already")
+    CONTEXT.set_forkserver_preload([check_all.__module__, "transformers"])
     started = time.perf_counter()
     for number, found in enumerate(
         check_all(left, options.jobs, options.seconds, options.threads), 1

@@ -253,7 +253,7 @@ class Generators:
         self._settled[state] = place
 
     def _origin(self, place: Draw) -> Draw:
-        """The same place in the stream that its stream branched off, if it is the branch's first."""
+        """The same place in the stream that its stream branched off, if it is the first there."""
         start = self.program.streams[place.stream].start
         while place.number == 0 and isinstance(start, Draw):
             place = start
