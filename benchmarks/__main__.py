@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from benchmarks import loading, materialize, native
 from benchmarks.clusters import clusters
 from benchmarks.construction import construction
@@ -22,6 +20,7 @@ from benchmarks.reading import reading
 from benchmarks.report import as_json, cells, table, write
 from benchmarks.sharding import sharding
 from benchmarks.small_modules import MODELS, growth, small_modules
+from lateinit._terminal import Console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

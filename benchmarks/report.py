@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from benchmarks.plot import draw
+from lateinit._terminal import Table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -114,6 +114,25 @@ def test_each_module_can_be_imported_alone() -> None:
     assert run(ALONE.format(names=names, package=str(PACKAGE))) == ""
 
 
+def test_no_module_draws_from_a_random_generator_when_it_is_imported() -> None:
+    names = sorted(f"lateinit.{name}".rstrip(".") for name in FILES if name != "__main__")
+    script = f"""
+        import importlib, random
+        import numpy, torch
+        def states():
+            numbers = torch.get_rng_state().tolist()
+            return str([random.getstate(), numbers, numpy.random.get_state()])
+        before = states()
+        for name in {names}:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:  # an optional library that is not here
+                assert not error.name.startswith(("lateinit", "torch", "rich")), error
+            assert states() == before, name
+    """
+    run(script)
+
+
 def test_importing_does_not_import_what_is_optional_or_slow() -> None:
     script = f"""
         import sys

@@ -7,9 +7,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from rich import progress
-from rich.console import Console
-from rich.text import Text
+from lateinit._terminal import Console, Text, progress
 
 # Seconds after which a command shows its progress.
 _PATIENCE = 2.0

@@ -22,9 +22,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lateinit._progress import Working
+from lateinit._terminal import Console
 from lateinit._version import __version__
 from lateinit.errors import LateinitError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import rnn
 from torch.utils import dlpack
 
 import lateinit
-from lateinit.errors import LateinitError, NotRecordedError, RecordingError
+from lateinit.errors import LateinitError, MaterializeError, NotRecordedError, RecordingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,8 +25,19 @@ if TYPE_CHECKING:
 LIBRARY = torch.library.Library("lateinit_running", "DEF")
 LIBRARY.define("filled_(Tensor(a!) x) -> ()")
 LIBRARY.impl("filled_", lambda x: [x.fill_(3), None][1], "CPU")
+LIBRARY.define("grown_(Tensor(a!) x) -> ()")
+LIBRARY.impl("grown_", lambda x: [x.resize_(9).fill_(3), None][1], "CPU")
+LIBRARY.impl("grown_", lambda x: None, "Meta")
+LIBRARY.define("file_of(str path) -> Tensor")
+LIBRARY.impl(
+    "file_of", lambda path: torch.from_numpy(np.fromfile(path)), "CompositeExplicitAutograd"
+)
 LIBRARY.define("both_(Tensor(a!) x, *, Tensor(b!) y) -> ()")
 LIBRARY.impl("both_", lambda x, *, y: [x.fill_(3), y.mul_(2), None][2], "CPU")
+
+
+def from_file(path: str) -> Tensor:
+    return torch.from_numpy(np.fromfile(path))
 
 
 def sobol(**options: Any) -> list[Tensor]:
@@ -98,7 +112,64 @@ def nested() -> Tensor:
     return torch.nested.nested_tensor([torch.randn(2), torch.randn(3)])
 
 
+def file_read(read: Callable[[str], Tensor]) -> list[Tensor]:
+    """Tensors read from a file: before it is written again and removed, and after."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/numbers"
+        np.arange(4.0).tofile(path)
+        before = read(path).clone()
+        np.ones(4).tofile(path)
+        after = read(path).clone()
+    return [before, after, before + after]
+
+
+def written_to_file() -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/numbers"
+        shared = torch.from_file(path, shared=True, size=4).fill_(2)
+        return [shared, torch.from_file(path, size=4).clone()]
+
+
+def padded_from_packed(lengths: list[int]) -> list[Tensor]:
+    packed = rnn.pack_sequence([torch.randn(n, 2) for n in lengths], enforce_sorted=False)
+    with torch.no_grad():
+        packed, last = nn.GRU(2, 3)(packed)
+    return [last, *rnn.pad_packed_sequence(packed), *rnn.pad_packed_sequence(packed, True, -1.0)]
+
+
+def observed(dim: int, by_channel: bool, rounds: int) -> list[Tensor]:
+    start = [torch.empty(0), torch.empty(0)] if by_channel else [torch.zeros(()), torch.zeros(())]
+    state = [*start, torch.ones(1), torch.zeros(1, dtype=torch.int32)]
+    on = torch.ones(1, dtype=torch.int64)
+    options = (0.01, -128, 127, 0, by_channel, False)
+    made = [
+        torch.fused_moving_avg_obs_fake_quant(
+            torch.randn(3, 4, 5, 2)[(0,) * (4 - dim)], on, on, *state, *options
+        )
+        for _ in range(rounds)
+    ]
+    return [*made, *state]
+
+
 HONOURED: dict[str, Build] = {
+    "read from a file": lambda: file_read(
+        lambda path: torch.from_file(path, size=4, dtype=torch.float64)
+    ),
+    "read from a file by a foreign op": lambda: file_read(torch.ops.lateinit_running.file_of),
+    "written to a file": written_to_file,
+    "padded from packed": lambda: padded_from_packed([3, 2]),
+    "padded from packed, not sorted": lambda: padded_from_packed([1, 4, 2]),
+    **{
+        f"observed, {dim} dims, {'by channel' if by_channel else 'whole'}": partial(
+            observed, dim, by_channel, rounds
+        )
+        for dim, by_channel, rounds in [
+            (2, True, 1),
+            (2, False, 2),
+            (4, True, 2),
+            (3, True, 3),
+        ]
+    },
     "sobol": sobol,
     "sobol, scrambled": lambda: sobol(scramble=True, seed=1),
     "sobol, scrambled by the default generator": lambda: sobol(scramble=True),
@@ -184,6 +255,21 @@ def jagged() -> Tensor:
     return torch.nested.nested_tensor([torch.randn(2), torch.randn(3)], layout=torch.jagged)
 
 
+def padded_with_gradient() -> list[Tensor]:
+    packed, _ = nn.GRU(2, 3)(rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]))
+    return list(rnn.pad_packed_sequence(packed))
+
+
+def test_an_argument_that_only_the_kernel_resizes_is_refused() -> None:
+    def build() -> Tensor:
+        made = torch.zeros(2)
+        torch.ops.lateinit_running.grown_(made)
+        return made
+
+    with pytest.raises(MaterializeError, match="grown_ resized an argument when it was replayed"):
+        lateinit.materialize(lateinit.deferred_init(build))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("build", "reason"),
@@ -191,8 +277,9 @@ def jagged() -> Tensor:
         (exported, "FakeTensorMode was entered in a deferred constructor"),
         (faked, "FakeTensorMode was entered in a deferred constructor"),
         (jagged, "consists of other tensors and cannot be recorded"),
+        (padded_with_gradient, "works on memory, so that its gradient cannot be recorded"),
     ],
-    ids=["exported", "faked", "jagged"],
+    ids=["exported", "faked", "jagged", "padded with a gradient"],
 )
 def test_it_is_refused_at_its_line_and_leaves_nothing_behind(build: Build, reason: str) -> None:
     with pytest.raises(RecordingError, match=reason):

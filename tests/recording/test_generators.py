@@ -10,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.random import get_rng_state, manual_seed, set_rng_state  # before any block patches them
+from torch.random import (  # before any block patches them
+    get_rng_state,
+    initial_seed,
+    manual_seed,
+    set_rng_state,
+)
 
 import lateinit
 from lateinit.errors import SeedError
@@ -193,6 +198,48 @@ def test_seed_that_is_told_is_the_one_that_was_set() -> None:
             torch.randn(3)
             assert torch.initial_seed() == 6
         assert torch.initial_seed() == 5
+
+
+SEED_READS: dict[str, Callable[[], object]] = {
+    "at once": torch.initial_seed,
+    "by a name imported before": initial_seed,
+    "after a draw": lambda: [torch.randn(3), torch.initial_seed()],
+    "after a fork": lambda: [own_seed(5), torch.initial_seed()],
+    "in a fork": lambda: [torch.random.fork_rng(devices=[]).__enter__(), torch.initial_seed()],
+    "of a state from before": lambda: [seeded_away_and_back(), torch.initial_seed()],
+}
+
+
+def own_seed(seed: int) -> int:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.initial_seed()
+
+
+def seeded_away_and_back() -> None:
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("read", SEED_READS.values(), ids=list(SEED_READS))
+def test_another_seed_is_refused_if_the_constructor_read_the_seed(
+    read: Callable[[], object],
+) -> None:
+    torch.manual_seed(3)
+    model = lateinit.deferred_init(lambda: [read(), nn.Linear(2, 2)][1])
+    with pytest.raises(SeedError, match=r"the constructor read torch.initial_seed\(\)"):
+        lateinit.materialize(model, seed=5)
+    lateinit.materialize(model)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_seed_that_the_constructor_gave_may_be_read_under_another(seed: int) -> None:
+    torch.manual_seed(3)
+    model = lateinit.deferred_init(lambda: [own_seed(seed), nn.Linear(2, 2)][1])
+    torch.manual_seed(5)
+    expected = nn.Linear(2, 2)
+    assert torch.equal(lateinit.materialize(model, seed=5).weight, expected.weight)
 
 
 GIVEN: dict[str, Callable[[torch.Generator], torch.Tensor]] = {

@@ -9,6 +9,7 @@ functions of torch to handlers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ from lateinit._torch import (
     is_copying_shallowly,
     is_pointer_followed,
     is_storage_pickled,
+    operators,
     set_grad_enabled,
     swap_implementation,
     takes_default_device,
@@ -277,6 +279,23 @@ _OF_DEVICES = frozenset(
 )
 """The handlers that apply to shards too: they report the recorded device."""
 
+
+def _observe(writer: ProgramWriter, func: Handler, args: Any, kwargs: Any) -> Any:
+    """Give the statistics of channels their shape, which the kernel does, but not on ``meta``.
+
+    aten/src/ATen/native/quantized/cpu/fused_obs_fake_quant.cpp
+    """
+    names = operators.by_name("aten::_fused_moving_avg_obs_fq_helper").arguments
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("per_row_fake_quant") and given["running_min"].numel() == 0:
+        channels = given["self"].shape[given["ch_axis"]]
+        given["running_min"].resize_(channels).fill_(math.inf)
+        given["running_max"].resize_(channels).fill_(-math.inf)
+        given["scale"].resize_(channels)
+        given["zero_point"].resize_(channels)
+    return func(*args, **kwargs)
+
+
 _HANDLERS: dict[Any, Handler] = {
     set_grad_enabled: _asks,
     _tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
@@ -307,6 +326,7 @@ _HANDLERS: dict[Any, Handler] = {
     _tensor.__dlpack_device__: of_deferred(_shared),
     _tensor.__deepcopy__: _deepcopy,
     torch.nn.functional.one_hot: of_deferred(by_running),
+    torch.fused_moving_avg_obs_fake_quant: _observe,
     torch.sparse_coo_tensor: _by_value,
     torch.sparse_csr_tensor: _by_value,
     torch.sparse_csc_tensor: _by_value,

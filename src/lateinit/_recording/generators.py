@@ -150,6 +150,13 @@ class Generators:
             self._moved(watch)
             watch.leave_token(watch.at)
 
+    def tell_seed(self, generator: torch.Generator) -> None:
+        """Bind the seed if it is read: unless the constructor gave it, another would be told."""
+        watch = self._watched.get(generator_key(generator))
+        place = watch and self._place(watch)
+        if place is not None and self._is_root(place.stream):
+            self.program.seed_bound = "the constructor read torch.initial_seed()"
+
     def reveal(self, state: Callable[[Draw], bytes]) -> None:
         """Put the generator that just drew, made by the constructor, into its eager state.
 
@@ -259,6 +266,13 @@ class Generators:
             place = start
             start = self.program.streams[place.stream].start
         return place
+
+    def _is_root(self, stream: int) -> bool:
+        """Whether a stream is a root stream, or branched off one."""
+        start = self.program.streams[stream].start
+        if isinstance(start, Draw):
+            return self._is_root(start.stream)
+        return self.program.streams[stream].root
 
     def _moved(self, watch: _Watch) -> None:
         """Find the place of a generator whose state was set from outside since its last draw."""

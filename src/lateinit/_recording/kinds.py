@@ -21,7 +21,7 @@ class Kind(enum.Enum):
     SET_STORAGE = "sets a deferred tensor to real memory"
     ON_META = "is on meta because the constructor asked for it"
     MIXED = "takes a deferred tensor and one that the constructor put on meta"
-    REAL = "takes real tensors alone"
+    REAL = "takes real tensors alone, or reads a file"
     READ = "gives Python a value"
     LEAVE = "writes deferred values into a real tensor"
     RECORD = "makes or changes deferred tensors"
@@ -63,7 +63,8 @@ def _kind(
         return Kind.ON_META
     if on_meta:
         return Kind.MIXED
-    if real and not deferred:
+    # An op that takes a text and no tensor reads a file, which may change until it is replayed.
+    if not deferred and (real or str in map(type, args)):
         return Kind.REAL
     if not info.returns_tensor and not info.mutates:
         return Kind.READ

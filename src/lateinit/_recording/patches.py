@@ -2,6 +2,7 @@
 
 - ``torch.get_rng_state`` must return the state of eager construction, not a token, and
   ``torch.manual_seed`` and ``torch.set_rng_state`` may give the generator the same state as before.
+  What is made of ``torch.initial_seed()`` differs under another seed.
   All functions of torch.random, wherever they were imported, look up one global name.
 - ``Tensor._make_subclass``, which makes every parameter, and ``Tensor.as_subclass`` turn all modes
   off (torch/csrc/autograd/python_variable.cpp).
@@ -95,6 +96,13 @@ class _Heard:
         if writer is not None:
             writer.generators.reseeded(_default)
         return _default
+
+    @untraced
+    def initial_seed(self) -> int:
+        writer = current()
+        if writer is not None:
+            writer.generators.tell_seed(_default)
+        return _default.initial_seed()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_default, name)

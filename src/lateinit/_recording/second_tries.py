@@ -50,7 +50,7 @@ def try_again(
     if reaches_for_memory(error):
         return _composite_by_running(writer, func, args, kwargs, begun, error)
     if asks_for_values(error):
-        return _with_real_indices(writer, func, args, kwargs, error)
+        return _with_real_indices(writer, func, args, kwargs, begun, error)
     raise error
 
 
@@ -85,6 +85,11 @@ def _composite_by_running(
     drawn = any(op.draw is not None for op in writer.program.ops[begun:])
     if not deferred or info is None or drawn:
         raise error or RecordingError(f"{func.__name__} cannot be recorded")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in deferred):
+        raise RecordingError(
+            f"{func.__name__} works on memory, so that its gradient cannot be recorded: call it "
+            "under torch.no_grad(), or after lateinit.materialize()"
+        )
     writer.program.forget(begun)
     writer.busy = True
     try:
@@ -117,9 +122,12 @@ def _on_real_data(writer: ProgramWriter, func: Any, args: Any, kwargs: Any) -> A
 
 
 def _with_real_indices(
-    writer: ProgramWriter, func: Any, args: Any, kwargs: Any, error: RuntimeError
+    writer: ProgramWriter, func: Any, args: Any, kwargs: Any, begun: int, error: RuntimeError
 ) -> Any:
-    """Call a function that reads indices above the dispatcher, such as ``tensor_split``."""
+    """Call a function that reads indices above the dispatcher, such as ``tensor_split``.
+
+    Some also write to memory there, such as ``pad_packed_sequence``.
+    """
 
     def real(value: Any) -> Any:
         is_index = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
@@ -129,4 +137,9 @@ def _with_real_indices(
     before, after = tensors_in(args, kwargs), tensors_in(*given)
     if all(new is old for new, old in zip(after, before, strict=True)):
         raise error
-    return func(*given[0], **given[1])
+    try:
+        return func(*given[0], **given[1])
+    except RuntimeError as again:
+        if not reaches_for_memory(again):
+            raise
+        return _composite_by_running(writer, func, args, kwargs, begun, again)

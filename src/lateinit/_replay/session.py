@@ -15,6 +15,7 @@ from lateinit._replay.streams import Streams
 from lateinit._rng import fills
 from lateinit._torch import (
     LARGE,
+    OpInfo,
     allocate,
     checksum,
     flat,
@@ -170,8 +171,12 @@ class Session:
         info = operators.by_name(op.name)
         if op.draw is None:
             if info.foreign:
-                return flat(_drawing_nothing(lambda: info.func(*args, **kwargs)))
-            return flat(info.call(*args, **kwargs))
+                results = flat(_drawing_nothing(lambda: info.func(*args, **kwargs)))
+            else:
+                results = flat(info.call(*args, **kwargs))
+            if not info.elementwise:
+                _check_sizes(op, info, args)
+            return results
         generator = generator or self._generator(op.draw)
         if not kwargs and info.fills and fills.fill(op.name, args[0], tuple(args[1:]), generator):
             result = args[0]
@@ -184,6 +189,8 @@ class Session:
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
         self._cursor[op.draw.stream] = (op.draw.number + 1, generator)
+        if info.foreign:
+            _check_sizes(op, info, args)
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
@@ -293,6 +300,16 @@ def _differs(ref: TensorRef, result: Tensor) -> str:
         f"recorded as {ref.dtype} {ref.size}, it is {result.dtype} {tuple(result.size())} with "
         "values: compute it after materialising"
     )
+
+
+def _check_sizes(op: Op, info: OpInfo, args: list[Any]) -> None:
+    """Raise if a kernel has resized a tensor that it writes, which was recorded at its old size."""
+    for place in () if info.metadata_only else info.mutates:
+        ref, tensor = op.args[place], args[place]
+        if type(ref) is TensorRef and tuple(tensor.size()) != ref.size:
+            raise MaterializeError(
+                f"{op.name} resized an argument when it was replayed: {_differs(ref, tensor)}"
+            )
 
 
 def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:

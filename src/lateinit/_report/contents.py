@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
-
 from lateinit._checkpoint.formats import Reader, StoredFile, open_checkpoint
 from lateinit._lazy import show
 from lateinit._report.name_folding import fold
 from lateinit._report.tables import in_columns, printable
 from lateinit._tensors import by_globs
+from lateinit._terminal import Console, ConsoleOptions, RenderResult, Text
 from lateinit._units import format_bytes
 from lateinit.errors import listing
 

@@ -7,10 +7,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lateinit._identity import IdentityMap
@@ -21,6 +17,7 @@ from lateinit._report.notebook import Shown, as_notebook
 from lateinit._report.rows import Entry, Row, Totals, entries, totals
 from lateinit._report.tables import in_columns
 from lateinit._tensors import Init, Only
+from lateinit._terminal import Console, ConsoleOptions, RenderResult, Table, Text, box
 from lateinit._text import folded
 from lateinit._torch import name_of_class, restoring
 from lateinit._units import format_bytes

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
-
 from lateinit._distributed.mesh_cost import Share
 from lateinit._report.summary import Summary
+from lateinit._terminal import Console, ConsoleOptions, RenderResult, Text
 
 
 @dataclass(frozen=True, slots=True)
