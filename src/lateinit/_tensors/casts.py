@@ -18,7 +18,7 @@ from lateinit._integrations import has_accelerate, in_float32, inferred
 from lateinit._tensors.cast import AS_RECORDED, Cast
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.name_maps import NameMap
-from lateinit._tensors.slots import Slot, is_parameter, slot_of
+from lateinit._tensors.slots import Slot, is_deferred_tensor, is_parameter, slot_of
 from lateinit._tensors.walk import Found, modules_by_name
 from lateinit.errors import DeferredTensorError, DeviceError, PatternError, listing
 
@@ -190,6 +190,11 @@ class Casts:
                 dtype if isinstance(dtype, torch.dtype) and is_parameter(tensor) else None,
             )
         return cast
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """The dtype that a tensor will have; a real tensor keeps its own."""
+        dtype = self.of_tensor(tensor).dtype if is_deferred_tensor(tensor) else None
+        return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     def of_saved(self, name: str, tensor: Tensor) -> Cast:
         """The device and dtype of a tensor in a state dict, which a hook may have made."""
