@@ -108,13 +108,14 @@ def device_of(given: Device, told: str = "device") -> torch.device:
     if isinstance(given, int):  # the form of accelerate's maps
         kind = torch.accelerator.current_accelerator() or torch.device("cuda")
         given = f"{kind.type}:{given}"
-    device = torch.device(given)
-    if device.type == "meta":
-        raise ValueError(f"{told}: materialised tensors need a device that has memory")
     try:
-        torch.empty(0, device=device)
+        device = torch.device(given)
+        if device.type != "meta":
+            torch.empty(0, device=device)
     except Exception as error:
         raise DeviceError(f"{told}: this machine does not have that device ({error})") from error
+    if device.type == "meta":
+        raise ValueError(f"{told}: materialised tensors need a device that has memory")
     return device
 
 
@@ -123,6 +124,10 @@ def _floating_point(given: torch.dtype, told: str) -> torch.dtype:
         raise TypeError(f"{told}: a torch.dtype is meant, such as torch.bfloat16")
     if not given.is_floating_point:
         raise ValueError(f"{told}: weights are cast to a floating-point dtype")
+    try:
+        torch.empty(1, device="cpu").to(given)
+    except NotImplementedError as error:
+        raise ValueError(f"{told}: torch cannot cast to it ({error})") from error
     return given
 
 
