@@ -20,7 +20,12 @@ from torch import nn
 
 import lateinit
 from lateinit._checkpoint.formats.open import open_checkpoint
-from lateinit.errors import CheckpointError, CorruptCheckpointError, MismatchError
+from lateinit.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    MismatchError,
+    OutputError,
+)
 from tests.support.formats import FORMATS
 from tests.support.snapshots import assert_same
 from tests.support.twins import Net, assert_untouched, twins
@@ -453,3 +458,12 @@ def test_a_window_of_a_tensor_is_that_block(format_: str, tmp_path: Path) -> Non
             reader.read("a", *wrong)
     with pytest.raises(CheckpointError, match="no tensor 'b'; there are: a"):
         reader.read("b")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "y" * 300 + ".safetensors"])
+def test_a_path_that_the_system_refuses_is_told(name: str, tmp_path: Path) -> None:
+    _, model = twins()
+    with pytest.raises(CorruptCheckpointError, match="cannot be read: File name too long"):
+        lateinit.load_checkpoint(model, tmp_path / name)
+    with pytest.raises(OutputError, match=r"cannot write .*File name too long"):
+        lateinit.save_checkpoint(model, tmp_path / name)

@@ -31,7 +31,7 @@ DIFFERENCES = {
     "asked seed": r"random states: seed=0 on rank 0; seed=1 on rank 1; seed=2 on rank 2",
     "op": r"different constructions, first at op \d+: .* on rank 0, 2; zero_\(.*\) on rank 1",
     "model": r"different constructions, first at op \d+: .*x64.* on rank 0, 2; .*x48",
-    "placement": r"shard the model differently: 'up\.weight' is .*Shard\(dim=0\).* on rank 0, 2",
+    "placement": r"make different shards: 'up\.weight' is .*Shard\(dim=0\).* on rank 0, 2",
 }
 
 

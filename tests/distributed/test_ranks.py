@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from torch import nn
 import lateinit
 from lateinit._distributed import ranks_of
 from lateinit._tensors import shards_in
-from tests.sharding import faults, together
+from tests.sharding import arguments, faults, together
 from tests.sharding.alone import alone_as
 from tests.sharding.launch import launch
 from tests.sharding.placements import Block, fsdp, line
@@ -44,7 +45,9 @@ PLACES = "the ranks are not in the same call: in materialize\\(\\), {}, on rank 
 AGAIN = PLACES.format("filling shards", "materialize\\(\\), preparing")
 OTHER = PLACES.format("preparing", "load_checkpoint\\(\\), planning")
 STATES = r"from different random states: seed {} on rank 0; seed.{} on rank 1\. Call torch"
-FILES = r"load different files: 7 tensors in [\d,]+ bytes .*\) on rank 0; 7 tensors .* on rank 1\. "
+FILES = (
+    r"load different tensors: 7 tensors in [\d,]+ bytes .*\) on rank 0; 7 tensors .* on rank 1\. "
+)
 # What ranks 0 and 1 see; then both have the right values.
 SEEN: dict[str, tuple[list[str], list[str]]] = {
     "a_failure_in_the_middle": (
@@ -97,6 +100,36 @@ def test_what_goes_wrong_on_one_rank_is_heard_on_all_and_can_be_tried_again(
             for message, pattern in zip(seen, wanted, strict=True):
                 assert re.search(pattern, message), message
             assert last == "right", name
+
+
+REFUSED = (
+    "ShardingError: the ranks (make different shards|load different tensors|recorded different "
+    "constructions|recorded the construction from different random states|were given different "
+    "arguments)"
+)
+
+
+def test_an_argument_that_differs_between_ranks_is_refused_on_all_before_anything_changes(
+    tmp_path: Path,
+) -> None:
+    arguments.checkpoint(tmp_path)
+    for end in launch("tests.sharding.arguments", 2, tmp_path, str(tmp_path), seconds=200):
+        assert end.code == 0, end.output
+        lines = [line.split(" | ") for line in end.output.splitlines() if " | " in line]
+        assert [line[0] for line in lines] == list(arguments.CASES)
+        for name, *seen in lines:
+            assert re.match(REFUSED, seen[0]), (name, seen)
+            assert seen[1:] == ["", "right"], (name, seen)
+    assert not list(tmp_path.glob("saved*"))
+
+
+@pytest.mark.parametrize("function", sorted(arguments.DIFFERENT))
+def test_for_every_argument_it_is_said_whether_ranks_may_differ_in_it(function: str) -> None:
+    parameters = inspect.signature(getattr(lateinit, function)).parameters.values()
+    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    must, may = arguments.DIFFERENT[function].keys(), arguments.MAY_DIFFER[function]
+    assert must | may == keywords
+    assert not must & may
 
 
 def test_the_shards_that_patterns_select_are_asked_for_and_no_function_is_called() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,3 +312,72 @@ def test_maps_are_honoured_by_saving(tmp_path: Any) -> None:
     with pytest.raises(PatternError, match="'norms' matches no tensor"):
         lateinit.save_checkpoint(net(), tmp_path / "c.safetensors", dtype={"norms": BF})
     assert not (tmp_path / "c.safetensors").exists()
+
+
+class Odd(nn.Module):
+    """Modules whose names are globs, each beside one whose name the glob matches."""
+
+    PAIRS = (("a[0]", "a0"), ("b*", "b1"), ("c?", "cx"), ("d[!x]", "dy"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        for odd, plain in self.PAIRS:
+            self.add_module(odd, nn.Linear(2, 2))
+            self.add_module(plain, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("below", ["", ".weight"])
+@pytest.mark.parametrize(("odd", "plain"), Odd.PAIRS)
+def test_a_pattern_that_is_a_name_is_that_name_and_no_glob(
+    odd: str, plain: str, below: str, tmp_path: Path
+) -> None:
+    model, pattern = lateinit.deferred_init(Odd), odd + below
+    zeroed = lateinit.init.zeros()
+    path = tmp_path / "odd.safetensors"
+    lateinit.save_checkpoint(model, path, init={pattern: zeroed}, dtype={pattern: F16})
+    saved = load_file(path)
+    lateinit.materialize(model, init={pattern: zeroed}, dtype={pattern: F16})
+    for found in (saved, model.state_dict()):
+        assert found[f"{odd}.weight"].dtype is F16
+        assert not found[f"{odd}.weight"].any()
+        assert found[f"{plain}.weight"].dtype is F32
+        assert found[f"{plain}.weight"].any()
+
+
+@pytest.mark.parametrize(("odd", "plain"), Odd.PAIRS)
+def test_only_also_takes_a_name_for_itself(odd: str, plain: str) -> None:
+    model = lateinit.deferred_init(Odd)
+    lateinit.materialize(model, only=f"{odd}.bias")
+    assert not lateinit.is_deferred(model.get_submodule(odd).bias)
+    assert lateinit.is_deferred(model.get_submodule(plain))
+
+
+def test_a_dtype_that_torch_cannot_cast_to_is_refused_before_anything_changes() -> None:
+    model = net()
+    for asked in (torch.float4_e2m1fn_x2, {"*": torch.float4_e2m1fn_x2}):
+        with pytest.raises(ValueError, match=r"dtype=.*torch cannot cast to it"):
+            lateinit.materialize(model, dtype=asked)
+    assert all(map(lateinit.is_deferred, model.parameters()))
+
+
+@pytest.mark.parametrize("asked", ["nope", {"": "nope"}])
+def test_a_word_that_names_no_device_is_told_as_such(asked: Any) -> None:
+    with pytest.raises(DeviceError, match=r"device=.*does not have that device.*nope"):
+        lateinit.materialize(net(), device=asked)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error"),
+    [("a", TypeError), (1.5, TypeError), (2**64, ValueError), (-(2**64), ValueError)],
+)
+def test_a_seed_that_torch_does_not_take_is_refused(seed: Any, error: type[Exception]) -> None:
+    model = net()
+    with pytest.raises(error, match=r"seed=.*manual_seed\(\)"):
+        lateinit.materialize(model, seed=seed)
+    assert lateinit.is_deferred(model)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_the_ends_of_the_range_of_seeds_are_those_of_torch(seed: int) -> None:
+    torch.manual_seed(seed)
+    assert_same(Net(), lateinit.materialize(net(), seed=seed))

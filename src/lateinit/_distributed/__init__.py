@@ -9,7 +9,15 @@ ranks (``rank_agreement``), ``_checkpoint`` the place of a shard in its tensor (
 
 from lateinit._distributed.placement import Part, parts_of, refuse_sums, whole_part
 from lateinit._distributed.rank_agreement import Agreement
-from lateinit._distributed.ranks import Ranks, answered, by_words, every_rank, is_running, ranks_of
+from lateinit._distributed.ranks import (
+    Arguments,
+    Ranks,
+    answered,
+    by_words,
+    every_rank,
+    is_running,
+    ranks_of,
+)
 from lateinit._distributed.shard_ranges import (
     Box,
     FlatReader,
@@ -22,6 +30,7 @@ from lateinit._distributed.shard_ranges import (
 
 __all__ = [
     "Agreement",
+    "Arguments",
     "Box",
     "FlatReader",
     "Part",

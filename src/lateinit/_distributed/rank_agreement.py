@@ -9,7 +9,7 @@ ranks exchange more, to name the difference.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,7 +45,8 @@ class Agreement:
         shards: all shards, deferred or real, by fully qualified name.
         left: the shards still to compute.
         seed: the seed that replaces the recorded random state.
-        files: a text that identifies the files to load.
+        dtype_of: the dtype that a shard will have.
+        files: a text that identifies the tensors to load.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Agreement:
         shards: Mapping[str, Any],
         left: Iterable[Deferred],
         seed: int | None,
+        dtype_of: Callable[[Any], torch.dtype],
         files: str = "",
     ) -> None:
-        self._placed = {name: _placed(tensor) for name, tensor in shards.items()}
+        self._placed = {name: _placed(shard, dtype_of(shard)) for name, shard in shards.items()}
         self._left = list(left)
         self._seed = seed
         self._files = files
@@ -118,15 +120,18 @@ class Agreement:
             )
         if len(files) > 1:
             return (
-                f"the ranks load different files: {by_words(files)}. Give every rank the same "
-                "checkpoint, or a copy of it"
+                f"the ranks load different tensors: {by_words(files)}. Give every rank the same "
+                "checkpoint, or a copy of it, and the same key=, prefix= and rename="
             )
         if len(samples) > 1:
             return (
                 "the ranks compute with different kernels, which give different bits: a sample of "
                 f"{_first_unlike(samples, 'not computed')}. {_WAYS_OUT}"
             )
-        return f"the ranks shard the model differently: {_first_unlike(placed, 'not sharded')}"
+        return (
+            f"the ranks make different shards: {_first_unlike(placed, 'not sharded')}. Shard and "
+            "cast the model in the same way, and give the same arguments, on every rank"
+        )
 
 
 def _common(said: list[frozenset[str]]) -> frozenset[str]:
@@ -259,10 +264,10 @@ def _start(program: Program, seed: int | None) -> str:
     return f"the random state {hashlib.sha256(b''.join(states)).hexdigest()[:12]}"
 
 
-def _placed(tensor: Any) -> str:
+def _placed(tensor: Any, dtype: torch.dtype) -> str:
     mesh, sizes = tensor.device_mesh, tuple(tensor.shape)
     names = mesh.mesh_dim_names or ()
-    return f"{sizes} as {tensor.placements} on a mesh {tuple(mesh.shape)} {tuple(names)}"
+    return f"{sizes} {dtype} as {tensor.placements} on a mesh {tuple(mesh.shape)} {tuple(names)}"
 
 
 def _sha(value: Any) -> str:

@@ -47,6 +47,24 @@ class Compared(Protocol):
         """Raise ``ShardingError`` with the difference; collective, called if summaries differ."""
 
 
+class Arguments:
+    """The arguments of a call that must be the same on all ranks; ``Ranks`` compare them.
+
+    Args:
+        said: the arguments, in words.
+    """
+
+    def __init__(self, said: str) -> None:
+        self.summary = (said,)
+
+    def compare(self, ranks: Ranks) -> None:
+        """Raise ``ShardingError`` with the difference; a collective operation."""
+        found = ranks.say(self.summary[0])
+        raise ShardingError(
+            f"the ranks were given different arguments: {by_words(found)}. Give every rank the same"
+        )
+
+
 @dataclass(slots=True)
 class Phase:
     """A phase of a call; the code in the phase sets ``compared``."""

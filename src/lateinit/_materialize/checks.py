@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from numbers import Integral
+from typing import Any
 
 from torch import nn
 
@@ -42,6 +44,11 @@ def check_seed(program: Program, seed: int | None) -> None:
     """
     if seed is None:
         return
+    given: Any = seed
+    if type(given) is bool or not isinstance(given, Integral):
+        raise TypeError(f"seed={seed!r}: an integer is meant, as for torch.manual_seed()")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed}: torch.manual_seed() takes -2**63 to 2**64 - 1")
     if program.seed_bound:
         raise SeedError(f"seed={seed} cannot be honoured: while recording, {program.seed_bound}")
     execution = execution_of(program, seed)

@@ -149,14 +149,14 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
     ranks = ranks_of(target, "materialize()", only=only, ask=check)
     with ranks.together("preparing") as phase:
         rules, offload = _rules(target, init), None
-        if device is not None:
+        if device is not None or ranks:
             found = find_tensors(target)
             casts = casts.over(target, found)
             offload = offload_of(target, found, casts, offload_folder, only)
         filling = Filling(target, only, casts, seed, rules, offload)
-        if ranks:
+        if isinstance(casts, Casts) and ranks:
             filling.check()
-            phase.compared = Agreement(ranks.shards, filling.left(), seed)
+            phase.compared = Agreement(ranks.shards, filling.left(), seed, casts.dtype_of)
     with ranks.together("filling shards"):
         filling.run(threads=threads, progress=progress)
     return target

@@ -18,7 +18,7 @@ from lateinit._integrations import has_accelerate, in_float32, inferred
 from lateinit._tensors.cast import AS_RECORDED, Cast
 from lateinit._tensors.deferred import Deferred
 from lateinit._tensors.name_maps import NameMap
-from lateinit._tensors.slots import Slot, is_parameter, slot_of
+from lateinit._tensors.slots import Slot, is_deferred_tensor, is_parameter, slot_of
 from lateinit._tensors.walk import Found, modules_by_name
 from lateinit.errors import DeferredTensorError, DeviceError, PatternError, listing
 
@@ -108,13 +108,14 @@ def device_of(given: Device, told: str = "device") -> torch.device:
     if isinstance(given, int):  # the form of accelerate's maps
         kind = torch.accelerator.current_accelerator() or torch.device("cuda")
         given = f"{kind.type}:{given}"
-    device = torch.device(given)
-    if device.type == "meta":
-        raise ValueError(f"{told}: materialised tensors need a device that has memory")
     try:
-        torch.empty(0, device=device)
+        device = torch.device(given)
+        if device.type != "meta":
+            torch.empty(0, device=device)
     except Exception as error:
         raise DeviceError(f"{told}: this machine does not have that device ({error})") from error
+    if device.type == "meta":
+        raise ValueError(f"{told}: materialised tensors need a device that has memory")
     return device
 
 
@@ -123,6 +124,10 @@ def _floating_point(given: torch.dtype, told: str) -> torch.dtype:
         raise TypeError(f"{told}: a torch.dtype is meant, such as torch.bfloat16")
     if not given.is_floating_point:
         raise ValueError(f"{told}: weights are cast to a floating-point dtype")
+    try:
+        torch.empty(1, device="cpu").to(given)
+    except NotImplementedError as error:
+        raise ValueError(f"{told}: torch cannot cast to it ({error})") from error
     return given
 
 
@@ -190,6 +195,11 @@ class Casts:
                 dtype if isinstance(dtype, torch.dtype) and is_parameter(tensor) else None,
             )
         return cast
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """The dtype that a tensor will have; a real tensor keeps its own."""
+        dtype = self.of_tensor(tensor).dtype if is_deferred_tensor(tensor) else None
+        return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     def of_saved(self, name: str, tensor: Tensor) -> Cast:
         """The device and dtype of a tensor in a state dict, which a hook may have made."""

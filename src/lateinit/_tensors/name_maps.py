@@ -1,8 +1,8 @@
 """Values by patterns on fully qualified names: ``device=``, ``dtype=`` and ``init=`` as maps.
 
-A pattern with a wildcard is a glob, as in ``only=``. A pattern without one is the name of a tensor,
-or of a module and everything below it; ``""`` is everything. If several patterns match, the most
-specific wins.
+A pattern with a wildcard is a glob, as in ``only=``, unless a tensor or a module has that name. Any
+other pattern is the name of a tensor, or of a module and everything below it; ``""`` is everything.
+If several patterns match, the most specific wins.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class NameMap(Generic[V]):
         return told[0][1] if told else None
 
     def check(self, found: Iterable[Found], target: Any = None) -> None:
-        """Raise if a pattern matches nothing.
+        """Raise if a pattern matches nothing; take patterns that are names for these.
 
         Args:
             found: all tensors of the target.
@@ -120,6 +120,9 @@ class NameMap(Generic[V]):
         """
         names = [name for each in found for name in each.names]
         below = {prefix for name in names for prefix in _prefixes(name)}
+        for pattern in below & self._globs.keys():
+            del self._globs[pattern]
+        self._names = self.given.keys() - self._globs.keys()
         lost = [p for p in self.given if p not in below and not self._matches_any(p, names)]
         if len(lost) < len(self.given):
             lost = [p for p in lost if p not in self._optional]

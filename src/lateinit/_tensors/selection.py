@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -237,14 +238,15 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
 def by_globs(
     rows: Iterable[T], patterns: Iterable[str], names: Callable[[T], Iterable[str]]
 ) -> list[T]:
-    """The rows that have a name which matches a glob.
+    """The rows that have a name which is a pattern, or, if no name is, matches it as a glob.
 
     Raises:
         PatternError: a glob matches no name.
     """
     named = [(row, list(names(row))) for row in rows]
     every = [name for _, own in named for name in own]
-    patterns = list(patterns)
+    known = set(every)
+    patterns = [glob.escape(p) if p in known else p for p in patterns]
     for pattern in patterns:
         if not fnmatch.filter(every, pattern):
             raise PatternError(

@@ -75,7 +75,7 @@ class Reader(abc.ABC):
         shared: for a tensor that shares its memory with others, the names of all of them.
         memory: the bytes of the storage of such a tensor.
         versions: the ``_metadata`` of a state dict, if the format keeps it.
-        origins: for a tensor that has another name in the files, its names there.
+        origins: for a tensor or an object that has another name in the files, its names there.
         hint: a sentence to add to a message about names that do not fit.
         under: the prefix that all names have in the files and not here.
         headers: for each file, its size and a digest of its header.
@@ -115,12 +115,16 @@ class Reader(abc.ABC):
         return list(self.files)
 
     def described(self) -> str:
-        """A text that identifies the contents by their headers; equal for copies of the files."""
+        """A text that identifies the contents by headers and names; equal for copies of files."""
         entries = sorted((e.name, str(e.dtype), e.shape) for e in self.entries.values())
-        told = sorted(self.headers), entries, sorted(self.aliases.items()), sorted(self.objects)
+        named = [sorted(names.items()) for names in (self.aliases, self.origins)]
+        told = sorted(self.headers), entries, named, sorted(self.objects)
         digest = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
         nbytes = sum(size for size, _ in self.headers)
-        return f"{len(entries)} tensors in {nbytes:,} bytes of files (of the digest {digest})"
+        under = f" under {self.under!r}" if self.under else ""
+        return (
+            f"{len(entries)} tensors{under} in {nbytes:,} bytes of files (of the digest {digest})"
+        )
 
     def read(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,12 +196,27 @@ class DcpReader(Reader):
         return Part(self._files[at.file], at.start, at.length)
 
     def _check_cover(self, name: str) -> None:
-        """Check that the blocks have as many elements as the tensor."""
-        wanted = torch.Size(self.entries[name].shape).numel()
-        found = sum(torch.Size(b.layout.size).numel() for b in self._blocks[name])
-        if found < wanted:
+        """Check that every element of a tensor is in one of its blocks."""
+        spans = [
+            [(o, o + n) for o, n in zip(block.offsets, block.layout.size, strict=True)]
+            for block in self._blocks[name]
+        ]
+        # Between two neighbouring edges of blocks, one element stands for all.
+        edges = [
+            sorted({0, size, *(edge for block in spans for edge in block[dim])})
+            for dim, size in enumerate(self.entries[name].shape)
+        ]
+        covered = torch.zeros([len(cuts) - 1 for cuts in edges], dtype=torch.bool, device="cpu")
+        for block in spans:
+            cells = zip(edges, block, strict=True)
+            covered[
+                tuple(slice(bisect_left(cuts, a), bisect_left(cuts, b)) for cuts, (a, b) in cells)
+            ] = True
+        if not covered.all():
+            places = covered.logical_not().nonzero()[0].tolist()
+            first = tuple(cuts[place] for cuts, place in zip(edges, places, strict=True))
             raise CorruptCheckpointError(
-                f"{self.path} has {found:,} of the {wanted:,} elements of {name!r}"
+                f"{self.path} has no block with the element {first} of {name!r}"
             )
 
     def _object(self, at: _Bytes) -> Any:

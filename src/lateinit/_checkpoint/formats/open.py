@@ -34,9 +34,13 @@ def open_checkpoint(path: Path) -> Reader:
         CorruptCheckpointError: this is no checkpoint, or a part of it is missing, truncated or
             corrupt.
     """
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        exists = path.exists()
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not exists:
         raise CorruptCheckpointError(
             f"{path} does not exist: a file or folder of weights is meant (nothing is downloaded)"
         )

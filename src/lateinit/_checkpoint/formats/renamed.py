@@ -37,7 +37,7 @@ class Renamed(Reader):
                 if old in reader.objects
             }
         )
-        self.origins = {new: reader.origins.get(old, [old]) for new, old in self._old.items()}
+        self.origins = {new: reader.origins.get(old, [old]) for new, old in names.items()}
         forward = {old: new for new, old in self._old.items()}
         self.shared = {
             new: [forward[other] for other in reader.shared[old] if other in forward]

@@ -61,7 +61,8 @@ def load_into(  # noqa: PLR0913 - options, all of them by keyword
             for group in plan.groups:
                 offload.check(group.storages.values())
         if ranks:
-            phase.compared = Agreement(ranks.shards, _shards_left(plan), None, plan.files)
+            left, dtype_of = _shards_left(plan), plan.casts.dtype_of
+            phase.compared = Agreement(ranks.shards, left, None, dtype_of, plan.files)
     with ranks.together("loading"), serving("loading"):
         loaded = _load(plan, path, progress=progress)
         if offload is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lateinit._checkpoint.formats import Reader
@@ -22,7 +21,7 @@ from lateinit._materialize import check_constants, check_holes, check_shared, pl
 from lateinit._program import Draw, Plan, Program
 from lateinit._recording import hole_of
 from lateinit._replay import execution_of
-from lateinit._tensors import Casting, Casts, Init, Rules, Wanted, is_deferred_tensor, wanted_in
+from lateinit._tensors import Casting, Casts, Init, Rules, Wanted, wanted_in
 from lateinit._torch import is_dtensor
 from lateinit._units import format_bytes
 from lateinit.errors import MismatchError, RecordingError, listing
@@ -130,7 +129,7 @@ def _planned(
     if any(found.lazy for found in names.distinct):
         wrong, sized = sizes_in(module, Stands(reader, names.found).state)
         rehearsal.wrong += [message for message in wrong if message not in rehearsal.wrong]
-    fitting = fit(module, names, reader, rehearsal, lambda t: _dtype_of(t, casts), strict=strict)
+    fitting = fit(module, names, reader, rehearsal, casts.dtype_of, strict=strict)
     loaded = set(fitting.loaded)
     rules.leave(names.found[name].tensor for name in loaded)
     for group in groups:
@@ -169,12 +168,6 @@ def _check_drawn(
             execution_of(program).check_known([place], known)
         except RecordingError as error:
             raise RecordingError(f"{listing(drawn)!r}: {error}") from None
-
-
-def _dtype_of(tensor: Tensor, casts: Casts) -> torch.dtype:
-    """The dtype that a tensor will have; a real tensor keeps its own."""
-    dtype = casts.of_tensor(tensor).dtype if is_deferred_tensor(tensor) else None
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _left(group: Wanted, loaded: set[str]) -> Iterator[int]:

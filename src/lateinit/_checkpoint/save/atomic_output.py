@@ -235,7 +235,8 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
     """
     target = Path(os.path.realpath(path))
     suffix = re.fullmatch(r"\.[A-Za-z]\w*", target.suffix)
-    is_folder = target.is_dir() or str(path).endswith(os.sep)
+    with _explained(target):
+        is_folder = target.is_dir() or str(path).endswith(os.sep)
     if suffix is None or is_folder or suffix[0] == ".safetensors":
         return
     raise CheckpointError(

@@ -23,12 +23,13 @@ from lateinit._checkpoint.save.pipeline import write_shards
 from lateinit._checkpoint.save.resume_digest import fingerprint
 from lateinit._checkpoint.save.whole_files import WholeFiles
 from lateinit._distributed import Agreement, is_running, ranks_of
+from lateinit._identity import IdentityMap
 from lateinit._integrations import weights_stem
 from lateinit._log import log
 from lateinit._materialize import Filling, check_seed
 from lateinit._progress import Progress
 from lateinit._replay import recorded_seed
-from lateinit._tensors import Casting, Init, bound_in
+from lateinit._tensors import Casting, Init, Rules, bound_in, find_tensors
 from lateinit._units import format_bytes
 from lateinit.errors import ShardingError
 
@@ -127,10 +128,13 @@ def save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: A
     with ranks.together("preparing") as phase:
         items = collect(module, asked.casts, sharded=True, init=asked.init, seed=asked.seed)
         known, seed = _seeds(module, items, asked.seed)
-        filling = Filling(module, seed=seed)
+        filling = Filling(module, seed=seed, rules=Rules(asked.init, find_tensors(module)))
         filling.check()
         if ranks:
-            phase.compared = Agreement(ranks.shards, filling.left(), seed)
+            dtypes = IdentityMap((item.tensor, item.entry.dtype) for item in items)
+            phase.compared = Agreement(
+                ranks.shards, filling.left(), seed, lambda shard: dtypes.get(shard, shard.dtype)
+            )
         shown = known if seed is None else seed
         # DCP loads into a state dict, which has every name of a tied tensor.
         named = {name: item for item in items for name in (item.entry.name, *item.aliases)}
@@ -148,7 +152,8 @@ def save_shards(module: nn.Module | Mapping[str, Tensor], target: Path, asked: A
 
     try:
         texts = companions(module, shards)
-        save.open(texts, nbytes, force=again, discard=again or asked.resume)
+        said = f"format={asked.format or 'dcp'!r}, max_shard_size={asked.limit}, wait={asked.wait}"
+        save.open(texts, nbytes, said, force=again, discard=again or asked.resume)
         if not asked.wait:
             return Saved(target, (), len(items), nbytes, shown, save.start(done))
         save.run()

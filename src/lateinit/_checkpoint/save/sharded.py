@@ -42,7 +42,7 @@ from lateinit._checkpoint.save.shard_writers import (
     WholeFilesWriter,
 )
 from lateinit._checkpoint.save.whole_files import WholeFiles
-from lateinit._distributed import answered, every_rank, is_running
+from lateinit._distributed import Arguments, answered, every_rank, is_running
 from lateinit._torch import without_modes
 from lateinit.errors import CheckpointError, OutputError
 
@@ -75,17 +75,22 @@ class ShardedSave:
         self._blocks = Blocks(items, seed)
         self._shown = shown
 
-    def open(self, texts: Mapping[str, str], nbytes: int, *, force: bool, discard: bool) -> None:
+    def open(
+        self, texts: Mapping[str, str], nbytes: int, said: str, *, force: bool, discard: bool
+    ) -> None:
         """Make the hidden folder; a collective operation.
 
         Args:
             texts: small files of the output, by name.
             nbytes: the bytes that all ranks will write.
+            said: the arguments that must be the same on all ranks, in words.
             force: overwrite an existing checkpoint.
             discard: discard the files that a killed save left.
         """
         stage = self.stage
         ranks = every_rank(_CALL)
+        with ranks.together("comparing arguments") as phase:
+            phase.compared = Arguments(said)
         with ranks.together("opening the output"):
             if is_first():
                 check_target(stage.target, force=force)
