@@ -172,15 +172,19 @@ class Casts:
             return AS_RECORDED
         cast = self._known.get(found.tensor)
         if cast is None:
-            found = self._found.get(found.tensor, found)
-            # A tensor that an object keeps is neither moved nor cast: `Module.to` leaves it too.
-            device = None if found.kind == "kept" else self._device(found)
-            cast = self._cast(device, self._dtype(found)[0])
-            self._known[found.tensor] = cast
             slot = slot_of(found.tensor)
+            if slot is not None and slot in self._slots and found.tensor not in self._found:
+                return self._slots[slot]  # a hook made it, on the memory of a tensor of the target
+            cast = self._by_name(self._found.get(found.tensor, found))
+            self._known[found.tensor] = cast
             if slot is not None:
                 self._slots.setdefault(slot, cast)
         return cast
+
+    def _by_name(self, found: Found) -> Cast:
+        # A tensor that an object keeps is neither moved nor cast: `Module.to` leaves it too.
+        device = None if found.kind == "kept" else self._device(found)
+        return self._cast(device, self._dtype(found)[0])
 
     def of_tensor(self, tensor: Tensor) -> Cast:
         """The device and dtype of a tensor that may have no name, such as one made by a hook."""
@@ -203,7 +207,10 @@ class Casts:
 
     def of_saved(self, name: str, tensor: Tensor) -> Cast:
         """The device and dtype of a tensor in a state dict, which a hook may have made."""
-        return self.of(self._found.get(tensor) or Found(tensor, [name], "buffer", persistent=True))
+        found = self._found.get(tensor)
+        if found is None and self._casting != AS_IT_IS:
+            return self._by_name(Found(tensor, [name], "buffer", persistent=True))
+        return AS_RECORDED if found is None else self.of(found)
 
     def left_alone(self, found: Found) -> str | None:
         """The reason why ``dtype=`` does not cast a floating-point tensor; None if it does."""
