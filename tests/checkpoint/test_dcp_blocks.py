@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 import lateinit
+from lateinit._checkpoint.formats import dcp as reader
 from lateinit.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -99,3 +100,14 @@ def test_dcp_blocks_that_leave_elements_out_are_refused_however_many_they_are(
         ):
             lateinit.load_checkpoint(layer, tmp_path)
         assert lateinit.is_deferred(layer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_blocks_in_countless_places_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = _InBlocks(torch.rand(6, 4), CUTS["grid"])
+    dcp.save({}, storage_writer=FileSystemWriter(tmp_path), planner=planner)
+    monkeypatch.setattr(reader, "_MOST_CELLS", 3)
+    with pytest.raises(CorruptCheckpointError, match="'weight' is in 4 blocks that form no grid"):
+        lateinit.load_checkpoint(nn.Linear(4, 6, bias=False), tmp_path)

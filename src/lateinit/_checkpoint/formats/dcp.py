@@ -7,6 +7,7 @@ classes which belong there. Only the requested parts of the data are read.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from lateinit.errors import CorruptCheckpointError, listing
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
 # The class of a path depends on the system, and its module on the Python version.
+# A grid of all edges of a tensor's blocks has as many cells as blocks, if the blocks are a mesh's.
+_MOST_CELLS = 1 << 26
 _PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
 # The classes that `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/
 # metadata.py and filesystem.py), and no other.
@@ -206,11 +209,16 @@ class DcpReader(Reader):
             sorted({0, size, *(edge for block in spans for edge in block[dim])})
             for dim, size in enumerate(self.entries[name].shape)
         ]
-        covered = torch.zeros([len(cuts) - 1 for cuts in edges], dtype=torch.bool, device="cpu")
+        cells = [len(cuts) - 1 for cuts in edges]
+        if math.prod(cells) > _MOST_CELLS:
+            raise CorruptCheckpointError(
+                f"{self.path} says that {name!r} is in {len(spans):,} blocks that form no grid"
+            )
+        covered = torch.zeros(cells, dtype=torch.bool, device="cpu")
         for block in spans:
-            cells = zip(edges, block, strict=True)
+            within = zip(edges, block, strict=True)
             covered[
-                tuple(slice(bisect_left(cuts, a), bisect_left(cuts, b)) for cuts, (a, b) in cells)
+                tuple(slice(bisect_left(cuts, a), bisect_left(cuts, b)) for cuts, (a, b) in within)
             ] = True
         if not covered.all():
             places = covered.logical_not().nonzero()[0].tolist()
