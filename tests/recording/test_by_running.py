@@ -22,22 +22,35 @@ if TYPE_CHECKING:
 
     Build = Callable[[], Any]
 
+
+def from_file(path: str) -> Tensor:
+    return torch.from_numpy(np.fromfile(path))
+
+
 LIBRARY = torch.library.Library("lateinit_running", "DEF")
 LIBRARY.define("filled_(Tensor(a!) x) -> ()")
 LIBRARY.impl("filled_", lambda x: [x.fill_(3), None][1], "CPU")
 LIBRARY.define("grown_(Tensor(a!) x) -> ()")
 LIBRARY.impl("grown_", lambda x: [x.resize_(9).fill_(3), None][1], "CPU")
 LIBRARY.impl("grown_", lambda x: None, "Meta")
-LIBRARY.define("file_of(str path) -> Tensor")
+LIBRARY.define("grown_kw_(*, Tensor(a!) x) -> ()")
+LIBRARY.impl("grown_kw_", lambda *, x: [x.resize_(9).fill_(3), None][1], "CPU")
+LIBRARY.impl("grown_kw_", lambda *, x: None, "Meta")
+LIBRARY.define("grown_all_(Tensor(a!)[] x) -> ()")
+LIBRARY.impl("grown_all_", lambda x: [[t.resize_(9) for t in x], None][1], "CPU")
+LIBRARY.impl("grown_all_", lambda x: None, "Meta")
+LIBRARY.define("file_by_name(*, str path) -> Tensor")
+LIBRARY.impl("file_by_name", from_file, "CompositeExplicitAutograd")
+LIBRARY.define("files_of(str[] paths) -> Tensor")
 LIBRARY.impl(
-    "file_of", lambda path: torch.from_numpy(np.fromfile(path)), "CompositeExplicitAutograd"
+    "files_of", lambda paths: torch.cat([*map(from_file, paths)]), "CompositeExplicitAutograd"
 )
+LIBRARY.define("file_of(str path) -> Tensor")
+LIBRARY.impl("file_of", from_file, "CompositeExplicitAutograd")
+LIBRARY.define("filled_kw_(*, Tensor(a!) x) -> ()")
+LIBRARY.impl("filled_kw_", lambda *, x: [x.fill_(3), None][1], "CPU")
 LIBRARY.define("both_(Tensor(a!) x, *, Tensor(b!) y) -> ()")
 LIBRARY.impl("both_", lambda x, *, y: [x.fill_(3), y.mul_(2), None][2], "CPU")
-
-
-def from_file(path: str) -> Tensor:
-    return torch.from_numpy(np.fromfile(path))
 
 
 def sobol(**options: Any) -> list[Tensor]:
@@ -72,6 +85,12 @@ def written_by_keyword() -> list[Tensor]:
     x, y = torch.randn(3), torch.randn(3)
     torch.ops.lateinit_running.both_(x, y=y)
     return [x, y]
+
+
+def written_by_keyword_alone() -> Tensor:
+    x = torch.randn(3)
+    assert torch.ops.lateinit_running.filled_kw_(x=x) is None
+    return x + 1
 
 
 def drawn_into_real(draw: Callable[[Tensor], Any]) -> list[Tensor]:
@@ -156,6 +175,12 @@ HONOURED: dict[str, Build] = {
         lambda path: torch.from_file(path, size=4, dtype=torch.float64)
     ),
     "read from a file by a foreign op": lambda: file_read(torch.ops.lateinit_running.file_of),
+    "read from a file by keyword": lambda: file_read(
+        lambda path: torch.ops.lateinit_running.file_by_name(path=path)
+    ),
+    "read from several files": lambda: file_read(
+        lambda path: torch.ops.lateinit_running.files_of([path, path])
+    ),
     "written to a file": written_to_file,
     "padded from packed": lambda: padded_from_packed([3, 2]),
     "padded from packed, not sorted": lambda: padded_from_packed([1, 4, 2]),
@@ -180,6 +205,7 @@ HONOURED: dict[str, Build] = {
     "set to real": set_to_real,
     "writes its argument": written_by_one,
     "writes a keyword": written_by_keyword,
+    "writes a keyword alone": written_by_keyword_alone,
     "draws by deferred probabilities": lambda: drawn_into_real(
         lambda real: real.bernoulli_(torch.rand(5).double())
     ),
@@ -260,13 +286,21 @@ def padded_with_gradient() -> list[Tensor]:
     return list(rnn.pad_packed_sequence(packed))
 
 
-def test_an_argument_that_only_the_kernel_resizes_is_refused() -> None:
+GROWN: dict[str, Callable[[Tensor], object]] = {
+    "grown_": torch.ops.lateinit_running.grown_,
+    "grown_all_": lambda made: torch.ops.lateinit_running.grown_all_([torch.zeros(9), made]),
+    "grown_kw_": lambda made: torch.ops.lateinit_running.grown_kw_(x=made),
+}
+
+
+@pytest.mark.parametrize("name", sorted(GROWN))
+def test_an_argument_that_only_the_kernel_resizes_is_refused(name: str) -> None:
     def build() -> Tensor:
         made = torch.zeros(2)
-        torch.ops.lateinit_running.grown_(made)
+        GROWN[name](made)
         return made
 
-    with pytest.raises(MaterializeError, match="grown_ resized an argument when it was replayed"):
+    with pytest.raises(MaterializeError, match=f"{name} resized an argument when it was replayed"):
         lateinit.materialize(lateinit.deferred_init(build))
 
 

@@ -127,6 +127,22 @@ def test_a_state_that_two_streams_reach_under_one_seed_is_refused_under_another(
     assert torch.equal(lateinit.materialize(drawn), expected)
 
 
+def test_a_state_that_two_streams_reach_under_every_seed_is_honoured_under_another() -> None:
+    def draw() -> list[torch.Tensor]:
+        drawn = []
+        for _ in range(2):
+            manual_seed(0)
+            with torch.random.fork_rng(devices=[]):
+                drawn.append(own_seed(3))
+            drawn.append(torch.randn(3))
+        return [torch.tensor(d) if isinstance(d, int) else d for d in drawn]
+
+    expected = draw()
+    torch.manual_seed(0)
+    drawn = lateinit.deferred_init(draw)
+    assert all(map(torch.equal, lateinit.materialize(drawn, seed=5), expected))
+
+
 def _seeded_by_name() -> torch.Tensor:
     manual_seed(0)
     return torch.randn(3)

@@ -298,7 +298,7 @@ class Follower(RecordingMode):
                     "lateinit.materialize() first"
                 )
         drawn = info.random and not info.foreign
-        if drawn or (not info.returns_tensor and not info.mutates):
+        if drawn or info.only_reads:
             raise needs_values(op, deferred[0])
         tensors = tensors_in(args, kwargs)
         if any(not (t.is_meta or is_fake(t)) and t.dim() > 0 for t in tensors):

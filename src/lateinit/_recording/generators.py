@@ -151,7 +151,7 @@ class Generators:
             watch.leave_token(watch.at)
 
     def tell_seed(self, generator: torch.Generator) -> None:
-        """Bind the seed if it is read: unless the constructor gave it, another would be told."""
+        """Bind the seed if the constructor reads it, and has not itself set it."""
         watch = self._watched.get(generator_key(generator))
         place = watch and self._place(watch)
         if place is not None and self._is_root(place.stream):
@@ -245,8 +245,12 @@ class Generators:
         told = state in self._settled
         # The constructor may have changed a state that it read.
         unknown = bool(self._settled) and not told and self._named(watch, state) is None
-        ambiguous = state in self._ambiguous
-        if ambiguous or (told and not restored) or (unknown and seed_behind(state) is None):
+        if state in self._ambiguous:
+            self.program.seed_bound = (
+                "a generator was set to a state that was read at two places, which have different "
+                "states under another seed"
+            )
+        elif (told and not restored) or (unknown and seed_behind(state) is None):
             self.program.seed_bound = (
                 "a generator was set to a state that the default generator had or might have had "
                 "under another seed, without torch.set_rng_state"
@@ -254,8 +258,9 @@ class Generators:
 
     def _remember(self, state: bytes, place: Draw) -> None:
         """Note the place at which an eager state was read: a generator may be set to it again."""
-        before = self._settled.setdefault(state, place)
-        if before != place and self._origin(before) != self._origin(place):
+        before = self._settled.get(state, place)
+        alike = self._origin(before) == self._origin(place)
+        if not alike and (self._is_root(before.stream) or self._is_root(place.stream)):
             self._ambiguous.add(state)
         self._settled[state] = place
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lateinit._tensors import ON_META, is_deferred_tensor, slot_of
-from lateinit._torch import META, ZERO, Args, Kwargs, OpInfo, has_tensor, tensors_in
+from lateinit._torch import META, ZERO, Args, Kwargs, OpInfo, flat, has_tensor, tensors_in
 
 
 class Kind(enum.Enum):
@@ -63,10 +63,9 @@ def _kind(
         return Kind.ON_META
     if on_meta:
         return Kind.MIXED
-    # An op that takes a text and no tensor reads a file, which may change until it is replayed.
-    if not deferred and (real or str in map(type, args)):
+    if not deferred and (real or (info.takes_text and _has_text(args, kwargs))):
         return Kind.REAL
-    if not info.returns_tensor and not info.mutates:
+    if info.only_reads:
         return Kind.READ
     if deferred and real and any(not t.is_meta for t in written(info, args, kwargs)):
         return Kind.LEAVE
@@ -100,6 +99,11 @@ def _sort(args: Args, kwargs: Kwargs) -> tuple[list[Tensor], list[Tensor], bool]
         else:
             deferred.append(tensor)
     return deferred, real, on_meta
+
+
+def _has_text(args: Args, kwargs: Kwargs) -> bool:
+    """Whether a call without tensors is given a text: it may read a file, which later changes."""
+    return str in map(type, flat((*args, *kwargs.values())))
 
 
 def written(info: OpInfo, args: Args, kwargs: Kwargs) -> list[Tensor]:

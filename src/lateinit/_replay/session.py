@@ -175,7 +175,7 @@ class Session:
             else:
                 results = flat(info.call(*args, **kwargs))
             if not info.elementwise:
-                _check_sizes(op, info, args)
+                _check_sizes(op, info, args, kwargs)
             return results
         generator = generator or self._generator(op.draw)
         if not kwargs and info.fills and fills.fill(op.name, args[0], tuple(args[1:]), generator):
@@ -190,7 +190,7 @@ class Session:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
         self._cursor[op.draw.stream] = (op.draw.number + 1, generator)
         if info.foreign:
-            _check_sizes(op, info, args)
+            _check_sizes(op, info, args, kwargs)
         return flat(result)
 
     def _generator(self, draw: Draw) -> torch.Generator:
@@ -302,14 +302,19 @@ def _differs(ref: TensorRef, result: Tensor) -> str:
     )
 
 
-def _check_sizes(op: Op, info: OpInfo, args: list[Any]) -> None:
+def _check_sizes(op: Op, info: OpInfo, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Raise if a kernel has resized a tensor that it writes, which was recorded at its old size."""
-    for place in () if info.metadata_only else info.mutates:
-        ref, tensor = op.args[place], args[place]
-        if type(ref) is TensorRef and tuple(tensor.size()) != ref.size:
-            raise MaterializeError(
-                f"{op.name} resized an argument when it was replayed: {_differs(ref, tensor)}"
-            )
+    if info.metadata_only:
+        return
+    written = [(op.args[i], args[i]) for i in info.mutates if i < len(args)]
+    written += [(op.kwargs.get(key), kwargs.get(key)) for key in info.mutates_kw]
+    for recorded, given in written:
+        listed = isinstance(given, (list, tuple))
+        for ref, tensor in zip(recorded, given, strict=True) if listed else [(recorded, given)]:
+            if type(ref) is TensorRef and tuple(tensor.size()) != ref.size:
+                raise MaterializeError(
+                    f"{op.name} resized an argument when it was replayed: {_differs(ref, tensor)}"
+                )
 
 
 def _drawing_globally(generator: torch.Generator, call: Callable[[], Any]) -> Any:

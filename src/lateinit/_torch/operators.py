@@ -68,6 +68,7 @@ class OpInfo(OpTraits):
         takes_generator: whether it has an argument ``generator``.
         takes_device: whether it has an argument ``device``.
         takes_alpha: whether it has an argument ``alpha``, a multiple.
+        takes_text: whether it has an argument that is a string or several, such as a path.
         returns_tensor: whether any result is a tensor.
         scalar_inplace: whether it only changes the values of ``self`` if given no other tensor: the
             result is then known without a kernel.
@@ -92,6 +93,7 @@ class OpInfo(OpTraits):
     takes_generator: bool
     takes_device: bool = False
     takes_alpha: bool = False
+    takes_text: bool = False
     returns_tensor: bool
     scalar_inplace: bool
     from_sizes: bool = False
@@ -103,6 +105,11 @@ class OpInfo(OpTraits):
     pointwise: bool = False
     checks_values: bool = False
     layout_by_run: bool = False
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether it neither makes nor writes a tensor, and gives Python a value."""
+        return not (self.returns_tensor or self.mutates or self.mutates_kw)
 
     def fill_for(self, args: tuple[Any, ...]) -> FillOp | None:
         """The fill that a factory's arguments call for; None for uninitialised memory."""
@@ -246,6 +253,7 @@ def _examine(func: OpOverload) -> OpInfo:
         takes_generator="generator" in names,
         takes_device="device" in names,
         takes_alpha="alpha" in names,
+        takes_text=any("str" in str(a.type) for a in arguments),
         returns_tensor=any("Tensor" in str(r.type) for r in schema.returns),
         scalar_inplace=(
             mutates == (0,) and base.endswith("_") and not inplace_view and len(schema.returns) == 1
