@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from statistics import median
 
-from benchmarks.harness import ROOT, Goal, Row, Run
+from benchmarks.harness import Goal, Row, Run, printed
 
 # User and system time of the imports alone, not of starting the interpreter.
 SCRIPT = """
@@ -20,9 +18,7 @@ TORCH = "import torch"
 
 
 def seconds(statements: str) -> float:
-    command = [sys.executable, "-c", SCRIPT.format(statements=statements)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    return float(json.loads(done.stdout))
+    return float(json.loads(printed("-c", SCRIPT.format(statements=statements))))
 
 
 def importing(run: Run) -> list[Row]:

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there by now out of every garbage collection to come: it stays."""
+    """Exclude the collected tests and modules from later garbage collections, which scan all."""
     gc.collect()
     gc.freeze()
 

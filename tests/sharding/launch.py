@@ -72,7 +72,7 @@ def fresh(
     command: list[str], output: Path, environment: dict[str, str]
 ) -> Callable[[float], int | None]:
     """Likewise in a new interpreter, for an environment that counts when torch is imported."""
-    run = [sys.executable, "-m", "tests.sharding.rank", *command[1:]]
+    run = [sys.executable, "-m", processes.__name__, *command]
     with output.open("w") as file:
         process = subprocess.Popen(
             run, stdout=file, stderr=subprocess.STDOUT, cwd=processes.ROOT, env=environment

@@ -16,7 +16,7 @@ import tempfile
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,10 +82,21 @@ def _run(command: list[str], output: str, errors: str, cwd: str, env: dict[str, 
     os.environ.update(env)
     os.chdir(cwd)
     warnings.resetwarnings()
+    play(command)
+
+
+def play(command: list[str]) -> NoReturn:
+    """Run what ``python *command`` would run in this process, and end it without Python's own end.
+
+    Rarely, at the end of the interpreter, a process whose checks have all passed is aborted with
+    "terminate called without an active exception": a thread of C++ needs Python's lock there, and
+    Python ends it (Python/ceval_gil.h: take_gil, PyThread_exit_thread). The exit status is that of
+    the checks.
+    """
     sys.argv[:] = command[1:] if command[0] == "-m" else command
     try:
         if command[0] == "-m":
-            sys.path.insert(0, cwd)
+            sys.path.insert(0, str(Path.cwd()))
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(command[0]).parent))
@@ -99,3 +110,7 @@ def _run(command: list[str], output: str, errors: str, cwd: str, env: dict[str, 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    play(sys.argv[1:])

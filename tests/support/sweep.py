@@ -1,4 +1,4 @@
-"""How much is tried of what is long: ``LATEINIT_SWEEP=all`` tries all of it (``make sweep``).
+"""How much of a long sweep a run tries: all of it with ``LATEINIT_SWEEP=all`` (``make sweep``).
 
 ``make test`` tries a part, the same in every run. Tests that try the same things in several ways
 take other parts of them, so that together they leave out little.

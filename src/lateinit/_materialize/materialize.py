@@ -127,9 +127,10 @@ def materialize(  # noqa: PLR0913 - options, all of them by keyword
         MaterializeError: a recorded op failed when it was replayed.
         OutOfMemoryError: memory ran out. Tensors that were materialised before stay so, and another
             call continues.
-        TypeError: ``target`` is of another type, or ``dtype`` is no ``torch.dtype``.
-        ValueError: ``threads`` is less than 1, ``dtype`` is no floating-point dtype, or ``device``
-            is ``meta``.
+        TypeError: ``target`` is of another type, ``dtype`` is no ``torch.dtype``, or ``seed`` is no
+            integer.
+        ValueError: ``threads`` is less than 1, ``dtype`` is no floating-point dtype, ``seed`` is
+            outside the range of ``torch.manual_seed``, or ``device`` is ``meta``.
 
     Example:
         >>> with lateinit.deferred():

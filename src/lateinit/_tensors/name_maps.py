@@ -109,7 +109,7 @@ class NameMap(Generic[V]):
         return told[0][1] if told else None
 
     def check(self, found: Iterable[Found], target: Any = None) -> None:
-        """Raise if a pattern matches nothing; take patterns that are names for these.
+        """Raise if a pattern matches nothing; make a glob that is a name into that name.
 
         Args:
             found: all tensors of the target.

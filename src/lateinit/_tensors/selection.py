@@ -238,7 +238,7 @@ def select(found: list[Found], only: Only | None) -> list[Found]:
 def by_globs(
     rows: Iterable[T], patterns: Iterable[str], names: Callable[[T], Iterable[str]]
 ) -> list[T]:
-    """The rows that have a name which is a pattern, or, if no name is, matches it as a glob.
+    """The rows that have a name which matches a pattern: a glob, or a name that is the pattern.
 
     Raises:
         PatternError: a glob matches no name.

@@ -33,9 +33,9 @@ from lateinit.errors import CorruptCheckpointError, listing
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
-# The class of a path depends on the system, and its module on the Python version.
-# A grid of all edges of a tensor's blocks has as many cells as blocks, if the blocks are a mesh's.
+# The edges of a tensor's blocks form a grid. The blocks of a mesh are its cells, one each.
 _MOST_CELLS = 1 << 26
+# The class of a path depends on the system, and its module on the Python version.
 _PATHS = {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
 # The classes that `FileSystemWriter` puts into `.metadata` (torch/distributed/checkpoint/
 # metadata.py and filesystem.py), and no other.
