@@ -94,7 +94,7 @@ def _run(
     given = {n: computed.storage for n, computed in execution.values(touched).items()}
     try:
         with execution.session() as session, writer.program.ambients[ambient].in_force():
-            return op, session.call(op, Memory(given))
+            return op, session.call(op, Memory(given), resizes=True)
     except BaseException:
         if op.draw is not None:
             writer.generators.undo(op.draw)

@@ -155,7 +155,12 @@ class Session:
         return storage in step.gives or any(ref.storage == storage for ref in refs)
 
     def call(
-        self, op: Op, memory: Memory, generator: torch.Generator | None = None
+        self,
+        op: Op,
+        memory: Memory,
+        generator: torch.Generator | None = None,
+        *,
+        resizes: bool = False,
     ) -> tuple[Any, ...]:
         """Call an op with real arguments; returns its results as a flat tuple.
 
@@ -163,6 +168,7 @@ class Session:
             op: the op.
             memory: the storages that it reads and writes.
             generator: the generator to draw from; by default one at the place of the op's draw.
+            resizes: whether the op may resize what it writes, as its new size is still recorded.
         """
         args = [a if type(a) in NUMBERS else self._real(a, memory) for a in op.args]
         kwargs: dict[str, Any] = {}
@@ -174,7 +180,7 @@ class Session:
                 results = flat(_drawing_nothing(lambda: info.func(*args, **kwargs)))
             else:
                 results = flat(info.call(*args, **kwargs))
-            if not info.elementwise:
+            if not (info.elementwise or resizes):
                 _check_sizes(op, info, args, kwargs)
             return results
         generator = generator or self._generator(op.draw)
@@ -189,7 +195,7 @@ class Session:
         else:
             result = _drawing_globally(generator, lambda: info.func(*args, **kwargs))
         self._cursor[op.draw.stream] = (op.draw.number + 1, generator)
-        if info.foreign:
+        if info.foreign and not resizes:
             _check_sizes(op, info, args, kwargs)
         return flat(result)
 
